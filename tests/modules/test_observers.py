@@ -12,7 +12,7 @@ from torch.ao import quantization as ao
 
 import tritonq
 from tolerances import FLOAT32, SUMS, assert_close
-from tritonq.observers.base import quantized_type
+from tritonq.observers.arguments import quantized_type
 
 PAIRS = [
     (tritonq.MinMaxObserver, ao.MinMaxObserver, {}),

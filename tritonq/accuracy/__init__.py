@@ -1,1 +1,1 @@
-"""What wins back accuracy: before training, after it, and instead of it."""
+"""Methods that win back accuracy: before training, after it, and instead of it. One file each."""

@@ -1,4 +1,7 @@
-"""Choosing for each weight whether it is rounded up or down, by what the layer's results then are."""
+"""AdaRound: choose for each weight whether it is rounded up or down, so that the layer's results change least.
+
+The *rows* of a weight are all values of one out channel each: a tensor (out, ...), whatever the layer.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ _WAY = 10.0
 
 
 class SoftRounding:
-    """The trained variables V of one layer: ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...)."""
+    """The trained variables V of one layer: ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...).
+
+    ``s`` and ``z`` are scale and zero point of the weight's grid; ``h(V)`` is :meth:`share`.
+    """
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:
         self._scale = aligned(grid.scale.detach(), rows, grid.granularity)
@@ -50,7 +56,7 @@ class SoftRounding:
         return (torch.sigmoid(self.variables) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def weight(self, share: Tensor) -> Tensor:
-        """Return rows whose codes lie ``share`` (0 to 1) of the way from the lower to the upper code."""
+        """Return rows whose codes are ``floor(W/s) + share``; a ``share`` of 0 rounds down, one of 1 up."""
         codes = (self._floor + share + self._zero).clamp(self._qtype.quant_min, self._qtype.quant_max)
         return (codes - self._zero) * self._scale
 
@@ -122,7 +128,10 @@ def adaptive_round(
 
 
 def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's result before its quantizer, with these rows as its folded weight."""
+    """Return the layer's result for ``x``, with ReLU, before its quantizer.
+
+    ``rows`` are its folded weight, (out, ...).
+    """
     op = layer.linear_map
     return layer.rectified(op(x, op.from_rows(rows), bias))
 
@@ -130,7 +139,19 @@ def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Te
 def _round(
     layer: QATLayer, inputs: Tensor, targets: Tensor, steps: int, batch_size: int, generator: torch.Generator
 ) -> float:
-    """Train and write one layer's rounding; the error's ratio to that of the nearest codes."""
+    """Train the rounding of one layer by :class:`SoftRounding`, and write it into the layer's weight if it helps.
+
+    Args:
+        layer: the layer.
+        inputs: what it reads, rounded.
+        targets: what it should return.
+        steps: of Adam.
+        batch_size: samples per step.
+        generator: chooses them.
+
+    Returns:
+        The mean squared error after, divided by that of rounding to the nearest; 1.0 if the weight stays as it was.
+    """
     with torch.no_grad():
         weight, bias = layer.folded_parameters()
         rows = layer.linear_map.to_rows(weight)
@@ -161,7 +182,7 @@ def _round(
 def _error(
     layer: QATLayer, inputs: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, batch_size: int
 ) -> float:
-    """Return the mean squared error of the layer's results, with these rows."""
+    """Return the mean squared error of the layer's results against ``targets``, with ``rows`` as its folded weight."""
     total = torch.zeros((), dtype=torch.float64)
     for x, wanted in zip(*(torch.split(values, batch_size) for values in (inputs, targets)), strict=True):
         total += (_result(layer, x, rows, bias) - wanted).square().sum(dtype=torch.float64).cpu()

@@ -1,4 +1,4 @@
-"""Taking the shift that rounding gives each layer's mean out of its bias."""
+"""Correct biases: subtract the shift that rounding gives to the mean of each layer's results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
 
 
 def _mean(layer: QATLayer, inputs: Sequence[Tensor], rounded: bool) -> Tensor:
-    """Return mean per out channel of the layer's results before its activation: float64."""
+    """Return the mean of the layer's results per out channel, before its activation: float64 (out,).
+
+    ``inputs`` are what the layer reads; ``rounded`` says whether its weight is rounded.
+    """
     weight, bias = layer.folded_parameters()
     weight = layer.quantized_folded_weight(weight) if rounded else weight
     op, total, count = layer.linear_map, torch.zeros((), dtype=torch.float64), 0

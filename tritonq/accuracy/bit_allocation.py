@@ -1,4 +1,4 @@
-"""Choosing the width of each layer's weights under a budget, by how much rounding them disturbs the model's outputs."""
+"""Choose the number of bits of each layer's weights under a budget, by how much their rounding disturbs the outputs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _prepared(model: nn.Module, qconfig: QConfig, batches: Sequence[Batch]) -> n
 
 
 def _size(model: nn.Module, layer: QATLayer, batch: Batch, unit: Unit) -> float:
-    """Return weights of a layer, or its multiplications for one sample."""
+    """Return how many weights the layer has (unit "bytes"), or multiplications for one sample of ``batch``."""
     weights = layer.weight.numel()
     if unit == "bytes":
         return weights
@@ -118,7 +118,10 @@ def _size(model: nn.Module, layer: QATLayer, batch: Batch, unit: Unit) -> float:
 
 
 def _errors(model: nn.Module, layers: Mapping[str, QATLayer], batches: Sequence[Batch]) -> dict[str, float]:
-    """Return the noise of the outputs with the weights of each layer alone rounded, relative to the outputs."""
+    """Return for each layer the noise of the model's outputs with the weights of this layer alone rounded.
+
+    The noise is the mean square of the outputs' change, divided by their mean square.
+    """
     found: dict[str, float] = {}
     with everything_float(model):
         outputs = _outputs(model, batches)
@@ -133,7 +136,7 @@ def _errors(model: nn.Module, layers: Mapping[str, QATLayer], batches: Sequence[
 
 @contextmanager
 def _rounding(layer: QATLayer) -> Iterator[None]:
-    """Let the layer's weight round inside the block; its switch is put back afterwards."""
+    """Let the layer's weight be rounded inside the block; its switch is put back afterwards."""
     quantizer = layer.weight_fake_quant
     if not isinstance(quantizer, FakeQuantizeBase):
         yield
@@ -162,9 +165,17 @@ def _floating(value: Any) -> Iterator[Tensor]:
 def choose_widths(
     costs: Mapping[str, Mapping[int, float]], errors: Mapping[str, Mapping[int, float]], budget: float
 ) -> dict[str, int]:
-    """Return the widths with the least sum of errors within the budget.
+    """Return a width for each layer, so that the sum of errors is the least of all choices within the budget.
 
-    Of all choices for the layers so far, those stay that no other one beats in both cost and error.
+    Going from layer to layer, only those choices are kept which no other one beats in both cost and error.
+
+    Args:
+        costs: by layer, the cost of each width.
+        errors: by layer, the error of each width.
+        budget: the most that the chosen widths may cost together.
+
+    Raises:
+        ValueError: the cheapest widths cost more.
     """
     least = sum(min(options.values()) for options in costs.values())
     if not least <= budget:
@@ -187,7 +198,10 @@ def choose_widths(
 
 
 def _thinned(frontier: list[tuple[float, float, tuple[int, ...]]]) -> list[tuple[float, float, tuple[int, ...]]]:
-    """Return at most ``_MOST_CHOICES`` options of a frontier, the cheapest and the best among them, at even costs."""
+    """Return at most ``_MOST_CHOICES`` of the choices ``(cost, error, widths)``, at even distances of cost.
+
+    The cheapest and the best are among them.
+    """
     if len(frontier) <= _MOST_CHOICES:
         return frontier
     least, step = frontier[0][0], (frontier[-1][0] - frontier[0][0]) / (_MOST_CHOICES - 1)

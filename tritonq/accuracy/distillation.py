@@ -1,4 +1,7 @@
-"""The float model as teacher of the one that is trained with rounding."""
+"""Distillation.
+
+A loss that draws the outputs of the model in training towards those of the float model, its teacher.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,7 @@ class Distillation:
         return F.mse_loss(student, teacher) / teacher.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def close(self) -> None:
-        """Stop listening to the models."""
+        """Remove the hooks from both models; features are not read any more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,4 +1,4 @@
-"""Cross-layer equalization: the same function, with weights and activations whose channels have like ranges."""
+"""Cross-layer equalization: rescale channels, so that weights and activations of two layers have similar ranges."""
 
 from __future__ import annotations
 
@@ -97,7 +97,10 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def _pairs(model: nn.Module, layers: dict[str, QATLayer]) -> list[_Pair]:
-    """Return layers in a row as far as their quantizers tell; whether nothing else reads the first is tried."""
+    """Return pairs of layers of which the second reads the quantized result of the first.
+
+    Quantizers tell that. Whether nothing else reads the first one's result is tried by :func:`_is_alone`.
+    """
     makers = {layer.activation_post_process: (name, layer) for name, layer in layers.items()}
     readers: Counter[nn.Module] = Counter(
         layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None
@@ -127,14 +130,18 @@ def _out(layer: QATLayer) -> int:
 
 
 def _channels(layer: QATLayer) -> int | None:
-    """Return how many channels a layer reads, where its weight has them on axis 1."""
+    """Return how many channels a layer reads; None if they are not on axis 1 of its weight."""
     if getattr(layer, "transposed", False):
         return None
     return int(layer.weight.shape[1]) * int(getattr(layer, "groups", 1))
 
 
 def _is_alone(pair: _Pair, model: nn.Module, batch: Batch, expected: list[Tensor]) -> bool:
-    """Whether factors between the two layers, each another one, leave the model's outputs as they are."""
+    """Whether the model's outputs stay ``expected`` when channels between the two layers are scaled by factors.
+
+    That is so if nothing else reads these channels, and nothing between the layers mixes or moves them. Each channel
+    gets another factor. The weights are put back.
+    """
     held = [parameter for layer in (pair.first, pair.second) for parameter in layer.parameters()]
     before = [parameter.clone() for parameter in held]
     _apply(pair, torch.linspace(0.5, 2, _out(pair.first), device=pair.first.weight.device))
@@ -153,9 +160,9 @@ def _factors(pair: _Pair) -> Tensor:
 
 
 def _by_input(weight: Tensor, layer: QATLayer, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the reduction of a weight over all but its in channels, (in channels,).
+    """Reduce a weight over all but its in channels by ``reduce``; the result is (in channels,).
 
-    The weight is seen as (groups, out per group, in per group, taps).
+    ``reduce`` gets a tensor (groups, out per group, in per group, taps), taps being the positions of the kernel.
     """
     groups = int(getattr(layer, "groups", 1))
     return reduce(weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)).flatten()

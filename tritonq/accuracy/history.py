@@ -1,4 +1,4 @@
-"""Scale, clipped share and flips of every quantizer, step by step."""
+"""Record scale, clipped share and changed codes of every quantizer, step by step."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class QuantizerHistory:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Record the present step, after the optimizer's."""
+        """Record the present step; call it after the optimizer's step."""
         self._step += 1
         if self._step % self._every:
             return
@@ -127,14 +127,17 @@ class QuantizerHistory:
         self.records.append(QuantizerRecord(self._step, name, scale, clipped, flips))
 
     def close(self) -> None:
-        """Stop listening to the model."""
+        """Remove the hooks from the model; nothing is recorded any more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
 def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """Return values that the quantizer rounds to the nearest code: the weight, or what its formula makes of it."""
+    """Return the rows whose nearest codes the quantizer takes.
+
+    ``rows``, or what a paper's formula (tanh) makes of them.
+    """
     if quantizer.rounds_to_nearest:
         return rows
     training = quantizer.training
@@ -145,7 +148,7 @@ def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
 
 
 def _clipped(x: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """Return how many values of ``x`` lie more than half a step beyond the grid's ends; NaN does not."""
+    """Return how many values of ``x`` lie more than half a step beyond the ends of the grid; NaN does not count."""
     grid = quantizer.grid()
     scale = aligned(grid.scale.detach(), x, grid.granularity)
     zero = torch.zeros_like(scale) if grid.zero_point is None else aligned(grid.zero_point, x, grid.granularity)

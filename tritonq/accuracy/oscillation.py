@@ -1,4 +1,4 @@
-"""Weights that oscillate between two codes: a loss that draws them to the middle of a code, and freezing them there."""
+"""Against weights that oscillate between two codes: a loss that draws them to the middle of a code, and freezing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
 
 @dataclass
 class _Memory:
-    """One layer's codes over time; each tensor has the shape of the weight's rows, (out, ...).
+    """What :class:`OscillationFreezing` remembers of one layer's codes, in the shape of its rows (out, ...).
 
     Attributes:
         codes: after the last step.
@@ -116,7 +116,7 @@ class OscillationFreezing:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Note the present codes, freeze, and set frozen weights back."""
+        """Update f and a with the present codes, freeze what exceeds the threshold, and set frozen weights back."""
         for name, layer in _layers(self._model).items():
             rows, grid = _seen(layer)
             codes = codes_on(rows, grid)
@@ -154,7 +154,7 @@ class OscillationFreezing:
 
 
 def _layers(model: nn.Module) -> dict[str, QATLayer]:
-    """Return the layers whose own weight is rounded now, by name."""
+    """Return the layers, by name, that own their weight and round it now."""
     found = {
         name: layer
         for name, layer in model.named_modules()
@@ -169,7 +169,7 @@ def _layers(model: nn.Module) -> dict[str, QATLayer]:
 
 
 def _seen(layer: QATLayer) -> tuple[Tensor, Grid]:
-    """Return the weight as its quantizer sees it, (out, ...), and its grid."""
+    """Return the weight as its quantizer gets it, as rows (out, ...), and the grid."""
     rows = layer.linear_map.to_rows(layer.weight_to_quantize())
     grid = layer.weight_fake_quant.grid()  # type: ignore[operator]
     zero_point = None if grid.zero_point is None else grid.zero_point.detach()

@@ -1,4 +1,8 @@
-"""The quantized layers of a model, one by one: what they read, and weights written back through a BatchNorm."""
+"""The quantized layers of a prepared model: their order, their inputs, and writing weights through a BatchNorm.
+
+The methods of this folder use it. The *rows* of a weight are all values of one out channel each: a tensor (out, ...),
+whatever the layer. A batch is a pair of positional arguments and keyword arguments of the model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,11 @@ from tritonq.nn.qat import QATLayer
 
 
 def read_batches(model: nn.Module, data: Any) -> list[Batch]:
-    """Return the arguments of every batch, to be run again and again; ValueError without one."""
+    """Return the arguments ``(args, kwargs)`` of ``model`` for every batch of ``data``, as a list.
+
+    Raises:
+        ValueError: ``data`` has no batch.
+    """
     batches = list(model_batches(model, data))
     if not batches:
         raise ValueError("data has no batch")
@@ -23,7 +31,9 @@ def read_batches(model: nn.Module, data: Any) -> list[Batch]:
 
 
 def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
-    """Return the quantized layers that own their weight, by name, in the order in which a batch meets them.
+    """Return the quantized layers that own their weight, by path, in the order in which running ``batch`` meets them.
+
+    Layers whose weight is computed from other parameters are left out.
 
     Raises:
         ValueError: there is none.
@@ -48,7 +58,14 @@ def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
 
 
 def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
-    """Raise ValueError where a weight takes codes that are not the nearest ones: ``what`` would change them."""
+    """Raise ValueError if a layer's quantizer does not round each weight to its nearest integer code.
+
+    So do float formats, and quantizers whose codes follow from a formula of the whole weight (`tritonq.paper_schemes`).
+
+    Args:
+        layers: by path, which the error names.
+        what: the method that needs rounding to the nearest, as the beginning of the error's text.
+    """
     for name, layer in layers.items():
         quantizer = layer.weight_fake_quant
         if isinstance(quantizer, FloatFakeQuantize):
@@ -61,7 +78,11 @@ def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
 
 
 def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> list[Tensor]:
-    """Run batches and return what the operation of a layer reads, call by call."""
+    """Run the batches and return the inputs of one layer, one tensor per call, detached.
+
+    They are what its convolution or product reads: rounded by the layer's input quantizer, if it has one. The mode of
+    the model stays as it is.
+    """
     found: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -77,7 +98,7 @@ def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> li
 
 
 def fold_factors(layer: QATLayer) -> Tensor:
-    """Return the BatchNorm's factor of each out channel in eval mode, (out,); ones without a BatchNorm."""
+    """Return ``γ/sqrt(running_var + eps)`` for each out channel, (out,); ones for a layer without BatchNorm."""
     if isinstance(layer, QATBatchNormLayer):
         return layer.fold_factors().detach()
     return layer.weight.new_ones(layer.linear_map.to_rows(layer.weight).shape[0])
@@ -85,7 +106,10 @@ def fold_factors(layer: QATLayer) -> Tensor:
 
 @torch.no_grad()
 def write_quantized_weight(layer: QATLayer, rows: Tensor, where: Tensor) -> None:
-    """Set the layer's weight, ``where`` a mask says, so that its quantizer sees ``rows`` (out, ...) in training."""
+    """Set the layer's weight so that its quantizer, in training mode, gets ``rows`` where the mask ``where`` is True.
+
+    Elsewhere, and in channels that the BatchNorm multiplies by 0, the weight stays as it is.
+    """
     op = layer.linear_map
     own, seen = op.to_rows(layer.weight), op.to_rows(layer.weight_to_quantize())
     # The quantizer sees the weight times a factor per channel: that of its largest value.
@@ -97,9 +121,9 @@ def write_quantized_weight(layer: QATLayer, rows: Tensor, where: Tensor) -> None
 
 @torch.no_grad()
 def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
-    """Set the layer's weight so that eval mode sees ``rows``, (out, ...), once the BatchNorm is folded in.
+    """Set the layer's weight so that, multiplied by the BatchNorm's factors of eval mode, it is ``rows`` (out, ...).
 
-    A channel that the BatchNorm multiplies by 0 stays as it is.
+    A channel whose factor is 0 stays as it is.
     """
     op, factors = layer.linear_map, fold_factors(layer).view(-1, *[1] * (rows.dim() - 1))
     unfolded = torch.where(factors == 0, op.to_rows(layer.weight), rows / factors.where(factors != 0, 1.0))
@@ -108,7 +132,7 @@ def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
 
 @torch.no_grad()
 def add_to_bias(layer: QATLayer, shift: Tensor) -> bool:
-    """Add ``shift`` to the bias that eval mode sees, (out,), and return whether the layer has one."""
+    """Add ``shift``, (out,), to the bias of the layer, or to β of its BatchNorm; return False if it has neither."""
     if not isinstance(layer, QATBatchNormLayer):
         if layer.bias is None:
             return False

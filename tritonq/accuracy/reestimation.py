@@ -1,4 +1,4 @@
-"""Measuring the statistics of BatchNorms anew, for the weights that will be deployed."""
+"""Measure the statistics of BatchNorms anew, for the weights that will be deployed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Statistics:
-    """Sums of the means and mean squares of batches, in float64, for one BatchNorm whose momentum is 1."""
+    """Sums of the means and mean squares of batches, in float64, for one BatchNorm.
+
+    Its momentum is 1 meanwhile, so that its buffers hold the statistics of the last batch.
+    """
 
     def __init__(self, bn: _BatchNorm) -> None:
         self._bn = bn
@@ -31,7 +34,7 @@ class _Statistics:
         self.put_back()
 
     def take_batch(self) -> None:
-        """Add the statistics of the last batch, if it passed this BatchNorm; then put back those from before."""
+        """Add the statistics of the last batch, if that went through this BatchNorm, and call :meth:`put_back`."""
         if int(self._count):
             mean = self._mean.double()
             self._sum, self._squares = self._sum + mean, self._squares + self._var.double() + mean.square()
@@ -39,13 +42,16 @@ class _Statistics:
         self.put_back()
 
     def put_back(self) -> None:
-        """Restore the statistics from before all batches, with which some modes fold their weights."""
+        """Restore the running statistics from before all batches; some modes fold weights with them."""
         self._mean.copy_(self._before[0])
         self._var.copy_(self._before[1])
         self._count.zero_()
 
     def write(self) -> None:
-        """Set the buffers to mean and variance of all batches together; without a batch leave them."""
+        """Write mean and variance of all batches together into the buffers.
+
+        If there was no batch, leave them as they are.
+        """
         if self._batches:
             mean = self._sum / self._batches
             self._mean.copy_(mean)
@@ -113,9 +119,9 @@ def _is_measured(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 @contextmanager
 def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Set eval mode inside the block, but let BatchNorms normalise by their batch and keep its statistics only.
+    """Set eval mode inside the block, but let BatchNorms normalise by their batch and store its statistics.
 
-    Modes are the caller's to restore.
+    The caller restores the modes.
     """
     momenta = [(bn, bn.momentum, bn.num_batches_tracked) for bn in norms]
     layers = [layer for layer in model.modules() if isinstance(layer, QATBatchNormLayer)]

@@ -1,11 +1,10 @@
-"""What every observer shares: torch.ao's arguments, the quantized type they describe, buffers that keep their dtype."""
+"""The base classes of observers, and of modules whose buffers keep their dtype."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -15,6 +14,7 @@ from tritonq.factory import WithArgs
 from tritonq.functional.groups import group_rows
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_float_tensor
+from tritonq.observers.arguments import quantized_type
 from tritonq.process_group import GroupReference, ProcessGroupLike
 from tritonq.qparams import (
     MEGENGINE_EPS,
@@ -25,15 +25,7 @@ from tritonq.qparams import (
     is_readable,
     range_to_qparams,
 )
-from tritonq.quantized_type import QUANTIZED_TYPES, QuantizedType, Rounding
-
-_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
-_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-_QSCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric, *_PER_CHANNEL)
-_SIGNED_DTYPES = {torch.qint8: 8, torch.int8: 8, torch.int16: 16, torch.qint32: 32, torch.int32: 32}
-# torch.ao halves the range of 8-bit types alone.
-_REDUCIBLE_BITS = 8
-_UNSIGNED_DTYPES = {torch.quint8: 8, torch.uint8: 8, torch.quint4x2: 4}
+from tritonq.quantized_type import QuantizedType, Rounding
 
 
 class FixedDtypeBuffers(nn.Module):
@@ -133,12 +125,12 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
 
     @property
     def ch_axis(self) -> int:
-        """Channel axis, -1 per tensor (torch.ao's convention)."""
+        """The axis of the channels; -1 if there is one range for the tensor (torch.ao's convention)."""
         return -1 if self.qtype.axis is None else self.qtype.axis
 
     @property
     def qscheme(self) -> torch.qscheme:
-        """The torch name for symmetric or affine, per tensor or per channel."""
+        """Symmetric or affine, per tensor or per channel, as torch names it."""
         if self.qtype.axis is None:
             return torch.per_tensor_symmetric if self.qtype.symmetric else torch.per_tensor_affine
         return torch.per_channel_symmetric if self.qtype.symmetric else torch.per_channel_affine
@@ -151,7 +143,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
 
     @property
     def fixed_zero_point(self) -> int | None:
-        """The zero point that the type and the rule decide alone, or None."""
+        """The zero point if type and rule decide it without data, else None."""
         return fixed_zero_point(self.qtype, self.rule)
 
     @abstractmethod
@@ -160,14 +152,14 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
 
     @abstractmethod
     def calculate_qparams(self) -> QParams:
-        """Scale (float32) and zero point (int32) that follow from what was observed so far: (1,) or (channels,)."""
+        """Return scale (float32) and zero point (int32) for what was observed so far: (1,) or (channels,)."""
 
     @abstractmethod
     def has_observed(self) -> Tensor:
-        """0-d bool tensor: whether :meth:`calculate_qparams` rests on data."""
+        """Return a 0-d bool tensor: whether anything was observed, so that :meth:`calculate_qparams` rests on data."""
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; a no-op per tensor.
+        """Give per-channel buffers their final length; nothing is done per tensor.
 
         Raises:
             ValueError: they already have another length.
@@ -209,7 +201,11 @@ class RangeObserver(ObserverBase):
         self.register_buffer("nonfinite_count", torch.zeros((), dtype=torch.int64, device=self.device))
 
     def allocate(self, num_channels: int) -> None:
-        """See base class."""
+        """Give ``min_val`` and ``max_val`` their final length; nothing is done per tensor.
+
+        Raises:
+            ValueError: they already have another length.
+        """
         if self.qtype.axis is None or self.num_channels == num_channels:
             return
         if self.num_channels is not None:
@@ -229,13 +225,16 @@ class RangeObserver(ObserverBase):
 
     @abstractmethod
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """Update the state with ``x`` and then the qparams given; a device flag of 0 in ``enabled`` skips both.
+        """Update the range with ``x``, and then scale and zero point. Nothing is read back from the device.
 
-        Nothing here reads a value back from the device.
+        Args:
+            x: float tensor.
+            qparams: scale and zero point to update in place; None: there are none.
+            enabled: one element on the device; 0 leaves everything as it is. None: as 1.
         """
 
     def merge(self, other: RangeObserver) -> None:
-        """Add what ``other`` observed.
+        """Add to this observer what ``other`` observed.
 
         Raises:
             TypeError: ``other`` is of another class.
@@ -251,9 +250,10 @@ class RangeObserver(ObserverBase):
         self.nonfinite_count.add_(other.nonfinite_count)
 
     def _checked(self, x: Tensor) -> Tensor:
-        """Return ``x`` detached, one group per row where there are groups, with the buffers allocated for it.
+        """Return ``x`` detached, with one group per row if there are groups; allocate buffers per channel for it.
 
-        TypeError unless it is floating point.
+        Raises:
+            TypeError: ``x`` is no floating point tensor.
         """
         x = check_float_tensor("x", x).detach()
         if self.qtype.axis is not None:
@@ -262,16 +262,19 @@ class RangeObserver(ObserverBase):
         return x if rows is None else rows.split(x)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range that scale and zero point follow from: float32, 0-d or (channels,)."""
+        """Return the range that scale and zero point are computed from, here the running one.
+
+        Float32, 0-d or (channels,).
+        """
         return self.min_val, self.max_val
 
     def calculate_qparams(self) -> QParams:
-        """See base class."""
+        """Return scale and zero point of :meth:`search_range`: (1,) or (channels,)."""
         low, high = (end.reshape(-1) for end in self.search_range())
         return range_to_qparams(low, high, self.qtype, rule=self.rule, eps=self.eps)
 
     def has_observed(self) -> Tensor:
-        """See base class."""
+        """Return a 0-d bool tensor: whether any channel has seen a value."""
         if self.min_val.numel() == 0:
             return torch.zeros((), dtype=torch.bool, device=self.min_val.device)
         return (self.min_val <= self.max_val).any()
@@ -282,20 +285,26 @@ class RangeObserver(ObserverBase):
             buffer.fill_(empty)
 
     def reset_where(self, flag: Tensor) -> None:
-        """Forget everything where ``flag``, a 0-d bool tensor, is set; without a look from the host."""
+        """Forget everything that was observed if ``flag``, a 0-d bool tensor on the device, is True.
+
+        The host does not read it.
+        """
         for buffer, empty in self.empty_state():
             buffer.copy_(torch.where(flag, empty, buffer))
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return the buffers that observation changes, and what they hold before it."""
+        """Return pairs of a buffer that observing changes and the number that it holds before.
+
+        ``(min_val, inf)`` and others.
+        """
         return [(self.min_val, torch.inf), (self.max_val, -torch.inf), (self.nonfinite_count, 0)]
 
     def extra_repr(self) -> str:
-        """Return the range."""
+        """Return the range as text, for ``repr``."""
         return f"min_val={_short(self.min_val)}, max_val={_short(self.max_val)}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint where none was known yet."""
+        """Load a state dict; if the number of channels was unknown, take it from there."""
         saved = state_dict.get(prefix + "min_val")
         if self.qtype.axis is not None and self.num_channels is None and isinstance(saved, Tensor) and saved.numel():
             self.allocate(saved.numel())
@@ -303,85 +312,22 @@ class RangeObserver(ObserverBase):
 
 
 def write_if(enabled: Tensor | None, target: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``target`` unless the one-element flag ``enabled`` is 0; without a look from the host."""
+    """Copy ``value`` into ``target``, unless the flag ``enabled`` is 0.
+
+    The flag is one element on the device, which the host does not read; None stands for 1. ``value`` may have another
+    shape of as many elements.
+    """
     value = value.view_as(target)
     target.copy_(value if enabled is None else torch.where(enabled.view(()) != 0, value, target))
 
 
 def known_off(enabled: Tensor | None) -> bool:
-    """Whether ``enabled`` is a zero that costs nothing to read."""
+    """Whether ``enabled`` is 0, and the host can know that without waiting for a device. False for None."""
     return enabled is not None and is_readable(enabled) and not bool(enabled)
 
 
-def quantized_type(
-    dtype: torch.dtype | QuantizedType | str,
-    qscheme: torch.qscheme | None,
-    reduce_range: bool,
-    quant_min: int | None,
-    quant_max: int | None,
-    ch_axis: int | None,
-    rounding: Rounding | None,
-) -> QuantizedType:
-    """Return the quantized type that torch.ao's observer arguments describe; errors as :class:`ObserverBase` states."""
-    if (quant_min is None) != (quant_max is None):
-        raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")
-    if qscheme is not None and qscheme not in _QSCHEMES:
-        raise ValueError(
-            f"unsupported qscheme {qscheme}: zero points are integers here; known: {', '.join(map(str, _QSCHEMES))}"
-        )
-    if isinstance(dtype, QuantizedType):
-        _check_agreement(dtype, qscheme, reduce_range, ch_axis, rounding)
-        return dtype if quant_min is None or quant_max is None else dtype.with_codes(quant_min, quant_max)
-    axis = (ch_axis or 0) if qscheme in _PER_CHANNEL else None
-    rounding = "half_even" if rounding is None else rounding
-    if isinstance(dtype, str):
-        if dtype not in QUANTIZED_TYPES:
-            raise ValueError(f"unknown quantized type {dtype!r}; known: {', '.join(QUANTIZED_TYPES)}")
-        named = replace(QUANTIZED_TYPES[dtype], axis=axis, rounding=rounding)
-        return named if quant_min is None or quant_max is None else named.with_codes(quant_min, quant_max)
-    signed = dtype in _SIGNED_DTYPES
-    if not signed and dtype not in _UNSIGNED_DTYPES:
-        known = ", ".join(map(str, (*_SIGNED_DTYPES, *_UNSIGNED_DTYPES)))
-        raise ValueError(f"dtype must be one of {known}, a QuantizedType or its name, got {dtype}")
-    full = QuantizedType.of(_SIGNED_DTYPES[dtype] if signed else _UNSIGNED_DTYPES[dtype], signed=signed)
-    low, high = (full.quant_min, full.quant_max) if quant_min is None or quant_max is None else (quant_min, quant_max)
-    if low < full.quant_min or high > full.quant_max:
-        raise ValueError(
-            f"quant_min..quant_max = {low}..{high} does not fit {dtype} ({full.quant_min}..{full.quant_max})"
-        )
-    if reduce_range and full.bits == _REDUCIBLE_BITS:
-        low, high = low // 2, high // 2
-    return QuantizedType(low, high, qscheme in _SYMMETRIC, axis, rounding)
-
-
-def _check_agreement(
-    qtype: QuantizedType,
-    qscheme: torch.qscheme | None,
-    reduce_range: bool,
-    ch_axis: int | None,
-    rounding: Rounding | None,
-) -> None:
-    """Raise where an argument contradicts a type that was given whole."""
-    if qscheme is not None and (qscheme in _PER_CHANNEL) != (qtype.axis is not None):
-        raise ValueError(
-            f"qscheme={qscheme} contradicts dtype={qtype}: give the type an axis (with_axis), or name it by a string"
-            if qtype.axis is None
-            else f"qscheme={qscheme} contradicts dtype={qtype}, which has an axis"
-        )
-    if qscheme is not None and (qscheme in _SYMMETRIC) != qtype.symmetric:
-        raise ValueError(f"qscheme={qscheme} contradicts dtype={qtype}, whose symmetric is {qtype.symmetric}")
-    if ch_axis is not None and qtype.axis is not None and ch_axis != qtype.axis:
-        raise ValueError(f"ch_axis={ch_axis} contradicts dtype={qtype}")
-    if reduce_range:
-        raise ValueError(
-            f"reduce_range=True contradicts dtype={qtype}, which says its codes; make a type of fewer codes"
-        )
-    if rounding is not None and rounding != qtype.rounding:
-        raise ValueError(f"rounding={rounding!r} contradicts dtype={qtype}")
-
-
 def _short(values: Tensor) -> str:
-    """Return a tensor as one number, or as the range that its elements span."""
+    """Return a tensor as text: ``"unset"``, one number, or ``"[-1 .. 2; 8 channels]"``."""
     if values.numel() == 0 or bool(torch.isinf(values).all()):
         return "unset"
     if values.numel() == 1:

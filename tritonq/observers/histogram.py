@@ -1,4 +1,4 @@
-"""Ranges from a histogram that any order of batches and any split over ranks makes alike."""
+"""A histogram observer whose result does not depend on the order of batches or their split over ranks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ class HistogramObserver(RangeObserver):
         self.register_buffer("common_nonfinite", torch.zeros_like(self.nonfinite_count), persistent=False)
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """See base class."""
+        """Count the values of ``x`` and update the range, and scale and zero point in ``qparams`` unless that is None.
+
+        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1.
+        """
         x = self._checked(x)
         group = self.process_group.resolve()
         ops = implementation("histogram", x)
@@ -105,7 +108,7 @@ class HistogramObserver(RangeObserver):
     def search_range(self) -> tuple[Tensor, Tensor]:
         """Return the range that the search proposes: float32, 0-d or (channels,).
 
-        The unset range where nothing was seen.
+        If nothing was seen it is the unset range, +inf and -inf.
         """
         find = search_range
         if torch.compiler.is_compiling():
@@ -124,7 +127,7 @@ class HistogramObserver(RangeObserver):
         )
 
     def merge(self, other: RangeObserver) -> None:
-        """Add what ``other`` observed: as if this observer had seen both observers' values.
+        """Add to this observer what ``other`` observed: as if this one had seen the values of both.
 
         Raises:
             TypeError: ``other`` is no HistogramObserver.
@@ -137,19 +140,19 @@ class HistogramObserver(RangeObserver):
             self.histogram.add_(other.histogram)
 
     def allocate(self, num_channels: int) -> None:
-        """See base class."""
+        """Give range and histogram their final number of channels; nothing is done per tensor."""
         super().allocate(num_channels)
         if self.histogram.shape[:-1] != self.min_val.shape:
             self.histogram = self._empty_histogram(self.min_val)
             self.common_histogram = torch.zeros_like(self.histogram)
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """See base class."""
+        """Return each buffer that observing changes, with the number that it holds before: 0 for the histogram."""
         counts = (self.histogram, self.common_histogram, self.common_nonfinite)
         return [*super().empty_state(), *((count, 0) for count in counts)]
 
     def own_counts(self) -> list[Tensor]:
-        """Return counts and skipped values that this rank has not shared yet."""
+        """Return the histogram counts and the number of skipped values that this rank has not shared yet."""
         return [self.histogram - self.common_histogram, self.nonfinite_count - self.common_nonfinite]
 
     def add_shared(self, counts: Tensor, nonfinite: Tensor) -> None:
@@ -160,7 +163,7 @@ class HistogramObserver(RangeObserver):
         self.nonfinite_count.copy_(self.common_nonfinite)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, and note its counts as shared already: every rank loads the same file."""
+        """Load a state dict. Its counts are taken as shared, since every rank loads the same file."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.common_histogram.copy_(self.histogram)
         self.common_nonfinite.copy_(self.nonfinite_count)

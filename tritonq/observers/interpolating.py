@@ -89,13 +89,19 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     @property
     def cells(self) -> int:
-        """Codes that the search counts on: torch.ao's those of the dtype, whatever part of them is used."""
+        """Number of codes that the search assumes.
+
+        In torch.ao these are all codes of the dtype, even if fewer are used.
+        """
         if self.interpolation == "torch" and isinstance(self.dtype, torch.dtype):
             return int(2 ** torch.iinfo(self.dtype).bits)
         return self.qtype.quant_max - self.qtype.quant_min + 1
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """See base class; but this observer does read values back.
+        """Count the values of ``x`` and update the range, and scale and zero point in ``qparams`` unless that is None.
+
+        ``enabled``: one element, 0 leaves everything as it is; None: as 1. Unlike other observers this one reads values
+        back from the device.
 
         Raises:
             NotImplementedError: ``torch.compile`` traces the call.
@@ -127,7 +133,7 @@ class InterpolatingHistogramObserver(RangeObserver):
                 target.copy_(value.view_as(target))
 
     def _grown(self, batch: Range) -> tuple[Range, Tensor]:
-        """Return the range that holds the running one and ``batch``, and the running counts over it (CPU, float64)."""
+        """Return a range with the running one and ``batch`` in it, and the running counts over it (CPU, float64)."""
         old, histogram = self._limits(), self.histogram.cpu()
         new = (min(old[0], batch[0]), max(old[1], batch[1]))
         if not bool(self.has_observed()) or new == old:
@@ -138,7 +144,10 @@ class InterpolatingHistogramObserver(RangeObserver):
         return new, rebin(histogram, old, new, self.upsample_rate)
 
     def _counts(self, x: Tensor, limits: Range) -> Tensor:
-        """Return the batch's counts over ``limits`` (CPU, float64); equal limits put everything into the middle bin."""
+        """Return the counts of ``x`` over ``limits`` (CPU, float64).
+
+        If both limits are equal, all values are in the middle bin.
+        """
         if limits[0] == limits[1]:
             return spike(self.bins, limits[0], limits) * torch.isfinite(x).sum().cpu()
         counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, *limits)
@@ -153,13 +162,13 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.max_val.fill_(limits[1])
 
     def over(self, limits: Range) -> Tensor:
-        """Return the counts over a wider range: float64 (bins,), on the CPU."""
+        """Return the counts over a wider range ``limits``: float64 (bins,), on the CPU."""
         if not bool(self.has_observed()):
             return torch.zeros(self.bins, dtype=torch.float64)
         return rebin(self.histogram.cpu(), self._limits(), limits, self.upsample_rate)
 
     def own_counts(self, limits: Range) -> Tensor:
-        """Return the counts that this rank has not shared yet, over the range ``limits``."""
+        """Return the counts, over the range ``limits``, that this rank has not shared with others yet."""
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
@@ -168,7 +177,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.mark_common()
 
     def mark_common(self) -> None:
-        """Note the present counts as those that all ranks hold."""
+        """Take the present counts as those that all ranks have."""
         self.common_histogram.copy_(self.histogram)
         self._common_limits = self._limits() if bool(self.has_observed()) else None
 
@@ -178,19 +187,19 @@ class InterpolatingHistogramObserver(RangeObserver):
         return rebin(self.common_histogram.cpu(), self._common_limits, limits, self.upsample_rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, and note its counts as shared already: every rank loads the same file."""
+        """Load a state dict. Its counts are taken as shared, since every rank loads the same file."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.mark_common()
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range that the greedy search proposes: float32, 0-d; the unset range where nothing was seen."""
+        """Return the range that the greedy search proposes: float32, 0-d. If nothing was seen it is +inf and -inf."""
         if not bool(self.has_observed()):
             return self.min_val, self.max_val
         low, high = greedy_range(self.histogram.cpu(), *self._limits(), self.cells)
         return torch.full_like(self.min_val, low), torch.full_like(self.max_val, high)
 
     def merge(self, other: RangeObserver) -> None:
-        """Add what ``other`` counted, both over their common range.
+        """Add to this observer what ``other`` counted; both are counted over a range that contains both.
 
         Raises:
             TypeError: ``other`` is no InterpolatingHistogramObserver.
@@ -212,5 +221,5 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.mark_common()
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """See base class."""
+        """Return each buffer that observing changes, with the number that it holds before: 0 for the histogram."""
         return [*super().empty_state(), (self.histogram, 0)]

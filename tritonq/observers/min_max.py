@@ -36,7 +36,11 @@ class MinMaxObserver(RangeObserver):
     copy_above: float | None = None
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """See base class; without a process group all of it is one pass."""
+        """Update the range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
+
+        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. Without a process group this
+        is one pass over ``x``.
+        """
         x = self._checked(x)
         group = self.process_group.resolve()
         if group is not None:
@@ -46,12 +50,12 @@ class MinMaxObserver(RangeObserver):
         implementation("min_max", x).observe(x, self.statistics(enabled), grid)
 
     def statistics(self, enabled: Tensor | None, frozen: bool = False, has_data: bool = False) -> RangeStatistics:
-        """Return the range, and how a batch changes it, as operators take it.
+        """Return the running range and how a batch changes it, as operators take it.
 
         Args:
-            enabled: one element, or None for always.
-            frozen: whether the range is only read.
-            has_data: whether it is known that something was observed.
+            enabled: one element on the device; 0 leaves the range as it is. None: always on.
+            frozen: True: the range is read only.
+            has_data: True: the host knows that something was observed.
         """
         return RangeStatistics(
             self.min_val,
@@ -70,7 +74,10 @@ class MinMaxObserver(RangeObserver):
     def _observe_in_group(
         self, x: Tensor, qparams: QParams | None, enabled: Tensor | None, group: ProcessGroup
     ) -> None:
-        """Update with the range over all ranks' batches; a rank whose batch is empty takes part."""
+        """Update range and ``qparams`` with the range over the batches of all ranks in ``group``.
+
+        Every rank must call it, also one whose batch is empty.
+        """
         if known_off(enabled):
             return
         low, high, nonfinite = implementation("min_max", x).min_max(x, self.qtype.row_type.axis)
@@ -130,8 +137,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     def set_momentum(self, momentum: float) -> None:
         """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1).
 
-        With ``rule="megengine"`` as there: it counts from the update after the next one on, and may be 1, which keeps
-        the range.
+        With ``rule="megengine"`` it may also be 1, which keeps the range, and takes effect one update later, as there.
         """
         if self.rule != "megengine":
             self._set_averaging_constant(1.0 - momentum)
@@ -141,7 +147,10 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         self._later_constant = 1.0 - momentum
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """See base class."""
+        """Update the averaged range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
+
+        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1.
+        """
         super().observe(x, qparams, enabled)
         if self._later_constant is not None and not known_off(enabled):
             self.averaging_constant, self._later_constant = self._later_constant, None
@@ -153,7 +162,11 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
 
 def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a per-channel observer: torch.ao's defaults, and a per-tensor scheme is refused."""
+    """Return keyword arguments for an observer per channel, with torch.ao's defaults for what is not given.
+
+    Raises:
+        ValueError: a scheme per tensor.
+    """
     if isinstance(dtype, QuantizedType):
         if dtype.axis is None:
             raise ValueError(f"a per-channel observer needs a type with an axis, got {dtype}: use with_axis")

@@ -1,4 +1,4 @@
-"""An observer whose scale is given, not observed."""
+"""An observer whose scale is given by the user, not observed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ArrayLike = Tensor | np.ndarray | float
 
 
 class PassiveObserver(ObserverBase):
-    """Holds qparams that come from elsewhere; ``scale`` alone may be replaced later.
+    """Holds a scale and a zero point that come from elsewhere; assigning to ``scale`` replaces the scale later.
 
     Attributes:
         scale: float32 buffer, one element or (channels,).
@@ -86,14 +86,14 @@ class PassiveObserver(ObserverBase):
         return x
 
     def calculate_qparams(self) -> QParams:
-        """See base class."""
+        """Return the given scale and zero point."""
         return QParams(self.current_scale, self.zero_point)
 
     def has_observed(self) -> Tensor:
-        """See base class."""
+        """Return a 0-d bool tensor: whether a scale was given."""
         return self.is_set
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict; its scale counts as one that was given."""
+        """Load a state dict; its scale counts as given."""
         self.revision += 1
         super()._load_from_state_dict(state_dict, prefix, *args)
