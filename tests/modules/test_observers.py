@@ -12,7 +12,7 @@ from torch.ao import quantization as ao
 
 import tritonq
 from tolerances import FLOAT32, SUMS, assert_close
-from tritonq.observers.arguments import quantized_type
+from tritonq.quantized_type import type_from_arguments
 
 PAIRS = [
     (tritonq.MinMaxObserver, ao.MinMaxObserver, {}),
@@ -176,7 +176,7 @@ def test_observers_refuse_a_bad_averaging_constant_and_scheme():
 
 
 def test_reduce_range_halves_the_codes():
-    qtype = quantized_type(torch.quint8, torch.per_tensor_affine, True, 0, 255, 0, "half_even")
+    qtype = type_from_arguments(torch.quint8, torch.per_tensor_affine, True, 0, 255, 0, "half_even")
     assert (qtype.quant_min, qtype.quant_max) == (0, 127)
 
 

@@ -14,7 +14,6 @@ from tritonq.factory import WithArgs
 from tritonq.functional.groups import group_rows
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_float_tensor
-from tritonq.observers.arguments import quantized_type
 from tritonq.process_group import GroupReference, ProcessGroupLike
 from tritonq.qparams import (
     MEGENGINE_EPS,
@@ -25,7 +24,7 @@ from tritonq.qparams import (
     is_readable,
     range_to_qparams,
 )
-from tritonq.quantized_type import QuantizedType, Rounding
+from tritonq.quantized_type import QuantizedType, Rounding, type_from_arguments
 
 
 class FixedDtypeBuffers(nn.Module):
@@ -100,7 +99,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
         super().__init__()
         if is_dynamic:
             raise ValueError("is_dynamic=True is not supported: tritonq trains models with static activation ranges")
-        self.qtype = quantized_type(dtype, qscheme, reduce_range, quant_min, quant_max, ch_axis, rounding)
+        self.qtype = type_from_arguments(dtype, qscheme, reduce_range, quant_min, quant_max, ch_axis, rounding)
         self.dtype = dtype
         if rule not in get_args(RangeRule):
             raise ValueError(f"unknown rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
