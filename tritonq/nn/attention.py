@@ -54,7 +54,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``(output, weights)`` of attention; arguments, shapes and results are those of torch's class.
 
-        The weights are None if ``need_weights`` is False.
+        Args:
+            query: (batch, targets, embed_dim) with ``batch_first``, else (targets, batch, embed_dim); without a batch 2
+                axes.
+            key: as ``query``, with the number of sources for that of targets.
+            value: as ``key``.
+            key_padding_mask: (batch, sources): True, or -inf, for keys that do not count; None: all do.
+            need_weights: whether to return the weights; if not, None stands for them.
+            attn_mask: (targets, sources) or (batch * heads, targets, sources), as ``key_padding_mask``; None: no mask.
+            average_attn_weights: whether the returned weights are averaged over the heads.
+            is_causal: says that ``attn_mask`` is causal; needs that mask, as in torch.
         """
         is_batched = query.dim() == 3
         if not is_batched:
@@ -100,7 +109,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
     """Return the mask to add to the scores, which broadcasts to (batch, heads, queries, keys); None: no mask.
 
-    Keys that were appended to the given ones have 0 in it.
+    Keys that were appended to the given ones have 0 in it. Arguments as in :meth:`MultiheadAttention.forward`.
 
     Raises:
         ValueError: ``is_causal`` without a mask, as in torch.

@@ -85,7 +85,17 @@ class _Synchronized(torch.autograd.Function):
         eps: float,
         group: Any,
     ) -> Tensor:
-        """Return the normalised ``x``; ``running`` is running mean, running variance and momentum."""
+        """Return the normalised ``x``, and update the running statistics.
+
+        Args:
+            ctx: of torch.autograd.
+            x: the input, (batch, channels, ...).
+            weight: γ; None: 1.
+            bias: β; None: 0.
+            running: running mean, running variance (None: not kept) and momentum.
+            eps: added to the variance.
+            group: the ranks that share statistics.
+        """
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         count = wide.new_full((1,), x.numel() // x.shape[1])
@@ -115,7 +125,7 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``x``, weight and bias; sums over batches are shared with all ranks."""
+        """Return the gradients of ``x``, weight and bias (None if there is none), and None for the other arguments."""
         x, weight, mean, inverse_std = ctx.saved_tensors
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         g = dy.to(mean.dtype)

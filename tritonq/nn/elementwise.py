@@ -186,7 +186,7 @@ class Joint(WithOutputQuantizer):
 
     @property
     def _coded(self) -> Memo[CodedJoin | None]:
-        """The memo of the prepared operation on codes; it is made when needed and not copied with the module."""
+        """The memo of the prepared operation on codes (None if there is none); it is not copied with the module."""
         return cast("Memo[CodedJoin | None]", self.__dict__.setdefault("_coded_join", Memo()))
 
     @torch.no_grad()

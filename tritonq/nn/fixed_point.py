@@ -133,7 +133,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias, not rounded, with the BatchNorm folded in by its running statistics."""
+        """Return weight and bias (never None), not rounded, with the BatchNorm folded in by its running statistics."""
         return self._normalised_parameters(self.bn.running_mean, self.bn.running_var)
 
     def fixed_forward(self, x: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class FixedPointLayer(ReferringModule):
         return self._following.module
 
     def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
-        """Set the layer or format that reads the output, by whose η the output is divided.
+        """Set the layer or format ``following`` that reads the output, by whose η the output is divided.
 
         None: the network returns the output, as real values.
         """
@@ -183,7 +183,7 @@ class FixedPointLayer(ReferringModule):
 
     @abstractmethod
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (not rounded) and bias for an input divided by η and an output divided by η_next.
+        """Return weight (not rounded) and bias (or None) for an input divided by η and an output divided by η_next.
 
         In eval mode they have the running statistics of a BatchNorm folded in.
         """
@@ -270,7 +270,7 @@ class FixedPointLayer(ReferringModule):
         return y if self.following is not None else y.to(self.weight.dtype)
 
     def _unnormalised_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``W η / η_next`` and ``b / η_next``: the parameters of a layer without BatchNorm."""
+        """Return ``W η / η_next`` and ``b / η_next`` (or None): the parameters of a layer without BatchNorm."""
         eta_next = self.eta_next()
         ratio = self.input_factor * self.input_format.eta().to(self.weight.dtype) / eta_next
         return self.weight * ratio, None if self.bias is None else self.bias / eta_next

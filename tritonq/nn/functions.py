@@ -51,7 +51,7 @@ class ElementwiseLayer(UnaryLayer):
         return self.function(x)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the result, from a table with one entry per code.
+        """Return the codes of the result, from a table with one entry per code; None if codes can't be used.
 
         The arguments are those of ``UnaryLayer.exact_codes``.
         """
@@ -136,7 +136,10 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     @classmethod
     def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
-        """Return the quantized form of an ``nn.PReLU``, whose weight it shares, in its mode; hooks are not moved."""
+        """Return the quantized form of an ``nn.PReLU``, whose weight it shares, in its mode; hooks are not moved.
+
+        ``qconfig`` makes the quantizer of the output; None: the layer has none of its own.
+        """
         made = cls(module.num_parameters, qconfig=qconfig)
         made.weight = module.weight
         return made.train(module.training)

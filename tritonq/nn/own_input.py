@@ -64,5 +64,5 @@ class QuantizedBehindClip(nn.Module):
         self._behind_clip = Reference(quantizer)
 
     def last_quantizer(self, own: nn.Module) -> nn.Module | None:
-        """Return the output quantizer ``own``, or the one behind the clip if ``own`` is an Identity."""
+        """Return the output quantizer ``own``; if that is an Identity, the quantizer behind the clip or None."""
         return self.quantizer_behind_clip if isinstance(own, nn.Identity) else own

@@ -120,7 +120,19 @@ class ScaledDotProductAttention(MatMul):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Return the fake-quantized result of attention; arguments, shapes and masks are those of torch's function."""
+        """Return the fake-quantized result of attention, (..., queries, width of values).
+
+        Args:
+            query: (..., queries, width).
+            key: (..., keys, width).
+            value: (..., keys, width of values).
+            attn_mask: broadcasts to (..., queries, keys): bool, True for keys that count; or numbers to add to the
+                scores; None: no mask.
+            dropout_p: probability of dropout on the softmax.
+            is_causal: whether each query reads only the keys up to its own position.
+            scale: factor of the scores; None: ``1 / sqrt(width)``.
+            enable_gqa: whether keys and values have fewer heads than queries, and are repeated.
+        """
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -285,9 +285,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def packed(self) -> Memo[PackedLayer | None]:
-        """The memo of the layer in the form of torch's integer kernels.
+        """The memo of the layer in the form of torch's integer kernels (None: they can't run it).
 
-        Made when needed, and not copied with the layer.
+        It is filled when needed, and not copied with the layer.
         """
         found: Memo[PackedLayer | None] = self.__dict__.setdefault("_packed", Memo())
         return found
@@ -346,9 +346,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
 
 def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tuple[Any, ...], QConfig | None]:
-    """Return a constructor's positional arguments without a QConfig among them, and the QConfig (or ``qconfig``).
+    """Return a constructor's positional arguments without the QConfig among them, and that QConfig.
 
-    torch.ao's constructors take it by position.
+    torch.ao's constructors take it by position. If it is not there, ``qconfig`` is returned, which may be None.
 
     Raises:
         TypeError: it is given by name too.

@@ -186,7 +186,9 @@ class _QATCell(QATRecurrent, RecurrentCellForward):
 
 
 class LSTMCell(_QATCell, nn.LSTMCell):
-    """``nn.LSTMCell`` with fake-quantized weights and a fake-quantized hidden state; see :class:`QATRecurrent`.
+    """``nn.LSTMCell`` with fake-quantized weights and hidden state; its arguments, plus ``qconfig=``.
+
+    :class:`QATRecurrent` describes the quantizers.
 
     Examples:
         >>> import torch, tritonq
@@ -199,7 +201,9 @@ class LSTMCell(_QATCell, nn.LSTMCell):
 
 
 class GRUCell(_QATCell, nn.GRUCell):
-    """``nn.GRUCell`` with fake-quantized weights and a fake-quantized hidden state; see :class:`QATRecurrent`.
+    """``nn.GRUCell`` with fake-quantized weights and hidden state; its arguments, plus ``qconfig=``.
+
+    :class:`QATRecurrent` describes the quantizers.
 
     Examples:
         >>> import torch, tritonq
@@ -211,7 +215,9 @@ class GRUCell(_QATCell, nn.GRUCell):
 
 
 class RNNCell(_QATCell, nn.RNNCell):
-    """``nn.RNNCell`` with fake-quantized weights and a fake-quantized hidden state; see :class:`QATRecurrent`.
+    """``nn.RNNCell`` with fake-quantized weights and hidden state; its arguments, plus ``qconfig=``.
+
+    :class:`QATRecurrent` describes the quantizers.
 
     Examples:
         >>> import torch, tritonq

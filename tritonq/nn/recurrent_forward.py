@@ -123,7 +123,10 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
         return 2 if self.bidirectional else 1
 
     def _run(self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run all layers; return the rounded sequence and the last states of all layers."""
+        """Run all layers; return the rounded sequence and the last states of all layers.
+
+        ``sizes`` are the batch sizes of a packed sequence; None for a plain tensor.
+        """
         last: list[tuple[Tensor, ...]] = []
         between = self.quantizers_between
         for layer in range(self.num_layers):

@@ -143,7 +143,10 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
 
 
 def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
-    """Return the input of an operation of one tensor; for any other call the result of `Analysis.source_of`."""
+    """Return the input of an operation of one tensor.
+
+    For any other call return the result of `Analysis.source_of`, which may be None; ``through_norms`` is its argument.
+    """
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 
 
@@ -179,7 +182,12 @@ def _may_change(operation: Operation, calls: Sequence[Call]) -> bool:
 
 
 def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_arguments: bool) -> Operation | None:
-    """Return the one operation that a row of calls amounts to, for a row of clips the last clip; None if it is none."""
+    """Return the one operation that a row of calls amounts to; None if it is none.
+
+    For a row of clips it is the last clip.
+
+    ``has_fixed_arguments`` says whether the calls' other arguments are constants.
+    """
     joined = joined_function(row)
     if joined is not None:
         return joined
@@ -189,6 +197,9 @@ def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_argumen
 
 
 def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:
-    """Return the operation of one tensor that a call is; None if it is none. Arguments as :func:`averaging_of_call`."""
+    """Return the operation of one tensor that a call computes; None if it computes something else.
+
+    ``shape`` is that of its input; ``has_fixed_arguments`` says whether its other arguments are constants.
+    """
     found = (reader(call, shape, has_fixed_arguments) for reader in _READERS)
     return next((operation for operation in found if operation is not None), None)

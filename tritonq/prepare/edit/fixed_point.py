@@ -63,7 +63,7 @@ class _Builder:
         self._makers: dict[int, nn.Module] = {}
 
     def build(self) -> None:
-        """Build the whole network."""
+        """Put the fixed-point forms of all layers, additions and poolings into the model."""
         # Forwards are traced while the children are still those that were recorded.
         functions = [*self._links.additions.values(), *self._links.relus]
         functions += [pooling.call for pooling in self._links.poolings.values()]
@@ -137,7 +137,7 @@ class _Builder:
         return [self._links.layers[call.index].name for call, _ in group.readers if call.index in self._links.layers]
 
     def _each_group(self) -> list[Group]:
-        """Return each group once."""
+        """Return each group of tensors once; ``links.groups`` has it once for each of its values."""
         return list({id(group): group for group in self._links.groups.values()}.values())
 
     def _units(self, value: int) -> ActivationFormat | None:

@@ -121,7 +121,7 @@ class AnsweredForward:
         self._joined.add(node)
 
     def _answer(self, node: str) -> Answer:
-        """Return the answer to the call at a place, to be changed; at first the call runs as written."""
+        """Return the answer to the call at the place ``node``, to be changed; a new one says to run it as written."""
         return self._answers.setdefault(node, ["run", "", "", ""])
 
     def to_data(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class AnsweredForward:
         return {"answers": {node: self._with_arguments(node) for node in self._answers}, "expected": expected}
 
     def _with_arguments(self, node: str) -> Answer:
-        """Return the answer at a place, followed by the recorded arguments if these include more than tensors."""
+        """Return the answer at the place ``node``, with the recorded arguments if these include more than tensors."""
         answer, recorded = self._answers[node], self._recorded.get(node, [])
         if answer[2] not in _NUMBERS_FOLLOW_NOT or all(map(has_tensors_alone, recorded)):
             return answer

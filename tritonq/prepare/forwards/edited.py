@@ -284,7 +284,10 @@ _classes: WeakValueDictionary[tuple[type, str], type[nn.Module]] = WeakValueDict
 
 
 def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
-    """Return the subclass of ``original`` that runs some forward data, given as JSON; equal ones share a class."""
+    """Return the subclass of ``original`` that runs some forward data, given as JSON in ``encoded``.
+
+    Modules of one class with equal forward data share the subclass.
+    """
     known = _classes.get((original, encoded))
     if known is not None:
         return known

@@ -50,15 +50,18 @@ class GuardedGraph(ForwardGraph):
             self.places[node] = (*self.places.get(node, ()), place)
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
-        """Replace a node in the graph, and its calls in the forward itself.
+        """Replace a node in the graph, and its calls in the forward itself, by calls of the child ``child``.
 
-        Arguments as ``ForwardGraph.replace`` has them.
+        ``operands``, ``in_place`` and ``joined`` are those of ``ForwardGraph.replace`` and ``AnsweredForward.replace``.
         """
         super().replace(node, child, operands, in_place, joined)
         self._edit_forward(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
 
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
-        """Pass a node's result through a child, in the graph and in the forward itself."""
+        """Pass a node's result through a child, in the graph and in the forward itself.
+
+        With ``in_place`` later readers of the node's first operand get the child's result, too.
+        """
         super().insert_after(node, child, in_place)
         self._edit_forward(node, lambda forward, place: forward.insert_after(place, child, in_place))
 

@@ -35,7 +35,10 @@ def calling_place(frame: FrameType | None) -> str:
 
 
 def calling_frame(frame: FrameType | None) -> FrameType | None:
-    """Return the first frame, from this one outwards, that is no Python function of torch which hands its call on."""
+    """Return the first frame, from this one outwards, that is no Python function of torch which hands its call on.
+
+    None if there is no such frame.
+    """
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
     return frame
