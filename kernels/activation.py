@@ -63,7 +63,7 @@ def quantize_value(
 
 @triton.jit
 def rectify(y, CEILING: tl.constexpr):
-    """Return ``min(max(y, 0), CEILING)``, or ``y`` where there is no ReLU; NaN stays."""
+    """Return ``min(max(y, 0), CEILING)``; ``y`` if CEILING is None; NaN stays."""
     if CEILING is not None:
         y = clamp(y, 0.0, CEILING) if CEILING < INF else tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return y

@@ -1,4 +1,4 @@
-"""A step's weight in one launch: its BatchNorm's factor, its range, and codes in the dtype that is convolved.
+"""A step's weight in one launch: fold it with its BatchNorm, observe its range, write codes in the convolution's dtype.
 
 Functions here have the names, signatures and results of `tritonq.reference.batch_norm_weight`, their specification.
 """

@@ -144,9 +144,9 @@ def statistics_kernel(
 
 @triton.jit
 def mean_from(at, step, base, mask):
-    """Return the means of shares, less ``base``.
+    """Return the means of the shares, minus ``base``, (SPLITS, CHANNELS).
 
-    Each mean is stored as the sum of a centre, to which ``at`` points, and a rest, ``step`` elements further.
+    Each mean is stored as two numbers to add: a centre, to which ``at`` points, and a rest, ``step`` elements further.
     """
     centre = tl.load(at, mask=mask, other=0.0)
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)
@@ -267,7 +267,7 @@ def apply_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write ``FQ(relu?(slope · c + shift))`` of one tile."""
+    """Write one tile of ``y = FQ(relu?(slope · c + shift))``, slope and shift per channel."""
     c_strides = aligned_strides(c_strides, ALIGN)
     y_strides = aligned_strides(y_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
@@ -308,7 +308,7 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``, slope and shift per channel: the last pass of :func:`forward`."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     _apply(c, y, seen, slope, shift, grid, ceiling)

@@ -35,12 +35,12 @@ class ConvTile(NamedTuple):
 
 
 class ConvGeometry(NamedTuple):
-    """How a 2-d convolution moves over its input: pairs (vertical, horizontal).
+    """Geometry of a 2-d convolution: pairs (vertical, horizontal) and the number of groups.
 
     Attributes:
-        stride: between outputs.
+        stride: distance of the input places of neighbouring outputs.
         padding: zeros on each side.
-        dilation: between taps.
+        dilation: distance of the taps.
         groups: groups of channels.
     """
 
@@ -51,9 +51,15 @@ class ConvGeometry(NamedTuple):
 
 
 def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Return memory for a convolution of ``x`` (n, c, h, w) with ``weight`` (out, c/groups, kh, kw), laid out as ``x``.
+    """Return uninitialised memory for a convolution's output, (n, out, h', w'); channels_last if ``x`` is.
 
-    ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1``.
+    ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1`` for height and width.
+
+    Args:
+        x: the input, (n, c, h, w).
+        weight: (out, c/groups, kh, kw).
+        geometry: of the convolution.
+        dtype: of the output.
     """
     sizes = [
         (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

@@ -45,7 +45,7 @@ def function_backward_kernel(
     BLOCK: tl.constexpr,  # elements of a program
     WIDE: tl.constexpr,
 ):
-    """Write ``f'(x) · dy`` where the code of ``f(x)`` lies in range, else 0."""
+    """Write ``f'(x) · dy`` for BLOCK elements, 0 where the code of ``f(x)`` was clipped."""
     program = tl.program_id(0)
     offsets = (program.to(tl.int64) if WIDE else program) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n

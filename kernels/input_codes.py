@@ -101,7 +101,7 @@ def decode_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write ``(code - shift) · scale`` of one tile."""
+    """Write one tile of the tensor ``(code - shift) · scale``."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x = load_operand(codes_ptr, tile_offsets(place, codes_strides), mask, 0, scale_ptr, shift_ptr)

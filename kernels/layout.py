@@ -160,7 +160,7 @@ def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axi
 
 
 def _extent(sizes: tuple[int, int, int], strides: Sequence[tuple[int, int, int]]) -> int:
-    """Return the largest index or offset that addressing the view can produce."""
+    """Return the largest index or offset, in elements, that occurs when the view's elements are addressed."""
     offsets = [sum((size - 1) * step for size, step in zip(sizes, t, strict=True)) for t in strides]
     return max(*sizes, *offsets)
 
@@ -260,7 +260,7 @@ def split(
 
 
 def _power_of_two(n: int) -> int:
-    """Return the smallest power of two that is at least ``n`` and 1."""
+    """Return the smallest power of two that is at least ``n``; at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 

@@ -80,7 +80,7 @@ class QuantizedType(Protocol):
 
     @property
     def float_format(self) -> FloatFormat | None:
-        """The format of float codes; None where codes are integers."""
+        """The float format of the codes; None if codes are integers."""
 
 
 class Grid(Protocol):
@@ -88,7 +88,7 @@ class Grid(Protocol):
 
     @property
     def scale(self) -> Tensor:
-        """float32: one element, or (channels,)."""
+        """Scale, float32: one element, or (channels,)."""
 
     @property
     def zero_point(self) -> Tensor | None:

@@ -55,14 +55,14 @@ def divide_by_scale(x, scale, ROUNDING: tl.constexpr):
 
 @triton.jit
 def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Return ``clamp(round(v) + z, QUANT_MIN, QUANT_MAX)`` as float32.
+    """Return the code of ``v``: ``clamp(round(v) + zero_point, QUANT_MIN, QUANT_MAX)`` as float32.
 
     Args:
-        v: float32, from :func:`divide_by_scale`. NaN stays NaN, infinities saturate.
+        v: float32, a value over its scale, from :func:`divide_by_scale`. NaN stays NaN, infinities saturate.
         zero_point: float32 integer that broadcasts against ``v``, or the constant 0.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
-        ROUNDING: ``"half_even"`` or ``"half_away"``.
+        ROUNDING: of ties: ``"half_even"`` or ``"half_away"``.
     """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         return round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) + zero_point

@@ -84,13 +84,13 @@ def aligned_sizes(sizes, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr):
-    """Return one value per channel of the tile, shaped to broadcast against it.
+    """Load one value per channel of the tile, shaped to broadcast against it: (ROWS, 1), (1, COLS) or a scalar.
 
     Args:
-        ptr: (channels,), or one element where CHANNEL is None.
+        ptr: (channels,), or one element if CHANNEL is None.
         place: of the tile, from :func:`tile_indices`.
         sizes: (outer, rows, cols) of the view.
-        CHANNEL: dimension of the view that carries the channels: 0, 1, 2 or None.
+        CHANNEL: dimension of the view with the channels: 0, 1, 2 or None.
     """
     outer, row, col = place
     if CHANNEL is None:

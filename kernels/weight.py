@@ -178,7 +178,15 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return the codes of :func:`quantize_folded` once more, from its snapshot; ``out`` and ``extremes`` are unused."""
+    """Return codes, unit, clips and snapshot of :func:`quantize_folded` once more, for the backward.
+
+    Args:
+        rows: the weight, (out, ...).
+        fold: (out,), the factor of each row.
+        grid: the snapshot that :func:`quantize_folded` returned; None without a quantizer.
+        out: not used.
+        extremes: not used.
+    """
     return quantize_folded(rows, fold, grid, None)
 
 

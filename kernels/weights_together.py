@@ -81,7 +81,7 @@ def quantize_all_kernel(
     ROUNDING: tl.constexpr,
     COLS: tl.constexpr,  # elements of a row that are read at a time
 ):
-    """Fold, observe and quantize one row of one weight."""
+    """Fold, observe and quantize one row (out channel) of one weight."""
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS
     channel = (program - tl.load(entry + _START)).to(tl.int32) + tl.arange(0, 1)

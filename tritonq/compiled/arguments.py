@@ -58,7 +58,7 @@ def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
 
 
 def rounds_to_even_integers(grid: Grid) -> bool:
-    """Whether values become integers, ties to even ones."""
+    """Whether a grid has integer codes and rounds ties to the even one."""
     return grid.qtype.rounding == "half_even" and grid.qtype.float_format is None
 
 

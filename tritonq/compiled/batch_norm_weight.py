@@ -1,4 +1,7 @@
-"""`tritonq.reference.batch_norm_weight` over the compiled families `fold` and `weight`."""
+"""A step's folded and quantized weight, composed of the compiled functions of `fold` and `weight`.
+
+Functions are those of `tritonq.reference.batch_norm_weight`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def quantize(
     known: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> StepWeight:
-    """See :func:`tritonq.reference.batch_norm_weight.quantize`."""
+    """Compute :func:`tritonq.reference.batch_norm_weight.quantize` in C++: fold, observe and quantize a weight."""
     families = (folds, weights)
     return composed(*families, rows, running_var, gamma, eps, code_dtype, dtype, grid, statistics, known, out)
 
@@ -31,7 +34,7 @@ def quantize(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """See :func:`tritonq.reference.batch_norm_weight.codes_again`."""
+    """Compute :func:`tritonq.reference.batch_norm_weight.codes_again` in C++: the codes once more."""
     codes, unit, *_ = weights.folded_codes(rows, fold, grid, out)
     return fit_codes(codes, unit, code_dtype)[0]
 
@@ -48,7 +51,7 @@ def gradients(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`tritonq.reference.batch_norm_weight.gradients`."""
+    """Compute :func:`tritonq.reference.batch_norm_weight.gradients` in C++: the gradients of weight and γ."""
     drows, dfold = weights.folded_backward(dcodes, rows, fold, unit, grid, clips)
     if gamma is None:
         return drows, dfold

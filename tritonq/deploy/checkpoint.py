@@ -49,8 +49,8 @@ def save_converted(
     The file is a dict: ``format``, ``version``, ``modules`` (one description per module, plain data), ``state_dict``
     (weights in int8, those of 4 bits and fewer with several codes per byte), ``packed`` (how to unpack these),
     ``metadata`` where it is given, and ``sha256`` of modules, unpacked state and metadata (torch's reader does not
-    check its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model.
-    Hooks of the user's are not in it.
+    check its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model. The
+    user's hooks are not saved.
 
     Args:
         model: a converted model.
@@ -96,7 +96,7 @@ def save_converted(
 
 
 def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Turn a freshly built float model into the converted model that a file holds.
+    """Turn a new float model into the converted model that a file of :func:`save_converted` holds.
 
     Args:
         path: a file of :func:`save_converted`.
@@ -104,11 +104,11 @@ def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             its device.
 
     Returns:
-        The converted model, which is ``model`` unless that is itself a single layer.
+        The converted model: ``model`` itself, or another module if ``model`` is a single layer.
 
     Raises:
-        ValueError: a file that is damaged, of another kind or of a newer version, or a model of another architecture
-            (the message names the first module that differs). ``model`` is then as it was.
+        ValueError: the file is damaged, of another kind or of a newer version, or the model has another architecture
+            (the message names the first module that differs). ``model`` is then unchanged.
         OSError: the file can't be read.
 
     Examples:

@@ -75,7 +75,7 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What :func:`verify` found; ``print`` it for a table.
+    """The result of :func:`verify`; ``print`` it for a table.
 
     Attributes:
         layers: one comparison per quantizer and call, in the order in which the model runs them.
@@ -103,7 +103,7 @@ class VerificationReport:
     def agrees(self, max_fraction: float = 0.0, max_step: int = 0) -> bool:
         """Whether in every layer at most ``max_fraction`` of the codes differ, by at most ``max_step``.
 
-        In islands one code is allowed, as often as it differs.
+        Behind islands any number of codes may differ by one.
         """
         return self.first_beyond(max_fraction, max_step) is None
 

@@ -54,12 +54,11 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     fixed-point network becomes one of integers alone: :mod:`tritonq.deploy.fixed_point`.
 
     Args:
-        model: a trained model with quantization-aware layers, in any mode; what ``torch.compile`` made of one counts as
-            the one itself.
-        inplace: change ``model`` itself instead of a copy. A model that is itself one layer is replaced all the same:
-            use what is returned.
-        allow_unquantized: leave in float what a quantizer that has never observed, or that is switched off, leaves in
-            float in ``model``. By default that is an error: usually the model was not trained.
+        model: a trained model with quantization-aware layers, in any mode; also the result of ``torch.compile`` of one.
+        inplace: change ``model`` itself instead of a copy. If the model itself is one layer, another module is
+            returned: use the result.
+        allow_unquantized: whether tensors may stay in float because their quantizer has never observed anything or is
+            switched off. By default that is an error: usually the model was not trained.
 
     Returns:
         The converted model.

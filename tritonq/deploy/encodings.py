@@ -44,18 +44,18 @@ def export_encodings(
 ) -> dict[str, Any]:
     """Write a float ONNX file, and beside it the grids of its tensors as AIMET's ``.encodings``.
 
-    Qualcomm's converters read both (``qairt-converter --quantization_overrides model.encodings``). The file holds
-    float operators alone. Weights and biases lie on their grids, so that rounding gives the trained codes. The names in
-    the encodings are those of the file's tensors.
+    Qualcomm's converters read both (``qairt-converter --quantization_overrides model.encodings``). The file holds float
+    operators only. Weights and biases lie on their grids, so that rounding gives the trained codes. The names in the
+    encodings are those of the file's tensors.
 
-    ``value = (code + offset) * scale`` with unsigned codes ``0 .. 2^bw - 1`` in version 1.0.0: the offset is minus the
-    zero point, less ``2^(bw-1)`` for signed codes. ``value = (code - y_zero_point) * y_scale`` in version 2.0.0,
-    where activations are unsigned and parameters as they were trained.
+    ``value = (code + offset) * scale`` with unsigned codes ``0 .. 2^bw - 1`` in version 1.0.0: the offset is
+    ``-zero_point``, and for signed codes ``-zero_point - 2^(bw-1)``. ``value = (code - y_zero_point) * y_scale`` in
+    version 2.0.0, where activations are unsigned and parameters as they were trained.
 
-    A tensor without an encoding was not quantized; ``--float_fallback`` computes what reads it in float. What moves
-    values hands its encoding on. A tensor that is read on two grids is read through an Identity. Ties are rounded
-    by the engine's rule, a narrow range (-127..127) becomes the whole one, and devices requantize by fixed point:
-    expect single codes to differ by one.
+    A tensor without an encoding was not quantized; ``--float_fallback`` computes what reads it in float. An operation
+    that only moves values has the encoding of its input. A tensor that is read on two grids is read through an
+    Identity. Ties are rounded by the engine's rule, a narrow range (-127..127) becomes the whole one, and devices
+    requantize by fixed point: expect single codes to differ by one.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns; float32. Preset ``"qnn"`` suits these engines.

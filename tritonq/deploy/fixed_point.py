@@ -37,13 +37,13 @@ def has_fixed_point(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Return the integer form of a fixed-point network: codes in, shifts between layers, accumulators out.
+    """Return the integer form of a fixed-point network: layers take 8-bit codes and shift their sums to codes.
 
     Its outputs equal those of ``model`` in eval mode, and so does every code between.
 
     Raises:
-        ValueError: formats that never observed anything, are switched off, or wider than 8 bits, float biases, or a
-            model that is converted already. The message names the module; ``model`` is then as it was.
+        ValueError: a format never observed anything, is switched off, or has more than 8 bits; a bias is float; or the
+            model is converted already. The message names the module; ``model`` is then unchanged.
     """
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")

@@ -174,7 +174,7 @@ class IntegerLayer(IntegerModule):
             )
 
     def extra_repr(self) -> str:
-        """Return shape, geometry and what goes in and out."""
+        """Return the text for ``repr``: geometry, the weight's shape, and the formats of input and output."""
         kind = "linear" if self.linear else f"conv {self.geometry}"
         ends = (", encodes" if self.encodes else "") + (", decodes" if self.decodes else "")
         return f"{kind}, weight {tuple(self.weight.shape)}, from {self.input}, {super().extra_repr()}{ends}"

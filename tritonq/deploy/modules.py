@@ -189,14 +189,14 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         super().__setattr__(name, value)
 
     def along_weight(self, values: Tensor) -> Tensor:
-        """Return values per out channel or group, shaped to broadcast against the weight."""
+        """Return values of one per out channel or group (such as scales), shaped to broadcast against the weight."""
         if not self.has_groups:
             return self.along_out_channels(values)
         group = cast(int, cast(QuantizedType, self.types.weight).group)
         return self.linear_map.from_rows(values.repeat_interleave(group, 1))
 
     def along_out_channels(self, values: Tensor) -> Tensor:
-        """Return values per out channel, shaped to broadcast against the weight."""
+        """Return values of one per out channel, (out,), shaped to broadcast against the weight."""
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
@@ -218,7 +218,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
-        """Return this layer in integers, or None where it computes in float."""
+        """Return this layer's integers, to compute with; None if the layer computes in float."""
         if self.multiplier is None:
             return None
         return IntegerAffine(

@@ -71,8 +71,9 @@ def export_onnx(
       Functions, pools and sums stand in float between pairs, so that an engine's own arithmetic decides ties: expect
       single codes to differ by one. Activations may have 16 bits; ONNX Runtime computes in float beside these.
 
-    MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution. Fixed-point
-    networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of the options below.
+    Grids that round ties away from zero (MegEngine's) round them to even in the file; ties are rare behind a
+    convolution. Fixed-point networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of
+    the options below.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns; float32.
@@ -84,14 +85,14 @@ def export_onnx(
         opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
             ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least; eight-bit floats 19.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
-        dynamic_sizes: leave height and width of the inputs open, and call them so (all axes behind the first two of
-            tensors with 3 to 5 axes), for fully convolutional networks.
+        dynamic_sizes: leave the sizes of all axes behind the first two open, of inputs with 3 to 5 axes, and name them
+            ``height``, ``width``; for fully convolutional networks.
         input_names: names of the inputs; by default those of the forward's arguments.
         output_names: names of the outputs; by default ``"output"`` for one tensor, ``"output_0"`` and so on for
             several, and the keys of a dict or the fields of a dataclass. Text and numbers in a result are left out.
         pixels: ``(mean, std)``, each a number or one per channel: the file takes uint8 images, and looks up the code of
-            ``(pixel / 255 - mean) / std``, which is what the trained model makes of it. For models with one input that
-            quantizers alone read.
+            ``(pixel / 255 - mean) / std``, which is the value that the trained model takes. For models with one input
+            that only quantizers read.
         returns: ``"values"``; ``"codes"`` of the outputs, uint8 or int8 (their scales and zero points stand in the
             file's metadata); or ``"argmax"``, the index of the largest along axis 1.
         pack: store weights of four bits and fewer as INT4 and UINT4, two codes per byte, in a file of opset 21 at
@@ -101,9 +102,9 @@ def export_onnx(
 
     Raises:
         ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
-            (the message names the quantizer); an option that fixed-point networks lack; pixels
-            or codes at an end that has no quantizer; a model that torch can't
-            export, or not with open sizes; or what :func:`tritonq.convert` raises.
+            (the message names the quantizer); an option that fixed-point networks lack; pixels or codes at an end that
+            has no quantizer; a model that torch can't export, or not with open sizes; or what :func:`tritonq.convert`
+            raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
 
     Examples:

@@ -131,7 +131,7 @@ def _(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
 
 @torch.library.custom_op("tritonq::global_average", mutates_args=())
 def global_average(x: Tensor) -> Tensor:
-    """Return the means over all axes behind the first two, (n, c, 1, ...), of ``x`` (n, c, ...)."""
+    """Return the means of ``x`` (n, c, ...) over all axes behind the first two: (n, c, 1, ...)."""
     return x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 

@@ -59,20 +59,21 @@ class TorchAoReport:
 def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> TorchAoReport:
     """Load a checkpoint of torch.ao's eager QAT, trained or converted to integers, into the same model of tritonq's.
 
-    Both versions of torch.ao's presets, observers that have seen nothing, per-channel observers that said ``min_vals``,
-    ConvBn modules from before they had a child ``bn``, and the prefix of DataParallel are understood. From a converted
-    model come codes and grids: quantizers stop observing, and BatchNorms, which torch.ao folded away, are identities.
+    It reads both versions of torch.ao's presets, observers that have seen nothing, per-channel observers with the
+    earlier name ``min_vals``, ConvBn modules from before they had a child ``bn``, and names with the prefix of
+    DataParallel. From a converted model come codes and grids: quantizers stop observing, and BatchNorms, which torch.ao
+    folded away, are identities.
 
     Args:
         model: fused and prepared as it was for torch.ao: ``prepare_qat`` without example inputs.
         state_dict: torch.ao's state dict, or the path of a file that holds it. Only tensors are loaded from a file.
 
     Returns:
-        What could not be mapped.
+        How many tensors were loaded, and which could not be mapped, with reasons.
 
     Raises:
-        ValueError: the checkpoint of another architecture or qconfig, by the first tensor that does not fit, or a file
-            without a state dict. ``model`` is then as it was.
+        ValueError: the checkpoint is of another architecture or qconfig (the message names the first tensor that does
+            not fit), or the file has no state dict. ``model`` is then unchanged.
         OSError: the file can't be read.
 
     Source: the `_load_from_state_dict` methods of torch.ao.quantization.observer, torch.ao.quantization.fake_quantize

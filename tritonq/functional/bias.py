@@ -13,7 +13,7 @@ from tritonq.qparams import is_readable
 
 
 def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """Round a bias to the grid of the sums that it is added to; gradients pass straight through.
+    """Round a bias to the grid of the integer sums that it is added to; gradients pass straight through.
 
     ``s = input_scale · weight_scale``, ``y = clip(round(bias / s)) · s`` with codes of 32 bits (up to 2^31 - 128, which
     float32 holds), ties to even, computed in float64 as :func:`tritonq.functional.integer.bias_codes` does.
@@ -27,9 +27,9 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Te
         (out,) in the dtype of ``bias``.
 
     Raises:
-        TypeError: an argument that is not a floating point tensor.
-        ValueError: shapes that do not fit; a product of scales that is not positive and finite (checked on CPU
-            tensors), zero by underflow included.
+        TypeError: an argument is not a floating point tensor.
+        ValueError: shapes do not fit, or a product of scales is not positive and finite (checked on CPU tensors); an
+            underflow to zero counts.
 
     Source: docs/conv-bn.md, "Biases"; MegEngine.
 

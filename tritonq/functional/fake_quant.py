@@ -76,23 +76,24 @@ def fake_quantize_per_channel_affine(
     rounding: Rounding = "half_even",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Round ``x`` to one grid per index of ``axis``; formula, gradient, dtypes and errors as per tensor.
+    """Round ``x`` to one grid per index of ``axis``; gradients pass straight through inside the range.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
-        scale: float tensor (x.shape[axis],); with groups in the shape of ``x`` but for ``axis``, which has one index
-            per group.
+        scale: float tensor (x.shape[axis],); with groups shaped as ``x``, but with one index per group along ``axis``.
         zero_point: integer tensor, as ``scale``.
         axis: the channel axis; may be negative.
         quant_min: smallest code.
         quant_max: largest code.
-        group_size: one grid per so many elements along ``axis``, at each index of the other axes, as ONNX's
-            ``block_size`` has it. Where ``axis`` is not the innermost in memory, ``x`` is copied first.
+        group_size: number of neighbouring elements along ``axis`` that share a grid, at each index of the other axes
+            (ONNX's ``block_size``); None: all elements at an index of ``axis`` share one. If ``axis`` is not the
+            innermost in memory, ``x`` is copied first.
         rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        ValueError: also for an axis out of range, or qparams whose length is not ``x.shape[axis]``.
+        ValueError: as :func:`fake_quantize_per_tensor_affine`; also for an axis out of range, or qparams of another
+            length.
 
     Source: docs/numbers.md, "Fake quantization".
 

@@ -193,7 +193,10 @@ def integer_affine(
 
 
 def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
-    """Return ``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers held in float32 or float64."""
+    """Return ``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers as float32 or float64.
+
+    Arguments as for :func:`integer_affine`; the shape is that of ``op``'s result.
+    """
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.
     with torch.autocast(codes.device.type, enabled=False):

@@ -152,7 +152,7 @@ def largest_magnitude(grid: Grid) -> int:
 
 
 def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor:
-    """Return the concatenation along ``dim`` on the output's grid, before clipping: ``round(x / s) · s``.
+    """Return the concatenation along ``dim``, rounded to the output's grid as ``round(x / s) · s``, not clipped.
 
     Training multiplies by 1 / s, which rounds some ties to the other side.
 

@@ -118,8 +118,8 @@ def trained_threshold_quantize(
 ) -> Tensor:
     """Fake quantize with scale ``2^t``, where ``t`` receives a gradient (TQT); ties away from zero.
 
-    ``code = clip(round(x/s))``; inside where ``x/s`` is in ``[quant_min - 0.5, quant_max + 0.5]``; ``dx = dy`` inside;
-    ``dt = Σ dy s ln2 {code - x/s inside | code outside}``.
+    ``code = clip(round(x/s))`` and ``y = code · s``. A value is inside if ``x/s`` is in
+    ``[quant_min - 0.5, quant_max + 0.5]``; ``dx = dy`` inside; ``dt = Σ dy s ln2 {code - x/s inside | code outside}``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.

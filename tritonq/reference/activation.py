@@ -160,7 +160,7 @@ def straight_through_(
 
 
 def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
-    """Compute :func:`straight_through_` without reading a value: for traced graphs and for other devices."""
+    """Compute :func:`straight_through_` without reading a value on the host: for traced graphs and other devices."""
     return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
 
 

@@ -33,7 +33,7 @@ class Averaging(Protocol):
     """
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the means of a float tensor, as torch computes them."""
+        """Return the means of a float tensor ``x``, as torch computes them."""
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return what each sum is divided by: one number, or a float32 tensor that broadcasts against the result.
@@ -59,7 +59,7 @@ class AxesAverage:
     keepdim: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the mean over the axes."""
+        """Return the mean of ``x`` over the axes."""
         return x.mean(self.axes, self.keepdim)
 
     def divisors(self, shape: tuple[int, ...]) -> int:
@@ -92,7 +92,7 @@ class WindowAverage:
     divisor_override: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the mean of each window."""
+        """Return the mean of each window of ``x`` (n, c, ...)."""
         rank = len(self.kernel_size)
         arguments: list[Any] = [self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad]
         if rank > 1:
@@ -116,7 +116,7 @@ class WindowAverage:
         return max(math.prod(self.kernel_size), abs(self.divisor_override or 0))
 
     def windows(self, size: int, kernel: int, stride: int, padding: int) -> int:
-        """Return how many windows there are along an axis of ``size`` elements."""
+        """Return how many windows an axis of ``size`` elements has, with these kernel size, stride and padding."""
         span = size + 2 * padding - kernel
         count = (-(-span // stride) if self.ceil_mode else span // stride) + 1
         # The last window has to begin inside of the input or of the padding before it.
@@ -142,7 +142,7 @@ class AdaptiveAverage:
     output_size: tuple[int | None, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the mean of each window."""
+        """Return the mean of each window of ``x`` (n, c, ...)."""
         sizes = self.sizes(x.shape)
         result: Tensor = _ADAPTIVE_POOLS[len(sizes)](x, sizes)  # type: ignore[arg-type]
         return result

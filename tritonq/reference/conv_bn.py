@@ -383,5 +383,5 @@ def _unrows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _like(dy: Tensor, c: Tensor) -> Tensor:
-    """Return ``dy`` in the memory format of ``c``."""
+    """Return ``dy`` with the strides of ``c``."""
     return dy if dy.stride() == c.stride() else torch.empty_like(c).copy_(dy)

@@ -185,5 +185,5 @@ def _steps(x: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
 
 
 def _bounds(qtype: QuantizedType) -> tuple[float, float]:
-    """Return the smallest and the largest code, or the numbers that float codes stand for."""
+    """Return the smallest and the largest code; for a float format its smallest and largest number."""
     return (qtype.quant_min, qtype.quant_max) if qtype.float_format is None else (-qtype.reach, qtype.reach)

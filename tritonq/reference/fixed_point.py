@@ -68,7 +68,7 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
 
 
 def _add_errors(errors: Tensor, block: Tensor, qtype: QuantizedType) -> None:
-    """Add the errors of a block (channels, elements) to ``errors`` (candidates, channels)."""
+    """Add the squared errors of a block (channels, elements) to ``errors`` (candidates, channels), in place."""
     # 0 is a code of every format: values set to it err nowhere. (A mask and `where` would take as long as three
     # candidates.)
     block = torch.nan_to_num(block, 0.0, 0.0, 0.0)

@@ -151,7 +151,7 @@ def folded_backward(
 
 
 def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, grid: Grid) -> Tensor:
-    """Return ``dcodes`` where the unclipped code is in range, 0 elsewhere."""
+    """Return ``dcodes`` where the code of ``rows · fold``, before clipping, is in range, else 0."""
     enabled = _enabled(grid, rows)
     if enabled is False:
         return dcodes

@@ -1,4 +1,4 @@
-"""Many weights at once, in PyTorch: the specification of `tritonq.kernels.weights_together`."""
+"""Quantizing many weights at once, in PyTorch: the specification of `tritonq.kernels.weights_together`."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def run_affine(
 
 @operator(returns=New(_join_shape, "a", keeps_format=True))
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Compute :func:`join` when the compiled graph runs."""
+    """Compute :func:`join` when the compiled graph runs; same arguments and result."""
     return _chosen(
         (grid_a, grid_b, output),
         lambda: integer_join(kind, a, b, grid_a, grid_b, output).to(a.dtype),
@@ -178,7 +178,7 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
 
 @operator(returns=Like("x"))
 def run_on_grid(x: Tensor, output: Grid) -> Tensor:
-    """Compute :func:`on_grid` when the compiled graph runs."""
+    """Compute :func:`on_grid` when the compiled graph runs; same arguments and result."""
     return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
 
 
@@ -212,7 +212,7 @@ def run_average(
 
 @operator(returns=Like("x"))
 def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Compute :func:`function` when the compiled graph runs."""
+    """Compute :func:`function` when the compiled graph runs; same arguments and result."""
     return _chosen(
         (source, output),
         lambda: integer_function(x, function, source, output).to(x.dtype),
