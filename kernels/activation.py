@@ -169,9 +169,7 @@ def range_kernel(
 ):
     """Merge the ranges of all parts into the quantizer's running range, and write a snapshot of its qparams.
 
-    One program does it all.
-
-    With a ReLU the ends of the merged range are those after the ReLU.
+    One program does it all. The ReLU is applied to the ends of the merged range, if there is one.
     """
     observing = 0
     if observing_ptr is not None:

@@ -52,11 +52,11 @@ def quantize(
     known: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Grid | None]:
-    """Fold a weight with its BatchNorm, observe its range, and quantize it, as the specification says.
+    """Fold a weight with its BatchNorm, observe its range, and quantize it, in one launch.
 
-    Returns the fields of :class:`tritonq.reference.batch_norm_weight.StepWeight` as a tuple: codes, unit, ratio, fold,
-    ``1/σ``, whether something may clip, and a snapshot of the grid. ``out`` is not used: a GPU's allocator hands out
-    again what was freed.
+    Arguments and result are those of :func:`tritonq.reference.batch_norm_weight.quantize`; the result is a tuple of
+    codes, unit, ratio, fold, ``1/σ``, whether something may clip, and a snapshot of the grid. ``out`` is not used: a
+    GPU's allocator hands out again what was freed.
     """
     if known is None:
         fold, inverse_std = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device).unbind(0)
@@ -124,7 +124,10 @@ def gradients(
 
 
 def _fold(fold: Tensor, running_var: Tensor, gamma: Tensor | None, eps: float, inverse_std: Tensor) -> None:
-    """Write ``fold`` and ``inverse_std`` (``1/σ``), for callers that read them before the weight's own kernel runs."""
+    """Write ``fold`` (``γ/σ``) and ``inverse_std`` (``1/σ``).
+
+    Called when both are read before the weight's kernel runs.
+    """
     with device_guard(fold):
         fold_kernel[(triton.cdiv(len(fold), _BLOCK),)](
             running_var,

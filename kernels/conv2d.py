@@ -178,9 +178,10 @@ def conv2d(
     *,
     tile: ConvTile | None = None,
 ) -> Tensor:
-    """Convolve, add the bias, then apply ReLU and fake quantization: :func:`tritonq.reference.conv2d.conv2d` on a GPU.
+    """Convolve, add the bias, then apply ReLU and fake quantization; the result is channels_last if ``x`` is.
 
-    ``tile`` sets the launch size; None takes a default. The result is channels_last if ``x`` is.
+    Arguments and result are those of :func:`tritonq.reference.conv2d.conv2d`. ``tile`` sets the launch size; None takes
+    a default.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
@@ -205,10 +206,11 @@ def integer_conv2d(
     tile: ConvTile | None = None,
     largest_product: int = _LARGEST_PRODUCT,
 ) -> Tensor:
-    """Convolve integer codes exactly, requantize, then ReLU and fake quantize: as the function of the specification.
+    """Convolve integer codes exactly, requantize, then apply ReLU and fake quantization.
 
-    ``tile`` sets the launch size; None takes a default. No product of two codes exceeds ``largest_product`` in
-    magnitude: the smaller it is, the longer are the sums that float32 adds exactly.
+    Arguments and result are those of :func:`tritonq.reference.conv2d.integer_conv2d`. ``tile`` sets the launch size;
+    None takes a default. No product of two codes exceeds ``largest_product`` in magnitude: the smaller it is, the
+    longer are the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)

@@ -59,7 +59,7 @@ def scan_statistics(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Return four (ROWS, COLS) blocks over the tiles of a share: Σ (c - centre), Σ (c - centre)², minimum, maximum."""
+    """Return Σ (c - centre), Σ (c - centre)², minimum and maximum of a share's tiles: four (ROWS, COLS) blocks."""
     about = centre.to(tl.float32)
     total = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
@@ -174,9 +174,10 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Merge the partial results of CHANNELS channels, and compute what follows from mean and variance of c.
+    """Merge the partial results of CHANNELS channels, and write what follows from mean and variance of c.
 
-    ``1/std = 1 / sqrt(var + eps ratio²)``, ``gain = |γ|``, ``slope = gain / std``, ``shift = β - slope mean``.
+    c is the convolution's output. ``1/std = 1 / sqrt(var + eps ratio²)``, ``gain = |γ|``, ``slope = gain / std``,
+    ``shift = β - slope mean``.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
@@ -294,7 +295,10 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """Return the result of one training step's tail, the vectors of `Normalization`, and a snapshot of the grid."""
+    """Return the result of one training step's tail, the vectors of `Normalization`, and a snapshot of the grid.
+
+    Arguments are those of :func:`tritonq.reference.conv_bn.forward`.
+    """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     vectors, extremes = _statistics(c, seen, ratio, gamma, beta, bias, norm)
@@ -346,7 +350,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return the vectors of `Normalization`, (6, channels), and the extremes of the result, (2, channels); float32.
 
-    Updates the running statistics of ``norm`` in place.
+    Updates the running statistics of ``norm`` in place. ``seen`` is the view of ``c``.
     """
     shares = plan_reduction(c, seen)
     channels = c.shape[1]

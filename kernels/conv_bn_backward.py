@@ -53,7 +53,10 @@ def scan_gradients(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Return two (ROWS, COLS) blocks of sums over the tiles of a share: ``Σ g`` and ``Σ g (c - mean)``."""
+    """Return two (ROWS, COLS) blocks of sums over the tiles of a share: ``Σ g`` and ``Σ g (c - mean)``.
+
+    ``g`` is the part of ``dy`` that ReLU and quantizer let pass.
+    """
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
     place = start
@@ -147,7 +150,7 @@ def finish_gradients_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add the partial results of CHANNELS channels, and write what the gradient of c needs of them."""
+    """Add the partial results of CHANNELS channels, and write the sums and the factors of the gradient of c."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     plain = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -196,7 +199,10 @@ def gradient_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write one tile of the gradient of the convolution's output: ``slope · g + pull · (c - mean) + offset``."""
+    """Write one tile of the gradient of the convolution's output: ``slope · g + pull · (c - mean) + offset``.
+
+    ``g`` is the part of ``dy`` that ReLU and quantizer let pass.
+    """
     dy_strides = aligned_strides(dy_strides, ALIGN)
     c_strides = aligned_strides(c_strides, ALIGN)
     dc_strides = aligned_strides(dc_strides, ALIGN)
@@ -231,7 +237,7 @@ def backward(
     """Return ``(dc, Σ g, Σ g (c - mean)/std)``: the gradient of ``c``, and two float32 sums per channel.
 
     Args:
-        dy: gradient of the tail's result.
+        dy: gradient of the tail's result; ``g`` is the part of it that ReLU and quantizer let pass.
         c: the convolution's output.
         result: the vectors of `tritonq.reference.conv_bn.Normalization`.
         grid: the forward's snapshot; None without a quantizer.

@@ -43,7 +43,7 @@ _LINEAR_BLOCK = 1024
 
 @triton.jit
 def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr):
-    """Return the bin's number of floats by the top bits of their magnitude, ``prefix``, and their sign.
+    """Return the number of the bin of floats with ``prefix``, the top bits of their magnitude, and with this sign.
 
     Bin PER_SIDE is that of zero and of magnitudes below FIRST_PREFIX; negative floats have the bins before it.
     """
@@ -225,7 +225,10 @@ def observe(
     bins: Any,
     axis: int | None,
 ) -> None:
-    """Add ``x`` to a histogram and its range, in place on the device: `tritonq.reference.histogram.observe`."""
+    """Add ``x`` to a histogram and its range, in place on the device.
+
+    Arguments are those of :func:`tritonq.reference.histogram.observe`.
+    """
     x, seen = viewed(x, axis)
     if seen.channels == 0 or seen.numel == 0:
         return

@@ -28,7 +28,7 @@ def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
     Args:
         total: int32 or int64 accumulators.
-        shift: of the same dtype, broadcasts against ``total``; -16 or more: a negative shift multiplies.
+        shift: of the same dtype, broadcasts against ``total``; a negative shift multiplies, by 2^16 at most.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
     """
@@ -171,9 +171,9 @@ def int8_conv2d(
     out_dtype: torch.dtype,
     saturated: Tensor | None = None,
 ) -> Tensor:
-    """Convolve int8 or uint8 codes, add the bias, and requantize by shifting: the function of the specification.
+    """Convolve int8 or uint8 codes, add the bias, and requantize by shifting.
 
-    The result is channels_last if ``x`` is.
+    Arguments and result are those of :func:`tritonq.reference.int8_conv.int8_conv2d`; channels_last if ``x`` is.
     """
     _, channels, height, width = x.shape
     outs, _, kernel_h, kernel_w = weight.shape

@@ -236,7 +236,7 @@ _DEFAULT_MULTIPROCESSORS = 132
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors (AMD: compute units) of a device; an H200's 132 for a device without."""
+    """Return the number of multiprocessors (AMD: compute units) of a GPU; 132, an H200's, for other devices."""
     if device.type != "cuda":
         return _DEFAULT_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -285,5 +285,8 @@ def _plan(
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which ``x``'s GPU is torch's current device, on which Triton launches; nothing for a CPU."""
+    """Return a context in which ``x``'s GPU is torch's current device, on which Triton launches.
+
+    For a CPU tensor it does nothing.
+    """
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

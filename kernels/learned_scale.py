@@ -87,8 +87,7 @@ def learned_share(
 ):
     """Write dx of a share, and return two (ROWS, COLS) blocks of sums over its tiles.
 
-    The first is ``Σ dy · d y/d parameter``, the second the sum of dy where x lies outside of the codes (0 without
-    SHIFTS).
+    The first is ``Σ dy · d y/d parameter``, the second the sum of dy over clipped values of x (0 without SHIFTS).
     """
     of_parameter = tl.zeros([ROWS, COLS], tl.float32)
     of_shift = tl.zeros([ROWS, COLS], tl.float32)
@@ -115,7 +114,7 @@ def learned_backward_kernel(
     dy_ptr,  # outer × rows × cols, by strides
     x_ptr,  # outer × rows × cols, by strides
     dx_ptr,  # outer × rows × cols, by strides; written
-    partial_ptr,  # 2 × splits × channels float32, written: the parameter's gradient, Σ dy outside of the codes
+    partial_ptr,  # 2 × splits × channels float32, written: the parameter's gradient, Σ dy over clipped values
     parameter_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as parameter, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1

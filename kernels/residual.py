@@ -48,7 +48,10 @@ def join_backward_kernel(
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(a + b))`` as a dense tensor, and the mask of where the gradient passes, one bit per element."""
+    """Return ``FQ(relu?(a + b))`` as a dense tensor, and the mask of where the gradient passes, one bit per element.
+
+    Arguments are those of :func:`tritonq.reference.residual.forward`.
+    """
     y = torch.empty_like(a)
     mask = mask_like(y)
     write_rounded((laid_out_as(y, a), laid_out_as(y, b)), y, mask, "add", (), grid, statistics, ceiling)

@@ -155,7 +155,10 @@ def rounded_kernel(
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> tuple[Tensor, Tensor]:
-    """Write ``FQ(relu?(y))`` over ``y``; return ``y`` and the mask of the gradient, one bit per element."""
+    """Write ``FQ(relu?(y))`` over ``y``; return ``y`` and the mask of the gradient, one bit per element.
+
+    Arguments are those of :func:`tritonq.reference.rounded.forward`.
+    """
     mask = mask_like(y)
     write_rounded((y, None), y, mask, "none", (), grid, statistics, ceiling)
     return y, mask

@@ -162,7 +162,8 @@ def quantize_folded(
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
     """Fold, observe and quantize: return codes, unit, whether something may clip, and a snapshot of the grid.
 
-    ``out`` is not used: a GPU's allocator hands out again what was freed.
+    Arguments are those of :func:`tritonq.reference.weight.quantize_folded`; ``out`` is not used: a GPU's allocator
+    hands out again what was freed.
     """
     if grid is None:
         return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None
@@ -193,7 +194,7 @@ def folded_codes(
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
     """Observe a weight with one scale in a launch of its own; return whether that was done.
 
-    A weight with a scale per row is observed by the kernel that quantizes it: False. So it is if nothing is observed.
+    It is not done for a scale per row, which the quantizing kernel observes, and if nothing is to be observed.
     """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False

@@ -17,10 +17,17 @@ _TINY_FOLD = tl.constexpr(1e-12)
 
 
 @triton.jit
-def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):  # (channels,)
-    """Return two blocks: the fold ``γ/σ`` of some channels (``1/σ`` for a γ of zero), and ``1/σ``; float32.
+def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
+    """Return two float32 blocks: the fold ``γ/σ`` of some channels (``1/σ`` for a γ of zero), and ``1/σ``.
 
-    ``σ = sqrt(running_var + eps)``. See `tritonq.reference.fold` for why the fold must not be zero.
+    ``σ = sqrt(running_var + eps)``. `tritonq.reference.fold` says why the fold must not be zero.
+
+    Args:
+        running_var_ptr: (channels,).
+        gamma_ptr: (channels,), or None for 1.
+        eps: of the BatchNorm.
+        channel: channel numbers.
+        valid: which of them exist.
     """
     variance = tl.load(running_var_ptr + channel, mask=valid, other=1.0).to(tl.float32)
     inverse_std = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))

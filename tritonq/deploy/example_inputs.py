@@ -105,7 +105,7 @@ def tell_fixed_batch(name: str, graph: Any) -> None:
 
 
 def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
-    """Give a forward with ``**kwargs`` named parameters for them, since torch.export has no shapes for others.
+    """Replace the ``**kwargs`` of a model's forward by named parameters: torch.export can give shapes to no others.
 
     Args:
         traced: a model that is traced; its ``forward`` is replaced.

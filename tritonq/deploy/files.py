@@ -46,7 +46,7 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def _umask() -> int:
-    """Return the process's umask; the system tells it only to who sets it, so it is set and restored."""
+    """Return the process's umask. The system returns it only when it is set, so it is set to 0 and back."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -9,7 +9,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def settle_weights(module: nn.Module) -> None:
-    """Make plain parameters of the weights that such hooks compute, and remove the hooks from ``module``."""
+    """Make plain parameters of weights that pruning, weight norm or spectral norm compute by a hook.
+
+    Remove the hooks.
+    """
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)

@@ -202,7 +202,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     def centred_weight(self) -> Tensor:
         """Return weight codes minus zero points, in the smallest dtype that holds them.
 
-        For a float format its numbers.
+        Of a float format its numbers.
         """
         number = None if self.types.weight is None else self.types.weight.float_format
         if number is not None:

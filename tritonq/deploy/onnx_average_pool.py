@@ -58,9 +58,9 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
 
 
 def rewrite_global_average(layer: AverageLayer) -> None:
-    """Make a layer trace to its float operation.
+    """Make a layer trace to its float operation, without quantizers.
 
-    To GlobalAveragePool if it is a mean over all axes behind the first two. TensorRT 8 does not read the axes of a
+    A mean over all axes behind the first two becomes GlobalAveragePool: TensorRT 8 does not read the axes of a
     ReduceMean of opset 18, which are an input, and reduces over all axes.
     """
     layer.set_quantizers(None)

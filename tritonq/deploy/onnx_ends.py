@@ -224,13 +224,15 @@ def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
 def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, int], ...]:
     """Make a file return the codes of its outputs, or the index of the largest value along axis 1, in place of values.
 
+    Args:
+        proto: the file's content; changed in place.
+        returned: "codes" or "argmax".
+
     Returns:
         Scale and zero point of each output that is codes.
 
     Raises:
         ValueError: codes of an output that has no quantizer.
-
-    ``proto`` is changed in place.
     """
     import onnx
 

@@ -42,7 +42,7 @@ def _is_integer_layer(node: Any) -> bool:
 def _scale_of(quantize: Any) -> Any:
     """Return the scale with which the codes of a QuantizeLinear are dequantized, perhaps behind a clip.
 
-    None if none is.
+    None if no DequantizeLinear follows.
     """
     reader = quantize
     while reader is not None and reader.op_type in ("QuantizeLinear", "Clip", "Min", "Max"):

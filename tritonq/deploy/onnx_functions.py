@@ -94,9 +94,9 @@ def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuan
 
 
 def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[str]]) -> None:
-    """Run each function of a file in ONNX Runtime on every code.
+    """Run each function of a file in ONNX Runtime on every code, and replace those that differ from training by tables.
 
-    Replace it by a table if a code is not the trained one. Without ONNX Runtime nothing is checked.
+    A function is replaced if one of its codes is not the trained one. Without ONNX Runtime nothing is checked.
 
     Args:
         proto: the file's content; changed in place.

@@ -126,9 +126,13 @@ def output_name(path: Path) -> str:
 
 
 def name_outputs(model: Any, paths: Sequence[Path]) -> None:
-    """Name the outputs of an exported model after their paths; if their number differs, leave them all.
+    """Name the outputs of an exported ONNX program after their paths; if their number differs, leave all names.
 
     A tensor that is an input too, or an output twice, keeps its name.
+
+    Args:
+        model: the program; changed in place.
+        paths: of the outputs, in order.
     """
     outputs = list(model.graph.outputs)
     if len(outputs) != len(paths):

@@ -48,7 +48,7 @@ _DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 def register_pt2e_operators() -> Any:
     """Register ``torch.ops.quantized_decomposed`` with torch, and return it.
 
-    To load a program in this form needs it.
+    A saved program in this form can be loaded only after this.
     """
     importlib.import_module("torch.ao.quantization.fx._decomposed")
     return torch.ops.quantized_decomposed

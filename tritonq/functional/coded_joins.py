@@ -31,8 +31,8 @@ class CodedJoin:
         a: grid of the first operand.
         b: grid of the second operand.
         output: grid of the result.
-        starts: for each operand, the code from which a runtime counts. It is 0, except that of zero behind a ReLU whose
-            type has a fixed zero point.
+        starts: for each operand, the code that a runtime's own codes begin with: 0, or behind a ReLU with a fixed zero
+            point the code of the value 0.
         ratios: each operand's scale over the output's, float32; one number for a product.
         fixed: the constant term of the sum, float32, 0-d; see `integer_joins.integer_add`.
         result: how the sum becomes codes; its ``zero`` is the code from which a runtime counts the result.

@@ -198,7 +198,7 @@ class _ConvBn(torch.autograd.Function):
 
 
 def _quantized(x: Tensor, weight: Tensor, gamma: Tensor | None, step: ConvBnStep) -> StepWeight:
-    """Fold and quantize the weight.
+    """Fold and quantize the weight of ``step``; returns codes, unit and what the backward needs.
 
     A step that is run again (checkpointing) takes the fold that it had the first time.
     """

@@ -1,4 +1,4 @@
-"""Whether a CPU's float32 convolutions are sums of products, which are exact for small integers."""
+"""Whether a CPU's float32 convolutions are plain sums of products: these are exact for small integers."""
 
 from __future__ import annotations
 

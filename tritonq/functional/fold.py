@@ -55,9 +55,9 @@ def fold_conv_bn(
         groups: its groups (they matter when transposed).
 
     Raises:
-        TypeError: a weight that is not a floating point tensor.
-        ValueError: vectors of the wrong length, or a running variance that is negative or not finite (checked on CPU
-            tensors, where looking is free).
+        TypeError: the weight is not a floating point tensor.
+        ValueError: a vector has the wrong length, or the running variance is negative or not finite (checked on CPU
+            tensors only).
 
     Source: MegEngine's fold_weight_bias, which takes no mean and no variance too.
 

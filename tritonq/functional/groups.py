@@ -84,8 +84,9 @@ def in_groups(
         group_size: elements of a group.
 
     Raises:
-        TypeError: a group size that is no int.
-        ValueError: no axis, one that is out of range or no multiple of the group's size, or qparams of another shape.
+        TypeError: the group size is no int.
+        ValueError: there is no axis, it is out of range, its length is no multiple of the group's size, or qparams have
+            another shape.
     """
     if axis is None:
         raise ValueError("groups lie along an axis, got axis=None")

@@ -43,8 +43,9 @@ def fake_quantize_learnable(
     """Fake quantize with a scale, and perhaps a zero point, that receive gradients (LSQ, LSQ+).
 
     ``"torch"``: ``y = (clip(round(x/s) + z) - z) s``; ``dx = dy`` where the unclipped code is in range;
-    ``ds = f Σ dy {quant_min - z below | quant_max - z above | (y - x)/s inside}``; ``dz = f Σ dy {-s outside | 0}``.
-    Forward and backward use the same z, rounded and clamped (torch's own per-tensor backward does not).
+    ``ds = f Σ dy {quant_min - z below | quant_max - z above | (y - x)/s inside}`` (below, above and inside of the range
+    of codes); ``dz = f Σ dy {-s outside | 0}``. Forward and backward use the same z, rounded and clamped (torch's own
+    per-tensor backward does not).
 
     ``"megengine"``: ``s = |scale| + 1e-5``, ties away from zero, ``v = x/s + z`` is clipped, then rounded;
     ``ds = f Σ dy {quant_min | quant_max | round(v) - v}``.

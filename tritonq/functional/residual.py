@@ -22,7 +22,8 @@ def residual_join(
 ) -> Tensor:
     """Return ``FQ(relu?(a + b))`` as one operator that saves one bit per element.
 
-    Both gradients are that of the result where neither ReLU nor the clip blocks it. The quantizer observes the sum.
+    The gradient of ``a`` and of ``b`` is that of the result, 0 where ReLU or clip block it. The quantizer observes the
+    sum.
 
     Args:
         a: any shape and strides; float32, float16, bfloat16 or float64.
@@ -128,9 +129,10 @@ def rounded_product(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> Tensor:
-    """Return ``FQ(relu?(a * b))``, differentiable.
+    """Return ``FQ(relu?(a * b))``, where FQ rounds to ``grid``; differentiable.
 
-    Saves one bit per result, and factors that lie on a grid of up to 8 bits as their codes.
+    For the backward it saves one bit per element of the result, and both factors, as one-byte codes if they lie on a
+    grid of up to 8 bits.
 
     Args:
         a: any shape and strides; float32, float16, bfloat16 or float64.
@@ -142,7 +144,7 @@ def rounded_product(
         ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
-        In the dtype that torch's product has; computed in float32 (float64 for float64), rounded once.
+        Tensor in the dtype of torch's product; computed in float32 (float64 for float64), rounded once.
     """
     result: Tensor = _RoundedProduct.apply(a, b, grid_a, grid_b, grid, statistics, ceiling)  # type: ignore
     return result

@@ -80,7 +80,7 @@ def integer_conv2d(
 
 
 def requantize(total: Tensor, bias: Tensor | None, multiplier: Tensor, onto: Grid | None, channel_axis: int) -> Tensor:
-    """Return ``float32(total + bias) · multiplier``; with a grid ``round(that) · onto.scale``, before clipping.
+    """Return ``v = float32(total + bias) · multiplier``, or with a grid ``round(v) · onto.scale``, not yet clipped.
 
     Args:
         total: exact integers, float32 or float64; may be overwritten.

@@ -119,10 +119,11 @@ def forward(
             positive where γ is zero; elsewhere it has the sign of γ.
         gamma: (channels,) or None, for 1.
         beta: (channels,) or None, for 0.
-        bias: the convolution's, (channels,) or None; it reaches the running mean alone.
+        bias: the convolution's, (channels,) or None; normalising takes it out of the result, so it changes the running
+            mean only.
         norm: the BatchNorm.
         grid: per tensor; the result is rounded to it. None leaves it in float.
-        statistics: the range behind the grid, which the result updates; None observes nothing.
+        statistics: the running range that the grid is computed from, updated by the result; None: the grid stays.
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
@@ -165,9 +166,10 @@ def _visible_result(
 
 
 def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `min_max.min_max` of the normalised values without a pass over them: rounding preserves order.
+    """Return smallest and largest normalised value, and the count of those that are not finite, from the ends of ``c``.
 
-    The values of a channel whose statistics are not finite are none of them.
+    A multiple and a sum keep the order of values, so no pass over the normalised values is needed. All values of a
+    channel whose slope or shift is not finite count as not finite.
     """
     dims, count = _all_but_channels(c), c.numel() // max(1, c.shape[1])
     low, high = (torch.addcmul(result.shift, end(c, dims), result.slope) for end in (torch.amin, torch.amax))

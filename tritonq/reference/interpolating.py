@@ -52,7 +52,7 @@ def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float],
 def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
     """Return a histogram with one count at ``value``: float64 (bins,) over ``limits``.
 
-    In the middle if they are equal.
+    If both limits are equal, the count is in the middle bin.
     """
     share = (value - limits[0]) / (limits[1] - limits[0]) if limits[1] > limits[0] else 0.5
     counts = torch.zeros(bins, dtype=torch.float64)

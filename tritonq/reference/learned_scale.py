@@ -132,9 +132,9 @@ def _mask(compare: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
 
 
 def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return scale and zero point (or None), shaped to broadcast against ``x``, and ``x``.
+    """Return the scale and zero point (or None) of ``grid``, shaped to broadcast against ``x``, and ``x``.
 
-    In the arithmetic's dtype.
+    All three have the dtype that is computed in, :func:`tritonq.reference.fake_quant.arithmetic_dtype`.
     """
     align, dtype = grid.granularity.align, arithmetic_dtype(x.dtype)
     shift = None if grid.zero_point is None else align(grid.zero_point.to(dtype), x.dim())

@@ -91,7 +91,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 def _passes(y: Tensor, grid: Grid | None, ceiling: float | None, finite: bool) -> Tensor:
     """Return 1.0 where the gradient passes, else 0.0, with the strides of ``y``.
 
-    ``finite``: whether all of ``y`` is.
+    ``finite`` says that ``y`` is known to hold no infinity and no NaN.
     """
     one, found = y.new_ones(()), borrow_or_new("local", y)
     passes = straight_through_(one, y if finite else found.copy_(y), grid, ceiling, finite, found)

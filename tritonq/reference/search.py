@@ -293,10 +293,10 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _kl_range(
     counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, qtype: QuantizedType
 ) -> tuple[Tensor, Tensor]:
-    """Return TensorRT's threshold, searched on :data:`KL_BINS` linear bins of the magnitude.
+    """Return the range that TensorRT's entropy calibration would choose, searched on :data:`KL_BINS` bins of magnitude.
 
-    An affine type's two sides are folded in units of their own ends and clipped by the same fraction; data on one side
-    of zero use all of its codes.
+    For an affine type (one with a zero point) both sides of zero are scaled to 1 and added up, and clipped at the same
+    fraction of their own end. If all data are on one side of zero, it has all codes.
     """
     codes = qtype.quant_max - qtype.quant_min + 1
     ends = _ends(low, high, qtype)

@@ -223,7 +223,7 @@ def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> T
 def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[], Tensor]) -> Tensor:
     """Return ``on()`` if all grids are on, else ``off()``.
 
-    Both are computed where reading a switch would synchronise with a device.
+    Both are computed if reading a switch would wait for a device.
     """
     if all(grid.enabled is None or is_readable(grid.enabled) for grid in grids):
         return on() if all(grid.is_enabled_on_host() for grid in grids) else off()

@@ -171,7 +171,13 @@ def rebuild_all(parts: Parts, flat: Sequence[Any]) -> dict[str, Any]:
 
 
 def _rebuild(part: Part, values: Iterator[Any], present: bool) -> Any:
-    """Build the next value from ``values``. If its structure is None (``present`` is False), drop its fields."""
+    """Return the next parameter's value (or field's), built from as many plain arguments as it has.
+
+    Args:
+        part: describes it.
+        values: the plain arguments that are left; advanced.
+        present: False inside of a structure that is None: its plain arguments are dropped, and the result is None.
+    """
     if isinstance(part, Leaf):
         value = next(values)
         return value if part.make is None or value is None else part.make(value)
