@@ -41,9 +41,10 @@ def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
 
 def runs_in_float(layer: QuantizedLayer) -> bool:
-    """Whether TensorRT will run a layer in float: its integers can't hold the codes of weight or input.
+    """Whether TensorRT will run a layer in float.
 
-    It takes no scale per out channel of a transposed convolution.
+    It does if its integers can't hold the codes of weight or input, if the weight has scales per group, or if a
+    transposed convolution has different scales per out channel.
     """
     if layer.weight_scale is None:
         return False

@@ -185,7 +185,10 @@ class PaddedConvolution:
         """None: only the padded input is convolved as it is."""
 
     def as_conv2d(self, x: Tensor) -> Convolution | None:
-        """Return a 2-d convolution for :meth:`images` of ``x``, or None: that of :attr:`conv`."""
+        """Return the 2-d convolution that gives the result from what :meth:`images` returns for ``x``.
+
+        None if none does.
+        """
         return self.conv.as_conv2d(x)
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

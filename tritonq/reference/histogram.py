@@ -28,7 +28,8 @@ _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
     """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))`` in float32; ``hi`` is in the last bin.
 
-    Values outside ``[lo, hi]`` and NaN are not counted. The counts equal those of torch.histc, whose arithmetic this is.
+    Values outside ``[lo, hi]`` and NaN are not counted. The counts equal those of torch.histc: the arithmetic is the
+    same.
 
     Args:
         x: any shape, any float dtype.
