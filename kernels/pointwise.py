@@ -173,7 +173,10 @@ def _tanh(x):
 
 @triton.jit
 def _softplus(x):
-    """Return ``log(1 + exp(x))``; the logarithm is a series of the inverse hyperbolic tangent, up to 1/3."""
+    """Return ``log(1 + exp(x))``.
+
+    It is ``max(x, 0) + log(1 + p)`` with ``p = exp(-|x|)``, the logarithm a series of ``2 artanh(p / (2 + p))``.
+    """
     power = tl.exp(-tl.abs(x))
     ratio = tl.div_rn(power, 2.0 + power)
     square = ratio * ratio

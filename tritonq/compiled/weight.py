@@ -56,7 +56,7 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Compute :func:`tritonq.reference.weight.folded_codes` in C++: the codes of a weight once more."""
+    """Compute :func:`tritonq.reference.weight.folded_codes` in C++: a weight's codes again, without observing it."""
     if grid is None or not _takes(rows, fold, grid, out):
         return reference.folded_codes(rows, fold, grid, out, extremes)
     return _codes(rows, fold, grid, True, out)

@@ -138,7 +138,7 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
         name: of the layer.
         one: codes of the trained model.
         other: codes of the deployed model. Axes of size 1 may be missing, and those of a linear layer may be a matrix.
-        island: operators of :class:`LayerComparison`.
+        island: names of operators for which codes may differ by one; see :class:`LayerComparison`.
 
     Raises:
         ValueError: the shapes differ otherwise.

@@ -279,7 +279,13 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
 
 
 def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> QuantizedLayer:
-    """Return the deployed form of ``layer``, with the geometry (strides and the like) of the module ``shape``."""
+    """Return the deployed form of ``layer``.
+
+    Args:
+        layer: the quantization-aware layer.
+        shape: the module that gives the geometry (strides and the like) and the deployed type: a Conv2d, Linear, ....
+        output: quantizer of the layer's result.
+    """
     target = next((made for source, made in LAYER_TYPES.items() if isinstance(shape, source)), None)
     if target is None:
         known = ", ".join(source.__name__ for source in LAYER_TYPES)

@@ -80,8 +80,8 @@ def _deployed_runner(
 ) -> tuple[Runner, _Islands, Ends, int]:
     """Return ``(runner, islands, ends, inputs)`` for a deployed model.
 
-    The runner runs it; ``islands`` are the operators before quantizers behind islands, by the quantizers' names;
-    ``ends`` what a file takes and returns; ``inputs`` how many inputs a file takes, 0 for a module.
+    The runner runs it. ``islands`` has, by the name of a quantizer, operators before it for which its codes may differ
+    by one; ``ends`` what a file takes and returns; ``inputs`` how many inputs a file takes, 0 for a module.
     """
     if isinstance(deployed, nn.Module):
         return torch_runner(uncompiled(deployed)), {}, Ends(), 0

@@ -217,9 +217,10 @@ def learned_fake_quantize(
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """The autograd function.
+    """:func:`learned_fake_quantize` with its gradients.
 
-    It saves ``x`` and the grid and computes codes and masks again; ``parameter`` is the scale.
+    ``parameter`` is the grid's scale once more: the tensor that gets the gradient. For the backward ``x`` and a copy of
+    the grid are saved; codes and masks are computed again.
     """
 
     @staticmethod

@@ -144,7 +144,7 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """Return ``1/s`` rounded to float32, in the dtype of ``scale``; torch uses it for float64 tensors, too."""
+    """Return ``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds it so for float64 tensors, too."""
     return as_dtype(as_dtype(scale, torch.float32).reciprocal(), scale.dtype)
 
 

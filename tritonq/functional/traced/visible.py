@@ -46,7 +46,7 @@ def show(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool)
 
 
 def _is_traced(types: tuple[type, ...]) -> bool:
-    """Whether all tensors are of torch's own classes; a user's subclasses take operators as one call."""
+    """Whether all tensors are of torch's own classes, none of a user's subclass; only then is a call replaced."""
     known = (Tensor, torch.nn.Parameter, FunctionalTensor, torch._subclasses.FakeTensor)
     return all(kind in known for kind in types)
 
@@ -78,7 +78,10 @@ def _made_again(first: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Make ``torch.compiler.is_compiling()`` true inside the block; torch before 2.13 does so only in Dynamo's part."""
+    """Make ``torch.compiler.is_compiling()`` true inside the block.
+
+    Before version 2.13 torch makes it true only while Dynamo runs, and so not where AOTAutograd replaces calls.
+    """
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
