@@ -14,7 +14,7 @@ from tritonq.factory import Factory, make_observer
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.functional.saved_input import mark
+from tritonq.functional.saved_input import mark_on_grid
 from tritonq.granularity import describe_granularity, describe_span
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
@@ -263,7 +263,7 @@ class FakeQuantize(FakeQuantizeBase):
             return x
         y = fake_quantize(x, grid)
         if self.qtype.axis is None:
-            mark(y, self.scale, grid)
+            mark_on_grid(y, self.scale, grid)
         return y
 
     def grid_or_warning(self) -> Grid | None:

@@ -11,7 +11,7 @@ import tritonq
 from quantizer_states import quantizer_state
 from tritonq.functional import saved_input
 from tritonq.functional.residual import residual_join
-from tritonq.functional.saved_input import keep, mark, restore
+from tritonq.functional.saved_input import load_input, mark_on_grid, save_input
 from tritonq.grid import Grid
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
@@ -37,27 +37,27 @@ def seen(qtype):
 def test_codes_rebuild_the_input_exactly(qtype, dtype, marked):
     x, grid = on_grid(qtype, dtype)
     if marked:
-        mark(x, grid.scale, *seen(qtype))
-    kept = keep(x, grid)
+        mark_on_grid(x, grid.scale, *seen(qtype))
+    kept = save_input(x, grid)
     assert kept.values.dtype == torch.int8
-    assert torch.equal(restore(kept), x)
-    assert torch.equal(restore(kept, torch.empty_like(x, dtype=torch.float32)), x)
+    assert torch.equal(load_input(kept), x)
+    assert torch.equal(load_input(kept, torch.empty_like(x, dtype=torch.float32)), x)
 
 
 def test_an_input_off_the_grid_is_kept_itself():
     x, grid = on_grid(QINT8)
     x[0, 0, 0, 0] += 0.4 * grid.scale.item()
-    assert keep(x, grid).values is x
+    assert save_input(x, grid).values is x
     x[0, 0, 0, 0] = torch.nan
-    assert keep(x.clone(), grid).scale is None
+    assert save_input(x.clone(), grid).scale is None
 
 
 def test_an_input_on_a_grid_of_floats_is_kept_itself():
     """Marked or not: its codes are no integers."""
     grid = Grid(torch.tensor([0.1]), None, QuantizedType.of_floats("e4m3"))
     x = tritonq.functional.fake_quant.fake_quantize(torch.randn(50), grid)
-    mark(x, grid.scale, grid)
-    assert keep(x, grid).values is x
+    mark_on_grid(x, grid.scale, grid)
+    assert save_input(x, grid).values is x
 
 
 @pytest.fixture
@@ -71,35 +71,35 @@ def verified(monkeypatch):
 
 def test_a_marked_input_is_trusted(verified):
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale, *seen(QINT8))
-    keep(x, grid)
+    mark_on_grid(x, grid.scale, *seen(QINT8))
+    save_input(x, grid)
     assert not verified
-    keep(x.clone(), grid)
+    save_input(x.clone(), grid)
     assert len(verified) == 1
 
 
 def test_a_mark_does_not_outlive_the_values_or_the_scale(verified):
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale, *seen(QINT8))
+    mark_on_grid(x, grid.scale, *seen(QINT8))
     x[0, 0, 0, 0] += 0.4 * grid.scale.item()
-    assert keep(x, grid).values is x
+    assert save_input(x, grid).values is x
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale, *seen(QINT8))
+    mark_on_grid(x, grid.scale, *seen(QINT8))
     grid.scale.mul_(1.01)
-    assert keep(x, grid).values is x
+    assert save_input(x, grid).values is x
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale.clone(), *seen(QINT8))
-    keep(x, grid)
+    mark_on_grid(x, grid.scale.clone(), *seen(QINT8))
+    save_input(x, grid)
     assert len(verified) == 3
 
 
 def test_a_quantizer_that_is_off_marks_nothing(verified):
     x, grid = on_grid(QINT8)
     state = seen(QINT8)
-    mark(x, grid.scale, *state.with_grid(enabled=torch.zeros(1, dtype=torch.uint8)))
+    mark_on_grid(x, grid.scale, *state.with_grid(enabled=torch.zeros(1, dtype=torch.uint8)))
     unobserved = state.with_range(has_data=False, min_val=torch.tensor(torch.inf), max_val=torch.tensor(-torch.inf))
-    mark(x, grid.scale, *unobserved)
-    keep(x, grid)
+    mark_on_grid(x, grid.scale, *unobserved)
+    save_input(x, grid)
     assert len(verified) == 1
 
 
@@ -107,9 +107,9 @@ def test_a_residual_join_marks_its_result(verified):
     state = quantizer_state(QINT8)
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     y = residual_join(a.requires_grad_(), b, *state, None)
-    kept = keep(y, state.grid)
+    kept = save_input(y, state.grid)
     assert not verified
-    assert torch.equal(restore(kept), y)
+    assert torch.equal(load_input(kept), y)
 
 
 @pytest.fixture
@@ -120,11 +120,11 @@ def unreadable(monkeypatch):
 
 def test_where_nothing_can_be_read_only_marked_inputs_become_codes(unreadable, verified):
     x, grid = on_grid(QINT8)
-    assert keep(x, grid).values is x
-    mark(x, grid.scale, seen(QINT8))
-    assert torch.equal(restore(keep(x, grid)), x)
+    assert save_input(x, grid).values is x
+    mark_on_grid(x, grid.scale, seen(QINT8))
+    assert torch.equal(load_input(save_input(x, grid)), x)
     pooled = torch.nn.functional.max_pool2d(x, 2)
-    assert keep(pooled, grid).values is pooled
+    assert save_input(pooled, grid).values is pooled
     assert not verified
 
 

@@ -20,7 +20,7 @@ from tritonq.functional.learned_scale import learned_fake_quantize
 from tritonq.functional.marks import mark_source
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.residual import rounded_result
-from tritonq.functional.saved_input import mark
+from tritonq.functional.saved_input import mark_on_grid
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import RangeRule, fixed_zero_point
 from tritonq.quantized_type import QuantizedType
@@ -283,7 +283,7 @@ def marked(y: Tensor, grid: Grid) -> Tensor:
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]
     if grid.qtype.axis is None and not torch.compiler.is_compiling():
-        mark(y, grid.scale, grid)
+        mark_on_grid(y, grid.scale, grid)
         mark_source(y, grid)
     return y
 

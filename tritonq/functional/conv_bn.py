@@ -18,7 +18,7 @@ from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import DifferentiableMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
-from tritonq.functional.saved_input import SavedInput, keep, mark, restore
+from tritonq.functional.saved_input import SavedInput, load_input, mark_on_grid, save_input
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
 from tritonq.reference.batch_norm_weight import StepWeight, fit_codes
@@ -143,9 +143,9 @@ class _ConvBn(torch.autograd.Function):
             *(step.output_grid, step.output_statistics, step.ceiling),
         )
         if output_grid is not None and step.output_grid is not None:
-            mark(y, step.output_grid.scale, output_grid)
+            mark_on_grid(y, step.output_grid.scale, output_grid)
         if any(ctx.needs_input_grad):
-            kept = keep(x, step.input_grid)
+            kept = save_input(x, step.input_grid)
             ctx.step, ctx.clips, ctx.x_dtype = step, clips, x.dtype
             ctx.bias_dtype, ctx.beta_dtype = (t.dtype if t is not None else None for t in (bias, beta))
             ctx.save_for_backward(
@@ -183,7 +183,7 @@ class _ConvBn(torch.autograd.Function):
                     ctx.weights.codes_again(rows, fold, weight_grid, c.dtype, borrow("weight", rows, fold.dtype))
                 )
             needs_input = needs_weight or needs_gamma
-            x = restore(kept, borrow("input", kept.values, torch.float32)) if needs_input else kept.values
+            x = load_input(kept, borrow("input", kept.values, torch.float32)) if needs_input else kept.values
             dx, dcodes, _ = step.op.backward(dc, x, codes, needs_x, needs_input, False)
             if dcodes is not None:
                 drows, of_gamma = ctx.weights.gradients(

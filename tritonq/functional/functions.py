@@ -15,7 +15,7 @@ from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import divided
-from tritonq.functional.saved_input import keep, mark
+from tritonq.functional.saved_input import mark_on_grid, save_input
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.functions import Function, look_up
 
@@ -138,10 +138,10 @@ class _QuantizedFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, function: Function, source: Grid | None, grid: Grid, statistics: RangeStatistics | None
     ) -> Tensor:
         y, frozen = implementation("functions", x).forward(x, function, grid, statistics)
-        mark(y, grid.scale, grid, statistics)
+        mark_on_grid(y, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
             ctx.qtype, ctx.function = grid.qtype, function
-            ctx.save_for_backward(*keep(x, source).tensors, frozen.scale, frozen.zero_point, frozen.enabled)
+            ctx.save_for_backward(*save_input(x, source).tensors, frozen.scale, frozen.zero_point, frozen.enabled)
         return y  # type: ignore[no-any-return]
 
     @staticmethod

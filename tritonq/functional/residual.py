@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.saved_input import SavedInput, keep, mark, restore
+from tritonq.functional.saved_input import SavedInput, load_input, mark_on_grid, save_input
 from tritonq.grid import Grid, RangeStatistics
 
 
@@ -51,7 +51,7 @@ class _ResidualJoin(torch.autograd.Function):
     ) -> Tensor:
         y, mask = _sum(a, b, grid, statistics, ceiling)
         if grid is not None:
-            mark(y, grid.scale, grid, statistics)
+            mark_on_grid(y, grid.scale, grid, statistics)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(mask)
             ctx.strides = y.stride()
@@ -108,7 +108,7 @@ class _Rounded(torch.autograd.Function):
         wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
         result, mask = _rounded(wide, grid, statistics, ceiling)
         result = result.to(y.dtype)
-        mark(result, grid.scale, grid, statistics)
+        mark_on_grid(result, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(mask)
             ctx.strides = result.stride()
@@ -167,10 +167,10 @@ class _RoundedProduct(torch.autograd.Function):
         product = a.to(wide) * b.to(wide)
         result, mask = _rounded(product, grid, statistics, ceiling)
         result = result.to(dtype)
-        mark(result, grid.scale, grid, statistics)
+        mark_on_grid(result, grid.scale, grid, statistics)
         of_a, of_b = ctx.needs_input_grad[:2]
-        saved_a = keep(a, grid_a) if of_b else None
-        saved_b = keep(b, grid_b) if of_a else None
+        saved_a = save_input(a, grid_a) if of_b else None
+        saved_b = save_input(b, grid_b) if of_a else None
         if of_a or of_b:
             ctx.save_for_backward(mask, *_tensors(saved_a), *_tensors(saved_b))
             ctx.strides, ctx.shapes, ctx.dtypes = result.stride(), (a.shape, b.shape), (a.dtype, b.dtype)
@@ -186,9 +186,9 @@ class _RoundedProduct(torch.autograd.Function):
         (a, scale_a, shift_a), (b, scale_b, shift_b) = saved[:_SAVED], saved[_SAVED:]
         da = db = None
         if needs_a:
-            da = (g * restore(SavedInput(b, scale_b, shift_b, dtype_b))).sum_to_size(shape_a).to(dtype_a)
+            da = (g * load_input(SavedInput(b, scale_b, shift_b, dtype_b))).sum_to_size(shape_a).to(dtype_a)
         if needs_b:
-            db = (g * restore(SavedInput(a, scale_a, shift_a, dtype_a))).sum_to_size(shape_b).to(dtype_b)
+            db = (g * load_input(SavedInput(a, scale_a, shift_a, dtype_a))).sum_to_size(shape_b).to(dtype_b)
         return da, db, None, None, None, None, None
 
 

@@ -11,7 +11,7 @@ from tritonq.arithmetic import as_dtype
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import DifferentiableMap, LinearMap
-from tritonq.functional.saved_input import SavedInput, keep, restore
+from tritonq.functional.saved_input import SavedInput, load_input, save_input
 from tritonq.grid import Grid
 from tritonq.reference.scratch import borrow
 
@@ -64,7 +64,7 @@ class _RoundedMap(torch.autograd.Function):
         y = op(x, _rounded(weight, op, grid), bias)
         ctx.op, ctx.qtype = op, None if grid is None else grid.qtype
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        kept = keep(x, input_grid).tensors if ctx.needs_input_grad[1] else (None, None, None)
+        kept = save_input(x, input_grid).tensors if ctx.needs_input_grad[1] else (None, None, None)
         buffers = () if grid is None else (grid.scale, grid.zero_point, grid.enabled)
         ctx.save_for_backward(*kept, weight, *buffers)
         return y
@@ -79,7 +79,7 @@ class _RoundedMap(torch.autograd.Function):
         # Of what isn't needed the shape alone matters.
         x = dy.new_empty(()).expand(ctx.x_shape)
         if needs_weight:
-            x = restore(SavedInput(values, scale, shift, ctx.x_dtype), borrow("input", values, torch.float32))
+            x = load_input(SavedInput(values, scale, shift, ctx.x_dtype), borrow("input", values, torch.float32))
         used = _rounded(weight, op, grid) if needs_x else weight
         dx, dw, dbias = op.backward(dy, x, used.to(dy.dtype), needs_x, needs_weight, needs_bias)
         if dw is not None:

@@ -34,16 +34,16 @@ class SavedInput(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors to save for the backward, in the order in which :func:`restore` takes them."""
+        """The tensors to save for the backward, in the order in which :func:`load_input` takes them."""
         return self.values, self.scale, self.shift
 
 
-def keep(x: Tensor, grid: Grid | None) -> SavedInput:
+def save_input(x: Tensor, grid: Grid | None) -> SavedInput:
     """Return ``x`` as codes on ``grid``, if it can be rebuilt from them exactly; else ``x`` itself.
 
-    A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark`). Any other tensor, such as one
-    that a hook changed, is compared with its codes on a CPU; on other devices the comparison would wait, so the tensor
-    itself is kept. Operators that read the same tensor share its codes.
+    A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark_on_grid`). Any other tensor,
+    such as one that a hook changed, is compared with its codes on a CPU; on other devices the comparison would wait, so
+    the tensor itself is kept. Operators that read the same tensor share its codes.
     """
     # In torch.inference_mode there is no backward, and tensors don't count their versions.
     if grid is None or not _is_compact(grid) or x.dtype == torch.float64 or x.is_inference():
@@ -68,11 +68,11 @@ def _is_compact(grid: Grid) -> bool:
     return qtype.bits <= _MAX_BITS and qtype.axis is None and qtype.float_format is None
 
 
-def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | None = None) -> None:
+def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | None = None) -> None:
     """Note on ``y`` that its values were rounded to the grid of the quantizer with this ``scale``, if it was active.
 
-    If the switch can't be read without waiting for a device, the note is made all the same: :func:`keep` is given a
-    grid only while its quantizer is active.
+    If the switch can't be read without waiting for a device, the note is made all the same: :func:`save_input` is given
+    a grid only while its quantizer is active.
 
     Args:
         y: the operator's result.
@@ -86,8 +86,8 @@ def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | Non
         mark_rounded(y, scale)
 
 
-def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`keep`; ``out`` is float32 memory that it may be written to."""
+def load_input(saved: SavedInput, out: Tensor | None = None) -> Tensor:
+    """Return the tensor that was given to :func:`save_input`; ``out`` is float32 memory that it may be written to."""
     if saved.scale is None:
         return saved.values
     codes = InputCodes(saved.values, saved.scale, saved.shift)

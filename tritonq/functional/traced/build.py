@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tritonq.backend import implementation
 from tritonq.functional.traced import parts, results
-from tritonq.functional.traced.visible import show
+from tritonq.functional.traced.visible import make_visible
 from tritonq.reference.operator import OperatorSpec, operators_by_family
 
 # Called with the first tensor when an operator runs; returns the function that runs.
@@ -61,7 +61,7 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
         arguments = parts.rebuild_all(described, flat)
         arguments.update({name: arguments[name].clone() for name in spec.overwrites})
         result = (reference if choose is None else choose(tensors[0]))(**arguments)
-        return results.pack(results.own(spec.returns, result, arguments, tensors))
+        return results.pack(results.separate_tensors(spec.returns, result, arguments, tensors))
 
     def fake(*flat: Any) -> Any:
         return results.pack(results.prototypes(spec.returns, parts.rebuild_all(described, flat)))
@@ -71,7 +71,7 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
     call = torch.library.custom_op(f"tritonq::{name}", run, mutates_args=mutated, schema=schema)
     call.register_fake(fake)
     if spec.visible:
-        show(call, partial(run, choose=None), spec.has_kernel, spec.made_again)
+        make_visible(call, partial(run, choose=None), spec.has_kernel, spec.made_again)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         arguments = {

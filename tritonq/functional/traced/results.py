@@ -55,7 +55,7 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+def separate_tensors(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of ``result`` with the strides of :func:`prototypes`, copied if they share memory.
 
     torch forbids operators to return memory of their inputs, or of each other's results.

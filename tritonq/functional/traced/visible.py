@@ -25,7 +25,7 @@ from tritonq.backend import select
 _JOINS = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
-def show(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
+def make_visible(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
     """Register that a compiler replaces an operator's call by the PyTorch operations inside, if no kernel runs.
 
     Args:
