@@ -98,9 +98,10 @@ class Links:
     relus: list[Call] = field(default_factory=list)
 
     def units(self, group: Group) -> Group | None:
-        """Return the group in units of whose format the values of ``group`` are computed (divided by its η).
+        """Return the group by the η of whose format the values of ``group`` are divided.
 
-        None: the network returns them, so they are real values.
+        That is ``group`` itself if it has a format, else the group of the sum that reads it, and so on. None: the
+        network returns the values, which are real.
         """
         while not group.has_format:
             if group.returned or not group.readers:
