@@ -26,7 +26,7 @@ class _CodeRange(ctypes.Structure):
 
 
 def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | None) -> Tensor | None:
-    """See :func:`tritonq.reference.eval_codes.codes_of_sums`."""
+    """Compute :func:`tritonq.reference.eval_codes.codes_of_sums` in C++: sums times factors, rounded to codes."""
     if not (
         to.half_even and is_plain(sums, factors.row) and sums.numel() and _has_channels_side_by_side(sums, factors)
     ):
@@ -38,7 +38,7 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 
 
 def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
-    """See :func:`tritonq.reference.eval_codes.codes_of_values`."""
+    """Compute :func:`tritonq.reference.eval_codes.codes_of_values` in C++: codes of float values."""
     if not (to.half_even and is_plain(x) and x.numel() and is_dense(x)):
         return reference.codes_of_values(x, scale, to, largest)
     codes, divides = torch.empty_like(x, dtype=torch.uint8), largest is not None
@@ -51,7 +51,7 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
 
 
 def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_format) -> Tensor:
-    """See :func:`tritonq.reference.eval_codes.values_of_codes`."""
+    """Compute :func:`tritonq.reference.eval_codes.values_of_codes` in C++: the float values of codes."""
     codes = codes.contiguous(memory_format=form)
     values = torch.empty_like(codes, dtype=torch.float32, memory_format=form)
     library().eval_values(codes.data_ptr(), codes.numel(), scale, float(zero), values.data_ptr())
@@ -61,7 +61,7 @@ def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_f
 def codes_of_sum(
     a: Tensor, b: Tensor, starts: tuple[int, int], ratios: tuple[float, float], fixed: Tensor, to: CodeRange
 ) -> Tensor:
-    """See :func:`tritonq.reference.eval_codes.codes_of_sum`."""
+    """Compute :func:`tritonq.reference.eval_codes.codes_of_sum` in C++: codes of the sum of two tensors."""
     alike = _in_one_order(a, b) if to.half_even else None
     if alike is None:
         return reference.codes_of_sum(a, b, starts, ratios, fixed, to)
@@ -76,7 +76,7 @@ def codes_of_sum(
 def codes_of_product(
     a: Tensor, b: Tensor, zeros: tuple[int, int], ratio: float, fixed: Tensor, to: CodeRange
 ) -> Tensor:
-    """See :func:`tritonq.reference.eval_codes.codes_of_product`."""
+    """Compute :func:`tritonq.reference.eval_codes.codes_of_product` in C++: codes of the product of two tensors."""
     if a.numel() < b.numel():
         a, b, zeros = b, a, (zeros[1], zeros[0])
     is_gate = a.dim() == 4 and a.shape != b.shape == (*a.shape[:2], 1, 1)
@@ -93,7 +93,7 @@ def codes_of_product(
 
 
 def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
-    """See :func:`tritonq.reference.eval_codes.look_up_codes`."""
+    """Compute :func:`tritonq.reference.eval_codes.look_up_codes` in C++: ``table[code]`` for each code."""
     results = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.uint8)
     library().eval_look_up(codes.data_ptr(), codes.numel(), table.data_ptr(), results.data_ptr())
     return results

@@ -50,8 +50,8 @@ class PackedLayer:
         parts: kernels of parts of the weight, whose results add up to that of ``sums`` and are exact in float32. Empty
             if the result of ``sums`` is exact itself.
         exact_bias: int32 (out,), added to the results of ``parts``; or None.
-        reach: bound that the size of every result of ``sums`` stays below if float32 rounded none of them; None:
-            float32 never rounds them.
+        reach: if the magnitudes of all results of ``sums`` are below it, float32 rounded none of them; None: float32
+            never rounds them.
         factors: one per channel; ``sums · factors`` are steps of the output's scale, or values if there is no output
             grid.
         output: grid of the result; None: the result is float values.

@@ -1,6 +1,7 @@
-"""Codes of evaluation and conversion, uint8 and counted from 0: made of sums, of values and of other codes.
+"""Codes of layers in eval mode and of converted models, uint8 and counted from 0.
 
-Unlike the operators of training these have no Triton kernel: on a GPU layers in eval mode compute on values.
+They are made of integer sums, of float values, or of other codes. *Steps* are values divided by their scale. Unlike the
+operators of training these have no Triton kernel: on a GPU layers in eval mode compute on values.
 """
 
 from __future__ import annotations
@@ -82,13 +83,13 @@ def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
 
 
 def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | None) -> Tensor | None:
-    """Return the codes of ``sums * factors``; None where ``reach`` says that float32 may have rounded a sum.
+    """Return the codes of ``sums * factors``; None if a sum reaches ``reach``, so that float32 may have rounded it.
 
     Args:
         sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; overwritten.
-        factors: steps of the result's scale that each channel's sums are counted in.
+        factors: for each channel, how many steps of the result's scale a sum of 1 is.
         to: how steps become codes.
-        reach: what the size of every sum is to stay below; None: sums are known to be exact.
+        reach: bound that the magnitude of every sum must stay below; None: sums are known to be exact.
 
     Returns:
         uint8, in the order of ``sums``.
@@ -99,7 +100,7 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 
 
 def is_within(sums: Tensor, reach: float) -> bool:
-    """Whether the size of every sum stays below ``reach``."""
+    """Whether the magnitude of every sum is below ``reach``."""
     # In the order in which they lie: torch would copy any other.
     least, most = torch.aminmax(sums.as_strided((sums.numel(),), (1,)) if _is_dense(sums) else sums)
     return -reach < float(least) and float(most) < reach
@@ -119,14 +120,14 @@ def multiply_(sums: Tensor, factors: Factors) -> Tensor:
 
 
 def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
-    """Return the codes of values; None where one is NaN or, with ``largest``, lies beyond codes 0 to ``largest``.
+    """Return the codes of values; None if one is NaN or, with ``largest``, lies beyond codes 0 to ``largest``.
 
     Args:
         x: float32, not empty.
-        scale: what values are counted in. Ties to even multiply by its reciprocal, as `fake_quantize` does, others
-            divide by it; with ``largest`` all divide.
+        scale: of the codes. If ties go to even, values are multiplied by its reciprocal, as in `fake_quantize`; else
+            they are divided by it, and so they are always with ``largest``.
         to: how steps become codes; with ``largest`` nothing is clipped.
-        largest: see above; None: values beyond the ends are clipped.
+        largest: the largest code; None: values beyond the ends of ``to`` are clipped.
     """
     if largest is None:
         if bool(torch.aminmax(x)[0].isnan()):
@@ -162,9 +163,9 @@ def codes_of_sum(
     Args:
         a: uint8 codes.
         b: uint8 codes of the same shape.
-        starts: what each operand's codes are counted from.
+        starts: the code that is subtracted from each operand's codes.
         ratios: each operand's scale over that of the result.
-        fixed: float32, 0-d.
+        fixed: the constant term, float32, 0-d.
         to: how steps become codes.
 
     Returns:
@@ -188,7 +189,7 @@ def codes_of_product(
         b: uint8 codes; one of both may broadcast to the shape of the other.
         zeros: the code of the value 0 of each operand.
         ratio: the product of both scales over that of the result.
-        fixed: float32, 0-d.
+        fixed: the constant term, float32, 0-d.
         to: how steps become codes.
 
     Returns:
