@@ -45,6 +45,40 @@ def test_codes_are_those_that_were_trained_and_all_layers_run_in_integers(geomet
     assert (kinds["QLinearConv"], kinds["ConvTranspose"], kinds["Conv"]) == (3, 0, 0)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "geometry"),
+    [
+        (1, (4, 2, 1, 0, 1, 1)),
+        (1, (3, 2, 1, 1, 2, 1)),
+        (1, (3, 1, 2, 0, 8, 2)),
+        (1, (5, 3, 0, 2, 1, 2)),
+        (3, (2, 2, 0, 0, 1, 1)),
+        (3, ((3, 4, 2), (2, 1, 3), (1, 0, 0), (1, 0, 1), 2, (1, 2, 1))),
+    ],
+    ids=str,
+)
+def test_over_one_axis_and_three_too(axes, geometry, norm, tmp_path):
+    kernel, stride, padding, output_padding, groups, dilation = geometry
+    kind = {1: nn.ConvTranspose1d, 3: nn.ConvTranspose3d}[axes]
+    conv, batch_norm = (nn.Conv1d, nn.BatchNorm1d) if axes == 1 else (nn.Conv3d, nn.BatchNorm3d)
+    layer = kind(8, 8, kernel, stride, padding, output_padding, groups, True, dilation)
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 8, 1), nn.ReLU(), layer, *[batch_norm(8)] * norm, nn.ReLU(), conv(8, 4, 1))
+    x = torch.randn(3, 3, *(7, 5, 4)[:axes])
+    qat = tritonq.prepare_qat(net, example_inputs=x, strict=True).train()
+    qat(x).square().mean().backward()
+    assert not tritonq.summary(qat.eval()).in_float
+    converted = tritonq.convert(qat)
+    tritonq.save_converted(converted, tmp_path / "m.pt")
+    assert torch.equal(converted(x), qat(x))
+    assert torch.equal(tritonq.load_converted(tmp_path / "m.pt", net)(x), qat(x))
+    tritonq.export_onnx(converted, tmp_path / "m.onnx", x, dynamic_sizes=True)
+    assert tritonq.verify(qat, tmp_path / "m.onnx", [x, x[:1]]).total.differing == 0
+    kinds = optimised_kinds(tmp_path / "m.onnx")
+    assert (kinds["QLinearConv"], kinds["ConvTranspose"], kinds["Conv"]) == (3, 0, 0)
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_weights_with_zero_points_and_kernels_that_their_phases_do_not_fill(dilation, tmp_path):
     """Places beyond the kernel hold the zero point of their channel."""

@@ -113,15 +113,16 @@ def test_one_that_calls_the_forward_of_its_class_keeps_its_joins_in_float():
     assert_same_when_not_rounding(model, prepared, X)
 
 
-def test_one_that_holds_the_model_can_be_edited_but_not_copied():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_that_holds_the_model_holds_its_copy_in_a_copy(inplace):
     model = Net()
     model.forward = lambda x: residual(model, x)
-    with pytest.raises(ValueError, match=r"the forward of the model was replaced by a function that holds .* inplace"):
-        tritonq.prepare_qat(model, example_inputs=X)
-    prepared = tritonq.prepare_qat(model, example_inputs=X, inplace=True, strict=True)
-    prepared(X)
+    prepared = tritonq.prepare_qat(model, example_inputs=X, inplace=inplace, strict=True)
+    prepared(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+    assert inplace or all(parameter.grad is None for parameter in model.parameters())
     prepared.eval()
-    assert torch.equal(tritonq.convert(prepared, inplace=True)(X), prepared(X))
+    assert torch.equal(tritonq.convert(prepared, inplace=inplace)(X), prepared(X))
 
 
 class PerImage(Net):

@@ -15,7 +15,8 @@ from tritonq.deploy.embedding_tables import TABLE_TYPES, QuantizedEmbedding, Qua
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.hooked_weights import settle_weights
-from tritonq.deploy.modules import LAYER_TYPES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.layer_types import LAYER_TYPES
+from tritonq.deploy.modules import CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import deployed_recurrent
 from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, codes_of_weight, rounds, unless_zero, weight_type
 from tritonq.fake_quantize_base import FakeQuantizeBase
@@ -28,6 +29,7 @@ from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.nn.unary import UnaryLayer
+from tritonq.prepare.changes import note_report, take_report, warn_of_changes
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.prepare.edit.swap import take_place_again
@@ -84,7 +86,9 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)
     _warn_if_untrained(model)
+    warn_of_changes(model, stacklevel=2)
     converted = model if inplace else copied(model)
+    records = take_report(converted)
     replace_hooks(converted)
     for layer in converted.modules():
         if isinstance(layer, QATLayer):
@@ -104,6 +108,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
             )
     converted = swap_modules(converted, replacements).eval()
     drop_computations(converted, computed)
+    if records is not None:
+        note_report(converted, records)
     warn_of_weight_zero_points(_with_own_zero_points(converted), stacklevel=2)
     # A single layer has nothing to carry codes to.
     return converted if isinstance(converted, DeployedModule) else carry_codes(converted)

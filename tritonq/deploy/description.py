@@ -19,7 +19,8 @@ from tritonq.deploy.computed import stand_ins
 from tritonq.deploy.embedding_tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.float_quantizer import FloatQuantizer
-from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.layer_types import LAYER_TYPES
+from tritonq.deploy.modules import TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import RECURRENT_TYPES, QuantizedRecurrent
 from tritonq.nn import (
     Add,
@@ -40,6 +41,7 @@ from tritonq.nn.clip import Clip, Clipping, clipping_of
 from tritonq.nn.einsum import Einsum
 from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer, PReLU, function_of
+from tritonq.nn.glu import GLU
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.kept_class import made_class, users_class
 from tritonq.nn.original_class import original_class
@@ -199,14 +201,13 @@ def _describe(module: nn.Module) -> Description:
 
 
 def _further(join: Joint) -> Description:
-    """Return the entries in which a join's description differs from that of its base kind.
-
-    Einsums and attention are matrix products with further entries, a sum with a product is a sum with one.
-    """
+    """Return the entries that tell what is computed besides the operation of the join's kind; empty: nothing."""
     if isinstance(join, Einsum):
         return {"equation": join.equation}
     if isinstance(join, AddMatMul):
         return {"product": True}
+    if isinstance(join, GLU):
+        return {"halved": join.dim}
     return {"attention": True} if isinstance(join, ScaledDotProductAttention) else {}
 
 
@@ -263,6 +264,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
             return Einsum(entry["equation"], _ceiling(entry))
         if entry.get("product"):
             return AddMatMul(_ceiling(entry))
+        if "halved" in entry:
+            return GLU(entry["halved"], _ceiling(entry))
         return ScaledDotProductAttention() if entry.get("attention") else _JOINTS[kind](_ceiling(entry))
     if kind == "average":
         return Average(averaging_from_data(entry["averaging"]))

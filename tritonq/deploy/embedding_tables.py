@@ -7,8 +7,8 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.deploy.modules import DeployedModule, check_shape
-from tritonq.deploy.values import lazy_values, stored
+from tritonq.deploy.modules import DeployedModule
+from tritonq.deploy.values import check_shape, lazy_values, stored
 from tritonq.nn.embedding import embedding_bag
 from tritonq.quantized_type import QuantizedType
 

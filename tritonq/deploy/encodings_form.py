@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
-from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_average_pool import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
@@ -145,7 +145,7 @@ def _mark_layer(layer: QuantizedLayer, name: str) -> dict[str, Encoding]:
             raise ValueError(f"the weight of {name!r} is rounded to {qtype.codes}, and encodings describe integers")
         zero = layer.weight_zero_point
         is_one = bool((scale == scale[0]).all()) and (zero is None or bool((zero == zero[0]).all()))
-        axis: int | None = 1 if isinstance(layer, QuantizedConvTranspose2d) else 0
+        axis: int | None = 1 if isinstance(layer, QuantizedTransposed) else 0
         if axis == 1 and layer.groups != 1 and not is_one:
             raise ValueError(
                 f"{name!r}: the scales of a grouped transposed convolution run along two axes, which encodings don't "

@@ -24,6 +24,7 @@ from tritonq.deploy.modules import DeployedModule
 from tritonq.nn.fixed_point import FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
 from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
+from tritonq.prepare.changes import ADDED, report_of
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
 
 _SIMULATED = (FixedPointLayer, FixedPointAdd, FixedPointAvgPool2d)
@@ -42,14 +43,21 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
     Its outputs equal those of ``model`` in eval mode, and so does every code between.
 
     Raises:
-        ValueError: a format never observed anything, is switched off, or has more than 8 bits; a bias is float; or the
-            model is converted already. The message names the module; ``model`` is then unchanged.
+        ValueError: formats that never observed anything, are switched off, or wider than 8 bits, float biases, or a
+            model that is converted already, or was changed after preparation. The message names the module; ``model``
+            is then as it was.
     """
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")
     for name, module in model.named_modules():
         if isinstance(module, FixedPointLayer):
             _check(name, module)
+    added = [record.name for record in report_of(model) or () if record.reason == ADDED]
+    if added:
+        raise ValueError(
+            f"{added[0]!r} was put into the model after prepare_qat: a fixed-point network is one of integers alone. "
+            "Put the float parts together, then prepare the whole"
+        )
     converted = model if inplace else copy.deepcopy(model)
     made: dict[nn.Module, IntegerModule] = {}
     for name, module in converted.named_modules():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.quantizer import DeployedModule as DeployedModule
 from tritonq.deploy.quantizer import Quantizer as Quantizer
-from tritonq.deploy.values import lazy_values, stored
+from tritonq.deploy.values import check_shape, lazy_values, stored
 from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, largest_product, sum_bound
@@ -100,7 +100,9 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     # The float layer that gives geometry and arithmetic, and the names of its constructor's arguments.
     float_type: ClassVar[type[nn.Module]]
-    geometry_names: ClassVar[tuple[str, ...]]
+    geometry_names: ClassVar[tuple[str, ...]] = (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    )
 
     def __init__(
         self,
@@ -332,38 +334,30 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={with_input}"
 
 
-_CONV_GEOMETRY = (
-    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
-)
-
-
-class _QuantizedConv(QuantizedLayer):
-    geometry_names = _CONV_GEOMETRY
-
-
-class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
     """Conv1d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv1d
 
 
-class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """Conv2d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv2d
 
 
-class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
     """Conv3d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv3d
 
 
-class QuantizedConvTranspose2d(TakesOutputSize, QuantizedLayer, nn.ConvTranspose2d):  # type: ignore[misc]
-    """ConvTranspose2d in integers, weight (in, out/groups, kh, kw); see :class:`QuantizedLayer`."""
+class QuantizedTransposed(TakesOutputSize, QuantizedLayer):
+    """A transposed convolution in integers, weight (in, out/groups, ...); see :class:`QuantizedLayer`."""
 
-    float_type = nn.ConvTranspose2d
-    geometry_names = (*_CONV_GEOMETRY, "output_padding")
+    geometry_names = (*QuantizedLayer.geometry_names, "output_padding")
+    in_channels: int
+    groups: int
 
     def along_out_channels(self, values: Tensor) -> Tensor:
         """Return values per out channel, shaped to broadcast against the weight (in, out/groups, kh, kw).
@@ -371,7 +365,13 @@ class QuantizedConvTranspose2d(TakesOutputSize, QuantizedLayer, nn.ConvTranspose
         Out channel ``g · out/groups + j`` meets the weight in rows of group g, column j.
         """
         columns = values.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
-        return columns.reshape(self.in_channels, -1, 1, 1)
+        return columns.reshape(self.in_channels, -1, *[1] * (self.stored_weight.dim() - 2))
+
+
+class QuantizedConvTranspose2d(QuantizedTransposed, nn.ConvTranspose2d):  # type: ignore[misc]
+    """ConvTranspose2d in integers; see :class:`QuantizedTransposed`."""
+
+    float_type = nn.ConvTranspose2d
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
@@ -379,16 +379,3 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
     float_type = nn.Linear
     geometry_names = ("in_features", "out_features")
-
-
-def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``tensor`` is None or has the shape ``expected``."""
-    if tensor is not None and tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")
-
-
-# By the float layer that a quantization-aware layer is derived from.
-LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
-    cls.float_type: cls
-    for cls in (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedConvTranspose2d, QuantizedLinear)
-}

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.deploy.float_quantizer import FloatQuantizer
-from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_average_pool import grids_of, rewrite_average, rewrite_global_average
 from tritonq.deploy.onnx_clips import absorb_clips
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
@@ -265,7 +265,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
         if layer.has_groups:
             layer.keep(weight_scale=layer.linear_map.from_rows(scale))
             zero = layer.linear_map.from_rows(zero)
-        if target == "tensorrt" and isinstance(layer, QuantizedConvTranspose2d):
+        if target == "tensorrt" and isinstance(layer, QuantizedTransposed):
             # One scale for all channels, or TensorRT refuses the layer.
             layer.keep(weight_scale=scale[0])
             zero, axis = zero[0], 0
@@ -294,7 +294,7 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
     """
     if layer.weight_scale is None or layer.stored_weight.dtype not in (torch.int8, torch.uint8):
         return None
-    if isinstance(layer, QuantizedConvTranspose2d):
+    if isinstance(layer, QuantizedTransposed):
         return int(not layer.has_groups) if layer.groups == 1 else None
     return int(layer.has_groups)
 

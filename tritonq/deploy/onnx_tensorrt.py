@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import nn
 
-from tritonq.deploy.modules import QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.quantized_type import QuantizedType
 
@@ -50,7 +50,7 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
         return False
     if layer.has_groups:
         return True
-    if isinstance(layer, QuantizedConvTranspose2d) and bool((layer.weight_scale != layer.weight_scale[0]).any()):
+    if isinstance(layer, QuantizedTransposed) and bool((layer.weight_scale != layer.weight_scale[0]).any()):
         return True
     weight_fits = layer.weight_zero_point is None and layer.stored_weight.dtype == torch.int8
     if layer.types.input is None or layer.input_zero_point is None:

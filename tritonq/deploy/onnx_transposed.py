@@ -1,14 +1,17 @@
 """Transposed convolutions as plain ones, for which ONNX Runtime has integer kernels.
 
-With stride ``s`` and padding ``p``, element ``i`` of the input contributes to the elements ``i·s + k - p`` of the
-output, for each place ``k`` of the kernel. Write ``k = q·s + r``: the outputs with one *phase* ``r`` are a plain
-convolution over the places ``q`` of its kernel. One convolution computes all ``s·s`` phases as channels; DepthToSpace
-interleaves them, and what the padding cuts off is sliced away. A dilated kernel is one with zeros between its places;
-with stride 1 the plain convolution is dilated instead. The sums are the same integers, so the codes are.
+Element ``i`` of the input reaches the elements ``i·s + k - p`` of the output, for each place ``k`` of the kernel. With
+``k = q·s + r`` the outputs of one phase ``r`` are a plain convolution over the places ``q`` of its kernel. One
+convolution computes all phases as channels, ``s·s`` over two axes; DepthToSpace interleaves them, and what padding cuts
+off is sliced.
+A dilated kernel is one with zeros between its places; with stride 1 the plain convolution is dilated instead. The sums
+are the same integers, so the codes are.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,40 +19,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.deploy.modules import QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_ops import dequantize
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, quantize_twice
 from tritonq.deploy.phases import Phases, phases_of_kernel, reach
 from tritonq.reference.activation import rectify
 
 
-def phases_of(layer: QuantizedLayer) -> tuple[Phases, Phases] | None:
-    """Return the phases of a layer along height and width; None if it is written as a transposed convolution.
+def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
+    """Return the phases along each axis; None where the layer is no integer one, or keeps its form.
 
     That is so if it does not compute in integers, if its padding is larger than the kernel, and if no quantizer with
     one grid follows.
     """
     output = layer.activation_post_process
-    if not isinstance(layer, QuantizedConvTranspose2d) or layer.multiplier is None or layer.following is not None:
+    if not isinstance(layer, QuantizedTransposed) or layer.multiplier is None or layer.following is not None:
         return None
     is_quantized = isinstance(output, (Quantizer, TracedQuantizer)) and output.scale.numel() == 1
     if not is_quantized or layer.stored_weight.dtype not in (torch.int8, torch.uint8):
         return None
-    return phases_of_kernel(layer)
+    return phases_of_kernel(cast(Any, layer))
 
 
-def _dilation(layer: QuantizedLayer) -> tuple[int, int]:
-    return cast("tuple[int, int]", layer.dilation)
-
-
-def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> None:
-    """Make a transposed convolution trace to a plain one, followed by operations that interleave and slice its results.
-
-    Args:
-        layer: changed in place.
-        phases: the result of :func:`phases_of`.
-    """
-    count = phases[0].stride * phases[1].stride
+def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, ...]) -> None:
+    """Let a transposed convolution be traced as a plain one and what moves its results."""
+    count = math.prod(axis.stride for axis in phases)
     scale = cast(Tensor, layer.weight_scale)
     zero = layer.weight_zero_point
     zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero
@@ -58,69 +52,86 @@ def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> 
         name: None if tensor is None else tensor.repeat_interleave(count)
         for name, tensor in (("weight_scale", scale), ("bias", layer.stored_bias), ("multiplier", layer.multiplier))
     }
-    weight, dilation = layer.stored_weight, _dilation(layer)
+    weight, dilation = layer.stored_weight, cast("tuple[int, ...]", layer.dilation)
     if count > 1:
-        weight, dilation = _filled(weight, zero.to(dtype), cast(int, layer.groups), dilation), (1, 1)
+        weight, dilation = _filled(weight, zero.to(dtype), cast(int, layer.groups), dilation), (1,) * len(phases)
     weight = _plain_weight(weight, zero.to(dtype), cast(int, layer.groups), phases, dilation)
     quantize_twice(layer)
     layer.keep(weight=weight, weight_zero_point=zero.to(dtype).repeat_interleave(count), **repeated)
     layer.forward = partial(_forward, layer, phases, dilation)  # type: ignore[method-assign]
 
 
-def _zeros(zero: Tensor, groups: int, weight: Tensor, height: int, width: int) -> Tensor:
-    """Return weight codes of zero, (in, out / groups, height, width), for a kernel of that size."""
-    per_out = zero.view(groups, 1, -1, 1, 1).expand(-1, weight.shape[0] // groups, -1, height, width)
-    return per_out.reshape(weight.shape[0], -1, height, width).clone()
+def _zeros(zero: Tensor, groups: int, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the codes of zero for a kernel of another size: (in, out / groups, *sizes)."""
+    ones = [1] * len(sizes)
+    per_out = zero.view(groups, 1, -1, *ones).expand(-1, weight.shape[0] // groups, -1, *sizes)
+    return per_out.reshape(weight.shape[0], -1, *sizes).clone()
 
 
-def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, int]) -> Tensor:
-    """Return the kernel of a dilated convolution with codes of zero between its places."""
+def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, ...]) -> Tensor:
+    """Return the kernel with codes of zero between its places."""
     sizes = [reach(size, step) for size, step in zip(weight.shape[2:], dilation, strict=True)]
-    whole = _zeros(zero, groups, weight, *sizes)
-    whole[..., :: dilation[0], :: dilation[1]] = weight
+    whole = _zeros(zero, groups, weight, sizes)
+    places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in dilation))
+    whole[places] = weight
     return whole
 
 
 def _plain_weight(
-    weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, Phases], dilation: tuple[int, int]
+    weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """Return the weight of the plain convolution, (out · phases, in / groups, taps, taps).
+    """Return (out · phases, in / groups, *taps) of a weight (in, out / groups, *sizes).
 
     ``weight`` is (in, out / groups, height, width). With ``dilation`` the plain convolution is dilated, too, and there
     is one phase.
     """
-    height, width = phases
+    axes = len(phases)
     taps = [-(-axis.taps // step) for axis, step in zip(phases, dilation, strict=True)]
+    strides = [axis.stride for axis in phases]
     # Places beyond the kernel hold the code of zero.
-    whole = _zeros(zero, groups, weight, taps[0] * height.stride, taps[1] * width.stride)
-    whole[..., : weight.shape[2], : weight.shape[3]] = weight
+    whole = _zeros(zero, groups, weight, [tap * stride for tap, stride in zip(taps, strides, strict=True)])
+    places: tuple[Any, ...] = (..., *map(slice, weight.shape[2:]))
+    whole[places] = weight
     inputs = weight.shape[0] // groups
     by_out = whole.view(groups, inputs, -1, *whole.shape[2:]).transpose(1, 2)
-    split = by_out.reshape(-1, inputs, taps[0], height.stride, taps[1], width.stride)
+    pairs = [size for pair in zip(taps, strides, strict=True) for size in pair]
+    split = by_out.reshape(-1, inputs, *pairs)
     # The nearest place comes last, as a plain convolution reads.
-    plain = split.permute(0, 3, 5, 1, 2, 4).flip(4, 5)
+    phase_axes, tap_axes = range(3, 2 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
+    plain = split.permute(0, *phase_axes, 1, *tap_axes).flip(tuple(range(-axes, 0)))
     return plain.reshape(-1, inputs, *taps).contiguous()
 
 
-def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], dilation: tuple[int, int], input: Tensor) -> Tensor:
-    height, width = phases
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def _forward(layer: QuantizedLayer, phases: tuple[Phases, ...], dilation: tuple[int, ...], input: Tensor) -> Tensor:
     weight = dequantize(layer.stored_weight, cast(Tensor, layer.weight_scale), layer.weight_zero_point, 0)
     bias = layer.stored_bias
     bias = None if bias is None else dequantize(bias, cast(Tensor, layer.multiplier), None, 0)
-    x, padding = layer.quantized_input(input), (height.before, width.before)
-    if padding != (height.after, width.after):
-        x, padding = F.pad(x, (width.before, width.after, height.before, height.after)), (0, 0)
-    y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=cast(int, layer.groups))
+    x, padding = layer.quantized_input(input), tuple(axis.before for axis in phases)
+    if padding != tuple(axis.after for axis in phases):
+        x = F.pad(x, [side for axis in reversed(phases) for side in (axis.before, axis.after)])
+        padding = (0,) * len(phases)
+    convolve = _CONVOLUTIONS[len(phases) - 1]
+    y = convolve(x, weight, bias, padding=padding, dilation=dilation, groups=cast(int, layer.groups))
     y = cast(Tensor, cast(Any, layer).first_quantizer(rectify(y, layer.ceiling)))
-    y = _interleave(y, height.stride, width.stride)
+    y = _interleave(y, [axis.stride for axis in phases])
     if any(cut for axis in phases for cut in (axis.first, axis.last)):
-        y = y[:, :, height.first : y.shape[2] - height.last, width.first : y.shape[3] - width.last]
+        sizes = zip(phases, y.shape[2:], strict=True)
+        y = y[(slice(None), slice(None), *(slice(axis.first, size - axis.last) for axis, size in sizes))]
     return cast(Tensor, layer.activation_post_process(y))
 
 
-def _interleave(y: Tensor, height: int, width: int) -> Tensor:
-    if height == width:
-        return y if height == 1 else F.pixel_shuffle(y, height)
-    batch, channels, rows, columns = y.shape
-    split = y.reshape(batch, channels // (height * width), height, width, rows, columns)
-    return split.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, rows * height, columns * width)
+def _interleave(y: Tensor, strides: Sequence[int]) -> Tensor:
+    """Put the phases, which are channels, between one another along their axes."""
+    count, axes = math.prod(strides), len(strides)
+    if count == 1:
+        return y
+    if axes == 2 and strides[0] == strides[1]:
+        return F.pixel_shuffle(y, strides[0])
+    batch, channels, *sizes = y.shape
+    split = y.reshape(batch, channels // count, *strides, *sizes)
+    order = [axis for at in range(axes) for axis in (2 + axes + at, 2 + at)]
+    whole = [size * stride for size, stride in zip(sizes, strides, strict=True)]
+    return split.permute(0, 1, *order).reshape(batch, -1, *whole)

@@ -37,13 +37,13 @@ class Phases:
         return cls(stride, taps, before, after, padding % stride, surplus % stride)
 
 
-def phases_of_kernel(layer: nn.ConvTranspose2d) -> tuple[Phases, Phases] | None:
-    """Return the phases along height and width; None if a padding is larger than the kernel."""
+def phases_of_kernel(layer: nn.modules.conv._ConvTransposeNd) -> tuple[Phases, ...] | None:
+    """Return the phases along each axis of the kernel; None where a padding is larger than the kernel."""
     kernel = [reach(size, step) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     padding = cast("tuple[int, ...]", layer.padding)
     sizes = zip(kernel, layer.stride, padding, layer.output_padding, strict=True)
-    height, width = (Phases.of(*axis) for axis in sizes)
-    return None if min(height.before, height.after, width.before, width.after) < 0 else (height, width)
+    found = tuple(Phases.of(*axis) for axis in sizes)
+    return None if min(min(axis.before, axis.after) for axis in found) < 0 else found
 
 
 def reach(kernel: int, dilation: int) -> int:

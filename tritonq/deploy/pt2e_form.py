@@ -24,7 +24,7 @@ from torch.fx.traceback import annotate
 
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
-from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.nn import Joint
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
@@ -151,8 +151,8 @@ def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
 
 
 def _scale_axis(layer: QuantizedLayer) -> int | None:
-    """Return the axis of the weight with its scales; None if they lie along two axes."""
-    if isinstance(layer, QuantizedConvTranspose2d):
+    """Return the axis of the weight that its scales run along; None where these run along two."""
+    if isinstance(layer, QuantizedTransposed):
         return 1 if layer.groups == 1 else None
     return 0
 

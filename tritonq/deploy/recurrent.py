@@ -8,9 +8,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.modules import check_shape
 from tritonq.deploy.quantizer import DeployedModule
-from tritonq.deploy.values import stored
+from tritonq.deploy.values import check_shape, stored
 from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_weight, weight_type
 from tritonq.functional.coded_tensor import CodedTensor
 from tritonq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell

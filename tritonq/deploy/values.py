@@ -84,3 +84,9 @@ def _read_only(item: Any) -> Any:
 
 def _made(item: Any) -> Any:
     return tree_map(lambda leaf: cast(Any, leaf)._make() if isinstance(leaf, LazyValues) else leaf, item)
+
+
+def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` is None or has the shape ``expected``."""
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")

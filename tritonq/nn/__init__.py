@@ -21,8 +21,12 @@ from tritonq.nn.conv import (
     ConvReLU1d,
     ConvReLU2d,
     ConvReLU3d,
+    ConvTranspose1d,
     ConvTranspose2d,
+    ConvTranspose3d,
+    ConvTransposeReLU1d,
     ConvTransposeReLU2d,
+    ConvTransposeReLU3d,
 )
 from tritonq.nn.conv_bn import (
     ConvBn1d,
@@ -31,8 +35,12 @@ from tritonq.nn.conv_bn import (
     ConvBnReLU1d,
     ConvBnReLU2d,
     ConvBnReLU3d,
+    ConvTransposeBn1d,
     ConvTransposeBn2d,
+    ConvTransposeBn3d,
+    ConvTransposeBnReLU1d,
     ConvTransposeBnReLU2d,
+    ConvTransposeBnReLU3d,
     LinearBn1d,
     LinearBnReLU1d,
 )
@@ -51,6 +59,7 @@ from tritonq.nn.elementwise import (
 from tritonq.nn.embedding import Embedding, EmbeddingBag
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
+from tritonq.nn.glu import GLU
 from tritonq.nn.linear import Linear, LinearReLU
 from tritonq.nn.products import AddMatMul, MatMul, ScaledDotProductAttention
 from tritonq.nn.qat import QATLayer
@@ -63,7 +72,9 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
     nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
     nn.Linear: Linear,
     nn.modules.linear.NonDynamicallyQuantizableLinear: Linear,
     nn.Embedding: Embedding,
@@ -83,9 +94,15 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
     intrinsic.ConvReLU1d: ConvReLU1d,
     intrinsic.ConvReLU2d: ConvReLU2d,
     intrinsic.ConvReLU3d: ConvReLU3d,
+    intrinsic.ConvTransposeBn1d: ConvTransposeBn1d,
     intrinsic.ConvTransposeBn2d: ConvTransposeBn2d,
+    intrinsic.ConvTransposeBn3d: ConvTransposeBn3d,
+    intrinsic.ConvTransposeBnReLU1d: ConvTransposeBnReLU1d,
     intrinsic.ConvTransposeBnReLU2d: ConvTransposeBnReLU2d,
+    intrinsic.ConvTransposeBnReLU3d: ConvTransposeBnReLU3d,
+    intrinsic.ConvTransposeReLU1d: ConvTransposeReLU1d,
     intrinsic.ConvTransposeReLU2d: ConvTransposeReLU2d,
+    intrinsic.ConvTransposeReLU3d: ConvTransposeReLU3d,
     intrinsic.LinearReLU: LinearReLU,
     intrinsic.LinearBn1d: LinearBn1d,
     intrinsic.LinearBnReLU1d: LinearBnReLU1d,
@@ -94,6 +111,7 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
 
 __all__ = [
     "DEFAULT_QAT_MAPPING",
+    "GLU",
     "GRU",
     "LSTM",
     "RNN",
@@ -120,10 +138,18 @@ __all__ = [
     "ConvReLU1d",
     "ConvReLU2d",
     "ConvReLU3d",
+    "ConvTranspose1d",
     "ConvTranspose2d",
+    "ConvTranspose3d",
+    "ConvTransposeBn1d",
     "ConvTransposeBn2d",
+    "ConvTransposeBn3d",
+    "ConvTransposeBnReLU1d",
     "ConvTransposeBnReLU2d",
+    "ConvTransposeBnReLU3d",
+    "ConvTransposeReLU1d",
     "ConvTransposeReLU2d",
+    "ConvTransposeReLU3d",
     "DeQuantStub",
     "Einsum",
     "Embedding",

@@ -210,6 +210,60 @@ class ConvTransposeReLU2d(ConvTranspose2d):
     ceiling = math.inf
 
 
+class ConvTranspose1d(TakesOutputSize, QATConv, nn.ConvTranspose1d):  # type: ignore[misc]
+    """Quantization-aware ``nn.ConvTranspose1d``, with one weight scale per out channel; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTranspose1d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3)).shape
+        torch.Size([8, 4, 6])
+    """
+
+    _float_type = nn.ConvTranspose1d
+
+
+class ConvTransposeReLU1d(ConvTranspose1d):
+    """Quantization-aware ConvTranspose1d and ReLU; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeReLU1d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3)).shape
+        torch.Size([8, 4, 6])
+    """
+
+    _fused_type = intrinsic.ConvTransposeReLU1d
+    ceiling = math.inf
+
+
+class ConvTranspose3d(TakesOutputSize, QATConv, nn.ConvTranspose3d):  # type: ignore[misc]
+    """Quantization-aware ``nn.ConvTranspose3d``, with one weight scale per out channel; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTranspose3d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 3, 3, 3)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
+
+    _float_type = nn.ConvTranspose3d
+
+
+class ConvTransposeReLU3d(ConvTranspose3d):
+    """Quantization-aware ConvTranspose3d and ReLU; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeReLU3d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 3, 3, 3)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
+
+    _fused_type = intrinsic.ConvTransposeReLU3d
+    ceiling = math.inf
+
+
 def check_float_type(cls: type[nn.Module], mod: nn.Module, expected: type[nn.Module]) -> None:
     """Raise TypeError unless the type of ``mod`` is exactly ``expected``; ``cls`` is named in the message."""
     if type(mod) is not expected:

@@ -17,7 +17,9 @@ from tritonq.nn.conv import (
     Conv1d,
     Conv2d,
     Conv3d,
+    ConvTranspose1d,
     ConvTranspose2d,
+    ConvTranspose3d,
     QATConv,
     check_float_type,
     conv_arguments,
@@ -29,6 +31,8 @@ from tritonq.nn.linear import Linear
 from tritonq.nn.paths import Mode
 from tritonq.nn.qat import without_qconfig
 from tritonq.qconfig import QConfig
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class _ConvBn(QATBatchNormLayer):
@@ -53,7 +57,7 @@ class _ConvBn(QATBatchNormLayer):
         float_type = cast(QATConv, self)._float_type
         args, qconfig = without_qconfig(args, qconfig)
         args, (eps, momentum, freeze_bn) = _split_arguments(args, float_type, (eps, momentum, freeze_bn))
-        if len(args) <= _names_of(float_type).index("bias") and not issubclass(float_type, nn.ConvTranspose2d):
+        if len(args) <= _names_of(float_type).index("bias") and not issubclass(float_type, _TRANSPOSED):
             kwargs.setdefault("bias", False)
         super().__init__(*args, qconfig=qconfig, **kwargs)
         conv = cast(nn.modules.conv._ConvNd, self)
@@ -216,6 +220,62 @@ class ConvTransposeBnReLU2d(ConvTransposeBn2d):
     """
 
     _fused_type = intrinsic.ConvTransposeBnReLU2d
+    ceiling = math.inf
+
+
+class ConvTransposeBn1d(_ConvBn, ConvTranspose1d):  # type: ignore[misc]
+    """Quantization-aware ConvTranspose1d and BatchNorm1d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeBn1d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3)).shape
+        torch.Size([8, 4, 6])
+    """
+
+    _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvTransposeBn1d
+    _bn_type = nn.BatchNorm1d
+
+
+class ConvTransposeBnReLU1d(ConvTransposeBn1d):
+    """Quantization-aware ConvTranspose1d, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeBnReLU1d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3)).shape
+        torch.Size([8, 4, 6])
+    """
+
+    _fused_type = intrinsic.ConvTransposeBnReLU1d
+    ceiling = math.inf
+
+
+class ConvTransposeBn3d(_ConvBn, ConvTranspose3d):  # type: ignore[misc]
+    """Quantization-aware ConvTranspose3d and BatchNorm3d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeBn3d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 3, 3, 3)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
+
+    _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvTransposeBn3d
+    _bn_type = nn.BatchNorm3d
+
+
+class ConvTransposeBnReLU3d(ConvTransposeBn3d):
+    """Quantization-aware ConvTranspose3d, BatchNorm3d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeBnReLU3d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 3, 3, 3)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
+
+    _fused_type = intrinsic.ConvTransposeBnReLU3d
     ceiling = math.inf
 
 

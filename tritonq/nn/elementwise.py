@@ -28,7 +28,7 @@ from tritonq.nn.output_quantizer import (
     is_grid_source,
     quantizer_of,
 )
-from tritonq.nn.reference import Reference
+from tritonq.nn.reference import Reference, Referred
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
 
@@ -68,11 +68,11 @@ class Joint(WithOutputQuantizer):
         # In models that version 0.1.0 pickled, which hold quantizers and no producers: see `after_relu`.
         self._pickled_after_relu: tuple[bool, ...] | None = None
 
-    def set_producers(self, a: nn.Module | None, b: nn.Module | None) -> None:
+    def set_producers(self, a: Referred, b: Referred) -> None:
         """Set the modules (producers) that put a and b on their grids, for eval mode; None: unknown."""
-        self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
+        self._producers, self._pickled_after_relu = (Reference.to(a), Reference.to(b)), None
 
-    def set_operand_producers(self, *producers: nn.Module | None) -> None:
+    def set_operand_producers(self, *producers: Referred) -> None:
         """Set the modules (producers) that put the forward's arguments on their grids; None: unknown."""
         self.set_producers(*producers)
 

@@ -69,3 +69,27 @@ class ConvTransposeBnReLU2d(FusedModule):
 
 class ConvTransposeReLU2d(FusedModule):
     """The row ConvTranspose2d, ReLU, computed one after the other."""
+
+
+class ConvTransposeBn1d(FusedModule):
+    """The row ConvTranspose1d, BatchNorm1d, computed one after the other."""
+
+
+class ConvTransposeBnReLU1d(FusedModule):
+    """The row ConvTranspose1d, BatchNorm1d, ReLU, computed one after the other."""
+
+
+class ConvTransposeReLU1d(FusedModule):
+    """The row ConvTranspose1d, ReLU, computed one after the other."""
+
+
+class ConvTransposeBn3d(FusedModule):
+    """The row ConvTranspose3d, BatchNorm3d, computed one after the other."""
+
+
+class ConvTransposeBnReLU3d(FusedModule):
+    """The row ConvTranspose3d, BatchNorm3d, ReLU, computed one after the other."""
+
+
+class ConvTransposeReLU3d(FusedModule):
+    """The row ConvTranspose3d, ReLU, computed one after the other."""

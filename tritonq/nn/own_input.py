@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize
-from tritonq.nn.reference import Reference
+from tritonq.nn.reference import Reference, Referred
 
 # The child's name.
 INPUT_QUANTIZER = "input_fake_quant"
@@ -59,9 +59,9 @@ class QuantizedBehindClip(nn.Module):
         """
         return self._behind_clip.module
 
-    def set_quantizer_behind_clip(self, quantizer: nn.Module | None) -> None:
+    def set_quantizer_behind_clip(self, quantizer: Referred) -> None:
         """Set :attr:`quantizer_behind_clip`; None: there is none."""
-        self._behind_clip = Reference(quantizer)
+        self._behind_clip = Reference.to(quantizer)
 
     def last_quantizer(self, own: nn.Module) -> nn.Module | None:
         """Return the output quantizer ``own``; if that is an Identity, the quantizer behind the clip or None."""

@@ -15,6 +15,7 @@ from tritonq.functional.integer_joins import float_join
 from tritonq.functional.residual import rounded_result
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.elementwise import Add, Joint
+from tritonq.nn.reference import Referred
 from tritonq.qconfig import QConfig
 
 
@@ -58,7 +59,7 @@ class AddMatMul(Add):
         self.product = MatMul(qconfig=qconfig)
         self.set_producers(None, self.product)
 
-    def set_operand_producers(self, *producers: nn.Module | None) -> None:
+    def set_operand_producers(self, *producers: Referred) -> None:
         """Set the modules that put the summand and both matrices on their grids, in this order; None: unknown."""
         summand, a, b = producers
         self.product.set_producers(a, b)
@@ -100,7 +101,7 @@ class ScaledDotProductAttention(MatMul):
         self.softmax_fake_quant = nn.Identity() if qconfig is None else qconfig.activation()
         self.set_producers(self.softmax_fake_quant, None)
 
-    def set_operand_producers(self, *producers: nn.Module | None) -> None:
+    def set_operand_producers(self, *producers: Referred) -> None:
         """Set the modules that put queries, keys and values on their grids, in this order; None: unknown.
 
         Eval mode computes the two products in integers by these grids.

@@ -129,12 +129,12 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         self.weight_fake_quant.to(device)
         self.activation_post_process.to(device)
 
-    def set_input_quantizer(self, quantizer: FakeQuantizeBase | None) -> None:
+    def set_input_quantizer(self, quantizer: FakeQuantizeBase | Reference[FakeQuantizeBase] | None) -> None:
         """Set the quantizer on whose grid this layer's input lies; None: unknown.
 
         With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
         """
-        self._input_quantizer = Reference(quantizer)
+        self._input_quantizer = Reference.to(quantizer)
 
     def extra_repr(self) -> str:
         """Return sizes, stride and the like for ``repr``, and the ReLU's bound if the class name does not tell it."""

@@ -2,11 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, TypeVar
+import warnings
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Place(NamedTuple):
+    """Where a module stood when a Reference was made.
+
+    Attributes:
+        siblings: the children of its parent, by attribute: the parent's own dict, which lives with the model.
+        attribute: the attribute.
+        module: the module.
+        name: its qualified name, for messages.
+    """
+
+    siblings: dict[str, nn.Module | None]
+    attribute: str
+    module: nn.Module
+    name: str
+
+    def is_kept(self) -> bool:
+        """Whether the module stands there still, or what hands on its results."""
+        occupant = self.siblings.get(self.attribute)
+        return occupant is self.module or hands_on(occupant, self.module)
+
+
+def hands_on(wrapper: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a module returns what another one returns: torch's own wrappers of one module do.
+
+    Such are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel and DataParallel.
+    """
+    while wrapper is not None and wrapper is not module and type(wrapper).__module__.startswith("torch."):
+        children = list(wrapper.children())
+        wrapper = children[0] if len(children) == 1 else None
+    return wrapper is module
+
+
+class Route:
+    """The places that a tensor passes between the module that rounds it and one that reads it.
+
+    Args:
+        places: the places.
+        told: shared by the routes of one model, and set once a warning named a place that another module has taken.
+    """
+
+    __slots__ = ("places", "told")
+
+    def __init__(self, places: tuple[Place, ...] = (), told: list[bool] | None = None) -> None:
+        self.places, self.told = places, [False] if told is None else told
+
+    def taken(self) -> Place | None:
+        """Return the first place where another module stands now, or None."""
+        for place in self.places:
+            if place.siblings.get(place.attribute) is not place.module and not place.is_kept():
+                return place
+        return None
+
+    def tell(self, place: Place) -> None:
+        """Warn, once per model, of a place where another module stands now."""
+        if self.told[0] or torch.compiler.is_compiling():
+            return
+        self.told[0] = True
+        kind = type(place.siblings.get(place.attribute)).__name__
+        warnings.warn(
+            f"{kind} was put in the place of {place.name!r} after prepare_qat: what it returns lies on no known grid, "
+            "and what reads that computes in float; tritonq.summary lists all such places",
+            stacklevel=2,
+        )
 
 
 class Reference(Generic[M]):
@@ -16,15 +83,56 @@ class Reference(Generic[M]):
     dict a second time, and ``to()``, ``train()`` and ``named_modules()`` would visit it twice. A Reference is an
     ordinary attribute instead. ``copy.deepcopy`` and ``pickle`` follow it: if both modules are copied together, the
     copy of the user refers to the copy of the owner. It keeps the module alive.
+
+    Args:
+        module: the module.
+        route: what lies between the module and whoever holds the Reference; None: nothing that counts. Once another
+            module stands in one of its places, such as an adapter around a layer, the tensor is another one and the
+            Reference is empty.
     """
 
-    __slots__ = ("module",)
+    __slots__ = ("_module", "route")
 
-    def __init__(self, module: M | None = None) -> None:
-        self.module = module
+    def __init__(self, module: M | None = None, route: Route | None = None) -> None:
+        self._module, self.route = module, route
+
+    @classmethod
+    def to(cls, module: M | Reference[M] | None) -> Reference[M]:
+        """Return a Reference to a module; one that is given is returned."""
+        return module if isinstance(module, Reference) else cls(module)
+
+    @property
+    def module(self) -> M | None:
+        """The module, while everything stands where it stood; None: there is none, or its place was taken."""
+        taken = None if self.route is None else self.route.taken()
+        if taken is None:
+            return self._module
+        self.route.tell(taken)  # type: ignore[union-attr]
+        return None
+
+    @property
+    def taken(self) -> str | None:
+        """The name of a place on the route where another module stands now; None: there is none."""
+        place = None if self.route is None else self.route.taken()
+        return None if place is None else place.name
+
+    def __setstate__(self, state: Any) -> None:
+        held = state[1]
+        # Earlier versions held the module alone.
+        self._module, self.route = held.get("_module", held.get("module")), held.get("route")
 
     def __repr__(self) -> str:
-        return f"Reference({type(self.module).__name__})"
+        return f"Reference({type(self._module).__name__})"
+
+
+# A module to refer to, or a Reference to it; None: there is none.
+Referred: TypeAlias = nn.Module | Reference[nn.Module] | None
+
+
+def references_of(module: nn.Module) -> list[Reference[nn.Module]]:
+    """Return the References that a module holds."""
+    held = (item if isinstance(item, tuple) else (item,) for item in vars(module).values())
+    return [item for items in held for item in items if isinstance(item, Reference)]
 
 
 class ReferringModule(nn.Module):

@@ -22,7 +22,7 @@ from tritonq.functional.residual import rounded_result
 from tritonq.grid import Grid
 from tritonq.nn.fusable import observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import is_grid_source
-from tritonq.nn.reference import Reference
+from tritonq.nn.reference import Reference, Referred
 from tritonq.qconfig import QConfig
 
 
@@ -54,14 +54,14 @@ class UnaryLayer(nn.Module):
         self._source: Reference[nn.Module] = Reference()
         self._output: Reference[nn.Module] = Reference()
 
-    def set_quantizers(self, source: nn.Module | None, output: nn.Module | None = None) -> None:
+    def set_quantizers(self, source: Referred, output: Referred = None) -> None:
         """Set the quantizers of input and output, which other modules own.
 
         Args:
             source: the quantizer on whose grid the input lies; None: unknown.
             output: if the module has no quantizer of its own, the one that alone reads its result; else None.
         """
-        self._source, self._output = Reference(source), Reference(output)
+        self._source, self._output = Reference.to(source), Reference.to(output)
 
     def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
         """Replace quantizers by the modules that took their places in the model.

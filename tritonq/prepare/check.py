@@ -14,6 +14,7 @@ from tritonq.fake_quantize import FakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.observers import RangeObserver
+from tritonq.prepare.record.closures import error_text
 from tritonq.prepare.record.example import Run
 from tritonq.prepare.record.recorder import SEED
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
@@ -60,7 +61,7 @@ def check_same_output(model: nn.Module, run: Run) -> None:
             if differing is not None and _is_noise(model, run, dict(tensors_in(result))):
                 differing = None
     except Exception as error:
-        differing = f"{type(error).__name__}: {error}"
+        differing = error_text(error)
     finally:
         snapshot.restore()
     if differing is not None:

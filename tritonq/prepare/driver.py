@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import set_fixed_point_phase
+from tritonq.prepare.changes import note_report
 from tritonq.prepare.check import check_same_output, first_ranges
 from tritonq.prepare.decide.analysis import Analysis, EditableForward
 from tritonq.prepare.decide.fixed_point import Links, find_links, is_fixed_point
@@ -111,7 +112,7 @@ def _carry_out(scheme: Scheme, analysis: Analysis, report: Callable[..., None]) 
         records = scheme.edit(editor)
         scheme.check()
         report(model, analysis.modules, records)
-        model.tritonq_report = records  # type: ignore[assignment]
+        note_report(model, records)
 
 
 def _log_obstacle(name: str, recording: Recording) -> None:
@@ -174,7 +175,7 @@ class FakeQuantScheme:
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
         """Carry out the plan, and return what became of each layer."""
         plan, types = self.plan, self._types
-        names = apply_plan(editor, self._analysis.flow, plan, types, self._qconfigs, self._keep_classes)
+        names = apply_plan(editor, self._analysis, plan, types, self._qconfigs, self._keep_classes)
         return layer_records(self._analysis, plan, *names)
 
     def check(self) -> None:

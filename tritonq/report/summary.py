@@ -20,8 +20,10 @@ from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QAT
 from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.nn.recurrent_forward import is_weight_quantizer
+from tritonq.nn.reference import references_of
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
+from tritonq.prepare.changes import report_of, silence_references
 from tritonq.prepare.decide.layer_records import LayerRecord, Status
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.quantized_type import QuantizedType
@@ -146,8 +148,9 @@ def summary(model: nn.Module) -> ModelSummary:
     if not any(isinstance(module, (*_QUANTIZED, FakeQuantizeBase)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is a float model: nothing in it is quantized; call prepare_qat first")
     modules = dict(model.named_modules())
-    recorded = getattr(model, "tritonq_report", None)
-    records = tuple(recorded) if recorded is not None else tuple(_from_modules(model))
+    silence_references(model)
+    recorded = report_of(model)
+    records = tuple(_from_modules(model)) if recorded is None else recorded
     layers = tuple(_layer(record, modules.get(record.name)) for record in records)
     heads = {name for name, module in modules.items() if isinstance(module, _QUANTIZED)}
     absorbed = frozenset(
@@ -176,8 +179,16 @@ def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
     grid = "" if module is None else _grid(module)
     reason = record.reason
     if record.status == "quantized" and module is not None:
-        reason = reason or _why_float_in_engine(module)
+        reason = reason or _why_not_on_grid(module) or _why_float_in_engine(module)
     return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, reason)
+
+
+def _why_not_on_grid(module: nn.Module) -> str:
+    """Return why a layer or join computes in float since its model was changed; "" where it was not."""
+    held = [reference for part in module.modules() for reference in references_of(part)]
+    taken = dict.fromkeys(name for reference in held if (name := reference.taken) is not None)
+    where = ", ".join(taken)
+    return f"computes in float: another module was put in the place of {where} after prepare_qat" if taken else ""
 
 
 def _why_float_in_engine(module: nn.Module) -> str:
@@ -192,7 +203,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
         return ""
     if not isinstance(module.last_quantizer(module.activation_post_process), (FakeQuantizeBase, Quantizer)):
         return "float in ONNX Runtime: no quantizer follows at once"
-    if isinstance(module, nn.ConvTranspose2d) and phases_of_kernel(module) is None:
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and phases_of_kernel(module) is None:
         return "float in ONNX Runtime: it pads by more than its kernel"
     return ""
 

@@ -23,13 +23,13 @@ FUNCTIONS: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
     "linear": nn.Linear,
 }
 # With further functions that have weights and no quantized form.
-FUNCTIONS_WITH_WEIGHTS = frozenset(
-    {*FUNCTIONS, "conv_transpose1d", "conv_transpose3d", "bilinear", "embedding", "embedding_bag"}
-)
+FUNCTIONS_WITH_WEIGHTS = frozenset({*FUNCTIONS, "bilinear", "embedding", "embedding_bag"})
 _DEFAULTS: dict[str, Any] = {
     "bias": None,
     "stride": 1,

@@ -10,6 +10,7 @@ from tritonq.prepare.record.dataflow import Call
 
 # Why such an operation stays in float.
 BETWEEN_GRIDS = "computed in float between quantized tensors"
+_INSTEAD = {"batch_norm": "a nn.BatchNorm in its place would become part of the layer before it"}
 
 
 def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
@@ -36,6 +37,11 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
             if call.kind == "function" and not analysis.keeps_grid(call) and _place(call) not in told:
                 found[_place(call)] = call
     return sorted(found.values(), key=lambda call: call.index)
+
+
+def why_between(call: Call) -> str:
+    """Return the reason in the record of a call between grids, with what to write instead where that is known."""
+    return f"{BETWEEN_GRIDS}: {_INSTEAD[call.name]}" if call.name in _INSTEAD else BETWEEN_GRIDS
 
 
 def _place(call: Call) -> tuple[str, str, int]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import nn
 
-from tritonq.nn import Add, AddMatMul, Cat, Einsum, MatMul, Maximum, Minimum, Mul, ScaledDotProductAttention, Sub
+from tritonq.nn import GLU, Add, AddMatMul, Cat, Einsum, MatMul, Maximum, Minimum, Mul, ScaledDotProductAttention, Sub
 from tritonq.nn.concatenation import Arrangement
 from tritonq.nn.einsum import Contraction, einsum_call
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
@@ -171,6 +171,12 @@ def _untaken(why: str) -> Callable[[Call], Reading]:
     return read
 
 
+def _halves(call: Call) -> Reading:
+    """Read a call of glu: one tensor, whose halves are multiplied."""
+    item = call.args[0] if call.args else call.kwargs.get("input")
+    return ((item,), "") if isinstance(item, Ref) else ((), "")
+
+
 def _attention(call: Call) -> Reading:
     """Read a call of scaled dot-product attention; its operands are queries, keys and values."""
     given = {**dict(zip(("query", "key", "value"), call.args, strict=False)), **call.kwargs}
@@ -237,6 +243,11 @@ KINDS: Mapping[str, JoinKind] = {
         for kind, names in _EXTREMA.items()
         for name in names
     },
+    "glu": JoinKind(
+        _halves,
+        lambda join, qconfig: GLU(join.setting, join.ceiling, qconfig=qconfig),
+        setting=lambda call: call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1),
+    ),
     "matmul": JoinKind(_pair, lambda join, qconfig: MatMul(join.ceiling, qconfig=qconfig), constants="rounded"),
     "einsum": JoinKind(
         _einsum,

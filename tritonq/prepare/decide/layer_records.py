@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.fixed_point import Links
-from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS, float_operations
+from tritonq.prepare.decide.float_operations import float_operations, why_between
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
@@ -119,7 +119,7 @@ def layer_records(
         names.add(free)
     for call in float_operations(analysis, plan):
         free = _free_name(f"{call.owner}.{call.name}".lstrip("."), names)
-        note(call.index, free, call.name, BETWEEN_GRIDS)
+        note(call.index, free, call.name, why_between(call))
         names.add(free)
     in_order = sorted(found, key=lambda pair: pair[0])
     return tuple(dict.fromkeys(record for _, record in in_order))

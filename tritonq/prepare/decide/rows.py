@@ -26,6 +26,12 @@ ROWS: dict[Types, type[intrinsic.FusedModule]] = {
     (nn.ConvTranspose2d, nn.BatchNorm2d): intrinsic.ConvTransposeBn2d,
     (nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU): intrinsic.ConvTransposeBnReLU2d,
     (nn.ConvTranspose2d, nn.ReLU): intrinsic.ConvTransposeReLU2d,
+    (nn.ConvTranspose1d, nn.BatchNorm1d): intrinsic.ConvTransposeBn1d,
+    (nn.ConvTranspose1d, nn.BatchNorm1d, nn.ReLU): intrinsic.ConvTransposeBnReLU1d,
+    (nn.ConvTranspose1d, nn.ReLU): intrinsic.ConvTransposeReLU1d,
+    (nn.ConvTranspose3d, nn.BatchNorm3d): intrinsic.ConvTransposeBn3d,
+    (nn.ConvTranspose3d, nn.BatchNorm3d, nn.ReLU): intrinsic.ConvTransposeBnReLU3d,
+    (nn.ConvTranspose3d, nn.ReLU): intrinsic.ConvTransposeReLU3d,
 }
 
 

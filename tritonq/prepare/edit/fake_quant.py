@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -23,7 +23,8 @@ from tritonq.nn.kept_class import keep_class
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
 from tritonq.nn.reference import Reference
 from tritonq.nn.unary import UnaryLayer
-from tritonq.prepare.decide.joins import Join
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.joins import Join, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reader
@@ -35,10 +36,11 @@ from tritonq.prepare.edit.earlier_outputs import note_earlier_output
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.float_keys import note_batch_norms
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
+from tritonq.prepare.edit.routes import Routes
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
 from tritonq.prepare.forwards.graph import ForwardGraph, first_node, layer_operands
 from tritonq.prepare.forwards.quantized import Read
-from tritonq.prepare.record.dataflow import Dataflow
+from tritonq.prepare.record.dataflow import Call
 from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig, with_one_weight_scale
 from tritonq.reference.functions import Function
@@ -48,7 +50,7 @@ Types = Mapping[type[nn.Module], type[nn.Module]]
 
 def apply_plan(
     editor: ModelEditor,
-    flow: Dataflow,
+    analysis: Analysis,
     plan: Plan,
     types: Types,
     qconfigs: Mapping[nn.Module, QConfig | None],
@@ -58,7 +60,7 @@ def apply_plan(
 
     Args:
         editor: edits the model.
-        flow: the record of the float model.
+        analysis: the record of the float model, and what follows from it.
         plan: the plan that was made from it.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module of the float model.
@@ -71,7 +73,7 @@ def apply_plan(
     Raises:
         ValueError: a name that preparation needs is taken.
     """
-    work = _PlanWork(editor, flow, plan, types, qconfigs, keep_classes)
+    work = _PlanWork(editor, analysis, plan, types, qconfigs, keep_classes)
     work.do()
     return work.join_names, work.unary_names
 
@@ -87,7 +89,7 @@ class _PlanWork:
     def __init__(
         self,
         editor: ModelEditor,
-        flow: Dataflow,
+        analysis: Analysis,
         plan: Plan,
         types: Types,
         qconfigs: Mapping[nn.Module, QConfig | None],
@@ -95,7 +97,7 @@ class _PlanWork:
     ) -> None:
         self.join_names: dict[Join, str] = {}
         self.unary_names: dict[int, str] = {}
-        self._editor, self._flow, self._plan = editor, flow, plan
+        self._editor, self._analysis, self._plan = editor, analysis, plan
         self._types, self._qconfigs, self._keep_classes = types, qconfigs, keep_classes
         self._float_modules = dict(editor.modules)
         # The quantizer modules, by the identity of what was planned.
@@ -152,7 +154,10 @@ class _PlanWork:
             module = float_layer(layer.function, self._editor.model, module.training)
         if layer.name in self._plan.clipped | self._plan.summands:
             qconfig = qconfig._replace(activation=nn.Identity)
-        if layer.row[0] is nn.ConvTranspose2d and not qconfig.find_target().scales_transposed_channels:
+        if (
+            issubclass(layer.row[0], nn.modules.conv._ConvTransposeNd)
+            and not qconfig.find_target().scales_transposed_channels
+        ):
             qconfig = with_one_weight_scale(qconfig)
         try:
             if len(layer.row) == 1:
@@ -296,7 +301,7 @@ class _PlanWork:
         planned = self._plan.unary[quantizer.value]
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
-        name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
+        name = self._editor.add_child(owner, self._analysis.flow.calls[planned.calls[0]].name.lower(), made)
         self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
@@ -315,7 +320,7 @@ class _PlanWork:
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
         self._editor.add_child(owner, f"{quantizer.label}_fake_quant", own)
-        name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
+        name = self._editor.add_child(owner, self._analysis.flow.calls[planned.calls[0]].name.lower(), made)
         forward, joined = self._editor.rewrite(quantizer.owner), bool(planned.absorbed)
         forward.replace(quantizer.node, name, first_node, quantizer.in_place, joined)
         self._unary[quantizer.value] = (made, own)
@@ -323,8 +328,15 @@ class _PlanWork:
 
     def _link(self) -> None:
         """Tell layers, operations of one tensor and joins which quantizers put their inputs on grids."""
+        calls, routes = self._analysis.flow.calls, Routes(self._analysis, self._editor.model)
         for value, (unary, own) in self._unary.items():
-            unary.set_quantizers(self._quantizers.get(id(self._plan.unary[value].source)), own)
+            planned = self._plan.unary[value]
+            source, steps = self._quantizers.get(id(planned.source)), (*planned.absorbed, *planned.calls)
+            if source is not None:
+                reads = [(calls[index], calls[index].inputs[0]) for index in steps]
+                unary.set_quantizers(Reference(source, routes.to_reader(unary, source, reads)), own)
+            else:
+                unary.set_quantizers(None, own)
         exclusive = self._plan.exclusive_state
         for layer in self._plan.layers:
             if layer.function is not None:
@@ -333,14 +345,30 @@ class _PlanWork:
             grid, module = self._plan.inputs.get(layer.name), self._editor.modules[layer.name]
             if grid is not None and isinstance(module, QATLayer):
                 quantizer = self._quantizers[id(grid)]
-                module.set_input_quantizer(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
+                if isinstance(quantizer, FakeQuantizeBase):
+                    reads = [(calls[index], calls[index].inputs[0]) for index in layer.calls]
+                    module.set_input_quantizer(Reference(quantizer, routes.to_reader(module, quantizer, reads)))
             behind = self._quantizers.get(id(self._plan.outputs.get(layer.name)))
             if isinstance(module, QATLayer) and isinstance(behind, FakeQuantizeBase):
-                module.set_quantizer_behind_clip(behind)
+                ends = [calls[index] for index in layer.ends]
+                module.set_quantizer_behind_clip(Reference(behind, routes.to_clip(module, behind, ends)))
         for join, grids in self._plan.operands.items():
             module = self._quantized_module(join)
             if isinstance(module, Joint):
-                module.set_operand_producers(*(None if grid is None else self._producer(grid) for grid in grids))
+                made = [None if grid is None else self._producer(grid) for grid in grids]
+                module.set_operand_producers(
+                    *(
+                        None if source is None else Reference(source, routes.to_reader(module, source, reads))
+                        for source, reads in zip(made, self._reads(join), strict=False)
+                    )
+                )
+
+    def _reads(self, join: Join) -> Iterator[list[tuple[Call, int]]]:
+        """Yield, for each operand of a join, its calls with the values that they read there."""
+        calls = [self._analysis.flow.calls[index] for index in join.calls]
+        read = [operands(call, self._analysis) for call in calls]
+        for operand in range(min(map(len, read))):
+            yield [(call, values[operand]) for call, values in zip(calls, read, strict=True)]
 
     def _producer(self, grid: GridSource) -> nn.Module:
         """Return the module whose output lies on a planned grid.

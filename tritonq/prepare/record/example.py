@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tritonq.prepare.record.closures import error_text
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.prepare.record.recorder import Recorder
@@ -98,7 +99,7 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
     try:
         flow = recorder.run(args, kwargs)
     except Exception as error:
-        text = _text(error) + _place(model, recorder.running())
+        text = error_text(error) + _place(model, recorder.running())
         raise ValueError(f"{type(model).__name__} rejects example_inputs: {text}") from error
     if isinstance(recorder.result, Iterator):
         kind = type(recorder.result).__name__
@@ -116,7 +117,7 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
     try:
         in_training = _run(model, modes, args, kwargs, passing)
     except _ForwardError as failure:
-        text = _text(failure.error) + failure.place
+        text = error_text(failure.error) + failure.place
         raise ValueError(f"{type(model).__name__} rejects training_inputs in training mode: {text}") from failure.error
     return Recording(in_eval, in_training)
 
@@ -152,7 +153,7 @@ def _with_training(model: nn.Module, in_eval: Run, passing: frozenset[str]) -> R
         try:
             run = _run(model, modes, in_eval.args, in_eval.kwargs, passing)
         except _ForwardError as failure:
-            obstacle = obstacle or _text(failure.error) + failure.place
+            obstacle = obstacle or error_text(failure.error) + failure.place
             if failure.where is None:
                 break
             modes[failure.where] = False
@@ -213,10 +214,6 @@ def _place(model: nn.Module, running: list[nn.Module]) -> str:
     """
     names = {module: name for name, module in model.named_modules()}
     return f" (in {names[running[0]]!r}, a {type(running[0]).__name__})" if running and names[running[0]] else ""
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Arguments:

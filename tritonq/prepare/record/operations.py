@@ -35,10 +35,14 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
         return False
-    if not has_own_weight(module):
+    if not has_own_weight(module) or isinstance(module, _OPEN):
         return False
     base = torch_base(type(module))
     return base not in (None, nn.Module) and inherits_computation(type(module), base)
+
+
+# Their forwards call one function that becomes several operations.
+_OPEN = (nn.GLU,)
 
 
 def has_own_weight(module: nn.Module) -> bool:

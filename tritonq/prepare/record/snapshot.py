@@ -7,7 +7,6 @@ import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import CellType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from tritonq.prepare.record.place import plain_function
+from tritonq.prepare.record.closures import rebind_closures
 from tritonq.prepare.record.structure import tensors_in
 
 _CONTAINERS = (dict, list, set)
@@ -52,19 +51,12 @@ def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, also if its modules hold results of computations, which torch refuses to copy.
 
     Such tensors are detached in the copy. Pruning and the old ``weight_norm`` leave the computed weight on the module;
-    forwards may leave activations there, also in lists and dicts.
+    forwards may leave activations there, also in lists and dicts. Functions that hold modules of the model, such as
+    hooks, hold those of the copy in it.
 
     Raises:
-        ValueError: something that a module holds can't be copied, or its copy would run the original; the message names
-            it.
+        ValueError: something that a module holds can't be copied; the message names it.
     """
-    bound = _bound_forward(model)
-    if bound is not None:
-        raise ValueError(
-            f"{type(model).__name__} can't be copied: the forward of {bound or 'the model'} was replaced by a function "
-            "that holds a module of the model, so that a copy would run the original. inplace=True changes the model "
-            "itself; types.MethodType(function, module) makes a forward that copies take along"
-        )
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, ScriptModule) and id(module) not in memo:
@@ -76,33 +68,13 @@ def copied(model: nn.Module) -> nn.Module:
                 if tensor.grad_fn is not None:
                     memo[id(tensor)] = tensor.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        made = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} can't be copied{_culprit(model)}: {error}. inplace=True changes the model itself"
         ) from error
-
-
-def _bound_forward(model: nn.Module) -> str | None:
-    """Return the name of a module whose forward would reach the original model from a copy; None if there is none.
-
-    Such a forward is a function that holds a module of the model in its closure, and copies share functions.
-    """
-    modules = set(model.modules())
-    for name, module in model.named_modules():
-        cells = getattr(plain_function(vars(module).get("forward")), "__closure__", None) or ()
-        held = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells if _is_filled(cell)]
-        if any(isinstance(item, nn.Module) and item in modules for item in held):
-            return str(name)
-    return None
-
-
-def _is_filled(cell: CellType) -> bool:
-    """Whether a closure cell holds something other than None."""
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that the enclosing function has not set yet
-        return False
+    rebind_closures(model, made)
+    return made
 
 
 def _culprit(model: nn.Module) -> str:

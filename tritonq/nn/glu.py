@@ -1,0 +1,43 @@
+"""Gated linear units."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tritonq.nn.elementwise import Mul
+from tritonq.nn.functions import FunctionLayer
+from tritonq.nn.output_quantizer import quantizer_of
+from tritonq.nn.reference import Reference, Referred
+from tritonq.qconfig import QConfig
+from tritonq.reference.functions import Function
+
+
+class GLU(Mul):
+    """``FQ(relu?(a * FQ(sigmoid(b))))`` for the halves a and b of a tensor: :func:`torch.nn.functional.glu`.
+
+    Attributes:
+        dim: the axis that is halved.
+        gate: the sigmoid.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.GLU()(torch.tensor([[3.0, 0.0]]))
+        tensor([[1.5000]])
+    """
+
+    def __init__(self, dim: int = -1, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
+        super().__init__(ceiling, qconfig=qconfig)
+        self.dim = dim
+        self.gate = FunctionLayer(Function("sigmoid"), qconfig=qconfig)
+        self.set_producers(None, self.gate)
+
+    def set_operand_producers(self, *producers: Referred) -> None:
+        """Set the module that puts the tensor on its grid (None: unknown)."""
+        source = Reference.to(producers[0])
+        self.gate.set_quantizers(Reference(quantizer_of(source.module), source.route))
+        self.set_producers(source, self.gate)
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """Halve a tensor and multiply one half by the gate that the other one makes."""
+        a, b = input.chunk(2, self.dim)
+        return self.joined(a, self.gate(b))

@@ -1,0 +1,171 @@
+"""Modules that were put into a prepared model, or in the place of one of its modules, after preparation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.nn.folded import FoldedBatchNorm
+from tritonq.nn.original_class import original_class
+from tritonq.nn.reference import references_of
+from tritonq.observers import ObserverBase
+from tritonq.prepare.decide.layer_records import LayerRecord
+from tritonq.prepare.record.operations import is_leaf
+
+# The attributes of a prepared model: what became of each layer, and the class of each module by its name.
+REPORT, _CLASSES = "tritonq_report", "_tritonq_classes"
+# Why a module is in float that `prepare_qat` has not seen.
+ADDED = "it was put into the model after prepare_qat"
+# How the reason ends of what had become part of a layer that is gone.
+_LOST = ", which is gone: it does nothing now"
+_NAMES_SHOWN = 5
+
+
+def note_report(model: nn.Module, records: tuple[LayerRecord, ...]) -> None:
+    """Let a model keep what became of each layer, and which modules it has now."""
+    vars(model)[REPORT] = records
+    vars(model)[_CLASSES] = {name: _class_name(module) for name, module in model.named_modules()}
+
+
+def report_of(model: nn.Module) -> tuple[LayerRecord, ...] | None:
+    """Return what became of each layer of a model, as it is now; None without a record.
+
+    Layers that moved, into an adapter around them, have their present names. What was added has rows of its own. A
+    model that became part of another one, such as an adapted one, is found in it.
+    """
+    holders = [(name, module) for name, module in model.named_modules() if REPORT in vars(module)]
+    if not holders:
+        return None
+    return tuple(_renamed(record, prefix) for prefix, holder in holders for record in _present_records(holder))
+
+
+def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
+    """Return :func:`report_of` a model, which keeps none."""
+    records = report_of(model)
+    for module in model.modules():
+        vars(module).pop(REPORT, None)
+        vars(module).pop(_CLASSES, None)
+    return records
+
+
+def warn_of_changes(model: nn.Module, stacklevel: int = 1) -> None:
+    """Warn of layers that were put into a prepared model and so stay in float, and of what their places took away."""
+    records = report_of(model) or ()
+    added = [record.name for record in records if record.reason == ADDED]
+    lost = [record.name for record in records if record.reason.endswith(_LOST)]
+    if not added:
+        return
+    text = (
+        f"{len(added)} modules were put into the model after prepare_qat ({_listed(added)}): they stay in float, and "
+        "what reads their results computes in float"
+    )
+    if lost:
+        text += f". {_listed(lost)} had become part of layers that are gone, and nothing does their work now"
+    warnings.warn(f"{text}. tritonq.summary lists them", stacklevel=stacklevel + 1)
+    silence_references(model)
+
+
+def silence_references(model: nn.Module) -> None:
+    """Let no module of a model warn any more that it reads what was put into the model, since that is told now."""
+    for reference in (reference for module in model.modules() for reference in references_of(module)):
+        if reference.route is not None:
+            reference.route.told[0] = True
+
+
+def _present_records(holder: nn.Module) -> list[LayerRecord]:
+    """Return the records of a prepared model, by the names that its layers have now, with rows for added ones."""
+    noted: Mapping[str, str] = vars(holder).get(_CLASSES, {})
+    records: tuple[LayerRecord, ...] = vars(holder)[REPORT]
+    present = dict(holder.named_modules())
+    moved = {name: _moved_to(name, noted, present) for name in _replaced(noted, present)}
+    if not noted or (not moved and len(present) == len(noted)):
+        return list(records)
+    added = _added({_present_name(name, moved) for name in noted}, present)
+    found: list[LayerRecord] = []
+    for record in records:
+        place = next((name for name in moved if _is_in(record.name, name)), None)
+        if place is not None:
+            found += [row for row in added if _is_in(row.name, place)]
+            added = [row for row in added if row not in found]
+        now = _present_name(record.name, moved)
+        if now is not None:
+            found.append(_without_lost(replace(record, name=now), moved, present.get(now)))
+    return [*found, *added]
+
+
+def _added(known: Container[str | None], present: Mapping[str, nn.Module]) -> list[LayerRecord]:
+    """Return rows for the layers whose names are not known, and which are part of no other such layer."""
+    found: list[LayerRecord] = []
+    for name, module in present.items():
+        is_inside = bool(found) and _is_in(name, found[-1].name)
+        if name not in known and not is_inside and is_leaf(module) and not isinstance(module, _SILENT):
+            found.append(LayerRecord(name, type(module).__name__, (), "float", ADDED))
+    return found
+
+
+_SILENT = (nn.Identity, nn.Dropout, FakeQuantizeBase, ObserverBase)
+
+
+def _without_lost(record: LayerRecord, moved: Mapping[str, str | None], module: nn.Module | None) -> LayerRecord:
+    """Return the record of what had become part of a layer that is gone as in float; any other one as it is."""
+    partners = {partner: _present_name(partner, moved) for partner in record.fused_with}
+    left = tuple(now for now in partners.values() if now is not None)
+    if left or not partners or not isinstance(module, (FoldedBatchNorm, nn.Identity)):
+        return replace(record, fused_with=left)
+    return replace(record, fused_with=(), status="float", reason=f"it had become part of {record.fused_with[0]}{_LOST}")
+
+
+def _replaced(noted: Mapping[str, str], present: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the names of places where another module stands than was noted, or none; outermost only."""
+    outer: list[str] = []
+    for name, kind in noted.items():
+        if any(name.startswith(f"{place}.") for place in outer):
+            continue
+        module = present.get(name)
+        if module is None or _class_name(module) != kind:
+            outer.append(name)
+            yield name
+
+
+def _moved_to(name: str, noted: Mapping[str, str], present: Mapping[str, nn.Module]) -> str | None:
+    """Return where the module is now that was noted at a name: the one inside of what stands there with its class."""
+    inside = [
+        other
+        for other, module in present.items()
+        if _is_in(other, name) and _class_name(module) == noted[name] and other not in noted
+    ]
+    return min(inside, key=len) if inside else None
+
+
+def _present_name(name: str, replaced: Mapping[str, str | None]) -> str | None:
+    """Return the present name of what was noted under a name; None where it is gone."""
+    for place, now in replaced.items():
+        if _is_in(name, place):
+            return None if now is None else now + name[len(place) :]
+    return name
+
+
+def _is_in(name: str, place: str) -> bool:
+    """Whether a name is that of a place, or of something inside of it."""
+    return f"{name}.".startswith(f"{place}.")
+
+
+def _renamed(record: LayerRecord, prefix: str) -> LayerRecord:
+    if not prefix:
+        return record
+    partners = tuple(f"{prefix}.{partner}" for partner in record.fused_with)
+    return replace(record, name=f"{prefix}.{record.name}", fused_with=partners)
+
+
+def _class_name(module: nn.Module) -> str:
+    kind = original_class(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,104 @@
+"""The places in a model that a tensor passes between the quantizer that rounds it and what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+from torch import nn
+
+from tritonq.nn.reference import Place, Route
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.record.dataflow import Call
+
+
+class Routes:
+    """Finds the places of an edited model that stand between a quantizer and its readers, for References.
+
+    A module that is put into one of them later, such as an adapter around a layer, may return something else.
+
+    Args:
+        analysis: the float model and its record.
+        model: the edited model.
+    """
+
+    def __init__(self, analysis: Analysis, model: nn.Module) -> None:
+        self._analysis, self._model = analysis, model
+        self._told = [False]
+
+    def to_reader(self, reader: nn.Module, source: nn.Module, reads: Iterable[tuple[Call, int]]) -> Route:
+        """Return the places between a module that rounds a tensor and one that reads it.
+
+        Args:
+            reader: what reads.
+            source: the quantizer, or a module whose output is quantized.
+            reads: the recorded calls of the reader, each with the value that it reads.
+        """
+        rounding = source._modules.get("activation_post_process") or source
+        name, source_name = self._names.get(reader), self._names.get(rounding)
+        if name is None or source_name is None or source_name.startswith(f"{name}."):
+            return Route()
+        passed = [name, source_name]
+        for call, value in reads:
+            passed += self._passed([call, *self._before(value)])
+        return Route(tuple(self._places(dict.fromkeys(passed))), self._told)
+
+    def to_clip(self, layer: nn.Module, quantizer: nn.Module, ends: Iterable[Call]) -> Route:
+        """Return the places between a layer and the quantizer that stands behind the clip that alone reads it."""
+        name, behind = self._names.get(layer), self._names.get(quantizer)
+        if name is None or behind is None:
+            return Route()
+        passed = [name, behind]
+        for call in ends:
+            clip = self._analysis.follower(call)
+            passed += self._passed([call] if clip is None else [call, clip])
+        return Route(tuple(self._places(dict.fromkeys(passed))), self._told)
+
+    def _before(self, value: int) -> Iterator[Call]:
+        """Yield the calls that a value came through, back to the one that made it."""
+        call = self._analysis.flow.producer(value)
+        while call is not None:
+            yield call
+            call = self._analysis.flow.producer(call.inputs[0]) if self._analysis.keeps_grid(call) else None
+
+    def _passed(self, calls: list[Call]) -> list[str]:
+        """Return the modules that are called, and those whose forwards a tensor leaves or enters between the calls."""
+        stacks = [self._stack(call.frame) for call in calls]
+        common = set(stacks[0]).intersection(*stacks)
+        frames = dict.fromkeys(frame for stack in stacks for frame in stack if frame not in common)
+        owners = [self._analysis.flow.frames[frame].owner for frame in frames]
+        return [*(call.module_name for call in calls if call.module_name is not None), *owners]
+
+    def _stack(self, frame: int | None) -> list[int]:
+        found = []
+        while frame is not None:
+            found.append(frame)
+            frame = self._analysis.flow.frames[frame].parent
+        return found
+
+    def _places(self, names: Iterable[str]) -> Iterator[Place]:
+        """Yield the places that lead to modules from the innermost module that holds all of them."""
+        paths = [name.split(".") for name in names if name]
+        shared = 0
+        while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+            shared += 1
+        seen = set()
+        for path in paths:
+            for depth in range(shared, len(path)):
+                name = ".".join(path[: depth + 1])
+                parent = self._modules.get(".".join(path[:depth]))
+                child = None if parent is None else parent._modules.get(path[depth])
+                if parent is None or child is None:
+                    break
+                if name not in seen:
+                    seen.add(name)
+                    yield Place(parent._modules, path[depth], child, name)
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self._model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def _names(self) -> dict[nn.Module, str]:
+        """Names of modules: the first of each."""
+        return {module: name for name, module in reversed(self._modules.items())}

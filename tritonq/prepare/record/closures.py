@@ -1,0 +1,122 @@
+"""Functions on a model that hold its modules and tensors in their closures: hooks, replaced forwards, attributes.
+
+``copy.deepcopy`` shares functions, so that a copied model's would run and train the original's modules.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+
+def rebind_closures(original: nn.Module, copied: nn.Module) -> None:
+    """Let functions that a copied model holds refer to its own modules, parameters and buffers, in place.
+
+    Functions lie in attributes, and in dicts, lists and tuples that are attributes, as those of hooks are. What else a
+    closure holds stays the same object, such as the dict that a hook fills for its author.
+    """
+    rebinder = _Rebinder(_counterparts(original, copied))
+    for module in copied.modules():
+        held = vars(module)
+        for name, value in list(held.items()):
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            if isinstance(value, dict):
+                value.update({key: new for key, item in value.items() if (new := rebinder.rebound(item)) is not item})
+            elif isinstance(value, list):
+                value[:] = [rebinder.rebound(item) for item in value]
+            elif isinstance(value, tuple) and any(rebinder.rebound(item) is not item for item in value):
+                # Named tuples are made of their items.
+                items = [rebinder.rebound(item) for item in value]
+                held[name] = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            elif (new := rebinder.rebound(value)) is not value:
+                held[name] = new
+
+
+def error_text(error: BaseException) -> str:
+    """Return an error's class and message; of a failed look-up of a module what to do instead."""
+    if not isinstance(error, KeyError) or not error.args or not isinstance(error.args[0], nn.Module):
+        return f"{type(error).__name__}: {error}"
+    frames = [] if error.__traceback__ is None else traceback.extract_tb(error.__traceback__)
+    where = f", line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
+    function = f"{frames[-1].name}{where}" if frames else "a function"
+    return (
+        f"{function} looks a {type(error.args[0]).__name__} up in a table of modules: preparation copies modules and "
+        "puts others in their places, so let the table have names"
+    )
+
+
+def _counterparts(original: nn.Module, copied: nn.Module) -> dict[int, Any]:
+    """Return the copies of modules, parameters and buffers, by the identity of the originals."""
+    pairs: list[tuple[Any, Any]] = list(zip(original.modules(), copied.modules(), strict=True))
+    for old, new in list(pairs):
+        for tensors, others in ((old._parameters, new._parameters), (old._buffers, new._buffers)):
+            pairs += [(tensor, others.get(name)) for name, tensor in tensors.items() if tensor is not None]
+    return {id(old): new for old, new in pairs}
+
+
+class _Rebinder:
+    def __init__(self, counterparts: Mapping[int, Any]) -> None:
+        self._counterparts = counterparts
+        # Closures that share a cell go on sharing one.
+        self._cells: dict[int, CellType] = {}
+
+    def rebound(self, item: Any) -> Any:
+        """Return a function that refers to the copy where ``item`` refers to the original; else ``item``."""
+        if isinstance(item, FunctionType):
+            return self._rebound_function(item)
+        if isinstance(item, MethodType):
+            owner, function = self._referred(item.__self__), self.rebound(item.__func__)
+            is_same = owner is item.__self__ and function is item.__func__
+            return item if is_same else MethodType(function, owner)
+        if type(item) is partial:
+            function = self.rebound(item.func)
+            return item if function is item.func else partial(function, *item.args, **item.keywords)
+        return item
+
+    def _rebound_function(self, function: FunctionType) -> FunctionType:
+        cells, defaults = function.__closure__ or (), function.__defaults__ or ()
+        new_cells = tuple(map(self._rebound_cell, cells))
+        new_defaults = tuple(map(self._referred, defaults))
+        keywords = function.__kwdefaults__
+        new_keywords = None if keywords is None else {name: self._referred(item) for name, item in keywords.items()}
+        changes = [*zip(cells, new_cells, strict=True), *zip(defaults, new_defaults, strict=True)]
+        changes += [] if keywords is None else [(item, (new_keywords or {})[name]) for name, item in keywords.items()]
+        if all(old is new for old, new in changes):
+            return function
+        made = FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            new_defaults or None,
+            new_cells if function.__closure__ is not None else None,
+        )
+        made.__kwdefaults__, made.__qualname__, made.__module__ = (
+            new_keywords,
+            function.__qualname__,
+            function.__module__,
+        )
+        made.__dict__.update(function.__dict__)
+        return made
+
+    def _rebound_cell(self, cell: CellType) -> CellType:
+        if id(cell) in self._cells:
+            return self._cells[id(cell)]
+        self._cells[id(cell)] = cell  # a function that refers to itself
+        try:
+            held = cell.cell_contents
+        except ValueError:  # a name that the enclosing function has not set yet
+            return cell
+        new = self._referred(held)
+        if new is not held:
+            self._cells[id(cell)] = CellType(new)
+        return self._cells[id(cell)]
+
+    def _referred(self, item: Any) -> Any:
+        return self._counterparts[id(item)] if id(item) in self._counterparts else self.rebound(item)
