@@ -19,7 +19,7 @@ from torch import nn
 
 import tritonq
 from tritonq.__main__ import main
-from tritonq.cli.checkpoints import Recipe, read_training
+from tritonq.cli.checkpoints import ModelRecipe, read_training
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch
 from tritonq.cli.models import find_qconfig, prepare
@@ -33,7 +33,7 @@ MODEL = ["tritonq.demo.model:SmallResNet", "digits", *(f"--model-arg={word}" for
 SHORT = ["--model-arg=in_channels=1", "--batch-size=128", "--epochs=2", "--learning-rate=0.05", "--no-onnx"]
 DIGITS = [*MODEL, *SHORT]
 FILES = ["best.pt", "last.pt", "log.csv", "model.int8.pt"]
-RECIPE = Recipe(
+RECIPE = ModelRecipe(
     "tritonq.demo.model:SmallResNet",
     ("in_channels=1", "classes=10", "width=4"),
     mapping_to_data(find_qconfig("onnxruntime")),

@@ -15,7 +15,7 @@ import tritonq
 from qat_models import FloatResidual, assert_same_state, images, state_of, without_ranges
 from tritonq.__main__ import main
 from tritonq.cli import folder
-from tritonq.cli.checkpoints import Recipe, save_training
+from tritonq.cli.checkpoints import ModelRecipe, save_training
 from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits
 from tritonq.cli.models import find_qconfig, prepare
@@ -30,7 +30,7 @@ from tritonq.report.tally import BINS, MARGIN, FixedPointTally
 
 ARGUMENTS = ("in_channels=1", "classes=10", "width=4")
 QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
-RECIPE = Recipe(DEMO_MODEL, ARGUMENTS, QCONFIG, Preprocessing(8, 8, channels=1))
+RECIPE = ModelRecipe(DEMO_MODEL, ARGUMENTS, QCONFIG, Preprocessing(8, 8, channels=1))
 
 
 def calibrated():
@@ -204,7 +204,7 @@ def test_clipped_values_are_drawn_apart(measured):
     assert histogram(tensor.__class__(**{**vars(tensor), "counts": tuple(counts)})).count('class="clip"') == 1
 
 
-FIXED = Recipe(DEMO_MODEL, ARGUMENTS, mapping_to_data(find_qconfig("f8net")), Preprocessing(8, 8, channels=1))
+FIXED = ModelRecipe(DEMO_MODEL, ARGUMENTS, mapping_to_data(find_qconfig("f8net")), Preprocessing(8, 8, channels=1))
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +327,7 @@ def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):
     state = tritonq.prepare_qat(SmallResNet(1, 10, 8), example_inputs=torch.zeros(2, 1, 8, 8)).state_dict()
     save_training(foreign, RECIPE, {"state_dict": state})
     code = tmp_path / "code.pt"
-    save_training(code, Recipe("os:getcwd", (), QCONFIG, Preprocessing(8, 8, channels=1)), {"state_dict": state})
+    save_training(code, ModelRecipe("os:getcwd", (), QCONFIG, Preprocessing(8, 8, channels=1)), {"state_dict": state})
     for words, message in (
         ([tmp_path, "digits"], "is no output of the demo"),
         ([DEMO_MODEL, "digits", "--checkpoint", foreign], "of another architecture: 'stem.0.weight' has shape"),

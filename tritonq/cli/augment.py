@@ -1,4 +1,4 @@
-"""Random changes of training images, reproducible: each is a function of seed, epoch and image alone."""
+"""Random changes of training images (augmentation), reproducible: each follows from seed, epoch and image alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A list of changes, in the order in which they are made. False where there are none.
+    """A list of random changes of an image, in the order in which they are made.
+
+    It is False as a bool if there is none.
 
     Attributes:
         names: ``"flip"``: left and right exchanged, half of the time; ``"crop"``: a random part of 8 to 100 % of the
@@ -43,7 +45,7 @@ class Augmentation:
 
     @classmethod
     def named(cls, text: str) -> Augmentation:
-        """Return the augmentation that names with commas between them ask for; ``"none"`` asks for nothing.
+        """Return the augmentation for an option's text, such as ``"flip,crop"``; ``"none"`` gives one without changes.
 
         Raises:
             ValueError: an unknown name, or one that needs torchvision where it can't be imported.
@@ -58,7 +60,10 @@ class Augmentation:
         return cls(names)
 
     def pixels(self, image: Image, preprocessing: Preprocessing, seed: tuple[int, int]) -> Tensor:
-        """Change and scale an image: uint8 (channels, size, size). No other random number is drawn or seen."""
+        """Return the changed and scaled image: uint8 (channels, size, size).
+
+        Random numbers follow from ``seed`` alone, and no other random generator is used or changed.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1)
             image = image.convert("RGB")
@@ -81,7 +86,7 @@ def _change(name: str, image: Image, preprocessing: Preprocessing) -> Image:
 
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom, as torchvision's RandomResizedCrop draws them."""
+    """Return left, top, right, bottom of a random part of an image, as torchvision's RandomResizedCrop chooses it."""
     low, high = (math.log(ratio) for ratio in _CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * float(torch.empty(1).uniform_(*_CROP_AREA))

@@ -1,4 +1,7 @@
-"""The checkpoints of a training run: tensors and plain data with a checksum, whole or absent, that choose no code."""
+"""Checkpoints of a training run: tensors and plain data with a checksum.
+
+A file is written as a whole or not at all. Reading one runs no code that it names.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ _STATE_KEYS = ("state_dict", "model_state_dict", "state_dict_ema", "model")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to make a prepared model and its inputs: plain data, so that a checkpoint holds it.
+class ModelRecipe:
+    """How to make a prepared model and its inputs: plain data, so that a checkpoint can hold it.
 
     Attributes:
         model: ``"module:factory"``.
@@ -41,13 +44,13 @@ class Recipe:
     classes: tuple[str, ...] = ()
 
 
-def recipe_to_data(made: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain data, for a checkpoint."""
+def recipe_to_data(made: ModelRecipe) -> dict[str, Any]:
+    """Return a recipe as a dict of strings, numbers and lists, for a checkpoint; keys are the names of its fields."""
     return {**asdict(made), "preprocessing": preprocessing_to_data(made.preprocessing)}
 
 
-def recipe_from_data(data: Any) -> Recipe:
-    """Return the recipe that :func:`recipe_to_data` turned into ``data``, or that version 1 of the format held.
+def recipe_from_data(data: Any) -> ModelRecipe:
+    """Return the recipe that :func:`recipe_to_data` turned into ``data``, also one of version 1 of the format.
 
     Raises:
         ValueError: it is something else.
@@ -57,15 +60,17 @@ def recipe_from_data(data: Any) -> Recipe:
         others = {key: value for key, value in data.items() if key not in ("size", "channels")}
         data = {**others, "preprocessing": preprocessing_to_data(Preprocessing(size, size, channels=channels))}
         data["classes"] = ()
-    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(Recipe)}:
+    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(ModelRecipe)}:
         raise ValueError("its recipe is not one")
     preprocessing = preprocessing_from_data(data["preprocessing"])
     listed = {name: tuple(data[name]) for name in ("model_arguments", "classes")}
-    return Recipe(**{**data, **listed, "preprocessing": preprocessing})
+    return ModelRecipe(**{**data, **listed, "preprocessing": preprocessing})
 
 
-def save_training(path: Path, made: Recipe, state: dict[str, Any]) -> None:
-    """Write a checkpoint: ``recipe``, whatever ``state`` holds, ``"state_dict"`` among it, and a SHA-256 of all.
+def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
+    """Write a checkpoint at ``path``.
+
+    The recipe, the entries of ``state`` (``"state_dict"`` and others), and a SHA-256.
 
     Raises:
         OSError: the file can't be written; an older one is then as it was.
@@ -80,8 +85,8 @@ def save_training(path: Path, made: Recipe, state: dict[str, Any]) -> None:
         raise OSError(f"{path} can't be written: {_first_line(reason)}") from error
 
 
-def read_training(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Return a checkpoint of :func:`save_training`.
+def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
+    """Return the recipe and all entries of a checkpoint that :func:`save_training` wrote.
 
     Raises:
         ValueError: no such file, a damaged one, or one of another kind.
@@ -103,12 +108,12 @@ def read_training(path: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def is_training_file(content: Mapping[str, Any]) -> bool:
-    """Whether what :func:`read_tensors` read is a checkpoint of :func:`save_training`."""
+    """Whether ``content``, which :func:`read_tensors` read, is a checkpoint of :func:`save_training`."""
     return content.get("format") == FORMAT
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Return a file of tensors and plain data.
+    """Return the dict of tensors and plain data in a file of ``torch.save``; code in it is not run.
 
     Raises:
         ValueError: it can't be read, or holds something else.
@@ -123,9 +128,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a float state dict, or the one under a key of ``_STATE_KEYS`` of a file; tensors alone are read.
+    """Load weights into a float model, from a file with a state dict or with one under a key such as ``"model"``.
 
-    Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's modules give them.
+    Only tensors are read. Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's
+    modules give them.
 
     Raises:
         ValueError: a file that can't be read, or weights that are not finite or of another architecture; the message
@@ -146,7 +152,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict without the prefix that hides the expected names; ``state`` itself if no prefix does."""
+    """Return ``state`` without a prefix before all names, if the names then are the expected ones.
+
+    Else ``state`` itself.
+    """
     first = next(iter(expected), "")
     for prefix in (name.removesuffix(first) for name in state if name.endswith(first)):
         if prefix and all(prefix + name in state for name in expected):
@@ -155,7 +164,7 @@ def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load a state dict into a model of the same architecture.
+    """Load a state dict into a model of the same architecture; ``where`` names the file in the error's text.
 
     Raises:
         ValueError: the first tensor that does not fit; the model is then as it was.

@@ -17,7 +17,7 @@ BATCH_OF_EVALUATION = 256
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the tensor of a model's output, the first one of a tuple, dict or dataclass.
+    """Return the tensor in a model's output: itself, or the first one in a tuple, dict or dataclass.
 
     Raises:
         ValueError: there is none.
@@ -29,7 +29,7 @@ def first_tensor(output: Any) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATION) -> Tensor:
-    """Return the model's outputs in eval mode, on the CPU; batches go to the device of its tensors."""
+    """Return the model's outputs for ``images`` in eval mode, on the CPU; batches are moved to the model's device."""
     model.eval()
     device = device_of(model)
     outputs = (first_tensor(model(batch.to(device))).cpu() for batch in torch.split(images, batch_size))
@@ -37,12 +37,17 @@ def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATI
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Return fraction of rows whose largest entry is the label."""
+    """Return the fraction of rows in ``outputs`` (n, classes) whose largest entry is at the label."""
     return float((outputs.argmax(1) == labels).float().mean())
 
 
 def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> tuple[int, int]:
-    """Return how many images are answered with their label, and how many there are."""
+    """Return how many images get their label as the largest output, and how many there are.
+
+    Args:
+        answer: from images to outputs (n, classes).
+        batches: pairs of images and labels.
+    """
     right = count = 0
     for images, labels in batches:
         right += int((answer(images).argmax(1) == labels).sum())
@@ -51,7 +56,7 @@ def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> t
 
 
 def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Return fraction of images in batches of images and labels whose largest output is the label."""
+    """Return the fraction of images in ``batches`` (pairs of images and labels) whose largest output is the label's."""
     right, count = count_right(lambda images: logits(model, images), batches)
     return right / count
 
@@ -62,7 +67,16 @@ def batches_of(
     workers: int,
     device: torch.device | None = None,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Return batches of images, by index. Its own random generator leaves the training's alone."""
+    """Return a loader of the images with these indices, one batch for each list.
+
+    It has a random generator of its own, so that the training's is not used.
+
+    Args:
+        images: all images.
+        batches: lists of indices.
+        workers: processes that read images; 0: this one.
+        device: where the batches will go; for a GPU they are in pinned memory.
+    """
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -74,11 +88,11 @@ def batches_of(
 
 
 def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> DataLoader[tuple[Tensor, int]]:
-    """Return all images once, or every ``ranks``-th of them."""
+    """Return a loader of all images once; with several ``ranks``, of every ``ranks``-th image from ``rank`` on."""
     chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
     return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's tensors are."""
+    """Return the device of a model's tensors."""
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A script with which a shell completes commands, options and their choices."""
+"""The command ``completion``: print a script with which a shell completes commands, options and their choices."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the script."""
+    """Print the script for the shell that the options name; return the exit status 0."""
     print(script(arguments.shell), end="")
     return 0
 
 
 def script(shell: str) -> str:
-    """Return the completion script for a shell; commands whose extra is not installed are completed by name only."""
+    """Return the completion script for ``shell`` ("bash" or "zsh").
+
+    Of commands that need packages which are not installed only the name is completed.
+    """
     commands = _commands()
     choices, options = [], []
     for name, actions in commands.items():
@@ -62,7 +65,7 @@ def script(shell: str) -> str:
 
 
 def _commands() -> dict[str, list[argparse.Action]]:
-    """Return the options and arguments of each command."""
+    """Return the options and arguments of each command, by its name."""
     for action in build_parser(every_command=True)._actions:
         if isinstance(action, argparse._SubParsersAction):
             return {name: list(parser._actions) for name, parser in action.choices.items()}

@@ -1,4 +1,7 @@
-"""The images that commands train and measure with: scikit-learn's digits, or a folder with one sub-folder per class."""
+"""The images with which commands train and measure.
+
+Scikit-learn's digits, or a folder with one sub-folder per class.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _DARKEST_DIGIT = 16
 
 @dataclass(frozen=True)
 class Examples:
-    """What a model is trained on and measured with.
+    """The images with which a model is trained and measured; they may be read from files when they are asked for.
 
     Attributes:
         name: where they come from.
@@ -57,7 +60,7 @@ class TensorImages(LabelledImages):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image and its label."""
+        """Return the image at ``index``, float32 (channels, height, width), and its label."""
         return self.images[index], int(self.labels[index])
 
 
@@ -85,7 +88,7 @@ class Images:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the images and the share that is held out."""
+    """Add the options that name the images and the share of them that is held out."""
     parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
         "--validation",
@@ -96,7 +99,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_option(parser: argparse.ArgumentParser, name: str, purpose: str) -> None:
-    """Add the option that names images, for commands that need them in some uses only."""
+    """Add the option that names images, for commands that need them only in some uses; ``purpose`` is for its help."""
     parser.add_argument(name, metavar="DATA", help=f"{purpose}: {_DATA_HELP}")
 
 
@@ -107,7 +110,7 @@ _DATA_HELP = (
 
 
 def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
-    """Return the classes that :func:`open_examples` will find; no image is read.
+    """Return the classes that :func:`open_examples` will find for the same arguments; no image is read.
 
     Raises:
         ValueError: see :func:`~tritonq.cli.folder.find_layout`.
@@ -119,19 +122,19 @@ def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
 def open_examples(
     source: str, preprocessing: Preprocessing, validation: str = "0.5", workers: int = 0, *, quiet: bool = False
 ) -> Examples:
-    """Return the images called ``"digits"``, or those of a folder, whose pixels are read when they are asked for.
+    """Return scikit-learn's digits, or the images of a folder, whose pixels are read when they are asked for.
 
-    Each file is read once, to tell whether it can be, for its checksum and for mean and deviation.
+    Each file is read once, to see whether it can be read, for its checksum, and for mean and deviation.
 
     Args:
         source: ``"digits"`` or a folder with one sub-folder per class.
         preprocessing: how they are scaled; without a mean it takes the training images' own.
         validation: a folder of the same classes, or the share that is held out.
         workers: threads that read files; 0: one per processor.
-        quiet: print nothing; another process does.
+        quiet: print nothing, because another process does.
 
     Raises:
-        ValueError: see :func:`~tritonq.cli.folder.readable_images`; channels that can't be made.
+        ValueError: see :func:`~tritonq.cli.folder.readable_images`; or channels that can't be made.
     """
     folder, share = _validation(validation)
     if source == DIGITS:
@@ -168,7 +171,10 @@ def in_memory(examples: Examples) -> Images:
 
 
 def stacked(images: LabelledImages, chosen: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Return images float32 (n, channels, height, width) and their labels int64 (n,): those chosen, or all."""
+    """Return the images with the ``chosen`` indices (None: all) and their labels, in memory.
+
+    float32 (n, channels, height, width), and int64 (n,).
+    """
     read = [images[index] for index in (range(len(images)) if chosen is None else chosen)]
     return torch.stack([image for image, _ in read]), torch.tensor([label for _, label in read])
 

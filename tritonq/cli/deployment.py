@@ -1,4 +1,4 @@
-"""The files at the end of a run, with preprocessing and class names in each, and how each form of the model does."""
+"""The files that `train` writes at its end, with preprocessing and class names, and the accuracy of each form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tritonq.cli.checkpoints import Recipe
+from tritonq.cli.checkpoints import ModelRecipe
 from tritonq.cli.classification import count_right, in_order, share_right
 from tritonq.cli.data import Examples
 from tritonq.cli.preprocessing import preprocessing_to_data
@@ -25,8 +25,20 @@ METADATA_KEY = "tritonq.metadata"
 _BYTE = 8
 
 
-def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers: int, onnx: bool = True) -> int:
-    """Convert, write, compare, print; 0 when the converted model agrees with the trained one."""
+def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, workers: int, onnx: bool = True) -> int:
+    """Convert the trained model, write its files, compare and print the accuracy of each form; return the exit status.
+
+    Args:
+        model: the trained model.
+        made: how it was made, which the files hold.
+        data: images to measure with.
+        output: the folder of the files.
+        workers: processes that read images.
+        onnx: whether to write an ONNX file.
+
+    Returns:
+        0 if the converted model agrees with the trained one, else 1.
+    """
     held_out = in_order(data.test, workers)
     trained = share_right(model, held_out)
     print(f"QAT model (eval)  {trained:.2%} of {len(data.test)} held-out images right", flush=True)
@@ -59,15 +71,15 @@ def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers
 
 
 def _widest_codes(converted: nn.Module) -> str:
-    """Return the codes of a converted model in a word: ``"int8"`` for 8 bits and fewer, ``"int16"``, ``"float"``."""
+    """Return the widest codes of a converted model: ``"int8"`` for 8 bits and fewer, ``"int16"``, or ``"float"``."""
     types = [qtype for module in converted.modules() if (qtype := getattr(module, "qtype", None)) is not None]
     if any(qtype.float_format is not None for qtype in types):
         return "float"
     return "int16" if any(qtype.bits > _BYTE for qtype in types) else "int8"
 
 
-def metadata(made: Recipe) -> dict[str, Any]:
-    """Return, as plain data, what is needed to use the model: its factory, preprocessing and class names."""
+def metadata(made: ModelRecipe) -> dict[str, Any]:
+    """Return what is needed to use the model, as a dict for its files: its factory, preprocessing and class names."""
     return {
         "model": made.model,
         "model_arguments": list(made.model_arguments),
@@ -76,8 +88,8 @@ def metadata(made: Recipe) -> dict[str, Any]:
     }
 
 
-def write_onnx(model: nn.Module, made: Recipe, path: Path, **options: Any) -> None:
-    """Export, with :func:`metadata` in the file.
+def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) -> None:
+    """Write a converted model as ONNX, with :func:`metadata` in the file; ``options`` go to ``export_onnx``.
 
     Raises:
         ImportError: onnx is not installed.
@@ -94,10 +106,10 @@ def write_onnx(model: nn.Module, made: Recipe, path: Path, **options: Any) -> No
 
 
 def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
-    """Return a function from images to logits, run by ONNX Runtime, and the file's metadata.
+    """Return a function from images to logits that ONNX Runtime computes from a file, and the file's metadata.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: ONNX Runtime is not installed.
         ValueError: it can't run the file.
     """
     importlib.import_module("onnxruntime")

@@ -1,4 +1,7 @@
-"""Training that diverges: noticed on the device, read by the host a step late, stopped before anything is lost."""
+"""Stop a training that diverges.
+
+Notice it on the device, read it on the host one step later, before anything is lost.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ class _Noted:
         step: its number.
         images: the batch that it trained with.
         labels: of the batch.
-        outcome: (2,): 1 where something was not finite, else 0; and the loss.
-        arrived: the event that ends the copy; None on a CPU, where there is nothing to wait for.
+        outcome: (2,): 1 if something was not finite, else 0; and the loss.
+        arrived: the event that ends the copy; None on a CPU, where nothing is copied.
     """
 
     step: int
@@ -49,13 +52,13 @@ class _Noted:
 class DivergenceWatch:
     """Watches whether all steps so far had a finite loss and finite gradients.
 
-    ``failed`` stays 1 from the first bad step on. As ``found_inf`` of a fused optimizer it keeps the weights as they
-    were before that step, without the host; of a GPU's steps the host reads the outcome while the next one runs.
+    ``failed`` is 1 from the first bad step on. Given to a fused optimizer as ``found_inf``, it keeps the weights as
+    they were before that step, without the host. The host reads the outcome of a GPU's step while the next one runs.
 
     Args:
         device: where the model is.
-        gradients_may_overflow: gradients are scaled for float16, so that infinite ones are no fault.
-        shared: whether processes train together; one that fails stops all.
+        gradients_may_overflow: True if gradients are scaled for float16, so that infinite ones are no fault.
+        shared: whether processes train together; if one fails, all stop.
 
     Attributes:
         failed: float32 (1,), on the device.
@@ -67,7 +70,10 @@ class DivergenceWatch:
         self._noted: list[_Noted] = []
 
     def note(self, step: int, images: Tensor, labels: Tensor, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-        """Take down the outcome of a step, counted from 1, before the optimizer changes anything. No host read."""
+        """Remember the outcome of step ``step`` (from 1), before the optimizer changes anything.
+
+        The host reads nothing.
+        """
         norm = loss.detach().float()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients and not self._gradients_may_overflow:
@@ -86,10 +92,13 @@ class DivergenceWatch:
         self._noted.append(_Noted(step, images, labels, outcome, arrived))
 
     def check(self, model: nn.Module, loss: Loss, late: bool = True) -> None:
-        """Raise if a step failed: any but the newest, which a GPU may still run; any at all unless ``late``.
+        """Raise an error if a step failed.
+
+        With ``late`` on a GPU the newest step is left out, because it may still run. ``loss`` computes the loss again,
+        to find the cause.
 
         Raises:
-            DivergenceError: the first that did.
+            DivergenceError: names the first step that failed.
         """
         while len(self._noted) > int(late and self.failed.is_cuda):
             noted = self._noted.pop(0)
@@ -99,10 +108,10 @@ class DivergenceWatch:
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Raise if a parameter or a BatchNorm statistic is not finite; for moments when the host waits anyway.
+    """Raise an error if a parameter or a BatchNorm statistic is not finite. It synchronises with the device.
 
     Raises:
-        DivergenceError: the first one.
+        DivergenceError: names the first such tensor.
     """
     names, sums = [], []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -118,7 +127,10 @@ def check_finite(model: nn.Module, step: int) -> None:
 
 
 def _cause(model: nn.Module, loss: Loss, noted: _Noted, value: float) -> str:
-    """Run the failed step again, and return in words where the first value that is not finite comes from."""
+    """Run the failed step again, and return in words where the first value that is not finite comes from.
+
+    ``value`` is the loss that the step had.
+    """
     said = f"the loss is {value:.4g}"
     _mend_statistics(model)
     images, labels = noted.images, noted.labels
@@ -159,7 +171,7 @@ def _not_finite_gradients(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _mend_statistics(model: nn.Module) -> None:
-    """Reset the BatchNorm statistics that the failed step spoiled, so that the model can run once more."""
+    """Reset the BatchNorm statistics that are not finite, so that the model can run once more."""
     for name, buffer in model.named_buffers():
         if name.endswith(_STATISTICS):
             buffer.copy_(torch.where(torch.isfinite(buffer), buffer, float(name.endswith("var"))))

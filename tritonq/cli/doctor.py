@@ -37,7 +37,7 @@ _REQUIRED = ("torch", "numpy")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the output.
+    """One line of what `doctor` prints.
 
     Attributes:
         topic: heading that it stands under.
@@ -100,7 +100,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _installed(name: str) -> str | None:
-    """Return the version of a distribution, or None where it is not installed."""
+    """Return the version of an installed distribution, or None if it is not installed."""
     if name == "torch":
         return str(torch.__version__)  # names the build too ("2.13.0+cpu"), which the metadata of PyPI's wheels do not
     try:
@@ -110,7 +110,10 @@ def _installed(name: str) -> str | None:
 
 
 def _oldest_versions() -> dict[str, str]:
-    """Return the lower bounds in the requirements of tritonq; empty where only its folder is on the path."""
+    """Return the lower bounds of tritonq's requirements, by package.
+
+    ``{}`` if tritonq is not installed but only importable.
+    """
     try:
         requirements = metadata.requires("tritonq") or []
     except metadata.PackageNotFoundError:
@@ -145,7 +148,10 @@ def _backends() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    """Yield whether ONNX Runtime's integer sums are exact on this CPU as they are, or with which option."""
+    """Yield a finding about ONNX Runtime.
+
+    Whether its integer sums are exact on this CPU, or with which option they are.
+    """
     exact = "exact"
     if products_saturate():
         exact = 'x86 without VNNI: exact only where the session\'s option "session.x64quantprecision" is "1"'
@@ -153,7 +159,7 @@ def _engines() -> Iterator[Finding]:
 
 
 def _choice(x: Tensor) -> str:
-    """Return the backend of a call on ``x``, and the reason."""
+    """Return the backend of a call on ``x`` with the reason, in words."""
     chosen = select(x)
     if chosen == "triton":
         return "triton: the tensor is on a GPU" if x.is_cuda else "triton: its interpreter is switched on"

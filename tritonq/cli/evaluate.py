@@ -1,4 +1,4 @@
-"""How often a model is right, in any form that `train` wrote."""
+"""The command ``evaluate``: the accuracy of a model in any form that `train` wrote."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the accuracy, of all classes together and of each."""
+    """Print the accuracy, of all classes together and of each; return the exit status 0."""
     names = class_names(arguments.data, arguments.validation)
     trained = open_trained(arguments, arguments.data)
     labels = _labels(trained, names)
@@ -46,7 +46,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
-    """Return the model's label of each class of the data: by name, where the model knows names."""
+    """Return, for each class of the data, the model's label.
+
+    Found by name if the model knows names, else the same number.
+    """
     if not trained.classes:
         return torch.arange(len(names))
     foreign = [name for name in names if name not in trained.classes]
@@ -58,7 +61,10 @@ def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
 def _score(
     trained: Trained, data: Examples, labels: torch.Tensor, part: str, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how many images of each class are answered rightly, and how many there are."""
+    """Return two tensors with one number per class.
+
+    How many images are classified correctly, and how many there are.
+    """
     parts = {"held-out": [data.test], "train": [data.train], "all": [data.train, data.test]}[part]
     right, count = (torch.zeros(len(labels), dtype=torch.int64) for _ in range(2))
     batches = chain.from_iterable(in_order(images, workers) for images in parts)

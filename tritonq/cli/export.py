@@ -1,4 +1,4 @@
-"""Files for deployment from a checkpoint: ONNX, int8 for tritonq, a program for torch.export."""
+"""The command ``export``: write a checkpoint as ONNX, as int8 for tritonq, or as a program for torch.export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tritonq.calibration import calibrate
-from tritonq.cli.checkpoints import Recipe
+from tritonq.cli.checkpoints import ModelRecipe
 from tritonq.cli.data import add_data_option, open_examples, stacked
 from tritonq.cli.deployment import metadata, write_onnx
 from tritonq.cli.model_files import ONNX_SUFFIX, Trained, add_trained_arguments, open_trained
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Write the file and say so."""
+    """Write the file and print its path and size; return the exit status 0."""
     path = arguments.output
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path} ends in none of {', '.join(_SUFFIXES)}, which say the format")
@@ -73,10 +73,10 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _calibrated(trained: Trained, arguments: argparse.Namespace) -> tuple[nn.Module, Recipe]:
+def _calibrated(trained: Trained, arguments: argparse.Namespace) -> tuple[nn.Module, ModelRecipe]:
     data = open_examples(arguments.calibrate, trained.preprocessing)
     qconfig = mapping_to_data(find_qconfig(arguments.qconfig))
-    made = Recipe(trained.recipe.model, trained.recipe.model_arguments, qconfig, data.preprocessing, data.classes)
+    made = ModelRecipe(trained.recipe.model, trained.recipe.model_arguments, qconfig, data.preprocessing, data.classes)
     model = prepare(made, trained.model)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: arguments.images]
     batches = torch.split(chosen, _CALIBRATION_BATCH)

@@ -29,17 +29,17 @@ _FILES_AT_A_TIME = 256
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Images float32 (channels, height, width), each with its label."""
+    """Base class of data sets of images, float32 (channels, height, width), each with its label."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of images."""
 
     def augmented(self, augmentation: Augmentation, seed: int) -> LabelledImages:
-        """Return the images with random changes, which follow from ``seed`` and each image's index.
+        """Return a data set of the same images with random changes, which follow from ``seed`` and each image's index.
 
         Raises:
-            ValueError: images that have no augmentation.
+            ValueError: images that can't be augmented.
         """
         if augmentation:
             raise ValueError(f"{type(self).__name__} can't be augmented: --augment is for folders of images")
@@ -72,10 +72,10 @@ class FileImages(LabelledImages):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image and its label.
+        """Read the image at ``index``; return it, float32 (channels, height, width), with its label.
 
         Raises:
-            UnreadableImageError: the file was readable when the folder was opened, and is no more.
+            UnreadableImageError: the file was readable when the folder was opened, and is no longer.
         """
         path = self.paths[index]
         try:
@@ -89,7 +89,7 @@ class FileImages(LabelledImages):
         return self.preprocessing.normalised(pixels), self.labels[index]
 
     def augmented(self, augmentation: Augmentation, seed: int) -> FileImages:
-        """See base class."""
+        """Return a data set of the same files, whose images are changed at random before they are scaled."""
         return FileImages(self.paths, self.labels, self.preprocessing, augmentation, seed)
 
 
@@ -130,7 +130,9 @@ class FolderLayout:
 
 
 def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
-    """Tell a folder of classes from one with ``train`` and ``val``; hidden folders are no classes. No image is read.
+    """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
+
+    Hidden folders are no classes.
 
     Raises:
         ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
@@ -215,7 +217,10 @@ def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
 
 
 def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Return indices to train with and to hold out: shuffled within each class, dealt out in turn, held out first."""
+    """Return indices to train with and to hold out: int64 tensors.
+
+    Images are shuffled within each class, and a ``share`` of each class is held out.
+    """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]
     # Rounded, since 3 · 0.1 is not 0.3.
@@ -225,7 +230,7 @@ def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]
 
 
 def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | str:
-    """Return an image file's label, hash and sums over pixels; or, where it can't be read, a line that says so."""
+    """Read an image file and return its label, hash and sums over pixels; if it can't be read, a line that says why."""
     try:
         content = path.read_bytes()
         pixels = preprocessing.pixels(decode(path, content)).long()
@@ -236,7 +241,7 @@ def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | s
 
 
 def _folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the sub-folders, sorted, without hidden ones such as ``.ipynb_checkpoints``."""
+    """Return the names of the sub-folders of ``folder``, sorted, without hidden ones such as ``.ipynb_checkpoints``."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))

@@ -1,4 +1,4 @@
-"""Image files of every common kind as 8-bit pixels, or one line that says why not."""
+"""Read image files of every common kind as 8-bit pixels, or say in one line why that is not possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEEPEST = 65535
 
 
 class UnreadableImageError(ValueError):
-    """A file that holds no whole image, or one whose values have no known range."""
+    """Raised for a file that holds no whole image, or one whose values have no known range."""
 
 
 def decode(path: Path, content: bytes | None = None) -> Image:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between steps: the step that runs is finished, and its checkpoint written, before the run ends."""
+"""Ctrl-C and SIGTERM between steps: the run ends after the present step, when its checkpoint is written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was told to stop, and did after a whole step.
+    """Raised when a run was told to stop, and stopped after a whole step.
 
     Attributes:
-        status: what shells expect of a process that this signal ended.
+        status: the exit status that shells expect of a process that this signal ended.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -21,9 +21,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptions:
-    """A block in which the first SIGINT or SIGTERM is noted, and a second one interrupts as ever.
+    """A context manager: the first SIGINT or SIGTERM in the block is noted, a second one interrupts as usual.
 
-    Outside of the main thread, where Python has no signals, nothing is noted.
+    In another thread than the main one, where Python has no signals, nothing is noted.
 
     Attributes:
         received: number of the signal, or None.
@@ -52,5 +52,5 @@ class Interruptions:
 
 
 def leave_to_parent(worker: int) -> None:
-    """Ignore Ctrl-C in a process that reads images: its parent gets the signal too, and ends it."""
+    """Let this process, which reads images, ignore Ctrl-C: its parent gets the signal as well, and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

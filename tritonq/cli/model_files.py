@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.cli.checkpoints import (
-    Recipe,
+    ModelRecipe,
     is_training_file,
     load_state,
     load_weights,
@@ -39,13 +39,13 @@ ONNX_SUFFIX = ".onnx"
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all that is needed to feed it.
+    """A model in any form, with everything that is needed to classify images with it.
 
     Attributes:
         title: what it is, in words.
         answer: from images float32 (n, channels, size, size) to logits (n, classes).
         preprocessing: how images are scaled; without a mean it is the training images' own.
-        classes: names by label; empty where no file says them.
+        classes: names by label; empty if no file tells them.
         recipe: how the model was made.
         model: the module, in eval mode; None for an ONNX file.
         form: which form of the model it is.
@@ -55,12 +55,12 @@ class Trained:
     answer: Callable[[Tensor], Tensor]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
-    recipe: Recipe
+    recipe: ModelRecipe
     model: nn.Module | None
     form: str
 
     def name_of(self, label: int) -> str:
-        """Return the name of a class, or its number."""
+        """Return the name of the class with this label, or the label as text if names are unknown."""
         return self.classes[label] if label < len(self.classes) else str(label)
 
 
@@ -79,11 +79,11 @@ def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trained:
-    """Return the model that the options name. A file chooses no code to run: the factory is always named by the user.
+    """Return the model that the options name. A file never chooses which code runs: the user always names the factory.
 
     Args:
         arguments: of :func:`add_trained_arguments`.
-        data: the images that it is to answer, where they are known: digits are scaled in their own way.
+        data: the images that it is to classify, if they are known: digits are scaled in their own way.
 
     Raises:
         ValueError: files that can't be read or don't fit the factory, or preprocessing that is given twice.
@@ -135,7 +135,7 @@ def _from_converted(path: Path, arguments: argparse.Namespace, digits: bool) -> 
     model = make_model(arguments.model, words)
     preprocessing = _own(path, arguments, _preprocessing_in(metadata, path), model, digits)
     model = load_converted(path, model)
-    made = Recipe(arguments.model, tuple(words), {}, preprocessing, tuple(metadata.get("classes", ())))
+    made = ModelRecipe(arguments.model, tuple(words), {}, preprocessing, tuple(metadata.get("classes", ())))
     return _module(f"{arguments.model}, int8, from {path}", model, preprocessing, made.classes, made, "int8")
 
 
@@ -144,7 +144,7 @@ def _float(arguments: argparse.Namespace, digits: bool, title: str, weights: Pat
     if weights is not None:
         load_weights(model, weights)
     preprocessing = choose_preprocessing(arguments, model, digits)
-    made = Recipe(arguments.model, tuple(arguments.model_arg), {}, preprocessing)
+    made = ModelRecipe(arguments.model, tuple(arguments.model_arg), {}, preprocessing)
     return _module(title, model, preprocessing, (), made, "float")
 
 
@@ -153,12 +153,13 @@ def _from_onnx(path: Path, arguments: argparse.Namespace, digits: bool) -> Train
     metadata = json.loads(properties.get(METADATA_KEY, "{}"))
     preprocessing = _own(path, arguments, _preprocessing_in(metadata, path), nn.Identity(), digits)
     classes = tuple(metadata.get("classes", ()))
-    made = Recipe(metadata.get("model", ""), tuple(metadata.get("model_arguments", ())), {}, preprocessing, classes)
+    words = tuple(metadata.get("model_arguments", ()))
+    made = ModelRecipe(metadata.get("model", ""), words, {}, preprocessing, classes)
     return Trained(f"{path}, in ONNX Runtime", answer, preprocessing, classes, made, None, "onnx")
 
 
 def _module(
-    title: str, model: nn.Module, preprocessing: Preprocessing, classes: tuple[str, ...], made: Recipe, form: str
+    title: str, model: nn.Module, preprocessing: Preprocessing, classes: tuple[str, ...], made: ModelRecipe, form: str
 ) -> Trained:
     return Trained(title, lambda images: logits(model, images), preprocessing, classes, made, model.eval(), form)
 
@@ -166,7 +167,7 @@ def _module(
 def _own(
     path: Path, arguments: argparse.Namespace, own: Preprocessing | None, model: nn.Module, digits: bool
 ) -> Preprocessing:
-    """Return the preprocessing that a file holds; where it holds none, that of the options."""
+    """Return the preprocessing ``own`` of the file at ``path``; if that is None, the one that the options ask for."""
     given = given_options(arguments)
     if own is None:
         return choose_preprocessing(arguments, model, digits)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritonq.cli.checkpoints import Recipe
+from tritonq.cli.checkpoints import ModelRecipe
 from tritonq.near_misses import did_you_mean
 from tritonq.observers import PassiveObserver
 from tritonq.prepare import prepare_qat
@@ -47,7 +47,9 @@ def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> N
 
 
 def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
-    """Return the model that ``"module:factory"`` makes; modules of the working directory are found too.
+    """Return the model that ``"module:factory"`` makes with the given ``KEY=VALUE`` arguments.
+
+    Modules of the working directory are found as well.
 
     Raises:
         ValueError: no such module or factory, arguments that it refuses, an error of its own, or a result that is no
@@ -82,8 +84,10 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     return model
 
 
-def prepare(made: Recipe, model: nn.Module | None = None) -> nn.Module:
-    """Return the model of a recipe (or this float model, which is changed), prepared, in training mode.
+def prepare(made: ModelRecipe, model: nn.Module | None = None) -> nn.Module:
+    """Return the prepared model that a recipe describes, in training mode.
+
+    ``model`` is its float model, which is changed in place; None: the recipe's factory makes it.
 
     Raises:
         ValueError: a model that can't be made or prepared.
@@ -94,7 +98,7 @@ def prepare(made: Recipe, model: nn.Module | None = None) -> nn.Module:
 
 
 def check_trains(model: nn.Module, preset: str) -> None:
-    """Check that training a prepared model makes it round.
+    """Raise an error if training with a preset never makes the model round; ``preset`` is its name for the error.
 
     Raises:
         ValueError: a preset for calibration alone, or for scales that are given by hand.
@@ -130,7 +134,7 @@ def find_qconfig(name: str) -> QConfigMapping:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device that ``--device`` names; None: the GPU where there is one.
+    """Return the device that ``--device`` names; None: the GPU if there is one, else the CPU.
 
     Raises:
         ValueError: torch knows no such device, or this machine has none.

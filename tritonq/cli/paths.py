@@ -1,4 +1,4 @@
-"""Places for output, tried before any work is done."""
+"""Check that output can be written, before any work is done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PROBE = "tritonq-probe"
 
 
 def writable_folder(folder: Path) -> Path:
-    """Return the folder, which is made where it is missing.
+    """Return ``folder``; make it if it does not exist.
 
     Raises:
         OSError: it is a file, or nothing can be written there.
@@ -30,7 +30,7 @@ def writable_folder(folder: Path) -> Path:
 
 
 def writable_file(path: Path) -> Path:
-    """Return the path of a file that can be written.
+    """Return ``path`` if a file can be written there.
 
     Raises:
         ValueError: it is a folder, or its folder does not exist.

@@ -1,4 +1,4 @@
-"""Predictions for image files, by any form of a model that `train` wrote."""
+"""The command ``predict``: the classes of image files, by a model in any form that `train` wrote."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print one line per image; 0 when all could be read."""
+    """Print one line per image; return 0 if all could be read, else 1."""
     if arguments.top < 1:
         raise ValueError(f"at least one class is shown, got --top {arguments.top}")
     paths = list(_files(arguments.images))

@@ -69,7 +69,7 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def with_moments(self, mean: float, std: float) -> Preprocessing:
-        """Return a preprocessing with this mean and deviation in all channels, unless it has its own already."""
+        """Return a copy with this mean and deviation in all channels; if it has its own already, itself."""
         if self.mean:
             return self
         return replace(self, mean=(mean,) * self.channels, std=(std,) * self.channels)
@@ -93,19 +93,22 @@ class Preprocessing:
         return self.as_pixels(image)
 
     def as_pixels(self, image: Image) -> Tensor:
-        """Return the values of an image that has the right size: uint8 (channels, size, size)."""
+        """Return the values of an image that already has the right size: uint8 (channels, size, size)."""
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return flat.view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Return float values from uint8 pixels, or from float ones between 0 and 1."""
+        """Return ``(x - mean) / std`` as float32.
+
+        X is ``pixels / 255`` for uint8, or ``pixels`` itself for floats from 0 to 1.
+        """
         if pixels.dtype == torch.uint8:
             pixels = pixels.float().div_(255)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
     def example(self, count: int = 2) -> Tensor:
-        """Return a batch of the right shape: values from -1 to 1."""
+        """Return ``count`` random images of the right shape, with values from -1 to 1."""
         shape = (count, self.channels, self.size, self.size)
         return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
@@ -121,7 +124,7 @@ class Preprocessing:
 
 
 def preprocessing_to_data(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return plain data of lists, numbers and text."""
+    """Return the fields as a dict of lists, numbers and text, for files."""
     data = asdict(preprocessing)
     return {**data, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
@@ -164,14 +167,19 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> list[str]:
-    """Return which of the options were given."""
+    """Return the names of those preprocessing options that the user gave."""
     names = ("image_size", "channels", "crop", "resize", "interpolation", "mean", "std")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     return given + (["--preprocessing"] if arguments.preprocessing != "auto" else [])
 
 
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
-    """Return the preprocessing that the options ask for; without mean and deviation where the images' own are taken.
+    """Return the preprocessing that the options ask for; without mean and deviation if the images' own are to be taken.
+
+    Args:
+        arguments: of :func:`add_preprocessing_arguments`.
+        model: whose config is read with ``--preprocessing model``.
+        digits: whether the images are scikit-learn's digits.
 
     Raises:
         ValueError: options that contradict each other, or a model without a config of its own.
@@ -240,7 +248,11 @@ def _from_timm(model: nn.Module) -> Preprocessing | None:
 
 
 def _from_torchvision(arguments: argparse.Namespace, any_weights: bool) -> Preprocessing | None:
-    """Return the transforms of the weights that ``--model-arg weights=`` names; ``any_weights``: the factory's best."""
+    """Return the transforms of the weights that ``--model-arg weights=`` names.
+
+    None: torchvision has none for this model. With ``any_weights`` those of the factory's best weights are taken if the
+    user names none.
+    """
     module, _, factory = arguments.model.partition(":")
     given = dict(word.partition("=")[::2] for word in arguments.model_arg).get("weights")
     if not module.startswith("torchvision.models") or not (given or any_weights):

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as `torchrun` starts them; or one."""
+"""Several processes that train one model, as `torchrun` starts them; or one process alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Processes:
     """This process among those that train together.
 
     Attributes:
-        rank: its number.
+        rank: its number, from 0.
         count: how many there are.
     """
 
@@ -23,16 +23,16 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes files and prints."""
+        """Whether this is the one process that writes files and prints."""
         return self.rank == 0
 
     @property
     def together(self) -> bool:
-        """Whether there are others."""
+        """Whether there is more than one process."""
         return self.count > 1
 
     def gathered(self, item: Any) -> list[Any]:
-        """Return every process's item, by rank."""
+        """Return the ``item`` of every process, in the order of ranks. Every process must call it."""
         if not self.together:
             return [item]
         items: list[Any] = [None] * self.count
@@ -40,7 +40,7 @@ class Processes:
         return items
 
     def summed(self, *numbers: int) -> list[int]:
-        """Return sums over all processes."""
+        """Return the sum of each number over all processes. Every process must call it."""
         return [sum(column) for column in zip(*self.gathered(numbers), strict=True)]
 
     def wait(self) -> None:
@@ -50,7 +50,10 @@ class Processes:
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the processes that torchrun started, each with a GPU of its own; alone, nothing happens."""
+    """Join the processes that torchrun started, and return this one with its device.
+
+    A GPU of its own, if ``device`` is one. Without torchrun nothing happens, and ``device`` is returned.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return Processes(), device
     if not dist.is_initialized():
@@ -62,6 +65,6 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 
 
 def leave() -> None:
-    """End what :func:`join` began."""
+    """Leave the process group that :func:`join` joined, if any."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

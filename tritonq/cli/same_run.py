@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that is to go on from it."""
+"""Check that a checkpoint is of the run that is to be continued from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tritonq.cli.checkpoints import Recipe, recipe_to_data
+from tritonq.cli.checkpoints import ModelRecipe, recipe_to_data
 from tritonq.cli.settings import Settings
 
 # What is known once the images were read, mean and deviation included.
@@ -17,7 +17,7 @@ _OF_THE_SCHEDULE = frozenset({"epochs", "frozen_epochs", "learning_rate", "begin
 
 
 def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | None = None) -> bool:
-    """Whether the run of a checkpoint is finished, and more epochs are asked for.
+    """Whether the run of a checkpoint was finished, and more epochs are asked for now.
 
     Args:
         content: the checkpoint.
@@ -32,15 +32,24 @@ def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | 
 
 
 def saved_settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in a checkpoint, by name."""
+    """Return the settings in the checkpoint ``content``, by name; ``{}`` if it has none."""
     saved = content.get("settings")
     return saved if isinstance(saved, dict) else {}
 
 
 def check_before_images(
-    path: Path, made: Recipe, settings: Settings, saved: Recipe, content: Mapping[str, Any]
+    path: Path, made: ModelRecipe, settings: Settings, saved: ModelRecipe, content: Mapping[str, Any]
 ) -> None:
-    """Compare what can be compared before an image is read.
+    """Compare a checkpoint with the run that is to be resumed, before images are read: model, qconfig, settings.
+
+    What depends on images (their fingerprint, preprocessing) is left to :func:`check_same_run`.
+
+    Args:
+        path: of the checkpoint, for the error's text.
+        made: how this run makes its model.
+        settings: of this run.
+        saved: how the checkpoint's run made its model.
+        content: the checkpoint.
 
     Raises:
         ValueError: the checkpoint is of another run.
@@ -51,9 +60,17 @@ def check_before_images(
 
 
 def check_same_run(
-    path: Path, made: Recipe, settings: Settings, saved: Recipe, content: Mapping[str, Any], *, extends: bool
+    path: Path, made: ModelRecipe, settings: Settings, saved: ModelRecipe, content: Mapping[str, Any], *, extends: bool
 ) -> None:
-    """Compare everything that decides the numbers of a run.
+    """Compare everything in a checkpoint that decides the numbers of a run with the run that is to be resumed.
+
+    Args:
+        path: of the checkpoint, for the error's text.
+        made: how this run makes its model.
+        settings: of this run.
+        saved: how the checkpoint's run made its model.
+        content: the checkpoint.
+        extends: whether more epochs are added to a finished run, whose schedule may differ.
 
     Raises:
         ValueError: the checkpoint is of another run; everything that differs is named.
@@ -63,9 +80,9 @@ def check_same_run(
 
 def _check(
     path: Path,
-    made: Recipe,
+    made: ModelRecipe,
     settings: Settings,
-    saved: Recipe,
+    saved: ModelRecipe,
     content: Mapping[str, Any],
     ignored: Collection[str],
 ) -> None:

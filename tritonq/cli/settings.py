@@ -1,4 +1,4 @@
-"""What decides the numbers of a training run."""
+"""The settings that decide the numbers of a training run."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ class Settings:
             raise ValueError(f"of {self.epochs} epochs fewer can be frozen, got {self.frozen_epochs}")
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
-        """Return half a cosine from the learning rate to 0."""
+        """Return the learning rate of ``step`` (from 0): half a cosine from ``learning_rate`` at the start to 0."""
         first, last = self.begin * steps_per_epoch, self.epochs * steps_per_epoch
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))

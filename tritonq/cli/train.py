@@ -1,4 +1,4 @@
-"""Quantization-aware training of a user's classifier, from its factory to the deployed files."""
+"""The command ``train``: quantization-aware training of a user's classifier, from its factory to the deployed files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
-from tritonq.cli.checkpoints import Recipe, load_state, load_weights, read_training
+from tritonq.cli.checkpoints import ModelRecipe, load_state, load_weights, read_training
 from tritonq.cli.classification import accuracy, count_right, in_order, logits
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.deployment import Deployed, deploy
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train, convert, verify, and print how each form of the model does; 0 when the converted model agrees."""
+    """Train, convert, verify, and print the accuracy of each form; return 0 if the converted model agrees, else 1."""
     try:
         return _main(arguments)
     finally:
@@ -112,7 +112,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    """Train; report every mistake that needs no image before the first image is read."""
+    """Run the command. Every mistake that can be found without an image is reported before the first image is read."""
     mapping = find_qconfig(arguments.qconfig)
     settings = _settings(arguments, mapping)
     processes, device = join(find_device(arguments.device))
@@ -123,7 +123,7 @@ def _main(arguments: argparse.Namespace) -> int:
     preprocessing = choose_preprocessing(arguments, model, arguments.data == DIGITS)
     classes = class_names(arguments.data, arguments.validation)
     qconfig = mapping_to_data(mapping)
-    made = Recipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes)
+    made = ModelRecipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes)
     _check_classes(model, made)
     trainable = prepare(made, copy.deepcopy(model))
     check_trains(trainable, arguments.qconfig)
@@ -168,7 +168,10 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, mapping: QConfigMapping) -> Settings:
-    """Return the settings that decide the run's numbers: options, and the recipe's values for options not given."""
+    """Return the settings that decide the run's numbers.
+
+    The options, and for those not given the values of a recipe.
+    """
     recipe = recipe_for(mapping)
     frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs
     settings = Settings(
@@ -189,9 +192,13 @@ def _settings(arguments: argparse.Namespace, mapping: QConfigMapping) -> Setting
 
 
 def _saved_run(
-    arguments: argparse.Namespace, made: Recipe, settings: Settings, processes: Processes
+    arguments: argparse.Namespace, made: ModelRecipe, settings: Settings, processes: Processes
 ) -> dict[str, Any] | None:
-    """Return the training that ``--resume`` goes on from, if this run may; None: it begins."""
+    """Return the content of the checkpoint from which ``--resume`` goes on; None: the run begins.
+
+    Raises:
+        ValueError: a checkpoint without ``--resume``, or one of another run.
+    """
     path = arguments.output / "last.pt"
     if processes.is_first:
         writable_folder(arguments.output)
@@ -212,7 +219,7 @@ def _try_float_model(
     kept: float | None,
     finds_scaling: bool,
 ) -> float:
-    """Return the float model's accuracy; say what the data are, how the model does, and what looks wrong.
+    """Print what the data are and how well the float model does on them; return its accuracy.
 
     Args:
         arguments: of the command.
@@ -234,7 +241,7 @@ def _try_float_model(
 
 
 def _take_deployed_epoch(run: Run, choice: Deployed) -> None:
-    """Give the model the weights of the epoch that is deployed: the best, or the last, which it has."""
+    """Give the model the weights of the epoch that is deployed: the best, or the last, which it has already."""
     if run.stopped:
         print(f"stopped after epoch {run.history[-1].epoch}: no better accuracy for {run.patience} epochs", flush=True)
     best = run.best
@@ -244,7 +251,7 @@ def _take_deployed_epoch(run: Run, choice: Deployed) -> None:
         print(f"deployed is epoch {best.epoch}, the best; --deploy last takes the last", flush=True)
 
 
-def _check_classes(model: nn.Module, made: Recipe) -> None:
+def _check_classes(model: nn.Module, made: ModelRecipe) -> None:
     classes = len(made.classes)
     try:
         answers = logits(model, made.preprocessing.example()).shape
@@ -278,7 +285,7 @@ def _tell_float_accuracy(share: float, data: Examples, weights: Path | None) -> 
 
 
 def _tell_better_scaling(model: nn.Module, data: Examples) -> None:
-    """Say where the float model does clearly better with a mean and deviation other than the training images' own."""
+    """Print a line if the float model does clearly better with a usual mean and deviation than with the images' own."""
     count = len(data.test)
     chosen = torch.linspace(0, count - 1, min(count, _IMAGES_TRIED)).long().tolist()
     images, labels = stacked(data.test, chosen)

@@ -1,4 +1,4 @@
-"""What happened in each epoch: a line on the screen, a CSV file, TensorBoard."""
+"""The log of a training run: for each epoch a line on the screen, a row of a CSV file, and values in TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tritonq.deploy.files import atomic_file
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch.
+    """What is logged of one epoch.
 
     Attributes:
         epoch: its number, from 1.
@@ -35,7 +35,7 @@ class Epoch:
 
 
 def write_csv(path: Path, history: Sequence[Epoch]) -> None:
-    """Write all epochs, one per row, as a whole file, so that a resumed run repeats none."""
+    """Write all epochs, one per row, as a whole file; so a resumed run repeats none."""
     text = StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
@@ -45,7 +45,7 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def history_from_data(data: Any) -> list[Epoch]:
-    """Return epochs from a checkpoint."""
+    """Return the epochs that a checkpoint holds, from the list of their fields."""
     return [Epoch(**row) for row in data]
 
 

@@ -1,4 +1,4 @@
-"""The training loop of `tritonq train`: interrupted at any moment, it goes on to the same bits."""
+"""The training loop of `tritonq train`; a run that is interrupted at any moment can be resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tritonq.cli.augment import Augmentation
-from tritonq.cli.checkpoints import Recipe, load_state, read_training, save_training
+from tritonq.cli.checkpoints import ModelRecipe, load_state, read_training, save_training
 from tritonq.cli.classification import batches_of, count_right, first_tensor, in_order, logits
 from tritonq.cli.data import Examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch, check_finite
@@ -37,24 +37,24 @@ _WEIGHT_DECAY = 1e-4
 
 
 class Run:
-    """One training run: everything that a checkpoint must hold for it to go on as if it had not stopped.
+    """One training run, with everything that a checkpoint must hold so that it goes on as if it had not stopped.
 
     Args:
-        made: what the model was made with.
+        made: how the model was made.
         model: the prepared model.
         settings: the numbers that decide the run's results.
         data: images.
-        folder: where ``last.pt``, ``best.pt`` and ``log.csv`` go.
+        folder: where ``last.pt``, ``best.pt`` and ``log.csv`` are written.
         workers: processes that read images.
         patience: stop after so many epochs without a better accuracy; None: never.
-        processes: this one and others.
-        board: further log.
-        float_accuracy: of the model before it was prepared, to be kept with the rest.
+        processes: those that train together.
+        board: a log for TensorBoard; None: none.
+        float_accuracy: of the model before it was prepared, which checkpoints keep.
     """
 
     def __init__(
         self,
-        made: Recipe,
+        made: ModelRecipe,
         model: nn.Module,
         settings: Settings,
         data: Examples,
@@ -92,19 +92,19 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """How many there are in all."""
+        """Number of steps of the whole run."""
         return self.settings.epochs * self.steps_per_epoch
 
     @property
     def best(self) -> Epoch | None:
-        """The epoch with the best accuracy, the last of several."""
+        """The epoch with the best accuracy, the last one of several; None before the first."""
         return max(self.history, key=lambda epoch: (epoch.accuracy, epoch.epoch), default=None)
 
     def train(self, checkpoint_every: int) -> None:
-        """Train what is left, with a checkpoint so often and after each epoch.
+        """Train the steps that are left, and write a checkpoint every ``checkpoint_every`` steps and after each epoch.
 
         Raises:
-            DivergenceError: a loss, gradient or weight is not finite; the last checkpoint is of before.
+            DivergenceError: a loss, gradient or weight is not finite; the last checkpoint is from before.
             Interrupted: by a signal, after a step and its checkpoint.
             UnreadableImageError: a file vanished; all steps before are in the checkpoint.
         """
@@ -119,7 +119,7 @@ class Run:
             raise DivergenceError(f"{error}; {remains}") from error
 
     def _saved(self) -> str:
-        """Return what the last checkpoint holds, in words; "" without one."""
+        """Return in words which step the last checkpoint holds; "" if there is no checkpoint."""
         if self.saved_step is not None:
             return f"{self.path} holds step {self.saved_step}"
         # Of several processes the first one alone writes, and knows the step.
@@ -152,7 +152,10 @@ class Run:
             sys.stdout.flush()
 
     def _until_one_vanishes(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches; where a file can't be read any more, what was trained is saved first."""
+        """Yield the batches.
+
+        If a file can't be read any longer, write a checkpoint of the steps so far, and raise the error.
+        """
         try:
             yield from batches
         except UnreadableImageError as error:
@@ -172,7 +175,7 @@ class Run:
             )
 
     def _batches(self, epoch: int) -> DataLoader[tuple[Tensor, int]]:
-        """Return the batches of an epoch that are still to come; of each, this process's share."""
+        """Return the batches of an epoch that are still to come; of each batch the part of this process."""
         chunks = torch.split(self._order(epoch), self.settings.batch_size)[: self.steps_per_epoch]
         first, step = self.processes.rank, self.processes.count
         left = [chunk[first::step].tolist() for chunk in chunks[self.step % self.steps_per_epoch :]]
@@ -180,7 +183,7 @@ class Run:
         return batches_of(images, left, self.workers, self.device)
 
     def _order(self, epoch: int) -> Tensor:
-        """Return the order of images in an epoch: a function of seed and epoch alone."""
+        """Return the order of the images in an epoch, int64 (n,); it follows from seed and epoch alone."""
         generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         return torch.randperm(len(self.data.train), generator=generator)
 
@@ -220,7 +223,7 @@ class Run:
             return F.cross_entropy(first_tensor(model(images)).float(), labels)
 
     def _end_epoch(self, number: int) -> Epoch:
-        """Measure the epoch on the held-out images and add it to the history."""
+        """Measure the accuracy on the held-out images, and add the epoch to history and logs; save the best model."""
         self.watch.check(self.model, self._loss, late=False)
         if self.processes.together:
             broadcast_statistics(self.model)
@@ -245,18 +248,19 @@ class Run:
         return done
 
     def _has_waited(self) -> bool:
-        """Whether the accuracy has not risen for as many epochs as patience allows."""
+        """Whether the best accuracy is as many epochs ago as ``patience`` allows."""
         if self.patience is None or self.best is None:
             return False
         first_best = next(epoch for epoch in self.history if epoch.accuracy == self.best.accuracy)
         return self.history[-1].epoch - first_best.epoch >= self.patience
 
     def save(self, last: bool = False) -> None:
-        """Write the checkpoint; ``last`` says that no later one will come.
+        """Write the checkpoint ``last.pt``; ``last`` tells that no later one will be written.
 
         Raises:
-            DivergenceError: there is something in it that is not finite; the one before stays.
-            OSError: it can't be written and is the last one; before that a line says so, and the next one is tried.
+            DivergenceError: something in it is not finite; the one before stays.
+            OSError: it can't be written and is the last one. An earlier one that can't be written causes a printed line
+                only.
         """
         self.watch.check(self.model, self._loss, late=False)
         check_finite(self.model, self.step)
@@ -281,7 +285,7 @@ class Run:
         self.saved_step = self.step
 
     def resume(self) -> int:
-        """Take up the checkpoint's state; returns its step. A finished run may be given more epochs.
+        """Load the state of the checkpoint ``last.pt``; return its step. A finished run may be given more epochs.
 
         Raises:
             ValueError: a damaged checkpoint, one of another run or of another architecture.
@@ -312,7 +316,7 @@ class Run:
         return self.step
 
     def _resume_random(self, states: Any) -> None:
-        """Restore the state of random numbers; with another number of processes begin them anew."""
+        """Restore the state of random numbers; with another number of processes, seed them anew."""
         states = [states] if isinstance(states, dict) else states
         if len(states) != self.processes.count:
             torch.manual_seed(self._epoch_seed(self.step) + self.processes.rank)
@@ -333,9 +337,9 @@ class Run:
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = False) -> torch.optim.Optimizer:
-    """Make an SGD with momentum. It is fused, since a fused optimizer can skip a step on the device.
+    """Return SGD with momentum for ``model``. It is fused, because a fused optimizer can skip a step on the device.
 
-    ``one_group``: as version 0.1.0 trained, where all parameters decay.
+    ``one_group``: all parameters decay, as in version 0.1.0, whose runs are resumed so.
     """
     groups = parameter_groups(model, learning_rate, _WEIGHT_DECAY)
     if one_group:
@@ -346,9 +350,9 @@ def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = Fal
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters without momentum a momentum of 0, which changes no step.
+    """Give parameters without a momentum buffer one of zeros, which changes no step.
 
-    If a fused optimizer skips its first step, it leaves momentum undefined.
+    A fused optimizer that skips its first step would leave the buffer undefined.
     """
     for group in optimizer.param_groups:
         group["fused"] = True
@@ -358,7 +362,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _kept(write: Callable[[], object]) -> bool:
-    """Write a file that training can do without for now, and return whether it was written; print a line if not."""
+    """Write a file that training can do without for now; return whether it was written, and print a line if not."""
     try:
         write()
     except OSError as error:

@@ -1,1 +1,1 @@
-"""The main job as a program: `python -m tritonq demo`."""
+"""The demo, ``python -m tritonq demo``: train a small CNN, fine-tune it with QAT, deploy it, and compare."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How to fine-tune with a kind of quantizers, and what to call the result.
+    """How the demo fine-tunes for one kind of integers, and what it calls the result.
 
     Attributes:
-        label: of the fine-tuning, in the progress bar.
+        label: text of the progress bar.
         trained: name of the fine-tuned model in the table, in eval mode.
         converted: name of the converted one.
         learning_rate: of the fine-tuning.

@@ -1,4 +1,4 @@
-"""A small residual CNN as a user would write it: no stubs, no fusion lists, nothing about quantization."""
+"""A small residual CNN as a user would write it, without a word about quantization."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Depthwise 3×3, pointwise 1×1, added to the input."""
+    """A block that adds its input to a depthwise 3×3 and a pointwise 1×1 convolution of it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Two stages of Conv-BN-ReLU and a residual block, global average pooling, a linear head."""
+    """Two stages of Conv-BN-ReLU and a residual block, global average pooling, a linear layer."""
 
     def __init__(self, in_channels: int, classes: int, width: int = 64) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SmallResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (n, in_channels, h, w) to logits (n, classes)."""
+        """Return logits (n, classes) for images (n, in_channels, h, w)."""
         x = self.block1(self.stem(x))
         x = self.block2(self.down(x))
         return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]

@@ -81,7 +81,7 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
 
 @torch.no_grad()
 def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
-    """Return the out channel with the largest scale; of equal ones, that with the largest weight.
+    """Return the out channel with the largest scale; of several, that with the largest weight.
 
     Raises:
         ValueError: a layer that has no integer form.

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: files, the accuracy of each form of the model, and a table of both."""
+"""The result of the demo: its files, the accuracy of each form of the model, and a table of both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class Files:
 
     @classmethod
     def inside(cls, folder: Path, form: str = "int8") -> Files:
-        """Return their names in ``folder``, which is created; ``form`` is part of the converted model's."""
+        """Return the paths in ``folder``, which is created.
+
+        ``form``, such as "int8", is part of the converted model's name.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         names = ("model.float.pt", DEMO_FILE, f"model.{form}.pt", "model.onnx", "demo.png")
         return cls(*(folder / name for name in names))
@@ -75,7 +78,10 @@ class Result:
 
     @property
     def disagreement(self) -> str | None:
-        """Which form disagrees with the trained model, where, and what is allowed, or None."""
+        """A sentence that names the form that disagrees with the trained model, the layer, and what is allowed.
+
+        None: all agree.
+        """
         for stage in self.stages:
             worst = None if stage.report is None else stage.report.first_beyond()
             if worst is not None:
@@ -90,7 +96,10 @@ class Result:
 
 
 def table(stages: Sequence[Stage]) -> str:
-    """Return one line per stage; what differs is counted against the QAT model in eval mode."""
+    """Return a table with one line per stage.
+
+    Differing codes and predictions count against the QAT model in eval mode.
+    """
     header = ("model", "accuracy", "predictions that differ", "codes that differ", "file", "s/epoch")
     rows = [header, *map(_cells, stages)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

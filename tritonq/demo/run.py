@@ -1,4 +1,7 @@
-"""The main job: train in float, fine-tune with QAT, deploy, and show that the deployed model is the trained one."""
+"""The command ``demo``.
+
+Train in float, fine-tune with QAT, deploy, and show that the deployed model is the trained one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritonq.cli.checkpoints import Recipe, save_training
+from tritonq.cli.checkpoints import ModelRecipe, save_training
 from tritonq.cli.data import DIGITS, Images, in_memory, open_examples
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo.fine_tuning import FIXED_POINT, INT8, FineTuning
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the demo and print its table; 0 when the deployed models agree with the trained one, else 1."""
+    """Run the demo and print its table; return 0 if the deployed models agree with the trained one, else 1."""
     result = run(arguments)
     print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
     if result.disagreement is None:
@@ -56,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Train, fine-tune, deploy, verify, draw.
+    """Train, fine-tune, deploy, verify and draw; return accuracies and paths.
 
     Raises:
         ValueError: fewer than one epoch.
@@ -104,14 +107,14 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def load_images(arguments: argparse.Namespace) -> Images:
-    """Return the digits, or the folder that ``--data`` names."""
+    """Return the images of the folder that ``--data`` names, or scikit-learn's digits without it."""
     size = 8 if arguments.data is None else arguments.image_size
     preprocessing = Preprocessing(size, size, channels=1 if arguments.data is None else 3)
     return in_memory(open_examples(str(arguments.data or DIGITS), preprocessing))
 
 
 def announce(data: Images) -> None:
-    """Print what the demo trains with."""
+    """Print which images the demo trains with, and how many."""
     print(
         f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
         f"{len(data.classes)} classes",
@@ -119,11 +122,11 @@ def announce(data: Images) -> None:
     )
 
 
-def demo_recipe(qconfig: QConfig, data: Images) -> Recipe:
-    """Return how `python -m tritonq report` makes this model again."""
+def demo_recipe(qconfig: QConfig, data: Images) -> ModelRecipe:
+    """Return what a checkpoint holds so that ``python -m tritonq report`` can make this model again."""
     arguments = (f"in_channels={data.preprocessing.channels}", f"classes={len(data.classes)}")
     mapping = mapping_to_data(QConfigMapping().set_global(qconfig))
-    return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
+    return ModelRecipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
 
 
 def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, seed: int) -> History:
@@ -139,14 +142,14 @@ def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, s
 
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:
-    """Return the logits that ONNX Runtime computes from the file."""
+    """Return the logits for ``images`` that ONNX Runtime computes from the file at ``path``."""
     session = open_session(path)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return torch.from_numpy(outputs)
 
 
 def largest_layer(model: nn.Module) -> tuple[str, QATLayer | FixedPointLayer]:
-    """Name and module of the quantized layer with the most weights."""
+    """Return name and module of the quantized layer with the most weights."""
     kinds = (QATLayer, FixedPointLayer)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     return max(layers, key=lambda item: item[1].weight.numel())

@@ -1,4 +1,4 @@
-"""An ordinary training loop: nothing in it knows about quantization."""
+"""An ordinary training loop, in which nothing is specific to quantization."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def train(
     seed: int = 0,
     before_epoch: Callable[[int], None] | None = None,
 ) -> History:
-    """Train by SGD with momentum and a cosine schedule; ``seed`` gives the order of the images in each epoch.
+    """Train ``model`` in place by SGD with momentum and a cosine schedule; return losses and times.
 
-    ``before_epoch`` is called with the epoch's index, to freeze what is to be frozen.
+    ``seed`` gives the order of the images in each epoch. ``before_epoch`` is called with the index of each epoch, for
+    example to freeze ranges. ``label`` is the text of the progress bar.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
     batches = -(-len(data.train_labels) // batch_size)

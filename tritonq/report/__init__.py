@@ -1,1 +1,1 @@
-"""Seeing what quantization does to a model: a table of its layers, and a page of measurements."""
+"""What quantization does to a model: a table of its layers (`summary`), and a page of measurements (`report`)."""

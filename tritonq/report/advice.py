@@ -1,4 +1,4 @@
-"""What to do about the layer that costs most, decided by errors that were measured."""
+"""Advice for the report: what to do about the layer that costs most, decided by errors that were measured."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _WORTHWHILE = 0.8
 
 @dataclass(frozen=True)
 class Advice:
-    """A sentence or two.
+    """A piece of advice in a sentence or two.
 
     Attributes:
-        layer: name of the layer that the text begins with, or "".
-        text: what follows.
-        code: what to write, or "".
+        layer: name of the layer with which the sentence begins; "" if it begins with ``text``.
+        text: the rest of it.
+        code: a line of Python to write; "" if there is none.
     """
 
     layer: str
@@ -34,7 +34,7 @@ class Advice:
 
 
 def advise(measured: ModelMeasure) -> Advice:
-    """Return what to do about the layer whose rounding costs most, or that nothing is to be done."""
+    """Return advice about the layer whose rounding costs most; or that nothing needs to be done."""
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")
     accuracies = f"{percent(measured.float_accuracy)} without rounding, {percent(measured.quantized_accuracy)} with it"
@@ -54,7 +54,7 @@ def advise(measured: ModelMeasure) -> Advice:
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as a percentage, with a third decimal below 0.1 %."""
+    """Return a fraction as a percentage: ``"12.34 %"`` for 0.1234, with a third decimal below 0.1 %."""
     value = 100 * fraction
     return f"{value:.3f} %" if 0 < value < 0.1 else f"{value:.2f} %"
 

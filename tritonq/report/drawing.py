@@ -1,4 +1,4 @@
-"""Drawings of the report: inline SVG that takes its colours from the page."""
+"""Drawings of the report as inline SVG, whose colours are those of the page's style sheet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BARS = 64
 
 
 def histogram(tensor: TensorMeasure) -> str:
-    """Return how often each code is wanted, over the codes that exist.
+    """Return an SVG of how many values fall on each code of a quantizer, and outside of its codes.
 
-    Heights are logarithms, so that tails are seen.
+    Heights are logarithms, so that tails are visible.
     """
     first, last = _window(tensor.counts)
     step = max(1, math.ceil((last - first) / _BARS))
@@ -53,7 +53,7 @@ def histogram(tensor: TensorMeasure) -> str:
 
 
 def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
-    """Return the noise ratio of weights and outputs, layer by layer in order of execution."""
+    """Return an SVG of the noise ratio of weights and outputs, layer by layer in order of execution."""
     width, height, left, bottom = 560, 236, 34, 22
     points = [
         (layer, tensor.role, tensor.sqnr) for layer in layers for tensor in layer.tensors if math.isfinite(tensor.sqnr)
@@ -89,7 +89,7 @@ def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
 
 
 def share_bar(fraction: float) -> str:
-    """Return a bar of this part of its width, for the eye alone: the number stands beside it."""
+    """Return a bar that fills this fraction of its width. Screen readers skip it: the number stands beside it."""
     return f'<span class="share" aria-hidden="true"><span style="width:{100 * min(fraction, 1.0):.1f}%"></span></span>'
 
 
@@ -99,14 +99,14 @@ def _levels(low: float, high: float) -> list[float]:
 
 
 def _mark(role: str, x: float, y: float) -> str:
-    """Return a square for weights and a disc for activations: colour alone tells nothing."""
+    """Return a square for weights, a disc for activations, at (x, y); the shape tells what the colour tells."""
     if role == "weight":
         return f'<rect class="weight" x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7"/>'
     return f'<circle class="output" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
 
 
 def _window(counts: Sequence[int]) -> tuple[int, int]:
-    """Return the bins to draw: the grid, and whatever lies beyond it."""
+    """Return the first and the last bin to draw: those of the grid, and those outside of it that are not empty."""
     filled = [index for index, count in enumerate(counts) if count]
     first = min([MARGIN, *filled[:1]])
     last = max([MARGIN + BINS, *(index + 1 for index in filled[-1:])])

@@ -1,4 +1,4 @@
-"""Measuring what quantization costs: per tensor its noise and clipping, per layer the error that it alone causes."""
+"""Measure what quantization costs: noise and clipping of each tensor, and the error that each layer alone causes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """One layer.
+    """What was measured of one layer.
 
     Attributes:
         name: qualified name.
@@ -53,7 +53,7 @@ class LayerMeasure:
     unclipped: float | None = None
 
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
-        """Return its noisiest tensor (of one role)."""
+        """Return its noisiest tensor, of one role ("weight", "output", "input") or of all; None: it has none."""
         found = [tensor for tensor in self.tensors if role in (None, tensor.role)]
         return min(found, key=lambda tensor: tensor.sqnr, default=None)
 
@@ -65,7 +65,7 @@ class LayerMeasure:
 
 @dataclass(frozen=True)
 class ModelMeasure:
-    """A model.
+    """What was measured of a model.
 
     Attributes:
         model: class name.
@@ -178,7 +178,7 @@ _ORDER: tuple[Role, ...] = ("input", "weight", "output")
 def _activations(
     model: nn.Module, quantizers: dict[str, FakeQuantizeBase], images: Tensor
 ) -> tuple[dict[FakeQuantizeBase, Tally], list[str]]:
-    """Return tallies of the activation quantizers that run, and their owners in order of first results."""
+    """Run images; return sums over what each activation quantizer reads, and layers' names in order of execution."""
     tallies: dict[FakeQuantizeBase, Tally] = {}
     order: dict[str, None] = {}
 
@@ -205,7 +205,13 @@ def _activations(
 
 
 def _weight(owner: str, modules: dict[str, nn.Module], quantizer: FakeQuantizeBase) -> Tally:
-    """Return a tally of a layer's weight, with its BatchNorm folded in."""
+    """Return sums over the weight that ``quantizer`` rounds, multiplied by its BatchNorm's factors.
+
+    Args:
+        owner: name of the layer; for a recurrent layer the name of the quantizer.
+        modules: all modules of the model, by name.
+        quantizer: the weight's.
+    """
     tally, layer = Tally(quantizer), modules[owner]
     if layer is quantizer:
         parent, _, name = owner.rpartition(".")
@@ -241,7 +247,10 @@ def _check(model: nn.Module, quantizers: dict[str, FakeQuantizeBase]) -> None:
 
 
 def _owner(name: str) -> tuple[str, Role]:
-    """Return the layer that a quantizer belongs to, and what it quantizes there."""
+    """Return the layer that the quantizer called ``name`` belongs to, and its role: ``("conv1", "weight")``.
+
+    One that stands alone is its own layer, with the role "output".
+    """
     parent, _, child = name.rpartition(".")
     if is_weight_quantizer(name) and child not in _ROLES:
         return name, "weight"  # one of a recurrent layer's
@@ -259,7 +268,7 @@ def _is_fixed_point(parts: dict[Role, FakeQuantizeBase]) -> bool:
 
 @contextmanager
 def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Iterator[None]:
-    """Let these quantizers round inside the block, unless they were switched off in the model."""
+    """Let ``quantizers`` round inside the block, except those whose switch in ``switches`` is 0."""
     chosen = [quantizer for quantizer in quantizers if bool(switches[quantizer])]
     for quantizer in chosen:
         _switch(quantizer, True)
@@ -274,7 +283,15 @@ def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Itera
 def _nothing_clipped(
     quantizers: Iterable[FakeQuantizeBase], tallies: dict[FakeQuantizeBase, Tally]
 ) -> Iterator[list[FakeQuantizeBase]]:
-    """Widen ranges inside the block until no value is clipped, where a range is a buffer; yield which were widened."""
+    """Widen ranges inside the block so that no value is clipped, and put them back afterwards.
+
+    Args:
+        quantizers: those to widen; one with a trained scale stays as it is.
+        tallies: what each saw.
+
+    Yields:
+        The quantizers that were widened.
+    """
     widened = []
     for quantizer in quantizers:
         tally = tallies.get(quantizer)
@@ -296,7 +313,7 @@ def _nothing_clipped(
 
 @contextmanager
 def _nothing_rounded(model: nn.Module) -> Iterator[None]:
-    """Set eval mode without rounding inside the block; restore modes and switches afterwards."""
+    """Set eval mode and switch rounding off inside the block; restore modes and switches afterwards."""
     formats = [module for module in model.modules() if isinstance(module, FixedPointFakeQuantize)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in formats]
     with everything_float(model):
@@ -311,7 +328,10 @@ def _nothing_rounded(model: nn.Module) -> Iterator[None]:
 
 
 def _switch(quantizer: FakeQuantizeBase, rounds: bool) -> None:
-    """Fixed point goes on clipping where it does not round: its clamp at 0 is the network's ReLU."""
+    """Switch rounding on or off.
+
+    A fixed-point quantizer that does not round goes on clipping: its clamp at 0 is the ReLU.
+    """
     if isinstance(quantizer, FixedPointFakeQuantize):
         quantizer.phase = "fixed" if rounds else "floating"
     else:

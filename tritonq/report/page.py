@@ -1,4 +1,4 @@
-"""The report as one HTML page that asks nothing of the network: ``page.html``, filled in by Jinja2."""
+"""The report as one HTML page that needs no network: ``page.html``, filled in by Jinja2."""
 
 from __future__ import annotations
 
@@ -54,7 +54,14 @@ _TERMS = (
 
 @dataclass(frozen=True)
 class _Cell:
-    """A number of the table: what is shown, what it is sorted by, and markup or a remark below it."""
+    """A number in the table of layers.
+
+    Attributes:
+        text: what is shown.
+        key: the number by which the column is sorted.
+        warn: whether it is marked as bad.
+        below: markup or a remark below it.
+    """
 
     text: str
     key: float
@@ -97,7 +104,7 @@ def _asset(name: str) -> str:
 
 
 def _cards(measured: ModelMeasure) -> list[tuple[str, str, str]]:
-    """Name, value and detail of each."""
+    """Return name, value and detail of each number at the top of the page."""
     quantized, left = len(measured.summary.quantized), len(measured.summary.in_float)
     tensors = [(layer, tensor) for layer in measured.layers for tensor in layer.tensors]
     layer, tensor = min(tensors, key=lambda item: item[1].sqnr)

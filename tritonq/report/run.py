@@ -1,4 +1,4 @@
-"""The command that measures a model and writes the page."""
+"""The command ``report``: measure a model and write the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tritonq.calibration import calibrate
-from tritonq.cli.checkpoints import Recipe, load_state, load_weights, read_training
+from tritonq.cli.checkpoints import ModelRecipe, load_state, load_weights, read_training
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_qconfig, make_model, prepare
 from tritonq.cli.paths import writable_file
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, write the page, and name the worst layers."""
+    """Run the command: measure, write the page, print the worst layers; return the exit status 0."""
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")
     writable_file(arguments.output)
@@ -71,13 +71,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def write(measured: ModelMeasure, data_name: str, origin: str, path: Path) -> None:
-    """Write the page; ``path`` never holds half of it."""
+    """Write the page to ``path``, as a whole file or not at all; the arguments are those of :func:`render`."""
     with atomic_file(path) as file:
         file.write(render(measured, data_name, origin).encode())
 
 
 def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
-    """Return the prepared model with its ranges, the images as it reads them, and where both come from."""
+    """Return the prepared model with its ranges, the images, and in words where model and ranges come from."""
     path = Path(arguments.model)
     checkpoint = arguments.checkpoint
     if path.is_dir():
@@ -102,7 +102,7 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
     qconfig = mapping_to_data(find_qconfig(arguments.qconfig))
     preprocessing = choose_preprocessing(arguments, model, arguments.data == DIGITS)
     classes = class_names(arguments.data, arguments.validation)
-    model = prepare(Recipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes), model)
+    model = prepare(ModelRecipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes), model)
     data = open_examples(arguments.data, preprocessing, arguments.validation)
     chosen = _sample(len(data.train), arguments.images)
     batches = (chosen[start : start + _CALIBRATION_BATCH] for start in range(0, len(chosen), _CALIBRATION_BATCH))
@@ -117,5 +117,8 @@ def _listed(classes: Sequence[str]) -> str:
 
 
 def _sample(count: int, wanted: int) -> list[int]:
-    """Return some of the images, of all classes: they are sorted by class."""
+    """Return ``wanted`` of the indices below ``count``, in a random order that is always the same.
+
+    Images are sorted by class, so that the first ones would be of one class.
+    """
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].tolist()

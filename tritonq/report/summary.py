@@ -1,4 +1,4 @@
-"""What became of every layer of a prepared or converted model, as a table."""
+"""The table of what became of every layer of a prepared or converted model."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _HEADER = ("layer", "kind", "fused with", "status", "grid, or why in float")
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer.
+    """What became of one layer.
 
     Attributes:
         name: qualified name.
         kind: class name in the float model, or the operation.
-        fused_with: names of what it became one layer with.
-        grid: codes of its weight (w), output (y) and input (x); "" where it has no quantizer of its own. A layer that
-            computes in float, since its input lies on no known grid, says ``x float``.
+        fused_with: names of the modules that became one layer with it.
+        grid: codes of its weight (w), output (y) and input (x); "" if it has no quantizer of its own. A layer that
+            computes in float, because its input lies on no known grid, has ``x float``.
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
             that codes stay codes (reshaping, pooling by maximum, …).
         reason: why it is in float, or why the engine that it was prepared for runs it in float; or "".
@@ -84,7 +84,7 @@ class ModelSummary:
 
     @property
     def in_float(self) -> tuple[LayerSummary, ...]:
-        """The layers left in float."""
+        """The layers that stay in float."""
         return tuple(layer for layer in self._rows() if layer.status == "float")
 
     @property
@@ -102,7 +102,7 @@ class ModelSummary:
         return "\n".join([*lines, "", *wrap(self.line, WIDTH)])
 
     def _repr_html_(self) -> str:
-        """Return the table as notebooks show it."""
+        """Return the table as HTML, which notebooks show."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADER)
         rows = "".join(
             "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in _cells(layer)) + "</tr>"
@@ -115,7 +115,10 @@ class ModelSummary:
 
     @property
     def line(self) -> str:
-        """The counts, in one line."""
+        """The counts, in one line.
+
+        ``"Net: 5 layers quantized (5 Conv2d), 8 more fused into them, 1 left in float"``.
+        """
         kinds = Counter(layer.kind for layer in self.quantized)
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         moving = f"{len(self.moving)} that only move values, " if self.moving else ""
@@ -192,7 +195,7 @@ def _why_not_on_grid(module: nn.Module) -> str:
 
 
 def _why_float_in_engine(module: nn.Module) -> str:
-    """Return why ONNX Runtime runs a quantized layer that was prepared for it in float; "" where it doesn't."""
+    """Return why ONNX Runtime computes a quantized layer in float, if it was prepared for it; "" if it does not."""
     if isinstance(module, QATLayer):
         target, has_weight = module.qconfig.target, isinstance(module.weight_fake_quant, FakeQuantizeBase)
     elif isinstance(module, QuantizedLayer):
@@ -209,7 +212,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
 
 
 def _grid(module: nn.Module) -> str:
-    """Return, as text for the table, the grids of a layer's own quantizers."""
+    """Return the grids of a layer's own quantizers as text: ``"w -127..127 per channel, y 0..255"``."""
     parts: dict[str, str] = {}
     if isinstance(module, QuantizedLayer) and module.types.weight is not None:
         parts["w"] = describe_grid(module.types.weight) + (" per channel" if module.types.weight.axis is None else "")
@@ -239,7 +242,7 @@ def _grid(module: nn.Module) -> str:
 
 
 def _weights_grid(layer: QATRecurrent) -> str:
-    """Return the grid of the first of a recurrent layer's weights, which have one qconfig."""
+    """Return the grid of a recurrent layer's first weight, as text; all its weights have one qconfig."""
     quantizer = next(child for name, child in layer.named_children() if is_weight_quantizer(name))
     if isinstance(quantizer, FloatFakeQuantize):
         return quantizer.format
@@ -247,7 +250,7 @@ def _weights_grid(layer: QATRecurrent) -> str:
 
 
 def _reads_float(module: nn.Module) -> bool:
-    """Whether a layer with a quantized weight computes in float, since its input lies on no known grid."""
+    """Whether a layer with a quantized weight computes in float because its input lies on no known grid."""
     if isinstance(module, QuantizedLayer):
         return module.types.weight is not None and module.types.input is None
     return isinstance(module, QATLayer) and module.input_quantizer is None
@@ -264,7 +267,7 @@ def _quantizer_grid(quantizer: nn.Module) -> str:
 
 
 def _further(modules: dict[str, nn.Module], shown: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield activation quantizers that no layer's row shows."""
+    """Yield name and grid of each activation quantizer that is in no layer's row."""
     outer: set[str] = set()
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
@@ -277,7 +280,7 @@ def _further(modules: dict[str, nn.Module], shown: set[str]) -> Iterator[tuple[s
 
 
 def _from_modules(model: nn.Module) -> Iterator[LayerRecord]:
-    """Yield records for a model without one, from what its modules are now."""
+    """Yield records of the layers of a model that has none, from its modules."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside) or isinstance(module, (FakeQuantizeBase, Quantizer)):

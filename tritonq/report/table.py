@@ -12,13 +12,13 @@ _NARROWEST = 9
 
 
 def text_table(rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
-    """Return the lines of a table of at most ``width`` characters, a rule below its first row.
+    """Return the lines of a table of at most ``width`` characters, with a line below its first row.
 
-    Cells that are too long go on in the next line, broken at a space or behind a dot where there is one.
+    Cells that are too long go on in the next line, broken at a space or after a dot if there is one.
 
     Args:
         rows: the cells, as many in each row.
-        width: the most that a line may have; more than ``_NARROWEST`` per column.
+        width: the most characters in a line; more than ``_NARROWEST`` per column.
     """
     widths = _column_widths([max(map(len, column)) for column in zip(*rows, strict=True)], width)
     lines = [line for row in rows for line in _row_lines(row, widths)]
@@ -27,7 +27,7 @@ def text_table(rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
 
 
 def _column_widths(wanted: list[int], width: int) -> list[int]:
-    """Give columns what they want, but the widest ones no more than what is left."""
+    """Return the width of each column: what it wants, or less for the widest ones, so that all fit into ``width``."""
     room = width - len(_GAP) * (len(wanted) - 1)
     most = max(wanted)
     while sum(min(column, most) for column in wanted) > room and most > _NARROWEST:

@@ -1,4 +1,4 @@
-"""Sums over what a quantizer rounds: noise, clipping, range and histogram of one tensor."""
+"""Sums over the values that one quantizer rounds: noise, clipping, range and histogram."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARGIN = 128
 
 @dataclass(frozen=True)
 class TensorMeasure:
-    """One quantizer, against the tensor that it rounds as the float model has it.
+    """What one quantizer does to the values that the float model has there.
 
     Attributes:
         role: what it quantizes.
@@ -53,7 +53,10 @@ class TensorMeasure:
 
 
 class Tally:
-    """Sums over the batches of one quantizer's tensor."""
+    """Sums over the batches of values that one quantizer rounds.
+
+    :meth:`measure` turns them into a :class:`TensorMeasure`.
+    """
 
     def __init__(self, quantizer: FakeQuantizeBase) -> None:
         self._quantizer = quantizer
@@ -67,7 +70,7 @@ class Tally:
         self._counts = torch.zeros(BINS + 2 * MARGIN, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
-        """Count a batch, as the quantizer would round it."""
+        """Add a batch of values; the quantizer rounds them to find the error, and observes nothing."""
         x, qtype = self._signal_in(x), self._quantizer.qtype
         rounded = self._rounded(x)
         finite = torch.isfinite(x)
@@ -98,9 +101,9 @@ class Tally:
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
     def widest_qparams(self) -> QParams | None:
-        """Return scale and zero point with which nothing is clipped, shaped as the quantizer's.
+        """Return scale and zero point with which no value so far is clipped, in the shape of the quantizer's.
 
-        None: it saw nothing.
+        None: there was no value.
         """
         if self._low is None or self._high is None:
             return None
@@ -108,7 +111,7 @@ class Tally:
         return range_to_qparams(low, high, self._quantizer.qtype)
 
     def _signal_in(self, x: Tensor) -> Tensor:
-        """Return the part of ``x`` that counts as signal: what the quantizer should preserve."""
+        """Return the values that the quantizer should preserve; here all of ``x``."""
         return x
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class Tally:
         return describe_grid(self._quantizer.qtype)
 
     def measure(self, role: Role) -> TensorMeasure:
-        """Return the counts as noise, clipping and range of one tensor."""
+        """Return noise, clipping and range of what was added. ``role`` is stored in the result."""
         scale, qtype = self._qparams().scale, self._quantizer.qtype
         return TensorMeasure(
             role=role,

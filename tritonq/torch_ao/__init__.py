@@ -1,8 +1,8 @@
-"""The names of ``torch.ao.quantization`` for scripts that change their imports: tritonq's modules behind them.
+"""The names of ``torch.ao.quantization``, with tritonq's modules behind them, for scripts that change their imports.
 
-``from torch.ao.quantization import …`` and ``from torch.ao.quantization.quantize_fx import …`` become
-``from tritonq.torch_ao import …``. Names, order of arguments and defaults are torch.ao's. Names that ``tritonq`` has
-with the same meaning are found here too. docs/coming-from-torch-ao.md lists what has no counterpart, and why.
+``from torch.ao.quantization import …`` and ``from torch.ao.quantization.quantize_fx import …`` become ``from
+tritonq.torch_ao import …``. Names, order of arguments and defaults are torch.ao's. Names that ``tritonq`` has with the
+same meaning are found here too. docs/coming-from-torch-ao.md lists what has no counterpart, and why.
 """
 
 from tritonq.fake_quantize import FakeQuantize as FakeQuantize

@@ -58,7 +58,7 @@ default_per_channel_symmetric_qnnpack_qat_qconfig = QConfig(
 
 
 def _rounding(observer: Factory[MinMaxObserver]) -> Factory[FakeQuantize]:
-    """Return a fake quantizer with this observer: tritonq calibrates and trains one model."""
+    """Return a factory of fake quantizers with this observer, since tritonq calibrates and trains the same model."""
     return FakeQuantize.with_args(observer=observer.make, **observer.arguments)
 
 

@@ -82,7 +82,7 @@ def _without_ranges(model: nn.Module) -> list[str]:
 
 
 def _give_range(model: nn.Module, name: str) -> None:
-    """Let a quantizer observe its layer's weight, or numbers from 0 to 1."""
+    """Let a quantizer observe its layer's weight, or the numbers from 0 to 1 if it is no weight's."""
     quantizer = cast(FakeQuantizeBase, model.get_submodule(name))
     owner, _, attribute = name.rpartition(".")
     values = model.get_submodule(owner).weight if attribute == "weight_fake_quant" else torch.tensor([0.0, 1.0])
@@ -242,7 +242,15 @@ def fold_known_modules(
     is_qat: bool,
     additional_fuser_method_mapping: Mapping[Any, Callable[..., nn.Module]] | None = None,
 ) -> list[nn.Module]:
-    """Replace a row of modules in eval mode: the folded or fused one first, ``nn.Identity`` for the others."""
+    """Fuse a row of modules in eval mode, and return as many.
+
+    The folded or fused module, then ``nn.Identity`` for each other.
+
+    Args:
+        mod_list: such as ``[conv, bn, relu]``.
+        is_qat: False.
+        additional_fuser_method_mapping: for types of modules in a row, the function that fuses them.
+    """
     if any(module.training for module in mod_list):
         raise ValueError("fuse_modules folds BatchNorms, in eval mode: call model.eval(), or fuse_modules_qat")
     custom = (additional_fuser_method_mapping or {}).get(tuple(type(module) for module in mod_list))
@@ -302,7 +310,7 @@ def fuse_modules(
 
 
 def _check_unset(**options: Any) -> None:
-    """Raise ValueError for an option of torch.ao's that has no counterpart."""
+    """Raise ValueError if one of these options of torch.ao has a value: they have no counterpart here."""
     given = [f"{name}={value!r}" for name, value in options.items() if value]
     if given:
         raise ValueError(f"no counterpart of {', '.join(given)}: see docs/coming-from-torch-ao.md, What differs")

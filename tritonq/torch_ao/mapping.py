@@ -1,4 +1,4 @@
-"""torch.ao's QConfigMapping, whose methods change it, and the mappings of its engines."""
+"""torch.ao's QConfigMapping, whose methods change the mapping itself, and the mappings of its engines."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Choice = QConfig | None
 
 
 class QConfigMapping(qconfig_mapping.QConfigMapping):
-    """:class:`tritonq.QConfigMapping` with methods that change the mapping and return it, as torch.ao's do.
+    """:class:`tritonq.QConfigMapping` whose ``set_`` methods change the mapping itself and return it, as torch.ao's do.
 
-    Rules and their order are those of :class:`tritonq.QConfigMapping`. Unlike in torch.ao, a rule that fits nothing is
-    an error.
+    Which rule wins is as in :class:`tritonq.QConfigMapping`; a qconfig of None leaves modules in float. Unlike in
+    torch.ao, a rule that fits nothing is an error.
 
     Source: torch.ao.quantization.QConfigMapping.
 
@@ -39,35 +39,42 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         return self
 
     def set_global(self, global_qconfig: Choice) -> Self:
-        """Set the default, and return the mapping."""
+        """Set the qconfig of modules that no other rule fits, in place, and return the mapping itself."""
         return self._become(super().set_global(global_qconfig))
 
     def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> Self:
-        """Set the qconfig of modules of a class, and return the mapping."""
+        """Set the qconfig of modules of exactly this class, and of what is inside of them, in place.
+
+        Return the mapping itself. The class may be given by its name, such as ``"torch.nn.Conv2d"``. None leaves them
+        in float.
+        """
         return self._become(super().set_object_type(object_type, qconfig))
 
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> Self:
-        """Set the qconfig of modules whose names a pattern matches, and return the mapping."""
+        """Set the qconfig of modules whose path the pattern matches (``re.match``), in place.
+
+        Return the mapping itself.
+        """
         return self._become(super().set_module_name_regex(module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> Self:
-        """Set the qconfig of a module and of what is inside of it, and return the mapping."""
+        """Set the qconfig of the module at a path, and of what is inside of it, in place; return the mapping itself."""
         return self._become(super().set_module_name(module_name, qconfig))
 
     def set_first_layer(self, qconfig: Choice) -> Self:
-        """Set the qconfig of the first layer, and return the mapping."""
+        """Set the qconfig of the first quantizable layer that runs, in place; return the mapping itself."""
         return self._become(super().set_first_layer(qconfig))
 
     def set_last_layer(self, qconfig: Choice) -> Self:
-        """Set the qconfig of the last layer, and return the mapping."""
+        """Set the qconfig of the last quantizable layer that runs, in place; return the mapping itself."""
         return self._become(super().set_last_layer(qconfig))
 
     def set_input(self, qconfig: Choice) -> Self:
-        """Set the qconfig of the model's inputs, and return the mapping."""
+        """Set the qconfig of the model's inputs, in place; return the mapping itself."""
         return self._become(super().set_input(qconfig))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse attributes, as the frozen class does."""
+        """Raise an error: rules are set by the ``set_`` methods alone."""
         raise AttributeError(f"{name!r} is set by a method of the mapping")
 
 

@@ -13,7 +13,7 @@ from tritonq.qconfig import QConfig
 
 
 class QuantWrapper(nn.Module):
-    """A module between stubs: what enters it is quantized, what leaves it is float.
+    """A module between two stubs: its input is quantized before it, its result leaves as float.
 
     Attributes:
         quant: the stub before.
@@ -102,12 +102,12 @@ def swap_module(
     mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
     custom_module_class_mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
 ) -> nn.Module:
-    """Return the quantization-aware form of a module that has a qconfig; the module itself where there is none.
+    """Return the quantization-aware form of a module that has a qconfig; without one, the module itself.
 
     Args:
         mod: a float module.
         mapping: float type to quantization-aware type; None: :func:`get_default_qat_module_mappings`.
-        custom_module_class_mapping: more of these, which win.
+        custom_module_class_mapping: more of these, which win over ``mapping``.
 
     Source: torch.ao.quantization.swap_module.
 
