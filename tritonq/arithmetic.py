@@ -19,7 +19,7 @@ from torch import Tensor
 class Arithmetic(Protocol):
     """The operations that a formula needs besides ``+``, ``-``, ``*`` and ``/``.
 
-    Implemented for tensors and for numbers.
+    :class:`TensorArithmetic` and :class:`NumberArithmetic` implement them.
     """
 
     def constant(self, value: float, like: Any) -> Any:
@@ -128,11 +128,11 @@ def as_now(*values: Tensor) -> Sequence[Tensor]:
 
 
 def operand(number: float, like: Tensor) -> float | Tensor:
-    """Return ``number`` for use in an operator with ``like``.
+    """Return ``number`` as the other operand of an operator on ``like``.
 
-    On a CPU as a tensor of its dtype, which is made once and kept. PyTorch would make and convert such a tensor in each
-    call, which takes twice to thrice the time of an operator on some hundred channels. The bits of the result are the
-    same.
+    On a CPU it is a tensor of the dtype of ``like``, which is made once and kept. PyTorch would make and convert such a
+    tensor in each call, which takes twice to thrice the time of an operator on some hundred channels. The bits of the
+    result are the same.
     """
     if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
         return number

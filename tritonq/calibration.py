@@ -247,7 +247,7 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
     """Let the layer's weight be rounded inside the block.
 
-    Its output as well unless ``role`` is ``"weight_fake_quant"``.
+    Its output is rounded as well unless ``role`` is ``"weight_fake_quant"``.
     """
     quantizers = [layer.weight_fake_quant] + ([layer.activation_post_process] if role != "weight_fake_quant" else [])
     active = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
@@ -321,9 +321,9 @@ def _best_factors(
 
 
 def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]], per_channel: bool) -> Tensor:
-    """Return the cosine similarity of the layer's present outputs to those in ``examples``.
+    """Return how similar the layer's present outputs are to those in ``examples``: float64, (1,) or (channels,).
 
-    Float64, (1,) or (channels,).
+    The measure is the cosine of the angle between both, seen as vectors; it is 1 for equal outputs.
     """
     dot = found = wanted = torch.zeros((), dtype=torch.float64)
     for args, expected in examples:

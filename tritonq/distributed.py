@@ -113,7 +113,7 @@ def _has_range_observer(quantizer: SharesRange) -> bool:
 def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:
     """Return minimum and maximum over all ranks for each observer, by one collective.
 
-    The observers stay as they are.
+    The observers themselves stay as they are.
     """
     lows = [observer.min_val.reshape(-1) for observer in observers]
     highs = [-observer.max_val.reshape(-1) for observer in observers]

@@ -165,7 +165,7 @@ class FakeQuantize(FakeQuantizeBase):
     def has_qparams(self) -> bool:
         """Whether scale and zero point rest on data.
 
-        Those that a PassiveObserver was given since the last call are taken first.
+        If a PassiveObserver was given others since the last call, they are taken over first.
         """
         self._take_given_qparams()
         return super().has_qparams()
@@ -199,7 +199,7 @@ class FakeQuantize(FakeQuantizeBase):
     def observe_in_training(self, x: Tensor) -> None:
         """Observe ``x`` in training mode.
 
-        Not if it is empty, nor if activation checkpointing runs the forward again.
+        Nothing is observed if ``x`` is empty, or if activation checkpointing runs the forward again.
         """
         if self.training and not is_recomputing() and tells_range(x, self.activation_post_process):
             self.observe(x)
@@ -219,7 +219,7 @@ class FakeQuantize(FakeQuantizeBase):
     def calculate_qparams(self) -> QParams:
         """Return scale and zero point as :meth:`forward` and deployment use them.
 
-        In an averaged model those of its range.
+        In an averaged model (EMA) they are computed from the averaged range.
         """
         self._follow_average()
         return super().calculate_qparams()

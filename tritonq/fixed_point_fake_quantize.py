@@ -124,7 +124,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def is_enabled_on_host(self) -> bool:
         """Whether :meth:`forward` rounds.
 
-        Phase ``"fixed"``, switched on, and (in eval mode) with a fractional length.
+        That is so in phase ``"fixed"``, if it is switched on and, in eval mode, has a fractional length.
         """
         return self.phase == "fixed" and super().is_enabled_on_host()
 
@@ -189,7 +189,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def round_to(self, x: Tensor, frac_len: Tensor, seen: Tensor | None = None) -> Tensor:
         """Round ``x`` to fixed point with a given fractional length.
 
-        In phase ``"floating"`` clip it to the format's range.
+        In phase ``"floating"`` ``x`` is clipped to the format's range instead.
 
         Args:
             x: float tensor.

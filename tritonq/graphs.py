@@ -116,7 +116,7 @@ def _autocast() -> _Autocast:
 class _GraphedForward:
     """The forward of a graphed model.
 
-    It replays the captured graph if the call fits it, else it runs the model as it was.
+    It replays the captured graph if the call fits it. Otherwise it runs the model as it was.
     """
 
     def __init__(

@@ -167,9 +167,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         return learned_fake_quantize(x, grid, self.method, factor, shift=shift)
 
     def _values_per_scale(self, x: Tensor) -> float:
-        """Return N of LSQ's factor ``1/sqrt(N quant_max)``.
+        """Return the number N in LSQ's factor ``1/sqrt(N quant_max)``.
 
-        The values that share a scale, of one sample if ``x`` is a batch.
+        It is the number of values that share a scale, of one sample if ``x`` is a batch.
         """
         has_samples = x.dim() > 1 and self.batch_axis is not None and self.qtype.axis != self.batch_axis
         samples = x.shape[cast(int, self.batch_axis)] if has_samples else 1

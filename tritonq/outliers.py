@@ -77,9 +77,9 @@ class LateReading:
         self._is_under_way = False
 
     def latest(self, low: Tensor, high: Tensor) -> float | None:
-        """Return ``max(-low, high)`` of an earlier call, if it has arrived on the host, else None.
+        """Begin to copy the range ``low`` to ``high`` to the host; return ``max(-low, high)`` of an earlier call.
 
-        Begin to copy ``low`` and ``high``.
+        None if nothing has arrived since the last call.
 
         Args:
             low: minimum of a range, on the device.

@@ -134,7 +134,7 @@ class DoReFaWeight(WeightScheme):
     def scale_of(self, weight: Tensor) -> Tensor:
         """Return ``1 / (2^bits - 1)``, the scale of ``2 round(n (t/2 + 1/2)) / n - 1``.
 
-        With one bit the mean of ``|weight|``.
+        With one bit it is the mean of ``|weight|``.
         """
         if self.bits == 1:
             return self._means(weight.detach().abs())

@@ -1,6 +1,6 @@
-"""Presets for a whole model, as mappings.
+"""Presets for a whole model, as mappings from layers to qconfigs.
 
-Other quantizers for first and last layers (few bits) and for detectors' heads.
+With few bits the first and the last layer get other quantizers, and so do the heads of detectors.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QC
 def _output_convolutions(head: nn.Module) -> list[str]:
     """Return the names, within ``head``, of the convolutions at the end of its branches.
 
-    ``[]``: it is no detector's head.
+    ``[]`` means that ``head`` is no detector's head.
     """
     if not any(hasattr(head, attribute) for attribute in _HEAD_ATTRIBUTES):
         return []

@@ -117,7 +117,7 @@ def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
 def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
     """Return ``mapping`` as dicts, lists, strings and numbers that JSON can hold.
 
-    Errors as :func:`save_qconfig_mapping`.
+    Errors are those of :func:`save_qconfig_mapping`.
     """
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for field in _KEYS:

@@ -69,7 +69,7 @@ class SharesRange(nn.Module):
     def follow_ranks(self) -> None:
         """Update what depends on shared tensors and is not in ``RankState.grid``; called after each merge.
 
-        Here: nothing.
+        This base class has nothing to update.
         """
 
 
@@ -208,7 +208,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 def _apart(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the elements of the flat tensor ``joined`` in the shapes of ``tensors``.
 
-    The inverse of :func:`_joined`.
+    It is the inverse of :func:`_joined`.
     """
     parts = torch.split(joined, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

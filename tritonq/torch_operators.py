@@ -116,7 +116,7 @@ def _register() -> Any:
 def _is_ours(x: Tensor, quant_min: int, quant_max: int) -> bool:
     """Whether tritonq computes a call with this tensor and this range of codes as torch does.
 
-    Else torch's kernel runs.
+    If not, torch's own kernel runs.
     """
     return x.dtype in _DTYPES and quant_min < quant_max
 

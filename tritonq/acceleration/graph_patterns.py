@@ -103,10 +103,7 @@ def fuse(graph: Graph, known: KnownParts) -> None:
 
 
 def constants(graph: Graph) -> tuple[tuple[float, ...], ...]:
-    """Return the constants of all dropouts and BatchNorms of ``graph`` in its order.
-
-    ``(p,)``, or ``(momentum, eps)``.
-    """
+    """Return ``(p,)`` of each dropout and ``(momentum, eps)`` of each BatchNorm, in the order of ``graph``."""
     return tuple(_read(node, places) for node, places in _with_constants(graph))
 
 

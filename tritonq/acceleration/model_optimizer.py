@@ -39,9 +39,9 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
 
 
 def why_not(quantizer: Any) -> str | None:
-    """Return the setting of ``quantizer`` that tritonq cannot compute, such as ``"no calibrated range"``.
+    """Return what tritonq cannot compute of ``quantizer``, such as ``"no calibrated range"``.
 
-    None: no such.
+    None: it can compute all.
     """
     if not isinstance(quantizer._num_bits, int):
         return f"floating-point codes {quantizer._num_bits}"

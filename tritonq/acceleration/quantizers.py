@@ -162,7 +162,7 @@ def _qtype(low: int, high: int, symmetric: bool, axis: int | None) -> QuantizedT
 def _torch_zero_point(observer: Any) -> int:
     """Return the zero point that the library's observer gives a symmetric range.
 
-    0 for signed codes, else the middle, such as 128.
+    It is 0 for signed codes, else the middle of the codes, such as 128.
     """
     if observer.dtype not in (torch.quint8, torch.uint8):
         return 2**15 if observer.dtype == torch.uint16 else 0
@@ -226,7 +226,7 @@ def _statistics(quantizer: Any, formula: QuantizerFormula) -> RangeStatistics:
 def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
     """Give buffers per channel the length of ``x`` on ``axis``, as the library does with the first batch.
 
-    Axis None: nothing to do.
+    Nothing is done if ``axis`` is None.
     """
     if axis is None:
         return

@@ -1,7 +1,4 @@
-"""Distillation.
-
-A loss that draws the outputs of the model in training towards those of the float model, its teacher.
-"""
+"""A loss that draws the outputs of the model in training towards those of the float model (distillation)."""
 
 from __future__ import annotations
 

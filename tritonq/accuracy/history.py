@@ -134,9 +134,9 @@ class QuantizerHistory:
 
 
 def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """Return the rows whose nearest codes the quantizer takes.
+    """Return the values whose nearest codes the quantizer takes.
 
-    ``rows``, or what a paper's formula (tanh) makes of them.
+    These are ``rows``, or for a paper's formula what it makes of them, such as their tanh.
     """
     if quantizer.rounds_to_nearest:
         return rows

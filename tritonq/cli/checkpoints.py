@@ -68,9 +68,12 @@ def recipe_from_data(data: Any) -> ModelRecipe:
 
 
 def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
-    """Write a checkpoint at ``path``.
+    """Write a checkpoint with a SHA-256 of its content.
 
-    The recipe, the entries of ``state`` (``"state_dict"`` and others), and a SHA-256.
+    Args:
+        path: the file.
+        made: how the model was made.
+        state: all other entries, such as ``"state_dict"``.
 
     Raises:
         OSError: the file can't be written; an older one is then as it was.
@@ -154,7 +157,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``state`` without a prefix before all names, if the names then are the expected ones.
 
-    Else ``state`` itself.
+    Otherwise ``state`` itself is returned.
     """
     first = next(iter(expected), "")
     for prefix in (name.removesuffix(first) for name in state if name.endswith(first)):

@@ -1,6 +1,6 @@
 """The images with which commands train and measure.
 
-Scikit-learn's digits, or a folder with one sub-folder per class.
+They are scikit-learn's digits, or those of a folder with one sub-folder per class.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _backends() -> Iterator[Finding]:
 def _engines() -> Iterator[Finding]:
     """Yield a finding about ONNX Runtime.
 
-    Whether its integer sums are exact on this CPU, or with which option they are.
+    It tells whether its integer sums are exact on this CPU, or with which option they are.
     """
     exact = "exact"
     if products_saturate():

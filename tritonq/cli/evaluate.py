@@ -46,9 +46,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
-    """Return, for each class of the data, the model's label.
+    """Return, for each class of the data, the label that the model gives it: int64 (classes,).
 
-    Found by name if the model knows names, else the same number.
+    It is found by the class's name if the model knows names. Otherwise both count classes alike.
+
+    Raises:
+        ValueError: a class that the model does not know.
     """
     if not trained.classes:
         return torch.arange(len(names))
@@ -61,10 +64,7 @@ def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
 def _score(
     trained: Trained, data: Examples, labels: torch.Tensor, part: str, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors with one number per class.
-
-    How many images are classified correctly, and how many there are.
-    """
+    """Return for each class how many images are classified correctly, and how many there are: two int64 tensors."""
     parts = {"held-out": [data.test], "train": [data.train], "all": [data.train, data.test]}[part]
     right, count = (torch.zeros(len(labels), dtype=torch.int64) for _ in range(2))
     batches = chain.from_iterable(in_order(images, workers) for images in parts)

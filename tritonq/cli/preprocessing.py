@@ -100,7 +100,7 @@ class Preprocessing:
     def normalised(self, pixels: Tensor) -> Tensor:
         """Return ``(x - mean) / std`` as float32.
 
-        X is ``pixels / 255`` for uint8, or ``pixels`` itself for floats from 0 to 1.
+        ``x`` is ``pixels / 255`` for uint8 pixels, and ``pixels`` itself for floats from 0 to 1.
         """
         if pixels.dtype == torch.uint8:
             pixels = pixels.float().div_(255)
@@ -108,7 +108,7 @@ class Preprocessing:
         return (pixels - mean) / std
 
     def example(self, count: int = 2) -> Tensor:
-        """Return ``count`` random images of the right shape, with values from -1 to 1."""
+        """Return a batch of ``count`` images of the right shape, whose values rise evenly from -1 to 1."""
         shape = (count, self.channels, self.size, self.size)
         return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
@@ -250,8 +250,8 @@ def _from_timm(model: nn.Module) -> Preprocessing | None:
 def _from_torchvision(arguments: argparse.Namespace, any_weights: bool) -> Preprocessing | None:
     """Return the transforms of the weights that ``--model-arg weights=`` names.
 
-    None: torchvision has none for this model. With ``any_weights`` those of the factory's best weights are taken if the
-    user names none.
+    With ``any_weights`` those of the factory's best weights are taken if the user names none. None: there are no
+    weights, or the model is not torchvision's.
     """
     module, _, factory = arguments.model.partition(":")
     given = dict(word.partition("=")[::2] for word in arguments.model_arg).get("weights")

@@ -50,9 +50,10 @@ class Processes:
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the processes that torchrun started, and return this one with its device.
+    """Join the processes that torchrun started; return this one, and its device.
 
-    A GPU of its own, if ``device`` is one. Without torchrun nothing happens, and ``device`` is returned.
+    The device is a GPU of its own if ``device`` is "cuda". Without torchrun nothing happens, and ``device`` is
+    returned.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return Processes(), device

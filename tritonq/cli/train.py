@@ -170,7 +170,7 @@ def _main(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace, mapping: QConfigMapping) -> Settings:
     """Return the settings that decide the run's numbers.
 
-    The options, and for those not given the values of a recipe.
+    They are the options, and for options that were not given the values of a recipe.
     """
     recipe = recipe_for(mapping)
     frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs

@@ -261,9 +261,9 @@ class RangeObserver(ObserverBase):
         return x if rows is None else rows.split(x)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range that scale and zero point are computed from, here the running one.
+        """Return the range that scale and zero point are computed from, float32, 0-d or (channels,).
 
-        Float32, 0-d or (channels,).
+        Here it is the running range; histogram observers search for a better one.
         """
         return self.min_val, self.max_val
 
@@ -294,7 +294,7 @@ class RangeObserver(ObserverBase):
     def empty_state(self) -> list[tuple[Tensor, float]]:
         """Return pairs of a buffer that observing changes and the number that it holds before.
 
-        ``(min_val, inf)`` and others.
+        Here: ``[(min_val, inf), (max_val, -inf), (nonfinite_count, 0)]``.
         """
         return [(self.min_val, torch.inf), (self.max_val, -torch.inf), (self.nonfinite_count, 0)]
 

@@ -115,9 +115,9 @@ class ModelSummary:
 
     @property
     def line(self) -> str:
-        """The counts, in one line.
+        """The counts as one line of text.
 
-        ``"Net: 5 layers quantized (5 Conv2d), 8 more fused into them, 1 left in float"``.
+        Such as ``"Net: 5 layers quantized (5 Conv2d), 8 more fused into them, 1 left in float"``.
         """
         kinds = Counter(layer.kind for layer in self.quantized)
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())

@@ -242,9 +242,9 @@ def fold_known_modules(
     is_qat: bool,
     additional_fuser_method_mapping: Mapping[Any, Callable[..., nn.Module]] | None = None,
 ) -> list[nn.Module]:
-    """Fuse a row of modules in eval mode, and return as many.
+    """Fuse a row of modules in eval mode, and return as many modules.
 
-    The folded or fused module, then ``nn.Identity`` for each other.
+    The first one is the folded or fused module, the others are ``nn.Identity``.
 
     Args:
         mod_list: such as ``[conv, bn, relu]``.
