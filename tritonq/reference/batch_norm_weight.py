@@ -105,9 +105,10 @@ def composed(
     known: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> StepWeight:
-    """Compute :func:`quantize` by the given modules of the families ``fold`` and ``weight``.
+    """Compute :func:`quantize` from functions of two given modules.
 
-    The backend "compiled" passes its own modules, and calls this.
+    The backend "compiled" calls this with its own modules: ``folds`` has the functions of `tritonq.reference.fold`, and
+    ``weights`` those of `tritonq.reference.weight`. The other arguments are those of :func:`quantize`.
     """
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)

@@ -248,7 +248,14 @@ def _ends(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tens
 
 
 def _steps(spacing: float, reach: int, device: torch.device) -> Tensor:
-    """Return the octaves to go down from the best range so far, (steps,); a ``reach`` of 0 covers all, from the top."""
+    """Return how many octaves below the best end so far a round of the search tries others: float64 (steps,).
+
+    Args:
+        spacing: between two neighbours, in octaves.
+        reach: how many are tried on each side of the best so far; 0 for the first round, which tries all from the
+            largest value down.
+        device: of the result.
+    """
     first, last = (-reach, reach) if reach else (0, round(_OCTAVES_OF_THRESHOLDS / spacing))
     return torch.arange(first, last + 1, device=device, dtype=torch.float64) * spacing
 
