@@ -100,9 +100,7 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
         ValueError: an unknown backend.
         RuntimeError: ``"triton"`` or ``"compiled"`` was asked for and cannot run on ``x``.
     """
-    choice = _checked(backend)
-    if choice == "auto":
-        choice = _preferred.get()
+    choice = _preferred.get() if backend == "auto" else _checked(backend)
     # Without a look at the tensor's dtype, and without a message: operators on a CPU ask this hundreds of times a step.
     if choice == "torch" or (choice == "auto" and x.is_cpu and not is_interpreting()):
         return "torch"

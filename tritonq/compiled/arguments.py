@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +37,15 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def are_vectors(*tensors: Tensor | None) -> bool:
-    """Whether each tensor is None, or contiguous and such as :func:`is_plain` accepts."""
+    """Whether each is None, or contiguous and such that :func:`is_plain` is True."""
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
-    return is_plain(*tensors)
+        if not tensor.is_contiguous():
+            return False
+    return not torch._C._len_torch_dispatch_stack()
 
 
 def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
@@ -89,6 +92,16 @@ def observe(
     return statistics.with_data()
 
 
+def reciprocal(scale: float) -> float:
+    """Return ``1 / scale`` in float32, for a float32 number; infinity for 0."""
+    # A quotient of float32 numbers that is rounded to float64 and then to float32 is as if rounded once.
+    return _float32(1.0 / scale) if scale else math.inf
+
+
+def _float32(number: float) -> float:
+    return float(ctypes.c_float(number).value)
+
+
 def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
     """Return the constants by which compiled code applies a ReLU up to ``ceiling``, if any, and rounds to ``grid``.
 
@@ -97,12 +110,13 @@ def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
     floor, top = (-math.inf, math.inf) if ceiling is None else (0.0, ceiling)
     if grid is None or not grid.is_enabled_on_host():
         return Tail(0, 0.0, 0.0, -math.inf, math.inf, floor, top)
-    scale = np.float32(float(grid.scale))
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / scale
-        of_ceiling = float(np.rint(np.float32(top) * inverse)) if math.isfinite(top) else math.inf
+    scale = float(grid.scale)
+    inverse = reciprocal(scale)
+    of_ceiling = _float32(top * inverse)  # float64 holds the product of two float32 numbers
+    if math.isfinite(of_ceiling):
+        of_ceiling = float(round(of_ceiling))
     zero = 0 if grid.zero_point is None else int(grid.zero_point)
     lowest, highest = grid.qtype.quant_min - zero, grid.qtype.quant_max - zero
     if ceiling is not None:
         lowest = max(lowest, 0)
-    return Tail(1, float(inverse), float(scale), lowest, min(highest, of_ceiling), floor, top)
+    return Tail(1, inverse, scale, lowest, min(highest, of_ceiling), floor, top)

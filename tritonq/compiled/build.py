@@ -49,6 +49,7 @@ def obstacle() -> str | None:
     return None
 
 
+@cache
 def library() -> Any:
     """Return the compiled functions as attributes of a ctypes library; compiles them if that was not done before.
 

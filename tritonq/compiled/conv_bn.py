@@ -43,10 +43,12 @@ def forward(
     functions, view, channels = library(), _view(c), c.shape[1]
     found = torch.empty((_VECTORS, channels))
     address, stride = found.data_ptr(), _FLOAT * channels
-    functions.tail_statistics(c.data_ptr(), *view, *(address + i * stride for i in range(4)))
+    functions.tail_statistics(
+        c.data_ptr(), *view, address, address + stride, address + 2 * stride, address + 3 * stride
+    )
     count, ends = c.numel() // channels, (ctypes.c_float * 2)()
     is_finite = functions.tail_finish(
-        *(address, channels, count / (count - 1), *(_address(vector) for vector in vectors)),
+        *(address, channels, count / (count - 1), *map(_address, vectors)),
         *(float(norm.momentum), norm.eps, ctypes.addressof(ends)),
     )
     if not is_finite:
@@ -89,7 +91,7 @@ def backward(
     dc = torch.empty_like(c) if out is None else out
     sums, tail = torch.empty((2, c.shape[1])), tail_of(grid, ceiling)
     library().tail_backward(
-        *(dy.data_ptr(), c.data_ptr(), *_view(c), *(vector.data_ptr() for vector in vectors)),
+        *(dy.data_ptr(), c.data_ptr(), *_view(c), *map(_address, vectors)),
         *(ctypes.addressof(tail), sums.data_ptr(), dc.data_ptr()),
     )
     return TailGradients(dc, *sums.unbind(0))

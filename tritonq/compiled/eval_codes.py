@@ -6,11 +6,10 @@ import ctypes
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.compiled.arguments import is_plain
+from tritonq.compiled.arguments import is_plain, reciprocal
 from tritonq.compiled.build import library
 from tritonq.reference import eval_codes as reference
 from tritonq.reference.eval_codes import CodeRange, Factors
@@ -42,8 +41,7 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
     if not (to.half_even and is_plain(x) and x.numel() and is_dense(x)):
         return reference.codes_of_values(x, scale, to, largest)
     codes, divides = torch.empty_like(x, dtype=torch.uint8), largest is not None
-    with np.errstate(divide="ignore", over="ignore"):
-        factor = scale if divides else float(np.float32(1) / np.float32(scale))
+    factor = scale if divides else reciprocal(scale)
     ends = (-torch.inf, torch.inf) if largest is None else (float(-to.zero), float(largest - to.zero))
     into = _numbers_of(to), codes.data_ptr()
     is_within = library().eval_codes_of_values(x.data_ptr(), x.numel(), factor, divides, *ends, *into)

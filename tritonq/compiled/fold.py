@@ -30,7 +30,7 @@ def gamma_gradient(
     if not are_vectors(*vectors):
         return reference.gamma_gradient(*vectors)
     result = torch.empty_like(fold)
-    library().gamma_gradient(*(vector.data_ptr() for vector in vectors), len(fold), TINY_FOLD, result.data_ptr())
+    library().gamma_gradient(*map(Tensor.data_ptr, vectors), len(fold), TINY_FOLD, result.data_ptr())
     return result
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
-from tritonq.compiled.arguments import are_vectors, is_plain
+from tritonq.compiled.arguments import are_vectors, is_plain, reciprocal
 from tritonq.compiled.build import library
 from tritonq.grid import Grid
 from tritonq.reference import input_codes as reference
@@ -20,9 +19,8 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     if not (is_plain(x) and is_dense(x) and are_vectors(grid.scale)):
         return reference.encode(x, grid, trusted)
     scale, shift = grid.scale.clone(), shift_of(grid)
-    codes, step = torch.empty_like(x, dtype=torch.int8), np.float32(float(scale))
-    with np.errstate(divide="ignore", over="ignore"):
-        numbers = (float(np.float32(1) / step), float(step), 0.0 if shift is None else float(shift))
+    codes, step = torch.empty_like(x, dtype=torch.int8), float(scale)
+    numbers = (reciprocal(step), step, 0.0 if shift is None else float(shift))
     exact = library().codes_of_values(x.data_ptr(), x.numel(), *numbers, not trusted, codes.data_ptr())
     return InputCodes(codes, scale, shift) if exact else None
 

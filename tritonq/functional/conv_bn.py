@@ -7,6 +7,7 @@ fold again, so that one convolution per step suffices (docs/conv-bn.md). The *fo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -160,15 +161,12 @@ class _ConvBn(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        weight, gamma, c, fold, unit, inverse_std = (saved.pop(0) for _ in range(6))
-        kept = SavedInput(saved.pop(0), saved.pop(0), saved.pop(0), ctx.x_dtype)
-        normalization = Normalization(*(saved.pop(0) for _ in range(6)))
+        saved = ctx.saved_tensors
+        weight, gamma, c, fold, unit, inverse_std = saved[:6]
+        kept, normalization = SavedInput(saved[6], saved[7], saved[8], ctx.x_dtype), Normalization(*saved[9:15])
         step: ConvBnStep = ctx.step
-        weight_grid, output_grid = (
-            _with_tensors(step.weight_grid, saved[:3]),
-            _with_tensors(step.output_grid, saved[3:]),
-        )
+        weight_grid = _with_tensors(step.weight_grid, saved[15:18])
+        output_grid = _with_tensors(step.output_grid, saved[18:])
         needs_x, needs_weight, needs_bias, needs_gamma, needs_beta, _ = ctx.needs_input_grad
 
         dc, sum_g, sum_gn = ctx.tail.backward(
@@ -238,5 +236,5 @@ def _tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tensor | 
     return (None, None, None) if grid is None else (grid.scale, grid.zero_point, grid.enabled)
 
 
-def _with_tensors(grid: Grid | None, saved: list[Tensor]) -> Grid | None:
+def _with_tensors(grid: Grid | None, saved: Sequence[Tensor]) -> Grid | None:
     return None if grid is None else grid.with_buffers(*saved)

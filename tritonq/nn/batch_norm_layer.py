@@ -6,7 +6,6 @@ of weight and bias.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -168,7 +167,8 @@ class QATBatchNormLayer(QATLayer):
         place = self.batch_norm_place.module
         frozen = self.freeze_bn or not self.bn.training or (place is not None and not place.training)
         fits = self.training and not frozen and self._mode == "approximate" and self._fits_operator()
-        return replace(super().path_state(), mode=self._mode, frozen=frozen, fits_operator=fits)
+        state = super().path_state()
+        return LayerState(state.training, state.tracing, state.knows_grids, self._mode, frozen, fits)
 
     def _fits_operator(self) -> bool:
         """Whether one operator can take over the weight's quantizer and the BatchNorm in a training step."""
