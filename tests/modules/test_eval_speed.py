@@ -8,7 +8,7 @@ from torch import nn
 
 import tritonq
 from tritonq.functional import codes, integer_kernels
-from tritonq.functional.host_grid import HostGrid
+from tritonq.reference import eval_codes
 
 pytestmark = pytest.mark.skipif(not integer_kernels.has_integer_kernels(), reason="needs exact 8-bit products")
 
@@ -137,18 +137,7 @@ def test_large_batches_are_computed_a_few_images_at_a_time(batch, parts, monkeyp
 def test_steps_in_rows_give_the_bits_of_steps_by_channel(channels, size):
     sums = torch.randn(2, channels, *size).contiguous(memory_format=torch.channels_last)
     steps = torch.rand(channels, 1, 1)
-    layer = integer_kernels.PackedLayer(
-        source=HostGrid(0.5, 0, 255, True),
-        sums=lambda *_: sums.clone(),
-        bias=None,
-        parts=(),
-        exact_bias=None,
-        steps=steps,
-        output=None,
-        rectifies=False,
-        largest_code=None,
-    )
-    assert torch.equal(layer(torch.zeros(2, 1, dtype=torch.uint8)), sums * steps)
+    assert torch.equal(eval_codes.multiply_(sums.clone(), eval_codes.repeated(steps)), sums * steps)
 
 
 @torch.no_grad()
