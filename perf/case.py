@@ -1,4 +1,4 @@
-"""What a case is: inputs, implementations of one operation, what must move, and how far results may differ."""
+"""What a benchmark case is: inputs, implementations of one operation, least traffic, and how far results may differ."""
 
 from __future__ import annotations
 
@@ -58,14 +58,17 @@ class Implementation:
     leaves_out: str = ""
 
     def check(self, step: Step, inputs: Inputs, expected: tuple[Tensor, ...], tolerance: Tolerance) -> str | None:
-        """Say how a step of this implementation differs from ``expected``; ``tolerance`` is the case's."""
+        """Run a step of this implementation; return in words how it differs from ``expected``, or None if it does not.
+
+        ``tolerance`` is the case's, and counts if this implementation has none of its own.
+        """
         outputs = step(inputs)
         if self.for_check is not None:
             outputs = self.for_check(outputs)
         return disagreement(outputs, expected, self.tolerance or tolerance)
 
     def library_version(self) -> str | None:
-        """Return installed version of the library, or None."""
+        """Return the installed version of the library; None if it is not installed."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
@@ -111,7 +114,7 @@ class Case:
 
 
 def disagreement(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: Tolerance) -> str | None:
-    """Say how ``outputs`` differ from ``expected`` beyond ``tolerance``; None when they don't."""
+    """Return in words how ``outputs`` differ from ``expected`` beyond ``tolerance``; None if they don't."""
     if len(outputs) != len(expected):
         return f"{len(outputs)} outputs, expected {len(expected)}"
     for index, pair in enumerate(zip(outputs, expected, strict=True)):

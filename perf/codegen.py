@@ -1,6 +1,6 @@
 """Code-generation report: compile every kernel for GPUs that are not here, and read what came out.
 
-    python perf/codegen.py [--json FILE] [--kernel NAME] [--target cuda:90]
+    python -m tritonq.perf.codegen [--json FILE] [--kernel NAME] [--target cuda:90]
 
 For each kernel, dtype, layout and target: registers, spills, shared memory, width of global accesses, instructions per
 element, and the share of a GPU's issue slots that the kernel takes when memory is the limit. Exits with 1 when a kernel
@@ -46,7 +46,7 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 @dataclass(frozen=True)
 class Gpu:
-    """What limits a kernel: lane-instructions issued, and bytes moved, per second.
+    """A GPU's rates: instructions of lanes that it issues per second, and bytes that it moves.
 
     Every multiprocessor of these generations issues one instruction per clock from each of its four schedulers, for the
     32 lanes of a warp (NVIDIA CUDA C++ Programming Guide, compute capabilities 8.0, 9.0, 10.0).
@@ -59,7 +59,10 @@ class Gpu:
     bandwidth: float
 
     def issue_share(self, instructions: float, bytes_moved: float) -> float:
-        """Return issue slots needed per element, over those that pass while memory moves the element."""
+        """Return the time to issue the instructions of one element, over the time in which memory moves its bytes.
+
+        Above 1 instructions limit the kernel, below 1 memory does.
+        """
         lane_instructions_per_second = self.multiprocessors * self.clock * 4 * 32
         return (instructions / lane_instructions_per_second) / (bytes_moved / self.bandwidth)
 
@@ -139,7 +142,7 @@ class Launch(NamedTuple):
 
 
 class _AbsentGpu:
-    """Stands in for Triton's driver: names a target, and is never asked to launch."""
+    """Stands in for Triton's driver: it names the target that kernels are compiled for, and can't launch."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -233,7 +236,7 @@ def _describe(
 
 
 def read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
-    """Return registers, spilled bytes and instructions of a compiled CUDA kernel."""
+    """Return registers, spilled bytes and instructions of a compiled CUDA kernel, all per lane."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -286,7 +289,7 @@ def table(report: Iterable[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return command line; returns the exit status."""
+    """Compile, print the table or write it as JSON, and return the exit status: 1 if a row breaks a budget or limit."""
     parser = argparse.ArgumentParser(description="What the kernels compile to, on GPUs that need not be present.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
     parser.add_argument("--kernel", default="", metavar="NAME", help="only cases whose name contains NAME")

@@ -44,7 +44,7 @@ class CodegenCase:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
-    """Return a tensor without data."""
+    """Return a tensor of this shape on the device "meta", which has no data."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
@@ -62,19 +62,22 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], bool, int | None]] = {
 
 
 def meta_qparams(shape: tuple[int, ...], axis: int | None) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of a tensor of this shape."""
+    """Return scale and zero point, without data, of a tensor of this shape.
+
+    They have one element for each index of ``axis``; for None one.
+    """
     channels = (1,) if axis is None else (shape[axis],)
     return meta(*channels), meta(*channels, dtype=torch.int32)
 
 
 def meta_grid(qtype: QuantizedType, channels: int = 1) -> Grid:
-    """Return a grid of meta tensors with a switch, and with a zero point where the type has one."""
+    """Return a grid of meta tensors with a switch, and with a zero point if the type has one."""
     zero_point = None if qtype.fixed_zero_point == 0 else meta(channels, dtype=torch.int32)
     return Grid(meta(channels), zero_point, qtype, meta(1, dtype=torch.uint8))
 
 
 def meta_range(qtype: QuantizedType, channels: int = 1) -> RangeStatistics:
-    """Return a range that is observed, averaging over batches."""
+    """Return a running range of meta tensors, which observes and averages over batches."""
     shape = () if qtype.axis is None else (channels,)
     return RangeStatistics(
         meta(*shape),

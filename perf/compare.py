@@ -1,4 +1,4 @@
-"""Two commits of this repository, measured in turns on one machine by one command.
+"""Compare two commits of this repository on one machine, measured in turns by one command.
 
     python -m tritonq.perf.compare v0.2.0 HEAD --case conv_bn --rounds 5
 
@@ -31,7 +31,7 @@ Key = tuple[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare; returns 0, 1 where a run failed, and 2 where a commit is not known."""
+    """Compare and print; return 0, or 1 if a run failed, or 2 if a commit is not known."""
     options, bench_arguments = _parser().parse_known_args(argv)
     repository = SOURCE.parent
     unknown = [name for name in (options.before, options.after) if not _is_commit(repository, name)]
@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(
     commits: tuple[str, str], rounds: int, folder: Path, bench_arguments: Sequence[str]
 ) -> tuple[list[dict[Key, float]], list[dict[Key, float]]] | None:
-    """Return the times of each round of both commits; None where a run failed, with a message."""
+    """Return the seconds of each round of both commits, by case and implementation.
+
+    None if a run failed (it prints why).
+    """
     times: tuple[list[dict[Key, float]], list[dict[Key, float]]] = ([], [])
     with checkouts(SOURCE.parent, commits, folder) as paths:
         for i in range(rounds):
@@ -67,7 +70,10 @@ def _measure(
 
 @contextmanager
 def checkouts(repository: Path, commits: Sequence[str], folder: Path) -> Iterator[list[Path]]:
-    """Check commits out below ``folder``; yields import paths that offer each as if it were installed."""
+    """Check the commits out below ``folder``; yield their import paths.
+
+    Each path offers a commit as if it were installed.
+    """
     trees, paths = [], []
     try:
         for i, commit in enumerate(commits):
@@ -117,7 +123,7 @@ def _bench(path: Path, out: Path, arguments: Sequence[str]) -> int:
 
 
 def _times(folder: Path) -> dict[Key, float]:
-    """Return the median seconds of everything that was timed."""
+    """Return the median seconds of everything that the result files in ``folder`` say was timed."""
     found: list[Record] = records.read_folder(folder)
     return {(r["case"], r["implementation"]): r["median_s"] for r in found if "median_s" in r}
 

@@ -107,14 +107,14 @@ class Point:
 
 
 class Step:
-    """One SGD step per call."""
+    """A function that takes one SGD step of a model per call."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the loss."""
+        """Take one step on ``inputs``; return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.model(inputs["images"]), inputs["labels"])
         loss.backward()
@@ -155,7 +155,7 @@ def plan(quick: bool) -> Iterator[tuple[str, Chain]]:
 
 
 def measure(curve: str, chain: Chain, budget: Budget) -> Point:
-    """Time a float and a quantization-aware step in turns."""
+    """Time the float step and the quantization-aware step of a chain in turns; return their ratio."""
     import tritonq
 
     inputs = [chain.inputs(seed) for seed in range(2)]

@@ -1,4 +1,4 @@
-"""How many times as fast as float files int8 files are in ONNX Runtime, and where the time goes.
+"""Time int8 files and float files in ONNX Runtime, and say where the time goes.
 
 Run as ``python -m tritonq.perf.deployed`` on a quiet machine; it needs the extra ``tritonq[onnx]``. Both files of a
 model run in turns, with the same session options. Where a goal is not met, the kinds of nodes that take the time of the
@@ -27,7 +27,7 @@ _KINDS_SHOWN = 6
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Time and print; return 1 where a goal is not met."""
+    """Time and print; return 1 if a goal is not met, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tritonq.perf.deployed", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="models whose names contain TEXT")
     parser.add_argument("--seconds", type=float, default=20.0, help="time per model and number of threads")
@@ -75,7 +75,7 @@ def profiled(setting: Setting, path: Path, feeds: Mapping[str, Any], folder: Pat
 
 
 def describe(kinds: Mapping[str, float]) -> str:
-    """Return the kinds of nodes that take most of the time, with their shares."""
+    """Return in words the kinds of nodes that take most of the time, with their shares."""
     total = sum(kinds.values())
     shown = [f"{name} {seconds / total:.0%}" for name, seconds in list(kinds.items())[:_KINDS_SHOWN]]
     return f"  int8 file, {total * 1e3:.2f} ms in nodes: {', '.join(shown)}"

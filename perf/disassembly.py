@@ -38,7 +38,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class MainPath:
-    """The instructions that the work on one tile (or, of a loop, one turn) costs each lane.
+    """The instructions that one lane runs for one tile; in a loop, for one turn.
 
     Attributes:
         instructions: in program order, without code that runs only in rare cases.
@@ -49,15 +49,15 @@ class MainPath:
     is_loop: bool
 
     def bits(self, *, stores: bool) -> int:
-        """Return bits of global memory that one lane reads, or writes."""
+        """Return how many bits of global memory one lane reads, or with ``stores`` writes."""
         return sum(i.access_bits for i in self.instructions if i.stores == stores)
 
     def bits_of_width(self, width: int) -> int:
-        """Return bits of global memory that one lane moves by accesses of this width."""
+        """Return how many bits of global memory one lane moves by accesses of ``width`` bits."""
         return sum(i.access_bits for i in self.instructions if i.access_bits == width)
 
     def usual_width(self) -> int:
-        """Return width in bits of the accesses that move most of the data; 0 without any."""
+        """Return the width, in bits, of the accesses that move most of the data; 0 if there are none."""
         return max({i.access_bits for i in self.instructions}, key=self.bits_of_width, default=0)
 
 
@@ -67,7 +67,7 @@ _SASS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """Return instructions in the output of ``cuobjdump -sass`` (of one kernel), without padding."""
+    """Return the instructions in the output of ``cuobjdump -sass`` for one kernel, without padding."""
     rows = [match.groups() for match in map(_SASS.match, text.splitlines()) if match]
     index = {int(address, 16): i for i, (address, *_) in enumerate(rows)}
     parsed = []
@@ -129,7 +129,7 @@ _GCN_WIDTH = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "sh
 
 
 def parse_amdgcn(text: str) -> list[Instruction]:
-    """Return instructions in AMD assembly (of one kernel)."""
+    """Return the instructions in the AMD assembly of one kernel."""
     labels: dict[str, int] = {}
     rows: list[tuple[str, str]] = []
     for line in text.splitlines():
@@ -190,7 +190,7 @@ def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
 
 
 def _blocks(instructions: Sequence[Instruction]) -> list[range]:
-    """Return basic blocks, in program order."""
+    """Return the basic blocks as ranges of indices, in program order."""
     starts = {0}
     for i, instruction in enumerate(instructions):
         if instruction.target is not None:
@@ -202,7 +202,7 @@ def _blocks(instructions: Sequence[Instruction]) -> list[range]:
 
 
 def _reachable(instructions: Sequence[Instruction], blocks: Iterable[range]) -> set[int]:
-    """Return instructions that control reaches from the start without entering a block that calls a subroutine."""
+    """Return the indices of instructions that run without entering a block that calls a subroutine."""
     by_start = {block.start: block for block in blocks}
     hot: set[int] = set()
     waiting = [0]

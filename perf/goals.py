@@ -236,7 +236,7 @@ def render(found: Sequence[Record]) -> str:
 
 
 def replaced(text: str, table: str) -> str:
-    """Return ``text`` with ``table`` between its markers.
+    """Return ``text`` with ``table`` between the two markers in it.
 
     Raises:
         ValueError: the markers are missing.

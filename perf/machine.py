@@ -36,7 +36,7 @@ def device_slug(device: torch.device) -> str:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Return bytes of the largest cache in front of ``device``'s memory."""
+    """Return the size, in bytes, of the last cache before the memory of ``device``."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_cache_bytes(_read(path)) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -65,7 +65,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def source_state() -> tuple[str, bool]:
-    """Return commit of the source tree, and whether files other than results differ from it.
+    """Return the commit of the source tree, and whether files other than results differ from it.
 
     Outside of a clone: ``("unknown", True)``.
     """
@@ -99,7 +99,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _driver(device: torch.device) -> str | None:
-    """Return driver version of a GPU, None for a CPU."""
+    """Return the driver version of a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     if torch.version.hip is not None:
@@ -127,6 +127,6 @@ def _read(path: str | Path) -> str:
 
 
 def _cache_bytes(text: str) -> int:
-    """Return bytes in the kernel's notation: ``32768K``."""
+    """Return the bytes that a size in the Linux kernel's notation stands for: 33554432 for ``32768K``."""
     match = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0

@@ -1,4 +1,4 @@
-"""Taking times: interleaved samples over rotating buffers, and the copy bandwidth they are compared with."""
+"""Take times in turns over changing inputs, and measure the copy bandwidth with which they are compared."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Budget:
     max_rounds: int = 60
 
     def is_spent(self, rounds_done: int, elapsed: float) -> bool:
-        """Whether to stop early."""
+        """Whether timing should stop early, after so many rounds and seconds."""
         return rounds_done >= _FEWEST_ROUNDS and elapsed > _PATIENCE * self.seconds
 
     def rounds(self, seconds_per_round: float) -> int:
-        """Return number of rounds that fit."""
+        """Return how many rounds fit, for the estimated seconds of one."""
         return max(self.min_rounds, min(self.max_rounds, int(self.seconds / max(seconds_per_round, 1e-9))))
 
 
@@ -113,7 +113,10 @@ def interleave(
 
 
 def captured(step: Step, sets: Sequence[Inputs]) -> Step:
-    """Return a step that replays ``step`` on every set of inputs from one CUDA graph; it takes no inputs itself."""
+    """Return a step that replays one CUDA graph, in which ``step`` runs on every set of inputs.
+
+    The step ignores its argument.
+    """
     # Compilation is not allowed while capturing.
     step(sets[0])
     torch.cuda.synchronize()
@@ -157,7 +160,7 @@ def step_times(step: Step, inputs: Inputs, device: torch.device, calls: int) -> 
 
 
 def copy_bandwidth(device: torch.device) -> Spread:
-    """Return bytes per second, read plus written, of a copy far larger than any cache of ``device``."""
+    """Return the bytes per second, read plus written, of a copy that is far larger than any cache of ``device``."""
     size = (1 << 30) if device.type == "cuda" else max(4 * last_level_cache(device), 128 << 20)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -182,7 +185,7 @@ def _cpu_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
 
 
 def _cuda_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
-    """Return seconds per call between two events on the current stream; never run on a GPU so far."""
+    """Return seconds per call between two events on the current stream."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()

@@ -80,11 +80,11 @@ def stubbed_launches() -> Iterator[None]:
 
 
 def _no_obstacle(x: Tensor) -> None:
-    """Stand in for the function that keeps CPU tensors from kernels."""
+    """Return None in place of the function that keeps CPU tensors from kernels."""
 
 
 def _has_launches(value: Tensor) -> bool:
-    """Stand in for the function that keeps launches on CPU tensors from being remembered."""
+    """Return True in place of the function that keeps launches on CPU tensors from being remembered."""
     return True
 
 
@@ -96,7 +96,7 @@ class _NoKernel:
 
 
 def _no_launch(*args: object, **kwargs: object) -> _NoKernel:
-    """Stand in for ``JITFunction.run`` and for the function that launches a compiled kernel."""
+    """Do nothing in place of ``JITFunction.run`` and of the function that launches a compiled kernel."""
     return _NoKernel()
 
 
@@ -135,7 +135,7 @@ def _torch_ao_quantizer(arguments: dict[str, Any]) -> torch.nn.Module:
 
 
 def _seen(quantizer: torch.nn.Module) -> torch.nn.Module:
-    """Observe once for real: with stubbed launches it would never have seen anything, and pass its input through."""
+    """Let a quantizer observe once with real launches; with stubbed ones it would have seen nothing, and not round."""
     import tritonq
 
     with tritonq.use_backend("torch"):

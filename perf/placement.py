@@ -1,4 +1,4 @@
-"""Where a model's tensors lie: device and memory format."""
+"""Put a model's tensors on a device and into a memory format."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import nn
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """Return torch's value for one of the two layouts of images."""
+    """Return ``torch.channels_last``, or ``torch.contiguous_format`` if ``channels_last`` is False."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def placed(model: nn.Module, device: torch.device | None = None, *, channels_last: bool) -> nn.Module:
-    """Move a model in place, where ``device`` is given, and lay its convolution weights out; return it."""
+    """Move ``model`` in place to ``device`` (None: it stays) and its convolution weights into a format; return it."""
     moved: nn.Module = model.to(device, memory_format=memory_format(channels_last))  # type: ignore[call-overload]
     return moved

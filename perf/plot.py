@@ -50,7 +50,7 @@ _DODGE = 1.05
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw both pictures; returns the exit code."""
+    """Draw both pictures; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tritonq.perf.plot", description=__doc__)
     parser.add_argument("results", nargs="*", type=Path, help="result files or folders (default: perf/results)")
     parser.add_argument("--case", action="append", metavar="PATTERN", help="part of a name, or a glob; repeatable")
@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(paths: Iterable[Path]) -> list[Record]:
-    """Return records of files and folders. In a folder a damaged file is named and ignored.
+    """Return the records in files and folders.
 
-    Named itself it is an error.
+    In a folder a damaged file is named and left out; if it is named itself, it is an error.
 
     Raises:
         ValueError: a file that is missing or damaged.
@@ -147,11 +147,9 @@ def speed_up_figure(chosen: Sequence[Record]) -> Figure | None:
 
 
 def roofline_figure(chosen: Sequence[Record]) -> Figure | None:
-    """Return bytes that must move per second, over the bytes of the case.
+    """Return a picture of the bytes per second of each case, over the bytes of the case.
 
-    The line is the copy bandwidth of the same run.
-
-    None when no case counts its bytes.
+    The line is the copy bandwidth of the same run. None if no case counts its bytes.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -196,7 +194,15 @@ def roofline_figure(chosen: Sequence[Record]) -> Figure | None:
 
 
 def _bars(axis: Axes, case: str, found: dict[str, float], limits: tuple[float, float], slots: int) -> None:
-    """Draw one panel; ``limits`` in doublings, and room for ``slots`` bars, are shared with other panels."""
+    """Draw the panel of one case, with a bar for each peer.
+
+    Args:
+        axis: the panel.
+        case: name of the case.
+        found: how many times faster tritonq is than each peer.
+        limits: ends of the axis as powers of two, the same for all panels.
+        slots: room for so many bars, the same for all panels.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     names = sorted(found, key=lambda name: found[name])
@@ -230,7 +236,7 @@ def _bars(axis: Axes, case: str, found: dict[str, float], limits: tuple[float, f
 
 
 def _as_factor(doublings: float, _: int) -> str:
-    """Return ``8`` for 3, ``1/4`` for -2."""
+    """Return 2 to the power of ``doublings`` as text: ``8`` for 3, ``1/4`` for -2."""
     return f"{2.0**doublings:g}" if doublings >= 0 else f"1/{2.0**-doublings:g}"
 
 

@@ -1,7 +1,7 @@
-"""Predicted time of every kernel on GPUs that are not here, written down so that a measurement can find it wrong.
+"""Predict the time of every kernel on GPUs that are not here; the predictions are written down before any measurement.
 
-    python -m tritonq.perf.predict            # print the table
-    python -m tritonq.perf.predict --write    # put it into perf/PREDICTIONS.md
+    python -m tritonq.perf.predict            # print the table python -m tritonq.perf.predict --write    # put it into
+    perf/PREDICTIONS.md
 
 Ends with status 1 where a reduction keeps fewer bytes in flight than ``codegen_budget.json`` asks for.
 
@@ -54,7 +54,7 @@ _TILES = (("BLOCK",), ("ROWS", "COLS"), ("SPLITS", "CHANNELS"))
 
 @dataclass(frozen=True)
 class Work:
-    """One launch, as far as its time depends on it.
+    """What the time of one launch depends on.
 
     Attributes:
         programs: in the grid.
@@ -66,7 +66,8 @@ class Work:
         elements: number of elements.
         bytes_read: from memory.
         bytes_written: to memory.
-        joined_channels: whose partial results one program adds up; 0 for kernels that read the tensor.
+        joined_channels: number of channels whose partial results one program adds up; 0 for kernels that read the
+            tensor.
     """
 
     programs: int
@@ -81,7 +82,10 @@ class Work:
     joined_channels: int = 0
 
     def resident(self, multiprocessors: int) -> int:
-        """Return programs on one multiprocessor at a time, limited by what each takes and by how many there are."""
+        """Return how many programs run on one multiprocessor at a time.
+
+        Registers, shared memory and the number of programs limit it.
+        """
         lanes = self.warps * _WARP
         registers = math.ceil(max(self.registers, 1) / _REGISTER_STEP) * _REGISTER_STEP * lanes
         limits = [_REGISTERS // registers, _LANES // lanes, _PROGRAMS, math.ceil(self.programs / multiprocessors)]
@@ -108,7 +112,7 @@ class Prediction:
 
 
 def predict(work: Work, gpu: Gpu) -> Prediction:
-    """Apply the three bounds to ``work`` on ``gpu``."""
+    """Return the predicted time of ``work`` on ``gpu``: the longest of memory, latency and issue."""
     resident = work.resident(gpu.multiprocessors)
     busy = min(gpu.multiprocessors, work.programs)
     in_flight = resident * work.warps * _WARP * work.in_flight
@@ -130,7 +134,7 @@ def predict(work: Work, gpu: Gpu) -> Prediction:
 def predictions(cases: Iterable[CodegenCase] = ALL_CASES) -> Iterator[tuple[str, str, Work]]:
     """Compile each case for sm_90; yield case, dtype and work of the kernel that moves its data.
 
-    Where it leaves partial results, the kernel that joins them follows, with its own name behind the case's.
+    If that kernel leaves partial results, the kernel that adds them follows, its name after the case's.
     """
     for case in cases:
         for dtype in (d for d in case.dtypes if d != torch.float16):
@@ -161,7 +165,7 @@ def faults(found: Iterable[tuple[str, str, Work]], gpu: Gpu) -> list[str]:
 
 
 def work_of(launch: Launch, dtype: torch.dtype, reads: int, writes: int) -> Work:
-    """Read a launch's work off its arguments and its machine code.
+    """Return what the time of a launch depends on, from its arguments and its machine code.
 
     Args:
         launch: of one kernel.

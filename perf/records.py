@@ -63,12 +63,15 @@ def read(path: Path) -> list[Record]:
 
 
 def read_folder(folder: Path) -> list[Record]:
-    """Return the records of all files below ``folder``, oldest first; a warning names damaged ones, left out."""
+    """Return the records of all files below ``folder``, oldest first.
+
+    Damaged files are left out, and a warning names them.
+    """
     return list(_usable(sorted(folder.rglob("*.jsonl"), key=lambda path: path.name)))
 
 
 def latest(found: Iterable[Record]) -> list[Record]:
-    """Return the records of the last run of each case on each device: what is compared was measured side by side."""
+    """Return the records of the last run of each case on each device; so records that are compared are of one run."""
     runs: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in found:
         by_run = runs.setdefault((record["case"], record["environment"]["device"]), {})

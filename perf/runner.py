@@ -1,4 +1,4 @@
-"""The runner: check, warm, time in turns, write down."""
+"""The command ``bench``: check the results of all implementations, time them in turns, and write the times down."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the chosen cases; returns the exit code."""
+    """Run the chosen cases; return the exit status."""
     cases = select(all_cases(), args.case or [], quick=args.quick)
     if not cases:
         print(f"no case matches {' '.join(args.case or [])}; --list shows all names", file=sys.stderr)
@@ -85,15 +85,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def default_results() -> Path:
-    """Return ``perf/results`` in a clone.
+    """Return the folder for results: ``perf/results`` in a clone.
 
-    A folder in the working directory where tritonq is installed without its tests.
+    If tritonq is installed without its tests, it is a folder in the working directory.
     """
     return SOURCE / "results" if (SOURCE.parent / "pyproject.toml").is_file() else Path("tritonq-results")
 
 
 def select(cases: Sequence[Case], patterns: Sequence[str], *, quick: bool) -> list[Case]:
-    """Return cases whose name contains one of ``patterns`` or matches it as a glob; all when there is no pattern."""
+    """Return the cases whose name contains one of ``patterns`` or matches it as a glob; without patterns all of them.
+
+    With ``quick`` only those that are part of ``--quick``.
+    """
 
     def wanted(case: Case) -> bool:
         return not patterns or any(part in case.name or fnmatchcase(case.name, part) for part in patterns)
@@ -102,7 +105,7 @@ def select(cases: Sequence[Case], patterns: Sequence[str], *, quick: bool) -> li
 
 
 def run_case(case: Case, bench: Bench) -> Iterator[Record]:
-    """Check, time and describe every implementation of ``case``; one record for each, whatever became of it."""
+    """Check, time and describe every implementation of ``case``; yield one record for each, also if it failed."""
     if bench.device.type not in case.devices:
         reason = f"not run: needs {' or '.join(case.devices)}, this run is on {bench.device.type}"
         for name, implementation in case.implementations.items():
@@ -139,7 +142,7 @@ def _run_all(cases: Sequence[Case], bench: Bench, file: IO[str]) -> Iterator[Rec
 def _prepare(
     case: Case, implementation: Implementation, inputs: Inputs, expected: tuple[torch.Tensor, ...], bench: Bench
 ) -> tuple[Step | None, str]:
-    """Build and check; the step is None unless the status is ``ok``."""
+    """Build and check an implementation; return its step and a status. The step is None unless the status is "ok"."""
     if bench.quick and not implementation.quick:
         return None, "not run: left out by --quick"
     if bench.device.type not in implementation.devices:

@@ -1,4 +1,4 @@
-"""The few statistics a measurement is reported in."""
+"""The statistics with which a measurement is reported: median, and the middle 60 % of the samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records as text that a person reads."""
+"""Records of measurements as text for people."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 
 def _differences(rows: Iterable[Record]) -> list[str]:
-    """Return one line per timed implementation that does less than tritonq, or something else."""
+    """Return one line for each timed implementation that computes less than tritonq, or something else."""
     return [
         f"  {row['implementation']} differs: {row['leaves_out']}"
         for row in rows
@@ -83,7 +83,7 @@ def _differences(rows: Iterable[Record]) -> list[str]:
 
 
 def _untimed(rows: Iterable[Record]) -> list[str]:
-    """Return one line per reason, with the names it holds for."""
+    """Return one line for each reason why something was not timed, with the implementations that it holds for."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if "median_s" not in row:

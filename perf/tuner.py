@@ -1,4 +1,4 @@
-"""The tuner: tries launch parameters on this GPU, checks every one, and writes the table that the kernels read.
+"""The command ``tune``: try launch parameters on this GPU, check each, and write the table that the kernels read.
 
 Never run on a GPU so far: its search, its checks and its file are tested with Triton's interpreter and a fake clock.
 """
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Tune the kernels for the first GPU; returns the exit code. An interrupted run continues where it stopped."""
+    """Tune the kernels for the first GPU; return the exit status. An interrupted run continues where it stopped."""
     if not torch.cuda.is_available():
         print("tune: torch finds no GPU here", file=sys.stderr)
         return 2
@@ -107,13 +107,15 @@ def paired_gain(steps: dict[str, Step], sets: Sequence[Inputs], device: torch.de
 def search(
     target: Any, device: torch.device, clock: Clock = paired_gain, options: Sequence[Any] | None = None
 ) -> Result:
-    """Try every candidate on every shape of ``target``; a candidate that is wrong anywhere is out.
+    """Try every candidate on every shape of ``target``, and return the fastest.
+
+    One that is wrong on any shape is left out.
 
     Args:
         target: a :class:`tritonq.perf.tuning_space.Target` or what looks like one.
         device: where to run.
         clock: measures a pair of steps; replaced where there is no GPU.
-        options: candidates, by default all of the target's.
+        options: candidates; None: all of the target's.
     """
     default = target.default
     options = target.candidates() if options is None else options
@@ -140,7 +142,7 @@ def search(
 
 
 def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
-    """Return ``step`` with launch parameters of its own."""
+    """Return a step that runs ``step`` while ``kernel`` is launched with ``parameters``."""
     from tritonq.kernels import launch_sizes
 
     def run(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -151,7 +153,7 @@ def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
 
 
 def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...], tolerance: Tolerance) -> str | None:
-    """Return why a candidate is out, or None."""
+    """Run a candidate once; return in words why it can't be used, or None."""
     try:
         return disagreement(step(inputs), expected, tolerance)
     except Exception as error:  # too many registers, too much shared memory: the compiler has many ways to refuse
@@ -159,7 +161,10 @@ def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...], to
 
 
 class Table:
-    """The file of one GPU, replaced as a whole after every entry, so that an interrupted run loses at most one."""
+    """The file of one GPU.
+
+    It is replaced as a whole after every entry, so that an interrupted run loses at most one.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any], kernels: dict[str, dict[str, dict[str, int] | str]]) -> None:
         self.path = path
@@ -191,11 +196,11 @@ class Table:
         return cls(path, header, old["kernels"] if old and same else {})
 
     def holds(self, kernel: str, key: str) -> bool:
-        """Whether an entry is there."""
+        """Whether the table has an entry for this kernel and key."""
         return key in self.kernels.get(kernel, {})
 
     def add(self, kernel: str, key: str, result: Result) -> None:
-        """Add an entry, write the file, and have the kernels' own loader read it back.
+        """Add an entry and write the file, which the kernels' own loader then reads.
 
         Raises:
             RuntimeError: the loader does not accept the file; the old one is kept.

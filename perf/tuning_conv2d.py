@@ -108,7 +108,7 @@ class ConvTarget:
 
     @property
     def tolerance(self) -> Tolerance:
-        """How far a candidate may be from the specification."""
+        """How far a candidate's result may be from the specification."""
         return _CODES if self.is_codes else _VALUES
 
     def candidates(self) -> list[ConvTile]:
@@ -137,13 +137,13 @@ class ConvTarget:
         return inputs
 
     def operation(self, shape: ConvShape) -> tuple[Step, Step]:
-        """Return the layer as eval mode runs it, by what the table says; and its specification."""
+        """Return two steps: the layer in eval mode, by what the table says; and its specification."""
         run, specify = (_run_codes, _specify_codes) if self.is_codes else (_run_values, _specify_values)
         return partial(run, shape.conv), partial(specify, shape.conv)
 
 
 def targets() -> Iterator[ConvTarget]:
-    """Yield every class that a shape of ``SHAPES`` is in, for every dtype, for codes, and for both layouts."""
+    """Yield one target for each class of shapes in ``SHAPES``, each dtype, codes as well, and both layouts."""
     kinds = [(str(dtype).removeprefix("torch."), dtype, False) for dtype in _DTYPES]
     for (name, dtype, is_codes), channels_last in product([*kinds, ("codes", torch.float32, True)], (False, True)):
         layout = "channels_last" if channels_last else "channels_first"
@@ -176,7 +176,7 @@ def _specify_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _layer(inputs: Inputs) -> IntegerAffine:
-    """Return the codes as the integers of a layer: input scale 0.02, weight scale 0.01, no bias."""
+    """Return the codes in ``inputs`` as a layer of integers: input scale 0.02, weight scale 0.01, no bias."""
     weight, x = inputs["weight"], inputs["x"]
     input_scale, weight_scale = (x.new_full((1,), scale) for scale in (0.02, 0.01))
     multiplier = (input_scale * weight_scale).expand(len(weight)).contiguous()

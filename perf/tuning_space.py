@@ -31,19 +31,19 @@ _ELEMENTS_PER_LANE = range(4, 65)
 
 @dataclass(frozen=True)
 class Shape:
-    """An input, and the axis of its scales."""
+    """The shape of an input, and the axis of its scales."""
 
     sizes: tuple[int, ...]
     axis: int | None
     channels_last: bool = False
 
     def tensor(self, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Return normal values; some pass the range of the grid."""
+        """Return a tensor of normal values, of which some lie outside of the grid's range."""
         values = torch.randn(self.sizes, generator=generator, device=device).to(dtype)
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
     def shape_class(self) -> str:
-        """Return how the kernels classify it."""
+        """Return the class to which the kernels assign this shape, such as "flat"."""
         strides = self.tensor(torch.float32, torch.Generator(), torch.device("meta")).stride()
         return shape_class(dense_view(self.sizes, (strides,), self.axis))
 
@@ -69,12 +69,12 @@ class Target:
 
     @property
     def default(self) -> Parameters:
-        """Launch parameters where the table has no entry."""
+        """The launch parameters if the table has no entry."""
         _, shapes_class, size_class = self.key.split("/")
         return default_parameters(shapes_class, size_class)
 
     def candidates(self) -> list[Parameters]:
-        """Return launch parameters worth trying."""
+        """Return the launch parameters to try."""
         return candidates(self.key.split("/")[1])
 
     def make_inputs(self, shape: Shape, generator: torch.Generator, device: torch.device) -> Inputs:
@@ -97,7 +97,7 @@ def targets() -> Iterator[Target]:
 
 
 def candidates(shapes_class: str) -> list[Parameters]:
-    """Return launch parameters worth trying for a shape class; a flat one has no use for narrow tiles."""
+    """Return the launch parameters to try for a class of shapes; narrow tiles are left out for flat ones."""
     found = []
     for elements, warps in product(_ELEMENTS, _WARPS):
         if elements // (32 * warps) not in _ELEMENTS_PER_LANE:

@@ -49,7 +49,7 @@ HEAD = (
 
 
 def main() -> None:
-    """Lower, run and count each model."""
+    """Lower, run and count each model, and write the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     rows = [measure(name) for name in MODELS]
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(name: str) -> list[str]:
-    """Return a model's row of the table."""
+    """Return the cells of a model's row in the table."""
     model, images = trained(name)
     converted = tritonq.convert(model)
     program = tritonq.export_program(converted, None, images[:1], dynamic_batch=False, form="pt2e")
@@ -97,7 +97,10 @@ def trained(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def lower(program: Any, delegated: bool = True) -> Any:
-    """Return the program in ExecuTorch's dialect, with calls of the delegate for what XNNPACK's partitioner takes."""
+    """Return the program in ExecuTorch's dialect.
+
+    With ``delegated``, everything that XNNPACK's partitioner takes is a call of the delegate.
+    """
     partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     exir = importlib.import_module("executorch.exir")
     partitioners = [partitioner.XnnpackPartitioner()] if delegated else []
@@ -105,7 +108,7 @@ def lower(program: Any, delegated: bool = True) -> Any:
 
 
 def run(lowered: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return what ExecuTorch's runtime makes of each input."""
+    """Return the outputs of ExecuTorch's runtime, one for each input."""
     runtime = importlib.import_module("executorch.runtime").Runtime.get()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pte"
@@ -115,7 +118,7 @@ def run(lowered: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def count(graph: Any, kinds: dict[str, str]) -> collections.Counter[str]:
-    """Return how many nodes of each kind a graph has."""
+    """Return how many nodes of each kind a graph has; ``kinds`` maps names of operators to kinds."""
     names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     # ExecuTorch's operators show as "<EdgeOpOverload: aten.add.Tensor>: schema = …".
     names = [name.removeprefix("<EdgeOpOverload: ").partition(">")[0] for name in names]

@@ -69,7 +69,10 @@ def export_models(folder: Path) -> None:
 
 
 def trained_models() -> Iterator[tuple[str, Any, Any]]:
-    """Yield names, models in eval mode, and images: one trained on digits, others for a few steps on noise."""
+    """Yield name, model in eval mode, and images.
+
+    One model is trained on digits, the others for a few steps on noise.
+    """
     import torch
     import torchvision
 
@@ -100,7 +103,10 @@ def trained_models() -> Iterator[tuple[str, Any, Any]]:
 
 
 def forms() -> Any:
-    """Return a net of what the others lack: SiLU, GELU, transposed and dilated kernels, a difference, products."""
+    """Return a network with operations that the others lack.
+
+    These are SiLU, GELU, transposed and dilated kernels, a difference, and products.
+    """
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -129,7 +135,7 @@ def forms() -> Any:
 
 
 def write_layers(path: Path, images: Any, outputs: Any) -> None:
-    """Write a model's layers apart, and the codes that each reads and makes, beside its file."""
+    """Write a model with its layers apart, and for each layer the codes that it reads and makes, beside its file."""
     import onnx
     import onnxruntime
 
@@ -155,7 +161,7 @@ def write_layers(path: Path, images: Any, outputs: Any) -> None:
 
 
 def run_models(folder: Path, engine: str) -> None:
-    """Run every model of a folder and write what differs to ``FOLDER/ENGINE-VERSION.json``."""
+    """Run every model of a folder, and write the differences to ``FOLDER/ENGINE-VERSION.json``."""
     version, load = ENGINES[engine]()
     rows = []
     for path in sorted(folder.glob("*.npz")):
@@ -193,7 +199,10 @@ def run_models(folder: Path, engine: str) -> None:
 
 
 def load_onnxruntime() -> tuple[str, Callable[[str], Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """Return version of ONNX Runtime, and what loads a file with its default optimization."""
+    """Return the version of ONNX Runtime, and a function that loads a file with its default optimization.
+
+    What is loaded is a function from inputs to outputs, by name.
+    """
     import onnxruntime
 
     def load(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -214,7 +223,10 @@ def load_onnxruntime() -> tuple[str, Callable[[str], Callable[[dict[str, Any]], 
 
 
 def load_openvino() -> tuple[str, Callable[[str], Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """Return version of OpenVINO, and what loads a file for its CPU plugin."""
+    """Return the version of OpenVINO, and a function that loads a file for its CPU plugin.
+
+    What is loaded is a function from inputs to outputs, by name.
+    """
     openvino: Any = importlib.import_module("openvino")
 
     core = openvino.Core()
@@ -236,7 +248,7 @@ ENGINES = {"onnxruntime": load_onnxruntime, "openvino": load_openvino}
 
 
 def table(folder: Path) -> str:
-    """Return the results of a folder as a page."""
+    """Return the results in a folder as a page of Markdown."""
     from tritonq.version import __version__
 
     lines = [

@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def described(word: str = "") -> Iterator[tuple[str, str]]:
-    """Return path and first line of each Python file, or of those whose path or docstring contains ``word``.
+    """Yield path and first docstring line of each Python file, and path and heading of each page in ``docs/``.
 
-    Upper and lower case are the same; pages in ``docs/`` have their heading for a first line.
+    Args:
+        word: only files whose path or line contains it, in upper or lower case; "": all.
     """
     listed = subprocess.run(
         ["git", "ls-files", "*.py", "docs/*.md"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -24,7 +24,7 @@ _POLL_S = 0.1
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests from standard input until there are no more."""
     for name in _PRELOADED:
         with suppress(ImportError):
             importlib.import_module(name)

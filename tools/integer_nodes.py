@@ -1,4 +1,4 @@
-"""Which layers and joins that a summary calls quantized are no integer node of the graph that ONNX Runtime runs."""
+"""Find layers and joins that a summary calls quantized, but that ONNX Runtime does not compute in integers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def float_parts(summary: ModelSummary, path: Path) -> list[str]:
 
 
 def _codes(model: Any) -> dict[str, list[str]]:
-    """Return the tensors of codes of each quantizer."""
+    """Return, for each quantizer, the names of the tensors that hold its codes."""
     found: dict[str, list[str]] = {}
     for entry in json.loads(next(entry.value for entry in model.metadata_props if entry.key == CODES_KEY)):
         found.setdefault(entry["quantizer"], []).append(entry["tensor"])

@@ -1,4 +1,4 @@
-"""Tables of Markdown, as the pages that tools write hold them."""
+"""Tables of Markdown, for the pages that tools write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a table; a bar in a cell is escaped.
+    """Return the lines of a table; a vertical bar in a cell is escaped.
 
     Raises:
         ValueError: a row has more or fewer cells than the head.

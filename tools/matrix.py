@@ -50,7 +50,7 @@ WITHOUT_DEPENDENCIES = ("torchvision", "timm", "triton-viz")
 
 @dataclass(frozen=True)
 class Row:
-    """One environment.
+    """One row of the table: an environment in which the tests run.
 
     Attributes:
         name: first cell of the row.
@@ -76,7 +76,7 @@ ROWS = (
 
 
 def main() -> int:
-    """Run the chosen rows; 1 where a test failed."""
+    """Run the chosen rows; return 1 if a test failed, else 0."""
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
@@ -109,7 +109,7 @@ def all_files() -> list[str]:
 
 
 def build(row: Row, folder: Path) -> None:
-    """Build the environment of ``row`` unless it is there with the same pins."""
+    """Make the environment of ``row`` in ``folder``, unless it is there with the same pins."""
     python = folder / "bin" / "python"
     constraints = constraints_of(row)
     stamp = folder / "constraints.txt"

@@ -47,7 +47,7 @@ _COPIED = ("kernels", "perf", "tests", "tritonq", "pyproject.toml", "examples")
 
 @dataclass(frozen=True)
 class Edit:
-    """One deliberate error.
+    """One deliberate error: a line of a file that is replaced.
 
     Attributes:
         file: path in the checkout.
@@ -65,7 +65,7 @@ class Edit:
 
     @property
     def key(self) -> str:
-        """The edit as results name it."""
+        """The name of the edit in the file of results."""
         return f"{self.file}: {self.old} -> {self.new}"
 
     def applied(self, text: str) -> str:
@@ -80,13 +80,13 @@ class Edit:
 
 
 def read_edits(path: Path = EDITS) -> list[Edit]:
-    """Return the table's edits."""
+    """Return the edits in the table at ``path``."""
     with path.open(newline="") as file:
         return [Edit(**row) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Try edits; returns 1 where one survives that is not said to be equivalent."""
+    """Try edits; return 1 if one survives that is not marked as equivalent, else 0."""
     options = _parser().parse_args(argv)
     edits, results = read_edits(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [edit for edit in edits if not edit.equivalent and _is_chosen(edit, options.only, results)]
@@ -108,7 +108,7 @@ def _is_chosen(edit: Edit, only: str | None, results: dict[str, str]) -> bool:
 
 @contextmanager
 def copied_checkout(root: Path) -> Iterator[Path]:
-    """Copy what tests need; yields the copy, which is imported through links beside it."""
+    """Copy what tests need; yield the copy, which is imported through links beside it."""
     with tempfile.TemporaryDirectory(prefix="tritonq-mutate-") as name:
         copy = Path(name) / "checkout"
         copy.mkdir()
@@ -121,7 +121,9 @@ def copied_checkout(root: Path) -> Iterator[Path]:
 
 
 def try_edit(copy: Path, edit: Edit, tests: Tests) -> str:
-    """Return ``"caught"``, ``"survived"``, ``"stale"`` (the line has changed) or why nothing was learned.
+    """Make an edit in a copy and run its tests; return what came of it.
+
+    ``"caught"``, ``"survived"``, ``"stale"`` (the line has changed), or why nothing was learned.
 
     Raises:
         ValueError: none of the file's tests runs what is edited.
@@ -172,7 +174,10 @@ class Tests:
             pass
 
     def first_failure(self, file: str, kernels: str) -> tuple[bool, tuple[str, ...] | None]:
-        """Return whether a test ran, and pytest's arguments for the first that fails, or for the file; None: none."""
+        """Return whether a test of the file ran, and pytest's arguments for the first that failed.
+
+        They name the whole file if pytest did not say which test; None: none failed.
+        """
         status, output = self._run((file,), kernels)
         if status in (_PASSED, _NONE_CHOSEN):
             return status == _PASSED, None
@@ -186,7 +191,7 @@ class Tests:
         return True, (file, "-k", crashed[1]) if crashed else (file,)
 
     def passes(self, tests: tuple[str, ...], kernels: str) -> bool:
-        """Whether tests pass as the checkout is; asked once."""
+        """Whether the tests pass in the checkout without an edit; the answer is remembered."""
         if (tests, kernels) not in self._passing:
             self._passing[tests, kernels] = self._run(tests, kernels)[0] == _PASSED
         return self._passing[tests, kernels]
@@ -208,7 +213,7 @@ class Tests:
 
 
 def render(edits: Sequence[Edit], results: dict[str, str]) -> str:
-    """Return MUTATIONS.md."""
+    """Return the text of MUTATIONS.md."""
     outcomes = ["equivalent" if edit.equivalent else results.get(edit.key, "not run") for edit in edits]
     counts = Counter(outcomes)
     lines = [

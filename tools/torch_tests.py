@@ -40,14 +40,14 @@ Operators = Literal["torch", "tritonq"]
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of one test, and the first line of the reason."""
+    """Outcome of one test, and the first line of its reason."""
 
     outcome: Outcome
     reason: str = ""
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Let pytest, which loads this file as a plugin, say whose operators run."""
+    """Add the option that says whose operators run; pytest loads this file as a plugin."""
     parser.addoption("--operators", choices=("torch", "tritonq"), default="torch")
 
 
@@ -61,7 +61,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def run(checkout: Path, file: str, operators: Operators) -> dict[str, Result]:
-    """Return the results of a file's tests.
+    """Run a file's tests with the operators of torch or of tritonq; return the results by name.
 
     Raises:
         RuntimeError: pytest made no report.
@@ -146,7 +146,7 @@ def table(source: str, runs: dict[str, tuple[dict[str, Result], dict[str, Result
 
 
 def main() -> int:
-    """Run both, write the page, and return whether a test was lost."""
+    """Run all tests with both, write the page, and return 1 if a test was lost, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="folder with PyTorch's source")
     parser.add_argument("--out", type=Path, default=TABLE, help="page to write")

@@ -1,7 +1,7 @@
-"""Train a prepared model with trainers of other people, average it, deploy it, and write the results as one table.
+"""Train a prepared model with trainers of other libraries, average it, deploy it, and write the results as one table.
 
-    python tools/trainers.py                    # all, then TRAINERS.md
-    python tools/trainers.py lightning timm     # some; nothing is written
+    python tools/trainers.py                    # all, then TRAINERS.md python tools/trainers.py lightning timm     #
+    some; nothing is written
 
 Each trainer gets the same residual network and the same generated images, and keeps an average of the model from before
 the first step. `make trainers` builds the environment; see `tools/trainers-requirements.txt`.
@@ -55,7 +55,7 @@ class Network(nn.Module):
 
 
 def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise with a bright bar: lying, standing, or none."""
+    """Return noise with a bright bar that lies, stands or is missing, and which of the three it is."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=random)
     pixels = torch.rand(count, 3, 16, 16, generator=random)
@@ -85,12 +85,12 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def average_of(model: nn.Module) -> AveragedModel:
-    """Return an average of everything, buffers too."""
+    """Return an average (EMA) of the model's parameters and buffers."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
 
 
 def lightning(precision: str = "32-true") -> tuple[nn.Module, nn.Module]:
-    """Lightning's Trainer with its callback for averages."""
+    """Train with Lightning's Trainer and its callback for averages; return the model and its average."""
     import lightning as L
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -127,7 +127,7 @@ def lightning(precision: str = "32-true") -> tuple[nn.Module, nn.Module]:
 
 
 def accelerate(mixed_precision: str = "no") -> tuple[nn.Module, nn.Module]:
-    """Accelerate's loop; what it wraps is deployed as it is, without unwrapping."""
+    """Train with Accelerate's loop; return the model, as Accelerate wrapped it, and its average."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -146,7 +146,7 @@ def accelerate(mixed_precision: str = "no") -> tuple[nn.Module, nn.Module]:
 
 
 def transformers() -> tuple[nn.Module, nn.Module]:
-    """Return the Trainer of Hugging Face's transformers."""
+    """Train with the Trainer of Hugging Face's transformers; return the model and its average."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Averages(TrainerCallback):
@@ -174,7 +174,10 @@ def transformers() -> tuple[nn.Module, nn.Module]:
 
 
 def timm() -> tuple[nn.Module, nn.Module]:
-    """Return what timm's train.py does: its optimizer, schedule, loss scaler and ModelEmaV3."""
+    """Train as timm's train.py does, with its optimizer, schedule, loss scaler and ModelEmaV3.
+
+    Return model and average.
+    """
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
@@ -197,7 +200,7 @@ def timm() -> tuple[nn.Module, nn.Module]:
 
 
 def stochastic_weight_averaging() -> tuple[nn.Module, nn.Module]:
-    """SWA of torch, with its schedule and its pass for the statistics of BatchNorms."""
+    """Train with torch's SWA, its schedule and its pass for BatchNorm statistics; return the model and its average."""
     model = prepared().train()
     average = AveragedModel(model)
     optimizer = optimizer_of(model)
@@ -226,14 +229,14 @@ TRAINERS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
 
 
 def accuracy(model: nn.Module) -> float:
-    """Share of new images that are told rightly, in percent."""
+    """Return the percentage of new images that the model classifies correctly."""
     x, labels = images(300, 1)
     with torch.no_grad():
         return 100 * float((model(x).argmax(1) == labels).float().mean())
 
 
 def ranges(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the largest values of the activations' ranges."""
+    """Yield the largest value of each activation's range."""
     for name, buffer in model.named_buffers():
         if name.endswith("activation_post_process.max_val") and buffer.dim() == 0:
             yield buffer
@@ -262,7 +265,7 @@ def try_trainer(train: Callable[[], tuple[nn.Module, nn.Module]]) -> list[str]:
 
 
 def main() -> None:
-    """Try all, or those that are named."""
+    """Try all trainers, or those that the command line names."""
     rows = {}
     for name, train in TRAINERS.items():
         if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):

@@ -1,8 +1,7 @@
-"""Try `prepare_qat` and everything behind it on the models of other people, and write the results as one table.
+"""Try `prepare_qat` and everything behind it on models of other libraries, and write the results as one table.
 
-    python tools/zoo.py                        # every model that has no result yet, then ZOO.md
-    python tools/zoo.py --only timm/ yolo      # those whose names contain one of these
-    python tools/zoo.py --again --only resnet  # anew
+    python tools/zoo.py                        # every model that has no result yet, then ZOO.md python tools/zoo.py
+    --only timm/ yolo      # those whose names contain one of these python tools/zoo.py --again --only resnet  # anew
     python tools/zoo.py --table                # ZOO.md from the results there are
 
 Each model is tried in a process of its own. Its result is written under `.zoo/results/` at once, and with the table to
@@ -50,7 +49,10 @@ float model can't do it; "layers" and "joins" say how many of them are quantized
 
 
 def try_model(name: str, seconds: int) -> dict[str, Any]:
-    """Try one model in a process of its own; a process that ends otherwise than expected is a result too."""
+    """Try one model in a process of its own, for at most so many seconds.
+
+    Return its result, also if the process crashed.
+    """
     path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -76,9 +78,9 @@ def try_model(name: str, seconds: int) -> dict[str, Any]:
 
 
 def read(name: str, kept: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any] | None:
-    """Return what became of a model, by this machine's result or else the one that was kept; None: it was not tried.
+    """Return the result of a model on this machine, or else the committed one; None: it was not tried.
 
-    ``kept`` are the results that were kept, where they have been read.
+    ``kept`` holds the committed results, if they have been read.
     """
     path = _path(name)
     if path.exists():
@@ -98,7 +100,7 @@ def _path(name: str) -> Path:
 
 
 def failed(result: Mapping[str, Any]) -> list[str]:
-    """Return the stages that a model did not pass."""
+    """Return the names of the stages that a model did not pass."""
     stages = result["stages"]
     return [stage for stage in STAGES if _mark(stages.get(stage)) in ("✗", "")]
 
@@ -110,7 +112,7 @@ def _mark(text: str | None) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results as Markdown: a line per model, and below what failed and what stays in float."""
+    """Return the results as Markdown: a line per model, then what failed and what stays in float."""
     head = [
         "model",
         "parameters",
@@ -140,7 +142,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def weights_in_float(result: Mapping[str, Any]) -> int:
-    """Return how many layers with weights compute in float; layers that read no data compute nothing."""
+    """Return how many layers with weights compute in float; layers that read no data are not counted."""
     quantized, layers = result.get("layers", (0, 1))
     idle = sum(reason in IDLE for _, reason in result.get("in_float", ()))
     return max(0, int(layers) - int(quantized) - idle)
@@ -161,7 +163,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def write_table() -> None:
-    """Write ZOO.md from the results that there are, and keep these."""
+    """Write ZOO.md from all results, and the results to the committed file."""
     kept = _kept()
     results = [found for name in zoo_models.names() if (found := read(name, kept)) is not None]
     KEPT.write_text("".join(json.dumps(result) + "\n" for result in results))

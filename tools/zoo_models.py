@@ -1,4 +1,4 @@
-"""The models that `make zoo` tries: as their libraries ship them, with random weights; nothing is downloaded.
+"""The models that `make zoo` tries, as their libraries make them, with random weights; nothing is downloaded.
 
 A model is named ``library/model``. To add one, add its name to the list of its library.
 """
@@ -18,7 +18,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Example:
-    """A model with what it is called with.
+    """A model, and the inputs with which it is called.
 
     Attributes:
         model: the float model.
@@ -58,12 +58,12 @@ def example(name: str) -> Example:
 
 
 def names() -> list[str]:
-    """Return all models."""
+    """Return the names of all models."""
     return [f"{library}/{model}" for library, found in LIBRARIES.items() for model in found.models]
 
 
 def images(size: int, batch: int = 2) -> Tensor:
-    """Return random images."""
+    """Return a batch of random images of ``size`` × ``size`` pixels."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -116,9 +116,10 @@ def _transformers(name: str, size: int) -> Example:
 
 
 class _TiesByPlace:
-    """torch, but `topk` takes equal values in the order of their places, as ONNX has it; torch's own order is open.
+    """Stands in for torch in a library: its `topk` takes equal values in the order of their places, as ONNX does.
 
-    On a grid of 256 codes many scores are equal, and which of them are chosen decides all that follows.
+    torch's own order is open. On a grid of 256 codes many scores are equal, and which of them are chosen decides all
+    that follows.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -126,7 +127,7 @@ class _TiesByPlace:
 
     @staticmethod
     def topk(input: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-        """Return the largest values and their places; in a file ONNX's operator, which has that order."""
+        """Return the largest values and their places, equal ones in order; in an ONNX file it is ONNX's operator."""
         if torch.compiler.is_exporting():
             return torch.topk(input, k, dim)
         values, places = torch.sort(input, dim=dim, descending=True, stable=True)

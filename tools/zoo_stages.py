@@ -1,6 +1,8 @@
-"""What `make zoo` does with one model: every stage from `prepare_qat` to ONNX Runtime, in a process of its own.
+"""Try one model for `make zoo`: every stage from `prepare_qat` to ONNX Runtime, in this process.
 
-python tools/zoo_stages.py timm/resnet18 result.json
+    python tools/zoo_stages.py timm/resnet18 result.json
+
+A stage is a method of :class:`Trial`. It returns None if it passed, or why it was skipped, and raises if it failed.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ ONNX_TOLERANCE = (0.01, 1)
 
 
 class StageError(Exception):
-    """A stage whose check failed; the message says how."""
+    """Raised by a stage whose check failed; the message says how."""
 
 
 @dataclass
 class Result:
-    """What became of one model.
+    """What came of one model.
 
     Attributes:
         name: the model.
@@ -71,7 +73,7 @@ class Result:
 
 
 class Trial:
-    """The stages of one model, in order; one that raises ends those that need it."""
+    """The stages of one model, in order. A stage that fails ends those that need it."""
 
     def __init__(self, name: str) -> None:
         self.result = Result(name)
@@ -83,7 +85,7 @@ class Trial:
         self.folder = Path(tempfile.mkdtemp())
 
     def run(self) -> Result:
-        """Run all stages."""
+        """Run all stages; return the result."""
         steps: tuple[Callable[[], str | None], ...] = (
             *(self.prepare, self.eval_output, self.training_output, self.three_steps, self.gradients, self.eval),
             *(self.convert, self.save_and_load, self.verify, self.onnx, self.integer_nodes),
@@ -119,9 +121,10 @@ class Trial:
         self._compare_forms(self._outputs(self.float_model, False), False)
 
     def _compare_forms(self, expected: list[Tensor], training: bool) -> None:
-        """Compare the prepared model with rounding off; in float64 where float32 alone may be what tells them apart.
+        """Compare outputs of the float model with those of the prepared model while nothing is rounded.
 
-        A BatchNorm over few values multiplies what rounding does to them.
+        If they differ in float32, they are compared in float64: a BatchNorm over few values multiplies what rounding to
+        float32 does.
         """
         prepared = _without_rounding(self.prepared)
         try:
@@ -155,7 +158,7 @@ class Trial:
         return None
 
     def gradients(self) -> str | None:
-        """Compare how many parameters get a gradient in float and prepared."""
+        """Check that as many parameters get a gradient in the prepared model as in the float model."""
         if not self.trainable:
             return "skipped: the float model does not train"
         model = copy.deepcopy(self.float_model)
@@ -172,7 +175,7 @@ class Trial:
             raise StageError("an output is not finite")
 
     def convert(self) -> None:
-        """Convert, and compare bit for bit."""
+        """Convert the model, and compare it with eval mode bit for bit."""
         self.converted = tritonq.convert(self.prepared, allow_unquantized=not self.trainable)
         _compare(self.trained, self._outputs(self.converted, False), tolerance=0.0)
 
@@ -184,13 +187,13 @@ class Trial:
         _compare(self.trained, self._outputs(loaded, False), tolerance=0.0)
 
     def verify(self) -> None:
-        """Compare the codes of the converted model."""
+        """Compare the codes of the converted model with those of the trained one."""
         report = tritonq.verify(self.prepared, self.converted, [self.example.inputs])
         if not report.agrees():
             raise StageError(_disagreement(report))
 
     def onnx(self) -> str | None:
-        """Export, and let ONNX Runtime run it: no code may differ but in islands."""
+        """Export the model and run it in ONNX Runtime: no code may differ except in islands."""
         try:
             tritonq.export_onnx(self.converted, self._file(), self.example.inputs, dynamic_batch=False)
         except ValueError:
@@ -209,7 +212,7 @@ class Trial:
         return None
 
     def integer_nodes(self) -> str | None:
-        """Return every layer and join that `summary` calls quantized is an integer node of the graph that is run."""
+        """Check that ONNX Runtime computes every layer and join that `summary` calls quantized in integers."""
         if not self._file().exists():
             return "skipped: there is no file"
         found = float_parts(tritonq.summary(self.prepared), self._file())
@@ -275,7 +278,7 @@ def _compare(expected: list[Tensor], got: list[Tensor], tolerance: float = TOLER
 
 
 def main() -> None:
-    """Try the model that the command line names, and write what became of it."""
+    """Try the model that the command line names, and write the result to the file that it names."""
     name, path = sys.argv[1:]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The cases, one module per family of operators, and one for whole training steps."""
+"""The benchmark cases: one module per family of operators, and one for whole training steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight of a Conv-BN layer in a training step, from its BatchNorm on: factor, range, codes, and the gradients."""
+"""The weight of a Conv-BN layer in a training step: its BatchNorm's factor, range, codes, and the gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Problem:
     def case(self, *, quick: bool, devices: tuple[str, ...] = ("cpu", "cuda")) -> Case:
         """Return the case.
 
-        Least traffic: forward one read, one write; backward two reads, one write.
+        The least traffic is one read and one write forward, two reads and one write backward.
         """
         elements = prod(self.shape)
         tritonq = Implementation(_tritonq, distribution="tritonq", module="tritonq")

@@ -40,7 +40,7 @@ class Convolution:
 
     @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        """Stride, padding, dilation, groups."""
+        """Stride, padding, dilation and groups."""
         padding = self.kernel // 2
         return (self.stride, self.stride), (padding, padding), (1, 1), self.groups
 
@@ -67,7 +67,7 @@ class Convolution:
 
     @property
     def operations(self) -> int:
-        """Two for each product."""
+        """Number of arithmetic operations: two for each product."""
         return 2 * self.output_elements * self.channels // self.groups * self.kernel**2
 
 
@@ -105,14 +105,17 @@ class Operator:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return plain operators in float64."""
+        """Return the result of plain operators in float64."""
         x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
         y = F.relu(F.conv2d(x, weight, bias, *self.conv.geometry))
         scale = inputs["scale"].double()
         return ((y / scale).round().clamp(_QUANT_MIN, _QUANT_MAX).mul(scale).to(self.dtype),)
 
     def case(self, *, quick: bool = False) -> Case:
-        """Return the case; ratios against torch's operators: cuDNN, ReLU and fake quantization one by one."""
+        """Return the case, whose baseline is torch's operators.
+
+        These are cuDNN's convolution, ReLU and fake quantization, one by one.
+        """
         table = {
             "tritonq": Implementation(self._tritonq, distribution="tritonq", module="tritonq"),
             "torch": Implementation(self._torch),
@@ -191,11 +194,11 @@ class Layer:
 
     @torch.no_grad()
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the float modules."""
+        """Return the result of the float modules."""
         return (nn.Sequential(*self.parts()).to(inputs["x"].device).eval()(inputs["x"]),)
 
     def case(self, *, quick: bool = False) -> Case:
-        """Return the case; ratios against torch.ao's module."""
+        """Return the case. The baseline is torch.ao's module."""
         makers = {"torch.ao v0": partial(self._torch_ao, 0), "torch.ao v1": partial(self._torch_ao, 1)}
         table = {name: Implementation(partial(self._step, make)) for name, make in makers.items()}
         ours = partial(self._step, self._tritonq)
@@ -214,7 +217,10 @@ class Layer:
         )
 
     def _step(self, make: Callable[[], nn.Module], inputs: Inputs) -> Step:
-        """Observe one input in training with the statistics kept, then evaluate."""
+        """Return a step that runs a layer in eval mode.
+
+        The layer observes one input in training before, while its statistics stay as they are.
+        """
         module = make().to(inputs["x"].device)
         layer: Any = next(m for m in module.modules() if hasattr(m, "freeze_bn_stats"))
         layer.freeze_bn_stats()

@@ -54,9 +54,9 @@ class Tail:
     devices: tuple[str, ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """Return ``c`` and ``dy`` (batch, channels, h, w), neither of mean zero.
+        """Return ``c`` and ``dy`` (batch, channels, h, w), whose means are not zero.
 
-        ``gamma``, ``beta``, ``fold`` (channels,).
+        Also ``gamma``, ``beta`` and ``fold``, all of (channels,).
         """
         channels = self.shape[1]
         random = partial(torch.rand, channels, generator=generator, device=device)
@@ -69,9 +69,9 @@ class Tail:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return plain operators in float64, differentiated by autograd.
+        """Return results and gradients of plain operators in float64.
 
-        The rounding's gradient is one inside the range.
+        Gradients are autograd's; that of rounding is 1 inside the range.
         """
         c = inputs["c"].detach().double().requires_grad_()
         y = F.batch_norm(
@@ -84,9 +84,9 @@ class Tail:
         return quantized.detach().to(self.dtype), dc.to(self.dtype)
 
     def case(self, *, quick: bool = False) -> Case:
-        """Return the case.
+        """Return the case, whose baseline is torch.ao.
 
-        Ratios against torch.ao, which has to pass ten times forward and twenty times backward.
+        torch.ao passes over the tensor ten times forward and twenty times backward.
         """
         elements = torch.Size(self.shape).numel()
         layout = ["channels_last"] if self.channels_last else []
@@ -145,7 +145,10 @@ def _batch_norm(inputs: Inputs) -> Callable[[Tensor, Inputs], Tensor]:
 
 
 def _float_tail(inputs: Inputs) -> Callable[[Inputs], Tensor]:
-    """Float training divides by nothing: the fold is part of quantization, and cancels but for eps."""
+    """Return a function that computes what follows the convolution in float training.
+
+    It does not divide by the fold, which is a part of quantization and cancels up to eps.
+    """
     normalize = _batch_norm(inputs)
     return lambda inputs: F.relu(normalize(inputs["c"], inputs))
 

@@ -33,7 +33,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(_UNET_CHANNELS[0], 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return images (n, 3, h, w) to logits (n, 1, h, w); h and w are multiples of 8."""
+        """Return logits (n, 1, h, w) for images (n, 3, h, w); h and w are multiples of 8."""
         skips: list[Tensor] = []
         for index, block in enumerate(self.down):
             x = block(x if index == 0 else F.max_pool2d(x, 2))
@@ -57,7 +57,7 @@ class C2f(nn.Module):
         self.rows = nn.ModuleList(rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return shapes (n, inputs, h, w) to (n, outputs, h, w)."""
+        """Return a tensor (n, outputs, h, w) for one of (n, inputs, h, w)."""
         parts = list(self.first(x).chunk(2, 1))
         for row in self.rows:
             parts.append(parts[-1] + row(parts[-1]) if self.shortcut else row(parts[-1]))
@@ -75,7 +75,7 @@ class SPPF(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keep the shape."""
+        """Return a tensor of the shape of ``x``."""
         parts = [self.first(x)]
         for _ in range(3):
             parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
@@ -103,7 +103,10 @@ class Detector(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return images (n, 3, h, w) to (n, outputs, places) of strides 8, 16 and 32; h and w are multiples of 32."""
+        """Return predictions (n, outputs, places) for images (n, 3, h, w); h and w are multiples of 32.
+
+        The places are those of strides 8, 16 and 32.
+        """
         p3 = self.p3(self.stem(x))
         p4 = self.p4(p3)
         p5 = self.p5(p4)

@@ -1,6 +1,6 @@
-"""Float and int8 ONNX files in ONNX Runtime, with the same session options: what training for integers is for.
+"""Float and int8 ONNX files in ONNX Runtime, with the same session options.
 
-``python -m tritonq.perf.deployed`` times all of them and says which nodes take the time where a goal is not met.
+``python -m tritonq.perf.deployed`` times all of them, and says which nodes take the time if a goal is not met.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CLOSE_TO_FLOAT = Tolerance(
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and how many threads run it, on one image."""
+    """A model, and the number of threads that run it on one image."""
 
     model: str
     threads: int
@@ -46,7 +46,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """``deployed/resnet18/1x3x224x224/1 thread`` and the like."""
+        """The name of the case, such as ``deployed/resnet18/1x3x224x224/1 thread``."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"deployed/{self.model}/1x3x{self.size}x{self.size}/{threads}"
 
@@ -132,7 +132,7 @@ class Setting:
         return torch.randn(4, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
 
     def _seen(self, model: nn.Module) -> nn.Module:
-        """Take statistics and ranges of the images; return the model in eval mode."""
+        """Run ``model`` in training so that it has statistics and ranges; return it in eval mode."""
         with torch.no_grad():
             for _ in range(_STEPS):
                 model.train()(self._images())

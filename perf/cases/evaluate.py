@@ -1,4 +1,4 @@
-"""Whole models in eval mode: float, quantization-aware, and converted; what everyone times first after `convert`."""
+"""Whole models in eval mode: float, quantization-aware, and converted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CLOSE_TO_FLOAT = Tolerance(
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and the batch that it classifies."""
+    """A model, and the batch that it classifies."""
 
     model: str
     batch: int
@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """``evaluate/resnet18/8x3x128x128/float32`` and the like."""
+        """The name of the case, such as ``evaluate/resnet18/8x3x128x128/float32``."""
         parts = ["evaluate", self.model, f"{self.batch}x3x{self.size}x{self.size}", "float32"]
         return "/".join(parts + (["channels_last"] if self.channels_last else []))
 
@@ -76,7 +76,7 @@ class Setting:
         return converted
 
     def case(self) -> Case:
-        """Return the case; bound by arithmetic as much as by bytes."""
+        """Return the case. Arithmetic limits it as much as memory does."""
         return Case(
             name=self.name,
             family="evaluate",
@@ -95,7 +95,7 @@ class Setting:
         return placed(model, channels_last=self.channels_last)
 
     def _seen(self, model: nn.Module, images: Tensor) -> nn.Module:
-        """Take statistics and ranges of ``images``; return the model in eval mode."""
+        """Run ``model`` in training on ``images`` so that it has statistics and ranges; return it in eval mode."""
         with torch.no_grad():
             for _ in range(_STEPS):
                 model.train()(images)
@@ -155,7 +155,7 @@ def _compiled_step(make: Callable[[Tensor], nn.Module], inputs: Inputs) -> Step:
 
 
 def _normalised(model: nn.Module) -> nn.Module:
-    """Let running statistics be those of the last batch."""
+    """Set the momentum of BatchNorms so that running statistics are those of the last batch; return the model."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0

@@ -18,7 +18,7 @@ _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 5, 6
 
 
 class Problem(FakeQuantization):
-    """A fake quantization that is timed."""
+    """A fake quantization, as a benchmark case."""
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
         """Return the case; least traffic: forward reads x and writes y, backward reads x and dy and writes dx."""

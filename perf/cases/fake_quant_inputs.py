@@ -1,4 +1,4 @@
-"""What fake quantization is timed on: inputs, their reference, and names."""
+"""Inputs, reference and names of the cases of fake quantization."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class FakeQuantization:
 
     @property
     def name(self) -> str:
-        """``fake_quant/tensor/16x64x24x24/float32/forward`` and the like."""
+        """The name of the case, such as ``fake_quant/tensor/16x64x24x24/float32/forward``."""
         parts = ["fake_quant", "tensor" if self.axis is None else f"channel{self.axis}"]
         parts += ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         parts += ["channels_last"] if self.channels_last else []
         return "/".join([*parts, "forward+backward" if self.backward else "forward"])
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """Return ``x``, and ``dy`` for the backward, normal.
+        """Return normal values ``x``, for the backward also ``dy``, and the grid.
 
-        ``scale`` float32 and ``zero_point`` int32 (one or channels).
+        The grid is ``scale`` float32 and ``zero_point`` int32, one element or one per channel.
         """
         channels = 1 if self.axis is None else self.shape[self.axis]
         spread = torch.rand(channels, generator=generator, device=device) * (_LONGEST_RANGE - _SHORTEST_RANGE)
@@ -55,7 +55,10 @@ class FakeQuantization:
         return inputs
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return ``(clamp(round(x * (1/s)) + z) - z) * s`` in float32; ``dy`` where the unclipped code is in range."""
+        """Return ``(clamp(round(x * (1/s)) + z) - z) * s`` in float32.
+
+        For the backward also the gradient: ``dy`` where the code before clamping is in range, else 0.
+        """
         x, scale, zero_point = inputs["x"].detach().float(), inputs["scale"], inputs["zero_point"]
         if self.axis is not None:
             shape = [1] * x.dim()

@@ -1,7 +1,7 @@
-"""Who else fake quantizes with given qparams, each called the way its own library calls it.
+"""Other libraries' fake quantization with given scale and zero point, each called as its own library calls it.
 
 A maker receives the problem and the first set of inputs, prepares whatever the library wants prepared (its module, its
-form of the qparams), and returns the function of ``x`` alone that is timed.
+form of the scale), and returns the function of ``x`` alone that is timed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def _torch(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
 
 
 def _formula(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
-    """Return five operators; the straight-through estimator is the clamp's own gradient around a detached rounding."""
+    """Return fake quantization by five plain operators.
+
+    Its gradient is that of the clamp; the rounding is detached (straight-through estimator).
+    """
     scale = _broadcast(problem, inputs["scale"])
     zero_point = _broadcast(problem, inputs["zero_point"])
 
@@ -143,7 +146,7 @@ def _torch_ao(kind: Callable[..., Any], problem: FakeQuantization, inputs: Input
 
 
 def _range_for_version_1(problem: FakeQuantization, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the range from which torch.ao's fused op, which derives its scale in every call, arrives at ``scale``.
+    """Return the range for which torch.ao's fused operator computes ``scale``; it derives the scale anew in every call.
 
     It takes the larger of ``low / -(h + 1)`` and ``high / h``, ``h`` half the number of steps rounded down, stretches
     the range to ``2h + 1`` of those, and divides it by the number of steps: for the narrow range not the same number.

@@ -58,7 +58,7 @@ def _dims(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Rounding:
-    """`fixed_point_quantize`, signed 8-bit codes.
+    """A case of `fixed_point_quantize` to signed 8-bit codes.
 
     Attributes:
         axis: axis of the fractional lengths; None for one.
@@ -96,7 +96,10 @@ class Rounding:
         return powers.view(shape)
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return ``clamp(round(x 2^fl)) 2^-fl`` in float64; ``dy`` strictly inside the code range."""
+        """Return ``clamp(round(x 2^fl)) 2^-fl`` in float64.
+
+        For the backward also the gradient: ``dy`` strictly inside the code range, else 0.
+        """
         powers = self.powers(inputs).double()
         code = (inputs["x"].detach().double() * powers).round()
         y = (code.clamp(self.quant_min, self.quant_max) / powers).to(self.dtype)
@@ -131,7 +134,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Search:
-    """`search_frac_len` over a whole tensor: 8 candidates for signed 8-bit codes, 9 for unsigned ones."""
+    """A case of `search_frac_len` over a whole tensor: 8 candidates for signed 8-bit codes, 9 for unsigned ones."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -148,12 +151,18 @@ class Search:
         return range(9 - self.signed)
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """Return normal ``x``, behind a ReLU where codes have no sign; the best length is no end."""
+        """Return normal values ``x``, after a ReLU if codes are unsigned.
+
+        The best length is neither the least nor the largest.
+        """
         x = torch.randn(self.shape, generator=generator, device=device)
         return {"x": (x if self.signed else x.relu()).to(self.dtype)}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the first of the least root mean square errors, one candidate at a time in float64."""
+        """Return the fractional length with the least root mean square error, the first of several.
+
+        One candidate is tried at a time, in float64.
+        """
         x = inputs["x"].double()
         codes = ((x * 2.0**length).round().clamp(*self.codes) for length in self.candidates)
         errors = [(code * 0.5**length - x).square().mean() for length, code in enumerate(codes)]
@@ -179,9 +188,10 @@ class Search:
 
 
 def _quantize_implementations(problem: Rounding) -> dict[str, Implementation]:
-    """Return tritonq.
+    """Return the implementations of rounding.
 
-    F8Net's autograd function; torch's operator, whose mask is not strict, so that it only goes forward.
+    They are tritonq, F8Net's autograd function, and torch's operator, which is timed forward only because its mask is
+    not strict.
     """
     table = {
         "tritonq": Implementation(lambda _: _tritonq_quantize(problem), distribution="tritonq", module="tritonq"),
@@ -204,7 +214,10 @@ def _search_implementations(problem: Search) -> dict[str, Implementation]:
 
 
 def _with_gradient(problem: Rounding, quantize: Any) -> Step:
-    """Return a step that quantizes, and differentiates too where the problem asks for it; ``quantize``: inputs to y."""
+    """Return a step that quantizes by ``quantize``, and differentiates if the problem asks for it.
+
+    ``quantize`` takes the inputs and returns the result.
+    """
 
     def forward(inputs: Inputs) -> tuple[Tensor, ...]:
         return (quantize(inputs),)

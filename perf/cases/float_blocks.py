@@ -1,4 +1,4 @@
-"""Blocks of small floats, forward: the gradient of the input is that of the output."""
+"""Rounding blocks of small floats, forward only: its gradient is that of the output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OPERATIONS = 12
 
 @dataclass(frozen=True)
 class Problem:
-    """One tensor in one block format, with blocks along its last axis, as all peers have them."""
+    """A tensor in one block format; blocks run along its last axis, as in all peers."""
 
     format: str
     shape: tuple[int, ...]
@@ -35,18 +35,18 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """``float_blocks/mxfp4/4096x4096/bfloat16`` and the like."""
+        """The name of the case, such as ``float_blocks/mxfp4/4096x4096/bfloat16``."""
         return "/".join(
             ["float_blocks", self.format, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         )
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """Return ``x``, normal, and the float32 scale of the whole tensor that NVFP4 has."""
+        """Return ``x``, normal, and the float32 scale of the whole tensor, which NVFP4 needs."""
         x = torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
         return {"x": x, "scale": x.float().abs().amax() / (6 * 448)}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the nearest number, from all numbers of the format, in units of each block's scale."""
+        """Return the nearest number of the format to each value divided by its block's scale, times that scale."""
         blocks = BLOCK_FORMATS[self.format]
         number = blocks.element_format
         x = inputs["x"].float().unflatten(-1, (-1, blocks.size))

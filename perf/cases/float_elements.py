@@ -27,7 +27,7 @@ _OPERATIONS = {"forward": 8, "step": 16}
 
 @dataclass(frozen=True)
 class Problem:
-    """One tensor rounded to E4M3.
+    """A tensor that is rounded to E4M3.
 
     Attributes:
         phase: ``"forward"``, or ``"step"`` with the gradient.
@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """``float_elements/forward/4096x4096/bfloat16`` and the like."""
+        """The name of the case, such as ``float_elements/forward/4096x4096/bfloat16``."""
         shape = "x".join(map(str, self.shape))
         return f"float_elements/{self.phase}/{shape}/{str(self.dtype).removeprefix('torch.')}"
 

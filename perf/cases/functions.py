@@ -42,7 +42,7 @@ class QuantizedFunction:
         return {"x": x.requires_grad_(), "dy": dy}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return plain operators in float64: the range is that of this batch, and holds every value."""
+        """Return the result of plain operators in float64, on a grid whose range is that of this batch."""
         x = inputs["x"].detach().double().requires_grad_()
         y = self.function(x)
         (dx,) = torch.autograd.grad(y, x, inputs["dy"].double())

@@ -59,7 +59,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, search: bool, devices: tup
 def _make_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Inputs:
-    """Return ``x`` normal: the best 8-bit range is clearly shorter than the range of all values."""
+    """Return normal values ``x``, for which the best 8-bit range is clearly shorter than the range of all values."""
     return {"x": torch.randn(shape, generator=generator, device=device).to(dtype)}
 
 

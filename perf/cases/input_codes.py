@@ -1,4 +1,4 @@
-"""An input kept for the backward as codes of one byte, and restored."""
+"""Keeping an input for the backward as codes of one byte, and restoring it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPERATIONS = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """A tensor on a symmetric 8-bit grid, which is known to lie on it."""
+    """A tensor whose values lie on a symmetric 8-bit grid, as its user knows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -32,13 +32,13 @@ class Problem:
         return {"x": (codes * _SCALE).to(self.dtype), "scale": torch.full((1,), _SCALE, device=device)}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return ``x``."""
+        """Return ``x`` itself: keeping codes loses nothing."""
         return (inputs["x"],)
 
     def case(self, *, quick: bool, devices: tuple[str, ...] = ("cpu", "cuda")) -> Case:
         """Return the case.
 
-        Least traffic: read ``x`` and write a byte, read the byte and write ``x``.
+        The least traffic is to read ``x`` and write a byte for each value, then to read the bytes and write ``x``.
         """
         elements = prod(self.shape)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -80,7 +80,7 @@ def _tritonq(inputs: Inputs) -> Step:
 
 
 def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return ``x`` from int8 codes, by torch's own operators."""
+    """Keep ``x`` as int8 codes and restore it, by torch's own operators."""
     x, scale = inputs["x"], inputs["scale"]
     codes = torch.round(x / scale).to(torch.int8)
     return ((codes * scale).to(x.dtype),)

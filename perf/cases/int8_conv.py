@@ -53,19 +53,20 @@ class Convolution:
 
     @property
     def groups(self) -> int:
-        """Groups of the convolution."""
+        """Number of groups of the convolution."""
         return self.channels if self.depthwise else 1
 
     @property
     def products(self) -> int:
-        """Multiplications per output."""
+        """Number of products that are added for one result."""
         return self.channels // self.groups * self.kernel**2
 
     @property
     def shift(self) -> int:
-        """How far sums are shifted right: their deviation becomes about 96 codes.
+        """How many bits sums are shifted right, so that results have a deviation of about 96 codes.
 
-        A product of such codes has a deviation of 73 · 147; those of sums grow with the root of their number.
+        A product of such codes has a deviation of 73 · 147; that of a sum grows with the root of the number of
+        products.
         """
         return round(math.log2(73 * 147 * self.products**0.5 / 96))
 
@@ -168,7 +169,10 @@ def _float_conv(problem: Convolution, inputs: Inputs) -> Step:
 
 
 def _torch_quantized_conv(problem: Convolution, inputs: Inputs) -> Step:
-    """Return scales of 1 for both operands, of ``2^shift`` for the result: the same codes."""
+    """Return a step that runs torch's quantized convolution to the same codes.
+
+    Both operands have scale 1, the result ``2^shift``.
+    """
     quantized = torch._make_per_tensor_quantized_tensor
     pad, one = [problem.kernel // 2] * 2, [1, 1]
     weight = quantized(inputs["weight"], 1.0, 0)

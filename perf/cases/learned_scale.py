@@ -60,7 +60,7 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One quantizer with its parameters.
+    """A quantizer with a learned scale, and its parameters.
 
     Attributes:
         method: LSQ learns a scale, LSQ+ a zero point too, TQT the scale's logarithm, PACT a clipping level.
@@ -101,7 +101,10 @@ class Problem:
         return inputs | {name: values[name].requires_grad_(name in self.learned) for name in used}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the formulas of docs/numbers.md, "Learned scales" in float32, with sums in float64."""
+        """Return results and gradients by the formulas of docs/numbers.md, "Learned scales".
+
+        They are computed in float32, sums in float64.
+        """
         x, dy = inputs["x"].detach().float(), inputs["dy"]
         given = {name: self.broadcast(inputs[name].detach()) for name in inputs if name not in ("x", "dy")}
         y, inside, terms = _TERMS[self.method](x, given, self.codes)
@@ -121,7 +124,7 @@ class Problem:
         return total.view(-1).float()
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return the case."""
+        """Return the case: a step forward and backward."""
         elements = prod(self.shape)
         grid = "tensor" if self.axis is None else f"channel{self.axis}"
         table = {
@@ -188,7 +191,10 @@ def _torch_learnable(problem: Problem) -> Quantizer:
 
 
 def _formula(problem: Problem) -> Quantizer:
-    """Return the quantizer in plain operators: roundings are straight through, clamps keep their own gradient."""
+    """Return the quantizer in plain operators.
+
+    A rounding has gradient 1 (straight-through), a clamp its own.
+    """
     low, high = problem.codes
 
     def learned_step(x: Tensor, given: Inputs) -> Tensor:
@@ -223,7 +229,10 @@ Terms = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 def _step_terms(x: Tensor, given: Inputs, codes: tuple[int, int], learns_shift: bool) -> Terms:
-    """Return values, where the gradient passes, and what each value adds per unit of dy: LSQ and LSQ+."""
+    """Return what the gradients of LSQ and LSQ+ consist of.
+
+    These are the values, where the gradient passes, and what each value adds to the gradients of the parameters.
+    """
     scale, shift = given["scale"], given["zero_point"]
     v = x * (1.0 / scale)
     code = v.round() + shift
@@ -235,7 +244,10 @@ def _step_terms(x: Tensor, given: Inputs, codes: tuple[int, int], learns_shift: 
 
 
 def _threshold_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
-    """Return values, where the gradient passes, and what each value adds per unit of dy: TQT."""
+    """Return what the gradient of TQT consists of.
+
+    These are the values, where the gradient passes, and what each value adds to the gradient of the parameter.
+    """
     scale = torch.exp2(given["log2"])
     v = x / scale
     inside = (v >= codes[0] - 0.5) & (v <= codes[1] + 0.5)
@@ -244,7 +256,10 @@ def _threshold_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
 
 
 def _clipping_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
-    """Return values, where the gradient passes, and what each value adds per unit of dy: PACT."""
+    """Return what the gradient of PACT consists of.
+
+    These are the values, where the gradient passes, and what each value adds to the gradient of the parameter.
+    """
     alpha = given["alpha"]
     scale = alpha / codes[1]
     y = (x * (1.0 / scale)).round().clamp(*codes) * scale

@@ -45,15 +45,15 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """``observe/activation/16x64x24x24/float32/forward`` and the like."""
+        """The name of the case, such as ``observe/activation/16x64x24x24/float32/forward``."""
         parts = ["observe", "weight" if self.weight else "activation", "x".join(map(str, self.shape))]
         parts += [str(self.dtype).removeprefix("torch.")] + (["channels_last"] if self.channels_last else [])
         return "/".join([*parts, "forward+backward" if self.backward else "forward"])
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """Return ``x``, and ``dy`` for the backward.
+        """Return normal values ``x``, and ``dy`` for the backward.
 
-        Normal, activations shifted so that the zero point is not the middle.
+        Activations are shifted, so that the zero point is not the middle of the codes.
         """
         inputs = {"x": self._normal(generator, device, 0.0 if self.weight else 1.0).requires_grad_(self.backward)}
         if self.backward:
@@ -61,7 +61,7 @@ class Problem:
         return inputs
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Apply torch's rules to the range of this batch alone, then the formula; the range holds all of ``x``."""
+        """Return ``x`` fake quantized by the range of this batch and torch's rules; the range contains all of ``x``."""
         x = inputs["x"].detach().float()
         dims = tuple(range(1, x.dim())) if self.weight else tuple(range(x.dim()))
         low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
@@ -80,7 +80,7 @@ class Problem:
         return y, torch.where(inside, inputs["dy"], torch.zeros_like(inputs["dy"]))
 
     def arguments(self) -> dict[str, Any]:
-        """Return a fake quantizer's keyword arguments, which torch.ao and tritonq call by equal names."""
+        """Return keyword arguments that make the fake quantizer in torch.ao and in tritonq."""
         if self.weight:
             return {"quant_min": -128, "quant_max": 127, "dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
         return {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}

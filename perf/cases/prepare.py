@@ -1,4 +1,4 @@
-"""Preparing a model, in units of one float training forward at the same images."""
+"""Preparing a model, timed in units of one float training forward on the same images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXACT = Tolerance("both leave the parameters as they are, and results are their
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and the images that it is recorded on."""
+    """A model, and the images on which it is recorded."""
 
     model: str
     batch: int = 2
@@ -82,7 +82,7 @@ def cases() -> Iterator[Case]:
 
 
 def _norms(model: nn.Module) -> Tensor:
-    """Return the norms of all parameters in order of size: layers that are found share theirs with the model's."""
+    """Return the norms of all parameters, the smallest first: equal for a model and its prepared form."""
     with torch.no_grad():
         norms = [parameter.norm() for key, parameter in model.named_parameters() if "fake_quant" not in key]
         return torch.stack(norms).sort().values

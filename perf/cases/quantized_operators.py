@@ -1,4 +1,4 @@
-"""Who else computes an operation and quantizes its result: torch.ao, and float training, which does not."""
+"""Implementations of an operation whose result is quantized: tritonq's, torch.ao's, and float without quantization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEAR = Tolerance("float does not quantize: 8-bit noise", distance=0.02)
 def implementations(
     operands: tuple[str, ...], ours: Maker, plain: Operator, *, compiled: bool = False
 ) -> dict[str, Implementation]:
-    """Return tritonq, both versions of torch.ao's quantizer behind the float operation, and that operation alone.
+    """Return tritonq's operator, the float operation alone, and that operation with torch.ao's quantizers.
 
     Args:
         operands: names of the inputs that get gradients.

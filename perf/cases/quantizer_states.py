@@ -1,4 +1,4 @@
-"""Quantizers as the operators take them, and torch.ao's counterparts."""
+"""Quantizers in the form that operators take, and torch.ao's counterparts."""
 
 from __future__ import annotations
 

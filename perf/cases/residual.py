@@ -36,7 +36,7 @@ class Join:
         return {"a": a.requires_grad_(), "b": b.requires_grad_(), "dy": dy}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return plain operators in float64: the range is that of this batch, and holds every value."""
+        """Return the result of plain operators in float64, on a grid whose range is that of this batch."""
         total = inputs["a"].detach().double() + inputs["b"].detach().double()
         y = total.clamp(min=0)
         scale = y.amax() / STEPS

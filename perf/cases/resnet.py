@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return images (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
+        """Return a tensor (batch, outputs, h / stride, w / stride) for one of (batch, inputs, h, w)."""
         y = x
         for i in range(1, self.depth + 1):
             y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))

@@ -1,4 +1,4 @@
-"""Results of an operation without a kernel of its own, observed and rounded: a concatenation."""
+"""A result of an operation without a kernel of its own, observed and rounded: a concatenation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Concatenation:
         return {"a": a.requires_grad_(), "b": b.requires_grad_(), "dy": dy}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return plain operators in float64: the range is that of this batch, and holds every value."""
+        """Return the result of plain operators in float64, on a grid whose range is that of this batch."""
         y = torch.cat([inputs["a"].detach(), inputs["b"].detach()], 1).double()
         scale = y.amax() / STEPS
         return ((y / scale).round() * scale).float(), *inputs["dy"].chunk(2, 1)

@@ -1,4 +1,4 @@
-"""Whole training steps: forward, loss, backward, SGD; time, and memory held for the backward."""
+"""Whole training steps (forward, loss, backward, SGD): their time, and the memory that they keep for the backward."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """``train_step/resnet18/16x3x96x96/float32`` and the like."""
+        """The name of the case, such as ``train_step/resnet18/16x3x96x96/float32``."""
         dtype = "float32" if self.autocast is None else f"amp-{str(self.autocast).removeprefix('torch.')}"
         parts = ["train_step", self.model, f"{self.batch}x3x{self.size}x{self.size}", dtype]
         return "/".join(parts + (["channels_last"] if self.channels_last else []))
@@ -119,7 +119,10 @@ class Setting:
 
 @dataclass
 class TrainStep:
-    """One SGD step per call; returns logits, the classifier's gradient, and the norm of the first layer's."""
+    """A function that takes one SGD step per call.
+
+    It returns logits, the classifier's gradient, and the norm of the first layer's gradient.
+    """
 
     model: nn.Module
     autocast: torch.dtype | None
@@ -144,7 +147,7 @@ class TrainStep:
 
 
 class StepInTorch(TrainStep):
-    """A step under `use_in_torch`; entering and leaving that takes half a millisecond of it."""
+    """A step under `use_in_torch`; half a millisecond of it is spent on entering and leaving that."""
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         import tritonq
@@ -271,7 +274,10 @@ def _reference(setting: Setting, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _memory(step: Step, inputs: Inputs) -> int:
-    """Return peak above the start on CUDA; elsewhere what autograd saves."""
+    """Return the bytes that one step keeps or allocates.
+
+    On CUDA these are the most that it allocates beyond those at its start, on a CPU those that autograd keeps.
+    """
     device = inputs["images"].device
     if device.type == "cuda":
         return peak_bytes(step, inputs, device)

@@ -37,14 +37,20 @@ class Peer:
 
 
 def peer_model(peer: Peer, model: nn.Module, images: Tensor) -> nn.Module:
-    """Return ``model`` as ``peer`` trains it; torchvision, which some import, is imported in a way that can't fail."""
+    """Return ``model`` as ``peer`` trains it.
+
+    torchvision, which some libraries import, is imported before in a way that can't fail.
+    """
     if has_torchvision():
         import_torchvision()
     return peer.make(model, images)
 
 
 def _pt2e(model: nn.Module, images: Tensor) -> nn.Module:
-    """Export, annotate by the quantizer for x86, prepare; Conv and BatchNorm are folded in every step."""
+    """Return the model of torchao's PT2E: exported, annotated by the quantizer for x86, and prepared.
+
+    Convolution and BatchNorm are folded in every step.
+    """
     from torchao.quantization.pt2e import move_exported_model_to_train
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
@@ -57,7 +63,7 @@ def _pt2e(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _modelopt(model: nn.Module, images: Tensor) -> nn.Module:
-    """Insert quantizers, and fix their ranges by one batch."""
+    """Return the model of Model-Optimizer: quantizers are inserted, and one batch fixes their ranges."""
     import modelopt.torch.quantization as mtq
 
     def calibrate(quantized: nn.Module) -> None:
@@ -70,7 +76,7 @@ def _modelopt(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _brevitas(model: nn.Module, images: Tensor) -> nn.Module:
-    """Trace, and replace layers by quantized ones."""
+    """Return the model of Brevitas: traced, with layers replaced by quantized ones."""
     from brevitas.graph.quantize import preprocess_for_quantize, quantize
 
     # Merged, a BatchNorm would no longer normalize by the batch, and another model would be trained.
@@ -80,7 +86,7 @@ def _brevitas(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _aimet(model: nn.Module, images: Tensor) -> nn.Module:
-    """Wrap every layer, and compute the ranges by one batch."""
+    """Return the model of AIMET: every layer is wrapped, and one batch gives the ranges."""
     from aimet_torch import QuantizationSimModel
 
     simulation = QuantizationSimModel(model.eval(), images)

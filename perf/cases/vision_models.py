@@ -29,7 +29,10 @@ def torchvision_model(name: str, num_classes: int) -> nn.Module:
 
 
 def quantizable(name: str, num_classes: int) -> nn.Module:
-    """Return a model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
+    """Return a model as torch.ao needs it.
+
+    It has quantization stubs, additions as modules, and a method ``fuse_model``.
+    """
     if not has_torchvision():
         from tritonq.perf.cases.resnet import resnet
 
@@ -42,7 +45,7 @@ def quantizable(name: str, num_classes: int) -> nn.Module:
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
-    """Switch dropout off: chance would make the logits of two implementations incomparable."""
+    """Switch dropout off in place, because two implementations would draw different numbers; return the model."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -56,10 +59,12 @@ def has_torchvision() -> bool:
 
 @cache
 def import_torchvision() -> tuple[torch.library.Library, ...]:
-    """Import torchvision, also beside a torch that lacks its compiled operators: importing needs two of them declared.
+    """Import torchvision, also if its compiled operators were built for another torch.
+
+    Two of these operators are then declared first, because importing needs them.
 
     Returns:
-        The library that holds the declarations, which must live as long as they; empty where none were needed.
+        The library that holds the declarations, which must live as long as they; empty if none were needed.
     """
     try:
         import torchvision

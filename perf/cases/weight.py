@@ -1,4 +1,7 @@
-"""The weight of a Conv-BN layer in a training step: fold, observe, fake quantize, and the gradients of both factors."""
+"""The weight of a Conv-BN layer in a training step.
+
+It is folded, observed and fake quantized; the backward gives the gradients of weight and fold.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """``weight_fold/512x512x3x3/float32/forward+backward`` and the like."""
+        """The name of the case, such as ``weight_fold/512x512x3x3/float32/forward+backward``."""
         return f"weight_fold/{'x'.join(map(str, self.shape))}/float32/forward+backward"
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
@@ -51,7 +54,7 @@ class Problem:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the quantized weight, and what the straight-through estimator gives weight and fold."""
+        """Return the quantized weight, and the gradients of weight and fold by the straight-through estimator."""
         return quantized(inputs["weight"].detach(), inputs["fold"].detach(), inputs["dy"])
 
     def case(self, *, quick: bool) -> Case:
@@ -120,7 +123,7 @@ def per_channel_state(vector: Tensor) -> tuple[Grid, RangeStatistics]:
 
 
 def quantized(weight: Tensor, fold: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the quantized folded weight, and what the straight-through estimator gives weight and fold."""
+    """Return the quantized folded weight, and the gradients of weight and fold by the straight-through estimator."""
     fold, dims = column(fold, weight), tuple(range(1, weight.dim()))
     folded = weight * fold
     scale = (folded.abs().amax(dims, keepdim=True) / ((_QUANT_MAX - _QUANT_MIN) / 2)).clamp(min=1e-7)
@@ -135,7 +138,7 @@ def _as_values(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _torch_ao(version: int, inputs: Inputs) -> Step:
-    """Return the product and the fake quantizer, differentiated by autograd."""
+    """Return a step of weight times fold, and torch.ao's fake quantizer, differentiated by autograd."""
     from torch.ao.quantization import (
         FakeQuantize,
         FusedMovingAvgObsFakeQuantize,
@@ -161,5 +164,5 @@ def _torch_ao(version: int, inputs: Inputs) -> Step:
 
 
 def column(vector: Tensor, weight: Tensor) -> Tensor:
-    """Return a vector per out channel, shaped to broadcast against the weight."""
+    """Return ``vector``, one element per out channel, in a shape that broadcasts against ``weight``."""
     return vector.view(-1, *[1] * (weight.dim() - 1))

@@ -18,7 +18,7 @@ _OPERATIONS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights (out, ...), symmetric per channel, whose ranges are those of the present step."""
+    """Weights (out, ...), symmetric per channel, whose ranges are found in this step."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -32,7 +32,7 @@ class Problem:
         return {**inputs, "fold": torch.rand(channels, generator=generator, device=device) + 0.5}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return codes of each weight."""
+        """Return the codes of each weight."""
         codes = []
         for weight, fold in zip(self.weights(inputs), self.folds(inputs), strict=True):
             folded = weight * fold.view(-1, *[1] * (weight.dim() - 1))

@@ -15,7 +15,7 @@ from tritonq.perf.codegen_case import CodegenCase
 
 @cache
 def cases_by_family() -> dict[str, tuple[CodegenCase, ...]]:
-    """Return every case by the module that holds it, which has the name of the kernels' module."""
+    """Return the cases by the name of their module, which is also that of the kernels' module."""
     return {
         module.name: importlib.import_module(f"{__name__}.{module.name}").CASES
         for module in pkgutil.iter_modules(__path__)

@@ -13,7 +13,7 @@ _OUT = 512
 
 
 def _step(length: int, qtype: QuantizedType) -> Call:
-    """Return the weight of a step with BatchNorm, and its gradient."""
+    """Return a call that computes the weight of a step with BatchNorm, and its gradient."""
 
     def call(dtype: torch.dtype) -> object:
         rows, vector, scales = meta(_OUT, length), meta(_OUT), () if qtype.axis is None else (_OUT,)

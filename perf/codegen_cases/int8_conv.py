@@ -9,7 +9,7 @@ from tritonq.perf.codegen_case import Call, CodegenCase, meta
 
 
 def conv(channels: int, groups: int, out_dtype: torch.dtype, wide: bool = False) -> Call:
-    """Return a 3×3 convolution of codes to 128 channels; ``wide`` saturates 64-bit sums."""
+    """Return a call of a 3×3 convolution of codes to 128 channels; with ``wide`` it saturates 64-bit sums."""
 
     def call(dtype: torch.dtype) -> object:
         x = meta(8, channels, 28, 28, dtype=dtype, channels_last=True)

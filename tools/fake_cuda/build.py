@@ -21,11 +21,11 @@ _SOURCE = Path(__file__).with_name("runtime.c")
 
 
 def build(folder: Path) -> None:
-    """Write both libraries.
+    """Write ``libcudart.so.13`` and ``libcuda.so.1`` into ``folder``.
 
     Raises:
-        FileNotFoundError: no CUDA build of torch, or none of CUDA 13.
-        subprocess.CalledProcessError: no C compiler, or it failed.
+        FileNotFoundError: no CUDA build of torch, or none of CUDA 13. subprocess.CalledProcessError: no C compiler, or
+            it failed.
     """
     libraries = [*SITE.glob("torch/lib/*.so*"), *SITE.glob("nvidia/*/lib/*.so*")]
     needed = {name for path in libraries for name in _undefined(path) if name.partition("@")[2].lstrip("@") == RUNTIME}
@@ -72,7 +72,7 @@ def _driver_names(library: Path) -> set[str]:
 
 
 def _succeeding(names: Iterable[str], path: Path) -> Path:
-    """Write functions that do nothing and return 0, which is success."""
+    """Write C functions of these names, which do nothing and return 0 (success), to ``path``; return ``path``."""
     path.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
     return path
 

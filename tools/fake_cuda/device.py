@@ -60,7 +60,7 @@ class CudaOnCpu(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator.
+        """Compute an operator on CUDA tensors on the CPU, over the same memory; count it if it waits for the device.
 
         Raises:
             RuntimeError: tensors of both devices, or waiting while a graph is captured.
@@ -108,7 +108,10 @@ class CudaOnCpu(TorchDispatchMode):
         self.waits[what] += 1
 
     def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_cuda: bool) -> Any:
-        """Compute on CPU tensors over the same memory; an argument that is returned comes back as itself."""
+        """Compute an operator on CPU tensors over the same memory.
+
+        An argument that the operator returns, as in-place operators do, is returned as the same object.
+        """
         shared: dict[int, tuple[Tensor, Tensor]] = {}
 
         def to_host(value: Any) -> Any:
@@ -174,5 +177,5 @@ def _is_cuda_generator(value: object) -> bool:
 
 
 def lost_launches() -> int:
-    """Return how many kernels of torch's own were launched, which nothing computes: a result may be wrong."""
+    """Return how many kernels of torch's own were launched; as nothing computes them, results may be wrong."""
     return ctypes.c_long.in_dll(ctypes.CDLL("libcudart.so.13"), "fake_cuda_lost_launches").value

@@ -15,13 +15,16 @@ class EmulatedCuda(EmulatedGpu):  # type: ignore[misc]
     """Triton's driver, for tensors on ``cuda:0``."""
 
     def get_active_torch_device(self) -> torch.device:
-        """See base class."""
+        """Return ``cuda:0``, on which Triton then works."""
         return torch.device("cuda", 0)
 
 
 @contextmanager
 def cuda_without_gpu(architecture: int = 90, device: CudaOnCpu | None = None) -> Iterator[EmulatedCuda]:
-    """Inside, CUDA tensors work: kernels run in the emulator, compiled for ``architecture``, the rest on the CPU."""
+    """Let CUDA tensors work in the block.
+
+    Kernels run in the emulator, compiled for ``architecture``, the rest on the CPU.
+    """
     # cuDNN has no GPU to ask; torch's other convolutions are the CPU's here.
     with torch.backends.cudnn.flags(enabled=False):
         gpu = EmulatedCuda(architecture)

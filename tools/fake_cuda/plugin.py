@@ -14,7 +14,7 @@ _DEVICE = CudaOnCpu()
 
 @pytest.fixture(autouse=True)
 def cuda_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The device of tests that have one."""
+    """Let tests with a device run on CUDA tensors."""
     if not re.search(r"[\[-]cuda[\]-]", request.node.nodeid):
         yield
         return
@@ -23,5 +23,5 @@ def cuda_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what no GPU computed."""
+    """Print how many launches nothing computed."""
     terminalreporter.write_line(f"kernels of torch that were lost: {lost_launches()}")

@@ -37,7 +37,7 @@ torch's operators on the CPU over the same memory; dispatch, device guards and g
 
 
 def environment(libraries: Path) -> dict[str, str]:
-    """Return the environment of a process that sees the device."""
+    """Return the environment variables of a process that sees the device."""
     paths = [HERE, ROOT / "tests" / "support", ROOT / "src"]
     return {
         **os.environ,
@@ -49,7 +49,7 @@ def environment(libraries: Path) -> dict[str, str]:
 
 
 def operators_tests(libraries: Path, words: list[str]) -> tuple[Counter[str], list[str]]:
-    """Return how many of the operators' tests had each outcome, and the last lines of what failed."""
+    """Run the operators' tests; return how many had each outcome, and the last lines of those that failed."""
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
     # opcheck runs operators under modes of its own, which this device is another one of.
     command += ["-k", "cuda and not codegen and not test_traced_operators", *(words or ["tests/operators"])]
@@ -72,7 +72,7 @@ def outcomes(lines: Sequence[str]) -> Counter[str]:
 
 
 def presets(libraries: Path) -> list[dict[str, str]]:
-    """Return what a process of `steps.py` says of every preset."""
+    """Return what a process of `steps.py` prints, one dict per preset."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "steps.py")],
         env=environment(libraries),
@@ -86,7 +86,7 @@ def presets(libraries: Path) -> list[dict[str, str]]:
 
 
 def main() -> int:
-    """Run both, and write the table."""
+    """Run the tests and the presets, and write the table; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tests", nargs="*", help="files of tests (default: tests/operators)")
     words = parser.parse_args().tests

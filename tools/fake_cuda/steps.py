@@ -33,22 +33,22 @@ class Net(nn.Module):
         self.activation, self.head = nn.SiLU(), nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return scores."""
+        """Return the scores of images."""
         x = self.first(x)
         x = torch.relu(self.second(x) + x)
         return cast(Tensor, self.head(self.activation(x).mean((2, 3))))
 
 
 class PlainNet(Net):
-    """What the fixed-point scheme knows."""
+    """A network of what the fixed-point scheme can quantize."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See base class."""
+        """Return the scores of images."""
         return cast(Tensor, self.head(torch.relu(self.second(self.first(x))).mean((2, 3))))
 
 
 def compare(name: str, device: CudaOnCpu) -> dict[str, str]:
-    """Return what became of one preset."""
+    """Train and deploy one preset on the device and on the CPU; return the differences, as a row of the table."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6)
     if name in TORCH_BACKENDS:
@@ -94,24 +94,24 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def in_words(device: CudaOnCpu) -> str:
-    """Return how often what waited for the device."""
+    """Return which operators waited for the device, and how often."""
     return ", ".join(f"{count} {name}" for name, count in device.waits.items()) or "none"
 
 
 def converted(model: nn.Module, x: Tensor, expected: Tensor) -> str:
-    """Convert, and compare with eval mode on the CPU."""
+    """Convert the model; return in words how it differs from ``expected``, eval mode's result on the CPU."""
     found = tritonq.convert(model)(x).cpu()
     return "equal" if torch.equal(found, expected) else f"{float((found - expected).abs().max()):.1e}"
 
 
 def captured(model: nn.Module, x: Tensor) -> str:
-    """Capture a training step in a CUDA graph."""
+    """Capture a training step in a CUDA graph, and return "yes"; an error says why that is not possible."""
     tritonq.graphed(model, x)
     return "yes"
 
 
 def tried(action: Callable[[], str]) -> str:
-    """Return what an action says, or the first line of the refusal it ends in."""
+    """Return what ``action`` returns, or the first line of the error that it raises."""
     try:
         return action()
     except (ValueError, RuntimeError) as error:
