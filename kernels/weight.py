@@ -249,7 +249,7 @@ def quantize(
     if statistics is not None:
         range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
     running_var, gamma, bn_eps, inverse_std = norm or (None, None, 0.0, None)
-    row_block, col_block = _tile(length)
+    row_block, col_block = _tile(length, _MAX_ELEMENTS)
     with device_guard(rows):
         quantize_folded_kernel[(triton.cdiv(channels, row_block),)](
             rows,
@@ -380,7 +380,7 @@ def same_layout(one: Tensor, other: Tensor) -> bool:
     return all(size == 1 or step == other_step for size, step, other_step in strides)
 
 
-def _tile(length: int, most: int = _MAX_ELEMENTS) -> tuple[int, int]:
+def _tile(length: int, most: int) -> tuple[int, int]:
     """Return rows and columns of a program's tile, for rows of ``length`` elements; ``most`` is the most columns."""
     cols = min(triton.next_power_of_2(max(1, length)), most)
     return max(1, _SHARED_ELEMENTS // cols), cols

@@ -31,9 +31,14 @@ _USES_OP_TESTER = re.compile(r"^from op_tester import .*\bOpTester\b", re.MULTIL
 _counts: dict[str, int] = {}
 
 
-def run(visit: Visit, tests: Path = SOURCE.parent / "tests", keyword: str = "cuda") -> None:
-    """Run the tests of every file that uses ``op_tester``; of each, those whose name contains ``keyword``."""
+def run(visit: Visit, tests: Path = SOURCE.parent / "tests", keyword: str | None = None) -> None:
+    """Run the tests of every file that uses ``op_tester``; of each, those whose name contains ``keyword``.
+
+    Without a keyword: all that run on the GPU, or on a CPU, as a trial, those of the PyTorch path in one file.
+    """
     files = operator_test_files(tests)
+    if keyword is None:
+        keyword, files = ("cuda", files) if visit.device.type == "cuda" else ("torch", files[:1])
     if not files:
         visit.note("pytest", "not run", reason=f"no operators' tests in {tests}")
         return

@@ -212,6 +212,18 @@ class TestForward(OpTester):
         assert float(state.statistics.min_val) == float(low)
         assert float(state.statistics.max_val) == float(high)
 
+    @pytest.mark.parametrize(("beta", "ceiling", "expected"), [(-1.0, math.inf, 0.0), (9.0, 2.5, 2.5)])
+    def test_range_of_one_value_is_clipped_too(
+        self, beta: float, ceiling: float, expected: float, use: str, device: str
+    ) -> None:
+        """All outputs are β, below the ReLU's zero or above its bound."""
+        one = torch.ones(1, device=device)
+        norm = BatchNormState(one.clone(), one.clone(), 0.25, 1.0)
+        state = quantizer_state(QINT8, device=device, averaging=None)
+        c = torch.full((2, 1, 2, 4), 3.0, device=device)
+        operators("conv_bn", use).forward(c, one, one, beta * one, None, norm, *state, ceiling)
+        assert float(state.statistics.min_val) == float(state.statistics.max_val) == expected
+
     def test_switches(self, use: str, device: str) -> None:
         c = exact_input((4, 5, 4, 4)).to(device)
         ops = operators("conv_bn", use)

@@ -163,6 +163,14 @@ class TestObserve(OpTester):
             assert (float(state.min_val), float(state.max_val)) == (low, high)
         assert int(state.nonfinite) == 2
 
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_a_range_of_one_value_is_averaged_too(self, axis: int | None, use: str, device: str) -> None:
+        state = State((2,)[: 0 if axis is None else 1], device)
+        for value, expected in ((2.0, 2.0), (6.0, 3.0)):
+            x = torch.full((2, 3), value, device=device)
+            operators("min_max", use).observe(x, *state.observed(None, QINT8.with_axis(axis), 0.25, "torch", 1e-7))
+            assert state.min_val.unique().tolist() == state.max_val.unique().tolist() == [expected]
+
     def test_growth_is_followed_at_once(self, use: str, device: str) -> None:
         """More than ``copy_above`` times the running magnitude is copied, anything after zeros too."""
         state = State((2,), device)

@@ -11,9 +11,10 @@ from torch import nn
 
 import tritonq
 from op_tester import OpTester, few_programs, operators
-from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
+from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
 from tolerances import EXACT, assert_close
-from tritonq.quantized_type import QINT8, QUINT8
+from tritonq.grid import Grid
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference import residual, rounded
 
 SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]
@@ -196,6 +197,17 @@ class TestBackends(OpTester):
         z, _ = residual.forward(a, a, *other, None)
         assert torch.equal(y.cpu(), z)
         assert_same_state(state, other)
+
+    @pytest.mark.parametrize("zero", [-3, 0, 1, 2])
+    def test_ties_at_the_ends_pass_where_they_round_to_a_code(self, zero, use, device):
+        """Half a code beyond the first or last one goes to the even neighbour, counted from the zero point."""
+        first, last = -8 - zero, 7 - zero
+        a = torch.tensor([first - 0.5, first - 0.75, first, last, last + 0.5, last + 0.75], device=device)
+        grid = Grid(torch.ones(1), torch.tensor([zero], dtype=torch.int32), QuantizedType(-8, 7, symmetric=False))
+        y, mask = operators("residual", use).forward(a, torch.zeros_like(a), moved(grid, device), None, None)
+        assert y.tolist() == [first, first, first, last, last, last]
+        passes = residual.unpack(mask.cpu(), 6) != 0
+        assert passes.tolist() == [first % 2 == 0, False, True, True, last % 2 == 0, False]
 
     def test_layouts(self, use, device):
         a, b, _ = (t.to(device) for t in tensors((2, 4, 3, 5)))

@@ -280,13 +280,13 @@ class TestOperatorTests:
     FAILING = "from op_tester import OpTester\n\ndef test_cuda_two():\n    assert 1 == 2, 'not equal'\n"
     OTHER = "\n\ndef test_torch():\n    assert False\n"
 
-    def run(self, visit, **files):
+    def run(self, visit, keyword="cuda", **files):
         tests = visit.out / "tests"
         tests.mkdir()
         (tests / "op_tester.py").write_text("LAYOUTS = [1]\nOpTester = None\n")
         for name, text in files.items():
             (tests / f"{name}.py").write_text(text)
-        operator_tests.run(visit, tests)
+        operator_tests.run(visit, tests, keyword)
         return {record["name"]: record for record in written(visit)}
 
     def test_failures_and_counts(self, visit):
@@ -331,6 +331,12 @@ class TestOperatorTests:
             process.stdout.readline()
             operator_tests._interrupt(process)
         assert process.returncode == 7
+
+    def test_a_cpu_runs_one_file_without_kernels(self, visit):
+        """A trial has tests to run, and ends well."""
+        found = self.run(visit, None, test_a=self.FAILING + "\n\ndef test_torch_one():\n    pass\n", test_b=self.FAILING)
+        assert found["pytest"]["status"] == "ok"
+        assert found["counts"] == {**found["counts"], "passed": 1}
 
     def test_none(self, visit):
         assert self.run(visit)["pytest"]["status"] == "not run"
