@@ -70,18 +70,57 @@ def share_tile(outer, row_start, col_start, sizes, ROWS: tl.constexpr, COLS: tl.
 
 
 @triton.jit
+def load_tile(
+    ptr, strides, outer, row_start, col_start, end, other, ROWS: tl.constexpr, COLS: tl.constexpr, SKEW: tl.constexpr
+):
+    """Load one tile of a share; return its elements, and a mask of those that exist.
+
+    Args:
+        ptr: outer × rows × cols, by ``strides``.
+        strides: along (outer, rows, cols).
+        outer: where the tile begins, as are the next two.
+        row_start: see ``outer``.
+        col_start: see ``outer``; 0 with a SKEW.
+        end: of the share along (outer, rows, cols).
+        other: what missing elements are; in the tensor's dtype, broadcasts against a tile.
+        ROWS: of the tile.
+        COLS: of the tile.
+        SKEW: elements to read at a time of rows that begin anywhere, see `View.skew`; each row then begins at the
+            multiple before it, and the elements around it, which are its neighbours', do not exist. 1: none.
+    """
+    if SKEW == 1:
+        at, mask = share_tile(outer, row_start, col_start, end, ROWS, COLS)
+        mask = mask & (outer < end[0])
+        x = tl.load(ptr + share_offsets(at, strides), mask=mask, other=other)
+    else:
+        row = row_start + tl.arange(0, ROWS)[:, None]
+        lane = tl.arange(0, COLS)[None, :]
+        first = row * strides[1]
+        ahead = first % SKEW
+        exists = (row < end[1]) & (outer < end[0])
+        mask = exists & (lane >= ahead) & (lane < ahead + end[2])
+        # The compiler reads SKEW elements at a time where their mask is one, and offsets are multiples that it knows.
+        begin = outer * (strides[0] // SKEW * SKEW) + first // SKEW * SKEW
+        x = tl.load(ptr + begin + lane, mask=exists & (lane // SKEW * SKEW < ahead + end[2]), other=other)
+        x = tl.where(mask, x, other)
+    return x, mask
+
+
+@triton.jit
 def share_offsets(place, strides):
     """Return ``outer · strides[0] + row · strides[1] + col · strides[2]`` for a ``place`` of :func:`share_tile`."""
     return place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
 
 
 @triton.jit
-def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SKEW: tl.constexpr = 1):
     """Return the place (outer, row, col) of the block after the one at ``place``: columns first, then rows, then outer.
 
     A block is AHEAD[0] × AHEAD[1] × AHEAD[2] tiles of (1, ROWS, COLS). After the last block the place lies beyond
-    ``end``.
+    ``end``. With a SKEW, see `load_tile`, a share has one tile along rows and columns.
     """
+    if SKEW != 1:
+        return place[0] + AHEAD[0], start[1], start[2]
     col = place[2] + AHEAD[2] * COLS
     row = tl.where(col < end[2], place[1], place[1] + AHEAD[1] * ROWS)
     outer = tl.where(row < end[1], place[0], place[0] + AHEAD[0])
@@ -89,7 +128,17 @@ def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit
-def load_block(ptr, strides, place, end, other, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def load_block(
+    ptr,
+    strides,
+    place,
+    end,
+    other,
+    AHEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SKEW: tl.constexpr = 1,
+):
     """Load a block of tiles and return a tuple of pairs, one per tile: its elements, and a mask of those that exist.
 
     Args:
@@ -101,6 +150,7 @@ def load_block(ptr, strides, place, end, other, AHEAD: tl.constexpr, ROWS: tl.co
         AHEAD: tiles of the block along (outer, rows, cols).
         ROWS: rows of a tile.
         COLS: columns of a tile.
+        SKEW: see `load_tile`.
     """
     OUTER: tl.constexpr = AHEAD[0]
     DOWN: tl.constexpr = AHEAD[1]
@@ -109,10 +159,10 @@ def load_block(ptr, strides, place, end, other, AHEAD: tl.constexpr, ROWS: tl.co
     for o in tl.static_range(OUTER):
         for r in tl.static_range(DOWN):
             for c in tl.static_range(ALONG):
-                at, mask = share_tile(place[0] + o, place[1] + r * ROWS, place[2] + c * COLS, end, ROWS, COLS)
-                mask = mask & (at[0] < end[0])
-                x = tl.load(ptr + share_offsets(at, strides), mask=mask, other=other)
-                tiles = tiles + ((x, mask),)  # type: ignore[assignment]  # noqa: RUF005 -- Triton knows no starred elements
+                tile = load_tile(
+                    ptr, strides, place[0] + o, place[1] + r * ROWS, place[2] + c * COLS, end, other, ROWS, COLS, SKEW
+                )
+                tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005 -- Triton knows no starred elements
     return tiles
 
 

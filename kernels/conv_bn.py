@@ -20,14 +20,13 @@ from .cached_launch import Launcher
 from .channel_tiles import (
     fma,
     load_block,
+    load_tile,
     max_per_channel,
     min_per_channel,
     next_block,
     partial_tile,
     share_bounds,
     share_channels,
-    share_offsets,
-    share_tile,
     spread,
     sum_per_channel,
 )
@@ -58,6 +57,7 @@ def scan_statistics(
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SKEW: tl.constexpr,
 ):
     """Return Σ (c - centre), Σ (c - centre)², minimum and maximum of a share's tiles: four (ROWS, COLS) blocks."""
     about = centre.to(tl.float32)
@@ -66,11 +66,11 @@ def scan_statistics(
     lowest = tl.full([ROWS, COLS], INF, tl.float32)
     highest = tl.full([ROWS, COLS], -INF, tl.float32)
     place = start
-    tiles = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS)
+    tiles = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS, SKEW)
     for _ in range(0, blocks):
         # The next block is loaded before this one is used, so that the compiler can't defer its loads.
-        place = next_block(place, start, end, AHEAD, ROWS, COLS)
-        following = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS)
+        place = next_block(place, start, end, AHEAD, ROWS, COLS, SKEW)
+        following = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS, SKEW)
         for i in tl.static_range(len(tiles)):
             c = tiles[i][0].to(tl.float32)
             distance = c - about
@@ -95,6 +95,7 @@ def statistics_kernel(
     channels,
     blocks,  # of AHEAD tiles, in a share
     ALIGN: tl.constexpr,
+    SKEW: tl.constexpr,
     CHANNEL: tl.constexpr,
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -107,8 +108,7 @@ def statistics_kernel(
     sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
-    place, mask = share_tile(start[0], start[1], start[2], sizes, ROWS, COLS)
-    first = tl.load(c_ptr + share_offsets(place, c_strides), mask=mask, other=0)
+    first, mask = load_tile(c_ptr, c_strides, start[0], start[1], start[2], sizes, 0, ROWS, COLS, SKEW)
     present = sum_per_channel(tl.where(mask, 1.0, 0.0), CHANNEL)
     mean = tl.div_rn(sum_per_channel(first.to(tl.float32), CHANNEL), tl.maximum(present, 1.0))
     low = min_per_channel(tl.where(mask, first.to(tl.float32), INF), CHANNEL)
@@ -120,7 +120,7 @@ def statistics_kernel(
     substitute = spread(mean, CHANNEL).to(first.dtype)
 
     total, squares, lowest, highest = scan_statistics(
-        c_ptr, substitute, c_strides, start, end, blocks, AHEAD, ROWS, COLS
+        c_ptr, substitute, c_strides, start, end, blocks, AHEAD, ROWS, COLS, SKEW
     )
 
     outer_extent = 1 if CHANNEL == 0 else end[0] - start[0]
@@ -258,6 +258,7 @@ def apply_kernel(
     y_strides,
     sizes,
     ALIGN: tl.constexpr,
+    RUN: tl.constexpr,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -275,8 +276,8 @@ def apply_kernel(
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     c = tl.load(c_ptr + tile_offsets(place, c_strides), mask=mask).to(tl.float32)
-    slope = load_per_channel(slope_ptr, place, sizes, CHANNEL)
-    shift = load_per_channel(shift_ptr, place, sizes, CHANNEL)
+    slope = load_per_channel(slope_ptr, place, sizes, CHANNEL, RUN)
+    shift = load_per_channel(shift_ptr, place, sizes, CHANNEL, RUN)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
     QUANTIZED: tl.constexpr = scale_ptr is not None
     y = fma(c, slope, shift)
@@ -322,6 +323,7 @@ def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: f
 def _apply(
     c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None
 ) -> None:
+    seen, run = seen.pieces()
     tile, launch = plan("conv_bn_apply", c.dtype, seen, c.device)
     with device_guard(c):
         apply_kernel[launch.programs](
@@ -335,6 +337,7 @@ def _apply(
             CEILING=ceiling,
             **grid_constants(grid),
             ALIGN=seen.alignment,
+            RUN=run,
             **seen.constants(tile, launch),
         )
 
@@ -368,6 +371,7 @@ def _statistics(
             shares.blocks(),
             AHEAD=shares.ahead(),
             ALIGN=seen.alignment,
+            SKEW=seen.skew(shares.tile.cols),
             **shares.constants,
         )
         finish_kernel[shares.joining_programs](

@@ -52,6 +52,7 @@ def scan_gradients(
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SKEW: tl.constexpr,
 ):
     """Return two (ROWS, COLS) blocks of sums over the tiles of a share: ``Σ g`` and ``Σ g (c - mean)``.
 
@@ -61,13 +62,13 @@ def scan_gradients(
     moment = tl.zeros([ROWS, COLS], tl.float32)
     place = start
     # A missing gradient is zero and adds nothing to either sum.
-    gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS)
-    outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS)
+    gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS, SKEW)
+    outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS, SKEW)
     for _ in range(0, blocks):
         # Loaded before this block is used: see `scan_statistics`.
-        place = next_block(place, start, end, AHEAD, ROWS, COLS)
-        next_gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS)
-        next_outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS)
+        place = next_block(place, start, end, AHEAD, ROWS, COLS, SKEW)
+        next_gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS, SKEW)
+        next_outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS, SKEW)
         for i in tl.static_range(len(outputs)):
             g = gradients[i][0].to(tl.float32)
             c = outputs[i][0].to(tl.float32)
@@ -101,6 +102,7 @@ def gradient_sums_kernel(
     channels,
     blocks,  # of AHEAD tiles, in a share
     ALIGN: tl.constexpr,
+    SKEW: tl.constexpr,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -129,7 +131,7 @@ def gradient_sums_kernel(
     unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     plain, moment = scan_gradients(
         dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_strides, c_strides, start, end, blocks,
-        CEILING, QUANTIZED, ROUNDING, AHEAD, ROWS, COLS,
+        CEILING, QUANTIZED, ROUNDING, AHEAD, ROWS, COLS, SKEW,
     )  # fmt: skip
     at = split * channels + channel
     tl.store(partial_ptr + at, sum_per_channel(plain, CHANNEL), mask=valid)
@@ -189,6 +191,7 @@ def gradient_kernel(
     dc_strides,
     sizes,
     ALIGN: tl.constexpr,
+    RUN: tl.constexpr,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -211,17 +214,17 @@ def gradient_kernel(
     mask = tile_mask(place, sizes, ROWS)
     g = tl.load(dy_ptr + tile_offsets(place, dy_strides), mask=mask).to(tl.float32)
     c = tl.load(c_ptr + tile_offsets(place, c_strides), mask=mask).to(tl.float32)
-    slope = load_per_channel(slope_ptr, place, sizes, CHANNEL)
+    slope = load_per_channel(slope_ptr, place, sizes, CHANNEL, RUN)
     QUANTIZED: tl.constexpr = scale_ptr is not None
     if CEILING is not None or QUANTIZED:
-        shift = load_per_channel(shift_ptr, place, sizes, CHANNEL)
+        shift = load_per_channel(shift_ptr, place, sizes, CHANNEL, RUN)
         scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
         unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
         passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
         g = tl.where(passes, g, 0.0)
-    mean = load_per_channel(mean_ptr, place, sizes, CHANNEL)
-    pull = load_per_channel(pull_ptr, place, sizes, CHANNEL)
-    offset = load_per_channel(offset_ptr, place, sizes, CHANNEL)
+    mean = load_per_channel(mean_ptr, place, sizes, CHANNEL, RUN)
+    pull = load_per_channel(pull_ptr, place, sizes, CHANNEL, RUN)
+    offset = load_per_channel(offset_ptr, place, sizes, CHANNEL, RUN)
     dc = fma(g, slope, fma(c - mean, pull, offset))
     tl.store(dc_ptr + tile_offsets(place, dc_strides), dc, mask=mask)
 
@@ -268,6 +271,7 @@ def backward(
             **shared,
             AHEAD=shares.ahead(reads=2),
             ALIGN=seen.alignment,
+            SKEW=seen.skew(shares.tile.cols),
             **shares.constants,
         )
         finish_gradients_kernel[shares.joining_programs](
@@ -281,6 +285,7 @@ def backward(
             channels,
             **shares.joining_constants,
         )
+        seen, run = seen.pieces()
         tile, launch = plan("conv_bn_backward", c.dtype, seen, c.device)
         gradient_kernel[launch.programs](
             dy,
@@ -295,6 +300,7 @@ def backward(
             seen.sizes,
             **shared,
             ALIGN=seen.alignment,
+            RUN=run,
             **seen.constants(tile, launch),
         )
     plain, moment = sums

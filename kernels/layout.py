@@ -21,6 +21,9 @@ _MAX_PADDING = 1.15
 _MIN_COLS = 32
 # What integers are multiples of the compiler finds out itself for this one. Accesses take up to half as many elements.
 _KNOWN_ALIGNMENT = 16
+# Elements that a lane takes at a time where rows begin anywhere: 16 bytes of 16-bit elements, or 8.
+_AT_A_TIME = (8, 4)
+_FEWEST_AT_A_TIME = _AT_A_TIME[-1]
 
 
 class View(NamedTuple):
@@ -64,6 +67,37 @@ class View(NamedTuple):
         if common % _KNOWN_ALIGNMENT == 0 or any(triple[2] != 1 for triple in self.strides):
             return 1
         return common & -common
+
+    @property
+    def lies_row_by_row(self) -> bool:
+        """Whether rows lie one behind the other, a channel each, and begin anywhere: those of 7 × 7 elements."""
+        _, rows, cols = self.sizes
+        dense = all(triple[1:] == (cols, 1) for triple in self.strides)
+        planes = all(triple[0] == rows * cols for triple in self.strides) or self.sizes[0] == 1
+        return self.channel == 1 and dense and planes and cols % _FEWEST_AT_A_TIME != 0
+
+    def skew(self, width: int) -> int:
+        """Return how many elements at a time rows that begin anywhere are read by, into tiles of ``width`` columns.
+
+        A tile then begins at the multiple of that number before its row. 1 where rows do not, or do not fit.
+        """
+        _, rows, cols = self.sizes
+        fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols + n - 1 <= width)
+        return next(fitting, 1) if self.lies_row_by_row else 1
+
+    def pieces(self) -> tuple[View, int | None]:
+        """Return the view as pieces of 8 or 4 elements, and how many elements make a channel: of rows that begin anywhere.
+
+        A piece then has elements of two channels at most. The view itself and None where rows do not begin anywhere, or
+        planes do as well.
+        """
+        outer, rows, cols = self.sizes
+        fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols >= n - 1)
+        piece = next(fitting, None) if self.lies_row_by_row else None
+        if piece is None:
+            return self, None
+        strides = tuple((triple[0], piece, 1) for triple in self.strides)
+        return self._replace(sizes=(outer, rows * cols // piece, piece), strides=strides), cols
 
     def constants(self, tile: Tile, grid: LaunchGrid) -> dict[str, Any]:
         """Return keyword arguments (constants, ``num_warps``) of a kernel with one program per tile of this view."""

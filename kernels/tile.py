@@ -83,17 +83,26 @@ def aligned_sizes(sizes, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr):
+def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr, RUN: tl.constexpr = None):
     """Load one value per channel of the tile, shaped to broadcast against it: (ROWS, 1), (1, COLS) or a scalar.
+
+    With RUN one value per element, (ROWS, COLS).
 
     Args:
         ptr: (channels,), or one element if CHANNEL is None.
         place: of the tile, from :func:`tile_indices`.
         sizes: (outer, rows, cols) of the view.
         CHANNEL: dimension of the view with the channels: 0, 1, 2 or None.
+        RUN: elements of each channel, where rows are pieces of at most two channels, see `View.pieces`; else None.
     """
     outer, row, col = place
-    if CHANNEL is None:
+    if RUN is not None:
+        begin, exists = row * sizes[2], row < sizes[1]
+        last = (begin + sizes[2] - 1) // RUN
+        one = tl.load(ptr + begin // RUN, mask=exists, other=1)[:, None]
+        other = tl.load(ptr + last, mask=exists, other=1)[:, None]
+        return tl.where(begin[:, None] + col[None, :] < (last * RUN)[:, None], one, other)
+    elif CHANNEL is None:
         return tl.load(ptr)
     elif CHANNEL == 0:
         return tl.load(ptr + outer)

@@ -13,6 +13,8 @@ from tritonq.reference.conv_bn import BatchNormState, Normalization
 _ACTIVATION = (256, 64, 56, 56)
 # Its fourth: rows of 14 * 14, whose starts are multiples of 4 elements alone.
 _SHORT_ROWS = (256, 256, 14, 14)
+# Its fifth: rows of 7 * 7, which begin anywhere, in planes that begin at multiples of 16.
+_ODD_ROWS = (256, 512, 7, 7)
 # Of ReLU6: a plain ReLU compiles to less.
 _CEILING = 6.0
 
@@ -74,14 +76,18 @@ CASES = (
     ),
     *(
         CodegenCase(
-            f"{name}/rows of 14 x 14",
-            make(QINT8, False, _SHORT_ROWS),
+            f"{name}/rows of {extent} x {extent}",
+            make(QINT8, False, shape),
             kernel,
             reads,
             writes,
-            f"{'two reads' if reads == 2 else 'one read'}, one write, short rows",
+            f"{'two reads' if reads == 2 else 'one read'}, one write, {budget}",
             dtypes=(torch.bfloat16,),
-            width=64,
+            width=width,
+        )
+        for extent, shape, budget, width in (
+            (14, _SHORT_ROWS, "short rows", 64),
+            (7, _ODD_ROWS, "rows that begin anywhere", 128),
         )
         for name, make, kernel, reads, writes in (
             ("conv_bn", _forward, "apply_kernel", 1, 1),

@@ -162,6 +162,22 @@ class TestKernel(OpTester):
         y = operators("conv2d", use).integer_conv2d(*given, **limits)
         assert torch.equal(y.cpu(), (total + bias.double().view(-1, 1, 1)).float())
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_sums_with_bias_may_pass_32_bits(self, sign: int, use: str, device: str) -> None:
+        """A bias at the end of int32, and one product more."""
+        bias = sign * torch.tensor([2**31 - 1], dtype=torch.int32)
+        arguments = (
+            torch.full((1, 1, 1, 1), 100.0),
+            torch.full((1, 1, 1, 1), sign * 20.0),
+            bias,
+            torch.ones(1) / 2**30,
+        )
+        y = operators("conv2d", use).integer_conv2d(
+            *(value.to(device) for value in arguments), None, torch.float32, (1, 1), (0, 0), (1, 1), 1
+        )
+        # 2^31 + 1999 is not a float32; 2^31 + 2048 is, as 256 divides it.
+        assert y.item() == sign * (2**31 + 2048) / 2**30
+
     def test_real_values(self, use: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 20, 7, 5), (9, 20, 3, 3)))

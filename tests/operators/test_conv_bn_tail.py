@@ -19,7 +19,12 @@ from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.min_max import min_max
 
 # Elements per channel are multiples of four.
-SHAPES = [(4, 5, 7, 3), (2, 3, 130), (8, 6), (1, 7, 4, 9), (16, 1, 3, 1), (2, 3, 2, 3, 4), (4, 37, 1, 1), (4, 2, 9, 8)]
+SHAPES = [
+    *((4, 5, 7, 3), (2, 3, 130), (8, 6), (1, 7, 4, 9), (16, 1, 3, 1), (2, 3, 2, 3, 4)),
+    # Rows that begin anywhere, in planes that begin at multiples of 8 elements, or of 4.
+    *((4, 8, 7, 7), (4, 4, 3, 3), (1, 8, 4, 5)),
+    *((4, 37, 1, 1), (4, 2, 9, 8)),
+]
 QTYPES = {"float": None, "int8": QINT8, "uint8": QUINT8, "int4": QINT4}
 # A grid, and the upper bound of the ReLU before it: none, a plain one, and bounds below and beyond the last code.
 ENDS = [

@@ -214,6 +214,37 @@ def test_alignment_of_rows(shape: tuple[int, ...], channels_last: bool, alignmen
     assert found.alignment == alignment
 
 
+@pytest.mark.parametrize(
+    ("x", "width", "skew", "pieces"),
+    [
+        (meta(2, 512, 7, 7), 64, 8, (2, 3136, 8)),
+        (meta(1, 512, 7, 7), 64, 8, (1, 3136, 8)),
+        (meta(2, 4, 7, 7), 64, 4, (2, 49, 4)),  # planes of 196 elements
+        (meta(2, 512, 7, 7), 32, 1, (2, 3136, 8)),  # more than one tile to a row
+        (meta(2, 8, 5, 3), 16, 1, (2, 15, 8)),  # a row and the elements before it fill more than a tile
+        (meta(2, 8, 5), 8, 4, (2, 10, 4)),  # pieces of 8 would have elements of three channels
+        (meta(2, 3, 7, 7), 64, 1, None),  # planes begin anywhere
+        (meta(2, 512, 14, 14), 256, 1, None),  # rows begin at multiples of 4
+        (meta(2, 8, 49, channels_last=False)[:, ::2], 64, 1, None),
+        (meta(2, 16, 49)[:, :8], 64, 1, None),
+        (meta(2, 512, 7, 7, channels_last=True), 64, 1, None),
+    ],
+)
+def test_rows_that_begin_anywhere(x: Tensor, width: int, skew: int, pieces: tuple[int, int, int] | None) -> None:
+    found = view(x.shape, (x.stride(),), 1)
+    assert found is not None
+    assert found.skew(width) == skew
+    cut, run = found.pieces()
+    if pieces is None:
+        assert (cut, run) == (found, None)
+        return
+    assert (cut.sizes, run) == (pieces, found.sizes[2])
+    assert cut.alignment == pieces[2]
+    # Element i of a plane is at i, and no piece has elements of three channels.
+    assert cut.strides == ((pieces[1] * pieces[2], pieces[2], 1),) or found.sizes[0] == 1
+    assert pieces[2] <= found.sizes[2] + 1
+
+
 def test_rows_that_end_elsewhere_have_no_alignment() -> None:
     """Kernels round the length of a row down to its alignment: all of it must be a multiple."""
     x = meta(2, 8, 24)[:, :, :13]

@@ -24,6 +24,7 @@ INPUTS = {
     "channels_last": torch.randn(2, 5, 3, 3).to(memory_format=torch.channels_last),
     "rows": torch.randn(67, 3),
     "one channel": torch.randn(2, 1, 9),
+    "rows that begin anywhere": torch.randn(2, 8, 3, 3),
 }
 
 

@@ -334,7 +334,9 @@ class TestOperatorTests:
 
     def test_a_cpu_runs_one_file_without_kernels(self, visit):
         """A trial has tests to run, and ends well."""
-        found = self.run(visit, None, test_a=self.FAILING + "\n\ndef test_torch_one():\n    pass\n", test_b=self.FAILING)
+        found = self.run(
+            visit, None, test_a=self.FAILING + "\n\ndef test_torch_one():\n    pass\n", test_b=self.FAILING
+        )
         assert found["pytest"]["status"] == "ok"
         assert found["counts"] == {**found["counts"], "passed": 1}
 

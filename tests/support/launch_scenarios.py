@@ -176,6 +176,15 @@ def large() -> None:
     layer(torch.randn(2, 1024, 3, 3, generator=torch.Generator().manual_seed(0))).sum().backward()
 
 
+def short_rows() -> None:
+    """Rows of 7 · 7 elements, which begin anywhere in planes that begin at multiples of 8, in each dtype."""
+    qconfig = PRESETS["tensorrt"]
+    for dtype in DTYPES:
+        for given in (qconfig, qconfig._replace(activation=nn.Identity)):
+            layer = qnn.ConvBnReLU2d(2, 8, 3, padding=1, qconfig=given).to(dtype)
+            layer(torch.ones(2, 2, 7, 7, dtype=dtype)).float().sum().backward()
+
+
 def weights_together() -> None:
     # A parameter without storage, which the search for the tensors behind the table of addresses must pass over.
     bystander = nn.LazyLinear(1)
@@ -323,6 +332,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     **{name: preset(qconfig) for name, qconfig in LEARNED.items()},
     "large": large,
     "functions of one tensor": functions_of_one_tensor,
+    "short rows": short_rows,
     "weights together": weights_together,
     "tuned convolutions": tuned_convolutions,
     "long sums": long_sums,
