@@ -223,6 +223,7 @@ def test_alignment_of_rows(shape: tuple[int, ...], channels_last: bool, alignmen
         (meta(2, 512, 7, 7), 32, 1, (2, 3136, 8)),  # more than one tile to a row
         (meta(2, 8, 5, 3), 16, 1, (2, 15, 8)),  # a row and the elements before it fill more than a tile
         (meta(2, 8, 5), 8, 4, (2, 10, 4)),  # pieces of 8 would have elements of three channels
+        (meta(2, 8, 6), 8, 1, (2, 12, 4)),
         (meta(2, 3, 7, 7), 64, 1, None),  # planes begin anywhere
         (meta(2, 512, 14, 14), 256, 1, None),  # rows begin at multiples of 4
         (meta(2, 8, 49, channels_last=False)[:, ::2], 64, 1, None),
