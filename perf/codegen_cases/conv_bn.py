@@ -19,7 +19,9 @@ _ODD_ROWS = (256, 512, 7, 7)
 _CEILING = 6.0
 
 
-def _forward(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] = _ACTIVATION) -> Call:
+def forward_call(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] = _ACTIVATION) -> Call:
+    """Return a launch of the forward tail of a ReLU6, with its observer."""
+
     def call(dtype: torch.dtype) -> object:
         c = meta(*shape, dtype=dtype, channels_last=channels_last)
         vector = meta(c.shape[1])
@@ -29,7 +31,9 @@ def _forward(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] =
     return call
 
 
-def _backward(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] = _ACTIVATION) -> Call:
+def backward_call(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] = _ACTIVATION) -> Call:
+    """Return a launch of the backward tail of a ReLU6."""
+
     def call(dtype: torch.dtype) -> object:
         c = meta(*shape, dtype=dtype, channels_last=channels_last)
         vector = meta(c.shape[1])
@@ -47,10 +51,12 @@ CASES = (
         for layout, last in _LAYOUTS
         for grid, qtype in _GRIDS
         for case in (
-            CodegenCase(f"conv_bn/{layout} {grid}", _forward(qtype, last), "apply_kernel", 1, 1, "one read, one write"),
+            CodegenCase(
+                f"conv_bn/{layout} {grid}", forward_call(qtype, last), "apply_kernel", 1, 1, "one read, one write"
+            ),
             CodegenCase(
                 f"conv_bn_statistics/{layout} {grid}",
-                _forward(qtype, last),
+                forward_call(qtype, last),
                 "statistics_kernel",
                 1,
                 0,
@@ -58,7 +64,7 @@ CASES = (
             ),
             CodegenCase(
                 f"conv_bn_backward/{layout} {grid}",
-                _backward(qtype, last),
+                backward_call(qtype, last),
                 "gradient_kernel",
                 2,
                 1,
@@ -66,7 +72,7 @@ CASES = (
             ),
             CodegenCase(
                 f"conv_bn_sums/{layout} {grid}",
-                _backward(qtype, last),
+                backward_call(qtype, last),
                 "gradient_sums_kernel",
                 2,
                 0,
@@ -90,10 +96,10 @@ CASES = (
             (7, _ODD_ROWS, "rows that begin anywhere", 128),
         )
         for name, make, kernel, reads, writes in (
-            ("conv_bn", _forward, "apply_kernel", 1, 1),
-            ("conv_bn_statistics", _forward, "statistics_kernel", 1, 0),
-            ("conv_bn_backward", _backward, "gradient_kernel", 2, 1),
-            ("conv_bn_sums", _backward, "gradient_sums_kernel", 2, 0),
+            ("conv_bn", forward_call, "apply_kernel", 1, 1),
+            ("conv_bn_statistics", forward_call, "statistics_kernel", 1, 0),
+            ("conv_bn_backward", backward_call, "gradient_kernel", 2, 1),
+            ("conv_bn_sums", backward_call, "gradient_sums_kernel", 2, 0),
         )
     ),
 )

@@ -13,6 +13,7 @@ from tritonq.backend import is_interpreting
 from tritonq.perf import predict
 from tritonq.perf.codegen import ALL_CASES, GPUS
 from tritonq.perf.disassembly import bytes_per_wait, main_path, parse_sass
+from tritonq.perf.goals import GOALS
 
 if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
@@ -148,3 +149,18 @@ def test_the_committed_table_has_every_kernel_that_moves_data() -> None:
         if dtype != torch.float16
     }
     assert wanted <= rows, "run python -m tritonq.perf.predict --write"
+
+
+def test_the_committed_table_has_the_goals_of_the_tail() -> None:
+    text = predict.TABLE.read_text(encoding="utf-8")
+    wanted = [goal.says for goal in GOALS if "conv_bn/tail" in goal.case]
+    assert len(wanted) == 4
+    assert all(f"| {says} |" in text for says in wanted), "run python -m tritonq.perf.predict --write"
+
+
+def test_the_tail_of_a_large_tensor_is_predicted_near_the_copy_rate() -> None:
+    """Of a small one the starts of its seven kernels take half."""
+    (large,) = predict.tail_shares((256, 64, 56, 56), False, [H200])
+    (small,) = predict.tail_shares((32, 64, 14, 14), False, [H200])
+    assert 0.85 < large < 1
+    assert small < 0.5
