@@ -86,7 +86,7 @@ class View(NamedTuple):
         return next(fitting, 1) if self.lies_row_by_row else 1
 
     def pieces(self) -> tuple[View, int | None]:
-        """Return the view as pieces of 8 or 4 elements, and how many elements make a channel: of rows that begin anywhere.
+        """Cut rows that begin anywhere into pieces of 8 or 4 elements; return that view, and the elements of a channel.
 
         A piece then has elements of two channels at most. The view itself and None where rows do not begin anywhere, or
         planes do as well.
