@@ -145,9 +145,7 @@ def prefix_histogram_kernel(
 def linear_histogram_kernel(
     x_ptr,  # (channels, length) contiguous
     histogram_ptr,  # (channels, bins) int64, added to
-    lo,  # lower end of the first bin
-    hi,  # upper end of the last bin
-    width,  # hi - lo, float32
+    limits_ptr,  # (2,) float32: lower end of the first bin, upper end of the last one
     length,  # elements of a channel
     blocks,  # of BLOCK elements, in a channel
     bins,
@@ -159,14 +157,16 @@ def linear_histogram_kernel(
     channel = (program // blocks).to(tl.int64)
     at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + channel * length + at, mask=at < length, other=float("nan")).to(tl.float32)
+    lo = tl.load(limits_ptr)
+    hi = tl.load(limits_ptr + 1)
     inside = (x >= lo) & (x <= hi)
-    position = tl.div_rn((x - lo) * parts, tl.full([BLOCK], width, tl.float32))
+    position = tl.div_rn((x - lo) * parts, tl.zeros([BLOCK], tl.float32) + (hi - lo))
     index = tl.minimum(tl.where(inside, position, 0).to(tl.int32), bins - 1)
     tl.atomic_add(histogram_ptr + channel * bins + index, tl.full([BLOCK], 1, tl.int64), mask=inside)
 
 
-def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
-    """Return how many elements lie in each of ``bins`` equal bins from ``lo`` to ``hi``, both included.
+def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
+    """Return how many elements lie in each of ``bins`` equal bins between the two ``limits``, both included.
 
     int64 (bins,), or (x.shape[axis], bins) with ``axis``. Elements outside, and NaN, are not counted.
     """
@@ -175,15 +175,13 @@ def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | Non
     rows = rows.reshape(channels, x.numel() // max(1, channels)).contiguous()
     counts = torch.zeros((rows.shape[0], bins), dtype=torch.int64, device=x.device)
     if rows.numel():
-        limits = torch.tensor([lo, hi], dtype=torch.float32)
         with device_guard(x):
             # The first axis of a grid takes 2^31 programs, the others 65535.
             blocks = triton.cdiv(rows.shape[1], _LINEAR_BLOCK)
             linear_histogram_kernel[(blocks * rows.shape[0],)](
                 rows,
                 counts,
-                *limits.tolist(),
-                float(limits[1] - limits[0]),
+                limits.float(),
                 rows.shape[1],
                 blocks,
                 bins,

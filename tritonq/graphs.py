@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize
-from tritonq.observers.interpolating import InterpolatingHistogramObserver
 from tritonq.warn_once import warn_once
 
 # Replaced where tests stand in for a GPU.
@@ -51,8 +50,7 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
 
     Raises:
         ValueError: parameters, buffers or inputs are not on one CUDA device; an input is no tensor; fewer than one
-            warm-up step; the model is graphed already; or an observer reads its range on the host, as the
-            interpolating histogram of preset ``megengine_calibration`` does.
+            warm-up step; or the model is graphed already.
 
     Source: torch.cuda.make_graphed_callables, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
@@ -186,9 +184,3 @@ def _check(model: nn.Module, inputs: tuple[Any, ...], warmup_steps: int) -> None
     if len(devices) != 1 or next(iter(devices)).type != _DEVICE:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"graphed needs a model and inputs on one CUDA device; these are on {names}")
-    for name, module in model.named_modules():
-        if isinstance(module, InterpolatingHistogramObserver) and module.training:
-            raise ValueError(
-                f"{name} is an InterpolatingHistogramObserver, which reads its range on the host in every step; "
-                "a graph can't. Calibrate first and take HistogramObserver, or train without graphs"
-            )

@@ -25,7 +25,7 @@ def _histogram(layout: str) -> Call:
 
 
 def _linear_histogram(dtype: torch.dtype) -> object:
-    return histogram.linear_histogram(meta(*LAYOUTS["flat"][0], dtype=dtype), 256, -1.0, 1.0)
+    return histogram.linear_histogram(meta(*LAYOUTS["flat"][0], dtype=dtype), 256, meta(2))
 
 
 CASES = (

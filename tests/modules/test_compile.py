@@ -212,9 +212,17 @@ def test_what_cannot_be_traced_says_so():
     layer = qnn.Linear(3, 2, qconfig=tritonq.get_qconfig("megengine_tqt"))
     with pytest.raises(Exception, match="run the model once on a batch"):
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(4, 3))
-    quantizer = tritonq.FakeQuantize(observer=tritonq.InterpolatingHistogramObserver)
-    with pytest.raises(Exception, match="HistogramObserver has no such step"):
-        torch.compile(quantizer, fullgraph=True, backend="eager")(torch.randn(4, 3))
+
+
+def test_a_quantizer_whose_bins_move_is_traced():
+    """Ranges that grow, and one that does not; each batch is rounded to the range that it made."""
+    ours, eager = (tritonq.FakeQuantize(observer=tritonq.InterpolatingHistogramObserver) for _ in range(2))
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for size in (1.0, 1.7, 0.3):
+        x = size * torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(compiled(x), eager(x))
+    for (name, mine), other in zip(ours.state_dict().items(), eager.state_dict().values(), strict=True):
+        assert torch.equal(mine, other), name
 
 
 @pytest.mark.parametrize("missing", [(), ("zero_point",), ("enabled",)])

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch.ao.quantization import HistogramObserver as TorchHistogramObserver
 
-from tolerances import LONG_SUMS, SUMS, assert_close
-from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, MinMaxObserver
+from tolerances import EXACT, LONG_SUMS, SUMS, assert_close
+from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, MinMaxObserver, base
+from tritonq.qparams import QParams
+from tritonq.reference import interpolating
 from tritonq.reference.interpolating import greedy_range
 
 
@@ -92,8 +94,97 @@ def test_greedy_search_stops_at_the_first_rise(name):
     for batch in SEQUENCES[name]:
         theirs(batch)
     low, high = theirs._non_linear_param_search()
-    found = greedy_range(theirs.histogram.double(), float(theirs.min_val), float(theirs.max_val), 256)
-    np.testing.assert_allclose(found, (float(low), float(high)), rtol=SUMS.rtol)
+    limits = torch.stack((theirs.min_val, theirs.max_val)).double()
+    found = greedy_range(theirs.histogram.double(), limits, 256)
+    np.testing.assert_allclose(found.tolist(), (float(low), float(high)), rtol=SUMS.rtol)
+
+
+HISTOGRAMS = {
+    "two values": [0, 5, 0, 0, 0, 0, 40, 0],
+    "the first": [7, 0, 0, 0],
+    "the last": [0, 0, 0, 7],
+    "one in the middle": [0, 0, 7, 0, 0],
+    "ends": [40, 0, 0, 1, 0, 0, 90],
+    "slopes": [1, 2, 4, 8, 16, 8, 4, 2, 1],
+    "one step takes several": [1, 1, 1, 500000, 1, 1, 500000, 1],
+}
+
+
+def greedy_by_steps(counts: list[float], cells: int) -> tuple[int, int]:
+    """The first and last bin that are left, one step of the published search after the other."""
+    below, total = np.cumsum(counts).tolist(), float(np.sum(counts))
+    lower, upper, first, last, least = 0.0, 1.0, 0, len(counts) - 1, np.inf
+    while lower < upper:
+        left, right = first, last
+        while left < last and below[left] < (lower + 1e-5) * total:
+            left += 1
+        while right > first and below[right] > (upper - 1e-5) * total:
+            right -= 1
+        if left - first > last - right:
+            candidate, lower = (left, last), lower + 1e-5
+        else:
+            candidate, upper = (first, right), upper - 1e-5
+        if candidate == (first, last):
+            continue
+        step = (candidate[1] - candidate[0] + 1) / cells
+        points = candidate[0] + step / 2 + step * np.arange(cells)
+        # Midpoints of many slices of each bin, to the nearest point.
+        middles = (np.arange(len(counts) * 1000) + 0.5) / 1000
+        distance = np.abs(middles[:, None] - points).min(1) ** 2
+        error = float((distance.reshape(len(counts), -1).mean(1) * counts).sum())
+        if error > least:
+            break
+        least, (first, last) = error, candidate
+    return first, last
+
+
+@pytest.mark.parametrize("cells", [2, 16])
+@pytest.mark.parametrize("name", HISTOGRAMS)
+def test_windows_are_those_of_one_step_after_the_other(name, cells):
+    counts = HISTOGRAMS[name]
+    found = greedy_range(torch.tensor(counts).double(), torch.tensor([0.0, len(counts)]).double(), cells)
+    first, last = greedy_by_steps(counts, cells)
+    assert found.tolist() == [first, last + 1]
+
+
+@pytest.mark.parametrize("interpolation", ["torch", "megengine"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_what_a_gpu_computes_without_a_look_from_the_host(name, interpolation, monkeypatch):
+    arguments = {"dtype": "qint8", "interpolation": interpolation}
+    ours, theirs = (InterpolatingHistogramObserver(**arguments) for _ in range(2))
+    for batch in SEQUENCES[name]:
+        theirs(batch)
+        with monkeypatch.context() as patched:
+            patched.setattr(interpolating, "is_readable", lambda values: False)
+            ours(batch)
+            scale, zero_point = ours.calculate_qparams()
+        assert torch.equal(ours.min_val, theirs.min_val)
+        assert torch.equal(ours.max_val, theirs.max_val)
+        if interpolation == "megengine":
+            assert_close(ours.histogram, theirs.histogram, EXACT)
+        else:
+            # A slice whose middle is on a boundary, by either formula of linspace, may fall on either side.
+            moved = (ours.histogram - theirs.histogram).cumsum(0).abs().max()
+            assert moved <= theirs.histogram.max() / interpolating.TORCH_SLICES
+        expected, expected_zero = theirs.calculate_qparams()
+        assert_close(scale, expected, SUMS, size=0)
+        assert torch.equal(zero_point, expected_zero)
+
+
+def test_a_switch_that_only_the_device_knows(monkeypatch):
+    """With 0 nothing moves, with 1 everything does."""
+    observer, other = InterpolatingHistogramObserver(), InterpolatingHistogramObserver()
+    qparams = QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(base, "is_readable", lambda values: False)
+    x = SEQUENCES["growing"][0]
+    observer.observe(x, qparams, torch.zeros(1, dtype=torch.uint8))
+    for (name, mine), untouched in zip(observer.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(mine, untouched), name
+    assert float(qparams.scale) == 1
+    observer.observe(x, qparams, torch.ones(1, dtype=torch.uint8))
+    other(x)
+    assert torch.equal(observer.histogram, other.histogram)
+    assert torch.equal(qparams.scale, other.calculate_qparams().scale)
 
 
 @pytest.mark.parametrize("dtype", ["qint4", "quint4", "qint2", "quint2", "qint1"])

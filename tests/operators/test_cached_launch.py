@@ -186,8 +186,8 @@ def test_numbers_that_are_equal_and_of_two_types_are_told_apart(recorder):
     """Triton makes 0 an integer and 0.0 a float; each needs a kernel of its own."""
     kernel, x, counts = histogram.linear_histogram_kernel, torch.randn(4096), torch.zeros(4, dtype=torch.int64)
     signatures = []
-    for low in (0, 0.0, 0):
-        launch = launched(recorder, kernel, x, counts, low, 1.0, 1.0, 4096, 4, 4, 4.0, BLOCK=1024, num_warps=4)
+    for parts in (0, 0.0, 0):
+        launch = launched(recorder, kernel, x, counts, torch.zeros(2), 4096, 4, 4, parts, BLOCK=1024, num_warps=4)
         signatures.append(launch[2])
     assert signatures[0] == signatures[2] != signatures[1]
 

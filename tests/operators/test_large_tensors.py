@@ -67,7 +67,7 @@ def reductions(ops: Any, given: Given, x: Tensor, device: str) -> list[Tensor]:
     for axis in (None, 1):
         found += ops("min_max").min_max(given(x), axis)
         found += ops("histogram").prefix_histogram(given(x), FloatPrefixBins(), axis)
-        found.append(ops("histogram").linear_histogram(given(x), 5, -4.0, 4.0, axis))
+        found.append(ops("histogram").linear_histogram(given(x), 5, torch.tensor([-4.0, 4.0], device=device), axis))
         found.append(ops("fixed_point").frac_len_errors(given(x), QuantizedType(-8, 7, axis=axis), 4))
     return found
 

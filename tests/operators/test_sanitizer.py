@@ -167,7 +167,7 @@ def test_histograms(name: str, axis: int | None, sanitize_loops: Sanitize) -> No
     sanitize_loops(histogram)
     x = with_axis(name, axis)
     histogram.prefix_histogram(x, FloatPrefixBins(), axis)
-    histogram.linear_histogram(x, 7, -1.0, 1.0, axis)
+    histogram.linear_histogram(x, 7, torch.tensor([-1.0, 1.0]), axis)
 
 
 @pytest.mark.parametrize("name", ["odd", "channels_last", "rows"])

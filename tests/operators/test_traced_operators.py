@@ -137,6 +137,12 @@ def observers(x: Tensor) -> None:
         counts, low, high, count = ops.prefix_histogram(x, bins, axis)
         ops.observe(x, counts, low, high, count, statistics.enabled, bins, axis)
         traced.FAMILIES["search"].search_range(counts, low, high, bins, qtype, "l2")
+        traced.FAMILIES["histogram"].linear_histogram(x, 5, torch.tensor([-1.0, 1.0]), axis)
+    moving, limits = torch.ones(16, dtype=torch.float64), torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    for interpolation in ("torch", "megengine"):
+        ops = traced.FAMILIES["interpolating"]
+        wider, kept = ops.grown(moving, limits, 1.5 * limits, interpolation, 8)
+        ops.greedy_range(kept, wider, 4)
 
 
 def integers(x: Tensor) -> None:

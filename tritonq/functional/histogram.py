@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from tritonq.backend import Backend, implementation
@@ -51,5 +52,6 @@ def histogram(
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise ValueError(f"lo and hi must be finite and ascend, got {lo} and {hi}")
     axis = None if axis is None else check_axis(x, axis)
-    counts: Tensor = implementation("histogram", x, backend).linear_histogram(x, bins, float(lo), float(hi), axis)
+    limits = torch.tensor([lo, hi], dtype=torch.float64, device=x.device)
+    counts: Tensor = implementation("histogram", x, backend).linear_histogram(x, bins, limits, axis)
     return counts

@@ -7,20 +7,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from tritonq.backend import implementation
-from tritonq.observers.base import RangeObserver
+from tritonq.functional.dispatch import implementation, without_kernel
+from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import reduce_range, reduce_sums
 from tritonq.qparams import QParams
-from tritonq.reference.interpolating import (
-    MEGENGINE_SLICES,
-    TORCH_SLICES,
-    Interpolation,
-    greedy_range,
-    rebin,
-    rebin_aligned,
-    spike,
-    widened_range,
-)
+from tritonq.reference.interpolating import MEGENGINE_SLICES, TORCH_SLICES, Interpolation, rebin
 
 Range = tuple[float, float]
 
@@ -28,11 +19,9 @@ Range = tuple[float, float]
 class InterpolatingHistogramObserver(RangeObserver):
     """A histogram over the running range, re-binned whenever that grows, and a greedy search for the least L2 error.
 
-    What it proposes depends on the order of batches, and it reads values back to the host: :class:`HistogramObserver`
-    does neither. Here for compatibility: the published algorithm asks, after each batch, whether the range has grown,
-    counts between limits that are Python numbers, derives from them how many slices make a bin, and its search goes on
-    in steps of 1e-5 of the counts until an error rises, each step depending on the one before. As tensors alone these
-    steps would all have to be taken, every time.
+    What it proposes depends on the order of batches; that of :class:`HistogramObserver` does not, and takes less time.
+    Here for compatibility. On a GPU every step is taken in every batch, whether the range has grown or not, and the
+    search computes the error of every window that it might look at: so no value is read on the host.
 
     Args:
         bins: number of bins, at least 2.
@@ -59,6 +48,7 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     histogram: Tensor
     common_histogram: Tensor
+    common_limits: Tensor
 
     def __init__(
         self,
@@ -85,7 +75,15 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=self.device))
         # What all ranks hold in common already, over a range of its own: a further merge must not add it again.
         self.register_buffer("common_histogram", torch.zeros_like(self.histogram), persistent=False)
-        self._common_limits: Range | None = None
+        self.register_buffer("common_limits", self._range(), persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give models that earlier versions pickled the buffer of what ranks hold in common, which they had not."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "common_limits" not in self._buffers:
+            common = self.__dict__.pop("_common_limits", None) or (torch.inf, -torch.inf)
+            limits = torch.tensor(common, dtype=torch.float64, device=self.histogram.device)
+            self.register_buffer("common_limits", limits, persistent=False)
 
     @property
     def cells(self) -> int:
@@ -100,58 +98,50 @@ class InterpolatingHistogramObserver(RangeObserver):
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Count the values of ``x`` and update the range, and scale and zero point in ``qparams`` unless that is None.
 
-        ``enabled``: one element, 0 leaves everything as it is; None: as 1. Unlike other observers this one reads values
-        back from the device.
-
-        Raises:
-            NotImplementedError: ``torch.compile`` traces the call.
+        ``enabled``: one element, 0 leaves everything as it is; None: as 1.
         """
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "torch.compile can't trace an InterpolatingHistogramObserver, which widens its range on the host; "
-                "HistogramObserver has no such step"
-            )
         x = self._checked(x)
-        if enabled is not None and not bool(enabled):
+        if known_off(enabled):
             return
         group = self.process_group.resolve()
         low, high, nonfinite = implementation("min_max", x).min_max(x)
+        finite = x.numel() - nonfinite
         if group is not None:
             low, high = reduce_range(low, high, group)
-        batch = (float(low), float(high))
-        if batch[0] <= batch[1]:
-            limits, kept = self._grown(batch)
-            counts = self._counts(x, limits)
-            if group is not None:
-                (counts,) = reduce_sums([counts], group)
-            self._adopt(kept + counts, limits)
-            if group is not None:
-                self.mark_common()
-        self.nonfinite_count.add_(nonfinite)
-        if qparams is not None and bool(self.has_observed()):
+        limits, kept = without_kernel("interpolating", x).grown(
+            self.histogram, self._range(), torch.stack((low, high)).double(), self.interpolation, self.upsample_rate
+        )
+        counts = self._counts(x, limits, finite)
+        if group is not None:
+            (counts,) = reduce_sums([counts], group)
+        write_if(enabled, self.histogram, kept + counts)
+        write_if(enabled, self.min_val, limits[0])
+        write_if(enabled, self.max_val, limits[1])
+        write_if(enabled, self.nonfinite_count, self.nonfinite_count + nonfinite)
+        if group is not None:
+            self.mark_common()
+        if qparams is not None:
+            observed = self.has_observed()
+            if enabled is not None:
+                observed = observed & (enabled.view(()) != 0)
             for target, value in zip(qparams, self.calculate_qparams(), strict=True):
-                target.copy_(value.view_as(target))
+                write_if(observed, target, value)
 
-    def _grown(self, batch: Range) -> tuple[Range, Tensor]:
-        """Return a range with the running one and ``batch`` in it, and the running counts over it (CPU, float64)."""
-        old, histogram = self._limits(), self.histogram.cpu()
-        new = (min(old[0], batch[0]), max(old[1], batch[1]))
-        if not bool(self.has_observed()) or new == old:
-            return new, histogram
-        if self.interpolation == "megengine" and old[0] < old[1]:
-            new, per_bin, start = widened_range(self.bins, old, new, self.upsample_rate)
-            return new, rebin_aligned(histogram, per_bin, start, self.upsample_rate)
-        return new, rebin(histogram, old, new, self.upsample_rate)
+    def _range(self) -> Tensor:
+        """Return both ends of the running range, (2,) float64."""
+        return torch.stack((self.min_val, self.max_val)).double()
 
-    def _counts(self, x: Tensor, limits: Range) -> Tensor:
-        """Return the counts of ``x`` over ``limits`` (CPU, float64).
+    def _counts(self, x: Tensor, limits: Tensor, finite: Tensor) -> Tensor:
+        """Return the counts of ``x``, ``finite`` of whose values are finite, over ``limits``, (2,): float64 (bins,).
 
-        If both limits are equal, all values are in the middle bin.
+        If both limits are equal, all finite values are in the middle bin.
         """
-        if limits[0] == limits[1]:
-            return spike(self.bins, limits[0], limits) * torch.isfinite(x).sum().cpu()
-        counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, *limits)
-        return counts.cpu().double()
+        is_one = limits[0] == limits[1]
+        # Any range of one value's would do, but one of no width, over which nothing can be divided.
+        counted = torch.stack((limits[0], torch.where(is_one, torch.inf, limits[1])))
+        counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, counted)
+        middle = torch.arange(self.bins, device=x.device) == self.bins // 2
+        return torch.where(is_one, middle * finite, counts).double()
 
     def _limits(self) -> Range:
         return float(self.min_val), float(self.max_val)
@@ -163,9 +153,13 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     def over(self, limits: Range) -> Tensor:
         """Return the counts over a wider range ``limits``: float64 (bins,), on the CPU."""
-        if not bool(self.has_observed()):
+        return self._rebinned(self.histogram, self._limits(), limits)
+
+    def _rebinned(self, histogram: Tensor, old: Range, new: Range) -> Tensor:
+        if not old[0] <= old[1]:
             return torch.zeros(self.bins, dtype=torch.float64)
-        return rebin(self.histogram.cpu(), self._limits(), limits, self.upsample_rate)
+        before, after = (torch.tensor(ends, dtype=torch.float64) for ends in (old, new))
+        return rebin(histogram.cpu(), before, after, self.upsample_rate)
 
     def own_counts(self, limits: Range) -> Tensor:
         """Return the counts, over the range ``limits``, that this rank has not shared with others yet."""
@@ -179,12 +173,11 @@ class InterpolatingHistogramObserver(RangeObserver):
     def mark_common(self) -> None:
         """Take the present counts as those that all ranks have."""
         self.common_histogram.copy_(self.histogram)
-        self._common_limits = self._limits() if bool(self.has_observed()) else None
+        self.common_limits.copy_(self._range())
 
     def _common_over(self, limits: Range) -> Tensor:
-        if self._common_limits is None:
-            return torch.zeros(self.bins, dtype=torch.float64)
-        return rebin(self.common_histogram.cpu(), self._common_limits, limits, self.upsample_rate)
+        low, high = self.common_limits.tolist()
+        return self._rebinned(self.common_histogram, (low, high), limits)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict. Its counts are taken as shared, since every rank loads the same file."""
@@ -193,10 +186,10 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     def search_range(self) -> tuple[Tensor, Tensor]:
         """Return the range that the greedy search proposes: float32, 0-d. If nothing was seen it is +inf and -inf."""
-        if not bool(self.has_observed()):
-            return self.min_val, self.max_val
-        low, high = greedy_range(self.histogram.cpu(), *self._limits(), self.cells)
-        return torch.full_like(self.min_val, low), torch.full_like(self.max_val, high)
+        limits, seen = self._range(), self.has_observed()
+        found = without_kernel("interpolating", limits).greedy_range(self.histogram, limits, self.cells)
+        low, high = torch.where(seen, found, limits).float().unbind()
+        return low, high
 
     def merge(self, other: RangeObserver) -> None:
         """Add to this observer what ``other`` counted; both are counted over a range that contains both.

@@ -25,7 +25,12 @@ _MAGNITUDE_BITS = 0x7FFFFFFF
 _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 
 
-def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
+def _linear_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return (*_range_shape(arguments), arguments["bins"])
+
+
+@operator(returns=New(_linear_shape, "x", torch.int64))
+def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
     """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))`` in float32; ``hi`` is in the last bin.
 
     Values outside ``[lo, hi]`` and NaN are not counted. The counts equal those of torch.histc: the arithmetic is the
@@ -34,17 +39,16 @@ def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | Non
     Args:
         x: any shape, any float dtype.
         bins: number of bins.
-        lo: lower edge of the first bin.
-        hi: upper edge of the last bin.
+        limits: (2,) of any float dtype, on the device of ``x``: lo and hi, the outer edges of the bins.
         axis: one histogram per index of this axis; None for one.
 
     Returns:
         int64, (bins,) or (x.shape[axis], bins).
     """
     values = _by_channel(x, axis).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    low, width = values.new_tensor(lo), values.new_tensor(hi) - values.new_tensor(lo)
-    inside = (values >= low) & (values <= values.new_tensor(hi))
-    position = ((values - low) * bins / width).clamp_(0, bins - 1)
+    low, high = limits.to(values.dtype).unbind()
+    inside = (values >= low) & (values <= high)
+    position = ((values - low) * bins / (high - low)).clamp_(0, bins - 1)
     # One more bin takes what is not counted, and NaN, which no integer can hold.
     index = torch.where(inside, position, bins).to(torch.int32)
     counts = _count_rows(index, bins + 1)[:, :bins]
