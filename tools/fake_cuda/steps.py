@@ -72,6 +72,9 @@ def compare(name: str, device: CudaOnCpu) -> dict[str, str]:
     waits = in_words(device)
     row = {"preset": name, "largest difference of outputs": f"{difference(*outputs):.1e}"}
     row["waits in a training step"] = waits
+    if name == "megengine_calibration":
+        # Its steps round nothing: they count, until a calibration ends with rounding.
+        tritonq.calibrate(host, [x])
     on_device.load_state_dict(host.state_dict())
     host.eval(), on_device.eval()
     with torch.no_grad():
