@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tritonq.compiled.build import obstacle
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
-from tritonq.perf.cases.train_step_peers import PEERS, Peer, peer_model
+from tritonq.perf.cases.train_step_peers import ACCELERATED_PEERS, PEERS, Peer, accelerate, peer_model
 from tritonq.perf.cases.vision_models import quantizable, torchvision_model
 from tritonq.perf.memory import peak_bytes, saved_bytes
 from tritonq.perf.placement import memory_format, placed
@@ -216,6 +216,9 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
     def torch_ao(version: int) -> Callable[[torch.device], nn.Module]:
         return lambda device: setting.torch_ao_model(device, version)
 
+    def accelerated(make: Callable[[torch.device], nn.Module]) -> Implementation:
+        return tritonq(lambda inputs: _eager(setting, lambda device: accelerate(make(device)), inputs), quick=False)
+
     def tritonq(build: Callable[[Inputs], Step], **fields: Any) -> Implementation:
         return Implementation(build, distribution="tritonq", module="tritonq", **fields)
 
@@ -239,9 +242,11 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
         "torch.ao v1": Implementation(partial(_eager, setting, torch_ao(1))),
         "torch.ao v0, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(0)), quick=False),
         "torch.ao v1, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(1)), quick=False),
+        "torch.ao v0, accelerated": accelerated(torch_ao(0)),
+        "torch.ao v1, accelerated": accelerated(torch_ao(1)),
         "tritonq": tritonq(partial(_eager, setting, setting.tritonq_model)),
         **({"tritonq, compiled": compiled} if obstacle() is None else {}),
-        **{name: peer(library) for name, library in PEERS.items()},
+        **{name: peer(library) for name, library in (PEERS | ACCELERATED_PEERS).items()},
         "torch.compile(float)": Implementation(partial(_compiled, setting, setting.float_model), quick=False),
         "torch.compile(torch.ao v0)": Implementation(partial(_compiled, setting, torch_ao(0)), quick=False),
         "torch.compile(torch.ao v1)": Implementation(partial(_compiled, setting, torch_ao(1)), quick=False),

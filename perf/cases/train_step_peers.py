@@ -5,6 +5,7 @@ A maker receives a float model and example images, and returns the model that is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,22 @@ def _pt2e(model: nn.Module, images: Tensor) -> nn.Module:
     quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_qat=True))
     prepared: nn.Module = move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
     return prepared
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Return a model that another library prepared, with tritonq's operators inside."""
+    import tritonq
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # which name the library's own faults
+        return tritonq.accelerate(model, inplace=True)
+
+
+def _pt2e_accelerated(model: nn.Module, images: Tensor) -> nn.Module:
+    return accelerate(_pt2e(model, images))
+
+
+def _modelopt_accelerated(model: nn.Module, images: Tensor) -> nn.Module:
+    return accelerate(_modelopt(model, images))
 
 
 def _modelopt(model: nn.Module, images: Tensor) -> nn.Module:
@@ -122,5 +139,12 @@ PEERS = {
         "aimet_torch",
         _aimet,
         "BatchNorm stays a layer of its own; ranges are fixed before training, and learned",
+    ),
+}
+# Peers' models with tritonq's operators inside.
+ACCELERATED_PEERS = {
+    "torchao PT2E, accelerated": Peer("torchao", "torchao", _pt2e_accelerated, PEERS["torchao PT2E"].leaves_out),
+    "Model-Optimizer, accelerated": Peer(
+        "nvidia-modelopt", "modelopt", _modelopt_accelerated, PEERS["Model-Optimizer"].leaves_out
     ),
 }

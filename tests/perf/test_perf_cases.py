@@ -14,7 +14,7 @@ from tritonq.perf.cases.int8_conv import Convolution
 from tritonq.perf.cases.learned_scale import Problem as LearnedProblem
 from tritonq.perf.cases.min_max import Problem as ObserveProblem
 from tritonq.perf.cases.train_step import Setting, TrainStep
-from tritonq.perf.cases.train_step_peers import PEERS, Peer
+from tritonq.perf.cases.train_step_peers import ACCELERATED_PEERS, PEERS, Peer
 from tritonq.perf.memory import saved_bytes
 
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ class TestSavedBytes:
 class TestPeersOfTrainingSteps:
     def test_each_says_what_it_leaves_out(self):
         case = Setting("resnet18", 2, 32).case()
-        for name in PEERS:
+        for name in PEERS | ACCELERATED_PEERS:
             implementation = case.implementations[name]
             assert implementation.leaves_out
             assert "\n" not in implementation.leaves_out
@@ -168,7 +168,7 @@ class TestPeersOfTrainingSteps:
         assert all(torch.equal(value, expected[name]) for name, value in inner.state_dict().items())
         assert TrainStep(model, None).last.shape == (10, 512)
 
-    @pytest.mark.parametrize("name", PEERS)
+    @pytest.mark.parametrize("name", PEERS | ACCELERATED_PEERS)
     def test_a_step_where_it_is_installed(self, name):
         """Trains the model, whatever its results; the check is the benchmark's."""
         case = Setting("resnet18", 4, 64).case()
