@@ -150,14 +150,24 @@ def test_faults_of_pt2e_are_told_and_kept_from_happening():
     with pytest.warns(UserWarning, match=r"gave 2 BatchNorms behind convolutions eps 1e-05 and momentum 0\.1"):
         ours = tritonq.accelerate(pt2e(Net(dropout=0.25)))
     assert "note: torchao's prepare_qat_pt2e" in str(report_of(ours))
-    with pytest.warns(UserWarning, match=r"dropout\w*: p 0\.25, and not p 0\.5"):
+    with pytest.warns(UserWarning, match=r"dropout p 0\.25, and not p 0\.5") as told:
         move_exported_model_to_eval(ours)
-    move_exported_model_to_train(ours)
+        move_exported_model_to_train(ours)
+    assert len([each for each in told if "switch of modes" in str(each.message)]) == 1
     assert "0.25, True" in ours.code
     theirs = pt2e()
     move_exported_model_to_eval(theirs)
     with pytest.warns(UserWarning, match="observers go on in eval mode"):
         tritonq.accelerate(theirs)
+
+
+def test_restored_pt2e_has_the_constants_that_ran():
+    ours = tritonq.accelerate(pt2e(nn.Sequential(Net(), nn.BatchNorm1d(4, eps=0.5))))
+    ours(images())
+    move_exported_model_to_eval(ours)
+    ours.apply(disable_observer)
+    result = ours(images(1))
+    assert_close(tritonq.restore(ours)(images(1)), result, FLOAT32)
 
 
 @pytest.mark.parametrize(("name", "theirs", "ours"), [("resnet18", 185.2e6, 52e6), ("mobilenet_v2", 339.6e6, 100e6)])

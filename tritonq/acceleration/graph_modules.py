@@ -23,6 +23,7 @@ from tritonq.acceleration.report import AccelerationReport, Row
 from tritonq.nn.fusable import ceiling_of
 
 _KNOWN = "_tritonq_known"
+_TOLD = "_tritonq_told"
 _MEMORY = "_tritonq_memory"
 
 
@@ -40,16 +41,21 @@ class _FusedCode:
         fused = Graph()
         fused.output(fused.graph_copy(nodes.graph, {}))
         fused.set_codegen(plain)
-        changed = keep_constants(fused, self._tritonq_known)
-        if changed:
+        self._tell(keep_constants(fused, self._tritonq_known))
+        fuse(fused, self._tritonq_known)
+        return fused.python_code(root_module, **options)
+
+    def _tell(self, changed: list[str]) -> None:
+        """Warn of each change once; torchao compiles a graph several times in each switch."""
+        told = vars(self).setdefault(_TOLD, set())
+        if news := [text for text in dict.fromkeys(changed) if text not in told]:
+            told.update(news)
             warnings.warn(
                 "torchao's switch of modes wrote torch's defaults over constants of the model; tritonq runs with those "
-                f"that it had: {'; '.join(changed)}",
+                f"that it had, and restore writes them into the graph: {'; '.join(news)}",
                 UserWarning,
                 stacklevel=2,
             )
-        fuse(fused, self._tritonq_known)
-        return fused.python_code(root_module, **options)
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -136,15 +142,17 @@ def keep_modes(original: nn.Module, copied: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every graph of ``model`` its own code generator back, in place.
+    """Give every graph of ``model`` its own code generator back, in place, and the constants that ran.
 
     Models without such a graph stay as they are.
     """
     for module in _graph_modules(model):
         codegen: Any = module.graph._codegen
         if isinstance(codegen, _FusedCode):
+            keep_constants(module.graph, codegen._tritonq_known)
             codegen.__class__ = type(codegen).__bases__[1]
-            vars(codegen).pop(_KNOWN, None)
+            for name in (_KNOWN, _TOLD):
+                vars(codegen).pop(name, None)
             module.recompile()
     for held in model.modules():
         if type(held).__module__.startswith("torchao."):

@@ -124,7 +124,8 @@ def keep_constants(graph: Graph, known: KnownParts) -> list[str]:
     for (node, places), kept in zip(now, known.constants, strict=True):
         found = _read(node, places)
         if found != kept:
-            changed.append(f"{node.name}: {_in_words(kept)}, and not {_in_words(found)}")
+            kind = "dropout" if len(places) == 1 else "BatchNorm"
+            changed.append(f"{kind} {_in_words(kept)}, and not {_in_words(found)}")
             for place, value in zip(places, kept, strict=True):
                 node.update_arg(place, value)
     return changed
