@@ -13,8 +13,8 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
 import tritonq
 from saved_bytes import saved_bytes
-from tolerances import FLOAT32, LONG_SUMS, SUMS, assert_close
-from torch_ao_nets import assert_compiled_gradients_equal
+from tolerances import FLOAT32, FLOAT64_SUMS, LONG_SUMS, SUMS, assert_close
+from torch_ao_nets import assert_compiled_gradients_equal, in_float64
 from tritonq.acceleration import report_of
 from vision_models import torchvision_model
 
@@ -94,6 +94,21 @@ def test_steps_eval_and_state(make):
     assert list(ours.state_dict()) == list(copy.deepcopy(theirs).state_dict())
     assert_same_steps(theirs, ours)
     assert not [name for name in ours.code.split() if "activation_post_process" in name and name.endswith("(x)")]
+
+
+def test_ten_steps_of_fx_in_float64():
+    theirs = in_float64(fx(0))
+    ours = tritonq.accelerate(theirs)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.05, momentum=0.9) for model in (theirs, ours)]
+    for step in range(10):
+        for model, optimizer in zip((theirs, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(images(step).double()).square().mean().backward()
+            optimizer.step()
+    expected = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert_close(value, expected[name], FLOAT64_SUMS, size=0.1, msg=name)
+    assert_close(*(model.eval()(images().double()) for model in (ours, theirs)), FLOAT64_SUMS, size=0.1)
 
 
 def test_modes_and_convert_of_pt2e():
