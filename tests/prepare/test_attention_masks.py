@@ -16,6 +16,18 @@ def added(scores, hidden, value):
     return scores + torch.zeros(hidden.shape).masked_fill(hidden, value)[:, None]
 
 
+def normalized(weights):
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def less_its_sum(scores):
+    return scores - scores.logsumexp(-1, keepdim=True)
+
+
+def sharp_and_plain(scores):
+    return scores.softmax(-1) + (scores * 2).softmax(-1)
+
+
 # How scores, a mask of hidden tokens and a learned bias become weights.
 FORMS = {
     "-infinity": lambda scores, hidden, bias: added(scores, hidden, float("-inf")).softmax(-1),
@@ -26,6 +38,12 @@ FORMS = {
     "behind a learned bias": lambda scores, hidden, bias: added(scores + bias, hidden, LOWEST).softmax(-1),
     "two masks": lambda scores, hidden, bias: added(added(scores, hidden, -1e4), hidden, -1e4).softmax(-1),
     "a logarithm": lambda scores, hidden, bias: F.log_softmax(added(scores, hidden, LOWEST), -1).exp(),
+    "a sigmoid": lambda scores, hidden, bias: added(scores, hidden, -1e4).sigmoid(),
+    "a ReLU": lambda scores, hidden, bias: added(scores, hidden, float("-inf")).relu() / TOKENS,
+    "an exponential": lambda scores, hidden, bias: normalized(added(scores, hidden, -1e9).exp()),
+    "a sum of exponentials": lambda scores, hidden, bias: less_its_sum(added(scores, hidden, LOWEST)).exp(),
+    "clipped scores": lambda scores, hidden, bias: added(scores, hidden, -1e9).clamp(-500, 500).softmax(-1),
+    "two readers": lambda scores, hidden, bias: sharp_and_plain(added(scores, hidden, LOWEST)),
 }
 
 
@@ -123,3 +141,21 @@ def test_a_sum_of_a_product_and_a_mask_says_what_to_write_instead():
     x, hidden = inputs()
     with pytest.warns(UserWarning, match="its summand is a mask: write it as a matrix product and an addition"):
         tritonq.prepare_qat(Fused(), example_inputs=(x, hidden[:, None] * LOWEST))
+
+
+class Refined(nn.Module):
+    """An image and a correction that begins at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.correction = nn.Conv2d(3, 3, 3, padding=1)
+        nn.init.zeros_(self.correction.weight)
+        nn.init.zeros_(self.correction.bias)
+
+    def forward(self, x):
+        return x + self.correction(x)
+
+
+def test_an_image_beside_a_branch_of_zeros_is_no_mask():
+    prepared = tritonq.prepare_qat(Refined(), example_inputs=torch.rand(2, 3, 8, 8) * 255)
+    assert [row.status for row in tritonq.summary(prepared).layers if row.kind == "add"] == ["quantized"]

@@ -274,10 +274,12 @@ class Analysis:
         return None if call.name == "div" and is_reversed else computed[0]
 
     def mask_of(self, call: Call) -> int | None:
-        """Return the value of the mask that a call adds to attention scores on their way to a softmax.
+        """Return the value of the mask that a call adds to attention scores; None for other calls.
 
-        None for other calls.
+        A summand that follows from inputs is one if a softmax alone reads the sum, or if it dwarfed the scores.
         """
+        if call.dwarfing is not None and call.dwarfing in self._masking:
+            return call.dwarfing
         if call.index not in self._masks:
             found = summands(call, self._without_layers)
             is_masking = found is not None and self._enters_softmax(self.value_of(call))
@@ -296,6 +298,16 @@ class Analysis:
     @cached_property
     def _without_layers(self) -> frozenset[int]:
         return values_without_layers(self.flow, self.constants)
+
+    @cached_property
+    def _masking(self) -> frozenset[int]:
+        """Values that are masks where they dwarf a summand: what follows from inputs, and sums with such a mask."""
+        masking = set(self._without_layers)
+        for call in self.flow.calls:
+            is_masked = call.dwarfing in masking or (self.keeps_grid(call) and call.inputs[0] in masking)
+            if call.inputs and is_masked:
+                masking.update(call.outputs)
+        return frozenset(masking)
 
     def _is_index(self, value: int) -> bool:
         """Whether a value holds whole numbers, as indices do."""

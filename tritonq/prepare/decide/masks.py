@@ -1,4 +1,6 @@
-"""Find masks of attention: tensors that are added to scores on their way to a softmax, and follow from inputs alone.
+"""Find masks of attention: tensors that are added to scores and follow from inputs alone.
+
+Such a tensor is a mask on the way to a softmax, and wherever the scores vanish beside it in the recorded run.
 
 A mask holds -infinity, or the smallest number of its type, where scores do not count. A grid that reaches so far would
 have one code for all scores; a grid that does not would let them count. So the sum with a mask is no join: it is

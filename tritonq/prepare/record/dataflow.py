@@ -102,6 +102,7 @@ class Call:
             :func:`tritonq.prepare.record.place.use_of_result`. ``"used"`` for all others.
         run: 0, or 1 for calls of the second run that :meth:`Dataflow.joined` added.
         transformed: whether it was made inside of `torch.vmap`, `torch.func.grad` or the like.
+        dwarfing: for a sum of two tensors the value beside whose magnitude the other's vanishes, if there is one.
     """
 
     index: int
@@ -122,6 +123,7 @@ class Call:
     use: Use = "used"
     run: int = 0
     transformed: bool = False
+    dwarfing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class Dataflow:
                 inputs=by(values, call.inputs),
                 outputs=by(values, call.outputs),
                 writes=tuple((before + values, after + values) for before, after in call.writes),
+                dwarfing=None if call.dwarfing is None else call.dwarfing + values,
                 run=self.runs,
             )
             for call in other.calls

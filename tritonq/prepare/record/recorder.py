@@ -19,6 +19,7 @@ from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
+from tritonq.prepare.record.magnitudes import dwarfing_value
 from tritonq.prepare.record.operations import METADATA, has_own_weight, in_transform, is_leaf, operation_name
 from tritonq.prepare.record.place import is_call_of, place_in_forward, use_of_result
 from tritonq.prepare.record.scripted import listening_to_scripted
@@ -182,8 +183,9 @@ class Recorder:
         occurrence = frame.places[place] = frame.places.get(place, -1) + 1
         name = operation_name(function)
         inputs = unique_tensors((args, kwargs))
-        described = self._describe(args), self._describe(kwargs)
+        described = {"args": self._describe(args), "kwargs": self._describe(kwargs)}
         values = [self._value_of(tensor) for tensor in inputs]
+        dwarfing = dwarfing_value(name, inputs, values)
         versions = list(map(tensor_version, inputs))
         result = function(*args, **kwargs)
         if (not inputs or name in METADATA) and next(tensors_in(result), None) is None:
@@ -197,13 +199,13 @@ class Recorder:
             frame=frame.index,
             owner=frame.owner,
             ordinal=frame.functions,
-            args=described[0],
-            kwargs=described[1],
+            **described,
             output=None,
             inputs=tuple(values),
             outputs=(),
             place=f"{place}#{occurrence}" if place else "",
             use=use_of_result(caller) if versions != list(map(tensor_version, inputs)) else "used",
+            dwarfing=dwarfing,
         )
         frame.functions += 1
         return self._finish(call, inputs, result)

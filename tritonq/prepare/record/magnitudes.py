@@ -1,0 +1,34 @@
+"""Which summand makes a grid of the sum useless for the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+_SUMS = frozenset({"add", "sub"})
+# With 8 bits, the other summand lies within one code of a grid that reaches this summand's values.
+_RATIO = 256.0
+# Masks are written -10,000 at least, which float16 holds; a residual branch that begins at 0 is no reason either.
+_LARGE = 1e4
+
+
+def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[int]) -> int | None:
+    """Return the value of a summand beside whose magnitude that of the other vanishes; None if there is none.
+
+    Args:
+        name: the operation.
+        inputs: its tensors, before it runs.
+        values: their values in the record.
+    """
+    if name not in _SUMS or len(inputs) != 2 or not all(x.is_floating_point() and x.numel() for x in inputs):
+        return None
+    magnitudes = [_magnitude(tensor) for tensor in inputs]
+    small, large = sorted(range(2), key=magnitudes.__getitem__)
+    is_dwarfed = magnitudes[large] >= max(_LARGE, _RATIO * magnitudes[small]) and math.isfinite(magnitudes[small])
+    return values[large] if is_dwarfed else None
+
+
+def _magnitude(x: Tensor) -> float:
+    return float(x.detach().abs().max())
