@@ -52,14 +52,14 @@ def _pt2e(model: nn.Module, images: Tensor) -> nn.Module:
 
     Convolution and BatchNorm are folded in every step.
     """
-    from torchao.quantization.pt2e import move_exported_model_to_train
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
 
     exported: Any = torch.export.export(model, (images,), strict=True).module()
     quantizer = x86_inductor_quantizer.X86InductorQuantizer()
     quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_qat=True))
-    prepared: nn.Module = move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
+    # It is in training mode as it was exported; torchao's own switch would give every dropout p 0.5.
+    prepared: nn.Module = prepare_qat_pt2e(exported, quantizer)
     return prepared
 
 
