@@ -155,7 +155,7 @@ class QuantizedType:
 
     @property
     def reach(self) -> float:
-        """Largest value of a symmetric range, in scales: 127.5 for int8, 127 for narrow int8."""
+        """Largest value of a symmetric range in scales, such as 127.5 for int8 and 127 for narrow int8."""
         number = self.float_format
         return (self.quant_max - self.quant_min) / 2 if number is None else number.largest
 

@@ -1,1 +1,1 @@
-"""Accuracy on real data: one float model per seed, then the same budget of training with rounding for every method."""
+"""Accuracy on real data: one float model per seed, from which every method trains with the same budget."""

@@ -1,6 +1,6 @@
-"""LSQ as its paper has it, written in a few lines of PyTorch, with BatchNorms left as they are.
+"""LSQ as in its paper, written in a few lines of PyTorch, with BatchNorms left as they are.
 
-The yardstick for tritonq's own LSQ, which rounds weights that BatchNorms can be folded into.
+tritonq's own LSQ, which rounds weights that BatchNorms can be folded into, is compared with it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Step(nn.Module):
 
 
 def _with_gradient(parameter: Tensor, factor: float) -> Tensor:
-    """Return ``parameter``, whose gradient is multiplied by ``factor``."""
+    """Return ``parameter`` with a gradient that is multiplied by ``factor``."""
     scaled = parameter * factor
     return (parameter - scaled).detach() + scaled
 
@@ -74,23 +74,26 @@ class _Head(nn.Linear):
 
 
 class StepParts(Parts):
-    """Parts with LSQ: first and last layer's weights and the last layer's input at 8 bits; images are bytes anyway."""
+    """Layers quantized by LSQ.
+
+    The weights of the first and the last layer, and the input of the last, have 8 bits; images are bytes anyway.
+    """
 
     def __init__(self, weights: int, activations: int) -> None:
         self.weights, self.activations = weights, activations
 
     def conv(self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, is_first: bool) -> nn.Module:
-        """See base class."""
+        """Return a convolution whose weight is rounded by LSQ; in the first one it has 8 bits."""
         conv = _Conv(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
         conv.step = _weight_step(8 if is_first else self.weights)
         return conv
 
     def activation(self) -> nn.Module:
-        """See base class."""
+        """Return a ReLU, and behind it LSQ's rounding of its result."""
         return nn.Sequential(nn.ReLU(), _activation_step(self.activations))
 
     def head(self, inputs: int, classes: int) -> nn.Module:
-        """See base class."""
+        """Return a linear layer whose weight and input are rounded to 8 bits by LSQ."""
         head = _Head(inputs, classes)
         head.step, head.input_step = _weight_step(8), _activation_step(8)
         return head

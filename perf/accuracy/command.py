@@ -1,4 +1,4 @@
-"""Accuracy at few bits, of tritonq and of other libraries: what is still to do, one measurement after the other."""
+"""The command: measure accuracy at few bits, of tritonq and of other libraries, as far as it is not measured yet."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Tasks:
-    """Data of each task, loaded when first needed."""
+    """The data of each task, loaded when it is first needed."""
 
     def __init__(self, folder: Path, budget: Budget) -> None:
         self.folder, self.budget = folder, budget
@@ -72,7 +72,7 @@ class _Tasks:
 
 
 def _work(plan: Plan, path: Path, tasks: _Tasks, only: str, until: float) -> None:
-    """Measure until the time is over, then read the test answers of rows that are through."""
+    """Measure until the time is over, then compare the test answers of rows whose seeds are all measured."""
     while time.monotonic() < until:
         item = next(_missing(plan, path, only), None)
         if item is None:
@@ -97,7 +97,7 @@ def _work(plan: Plan, path: Path, tasks: _Tasks, only: str, until: float) -> Non
 
 
 def _missing(plan: Plan, path: Path, only: str) -> Iterator[Measurement]:
-    """Yield the measurements that are missing, in order; those of later seeds once their row's recipe is chosen."""
+    """Yield the measurements that are missing, in order; those of later seeds only when the row's recipe is chosen."""
     found = results.read(path)
     for step in plan.steps:
         row = step.row

@@ -21,18 +21,18 @@ _GARMENTS, _CANVAS, _SCALES = 4, 64, (0.6, 1.2)
 
 @dataclass(frozen=True)
 class Split:
-    """Part of a data set.
+    """One part of a data set.
 
     Attributes:
         images: float32 (n, 1, height, width).
-        targets: int64 (n,), or float32 (n, classes) where an image has several labels.
+        targets: int64 (n,), or float32 (n, classes) if an image has several labels.
     """
 
     images: Tensor
     targets: Tensor
 
     def first(self, count: int) -> Split:
-        """Return the first of them."""
+        """Return the first ``count`` images with their targets."""
         return Split(self.images[:count], self.targets[:count])
 
 
@@ -52,7 +52,7 @@ class Task:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read a file of bytes in idx form, with ``.gz`` behind its name or without.
+    """Return the bytes in a file in idx form as an array; the file may have ``.gz`` after its name.
 
     Raises:
         ValueError: not such a file.
@@ -71,7 +71,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    """Write bytes in idx form."""
+    """Write an array of bytes in idx form."""
     path.write_bytes(
         b"\0\0\x08" + bytes([values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
     )
@@ -86,11 +86,11 @@ def load(
     several_labels: bool = False,
     seed: int = 0,
 ) -> Task:
-    """Return a task: of the training images the first ``train``, and the last as validation; the test images.
+    """Return the data of a task: training images, validation images (the last of the training set), and test images.
 
     Args:
         folder: with the four files of Fashion-MNIST or MNIST; Debian's package dataset-fashion-mnist has them.
-        train: number of images to train with.
+        train: number of images to train with, the first ones.
         held_out: number of images for validation.
         tested: number of test images; None: as many as for validation.
         several_labels: paste four garments at random places and scales on a cluttered canvas of 64 × 64 pixels; the
@@ -139,7 +139,7 @@ def _paste(canvas: Tensor, part: Tensor, random: np.random.Generator) -> None:
 
 
 def generate(folder: Path, train: int, test: int, seed: int = 0) -> None:
-    """Write data in the same form that take no download: bright bars whose place is their class, in noise."""
+    """Write generated data in the form of Fashion-MNIST: bright bars in noise, whose place is their class."""
     random = np.random.default_rng(seed)
     for (images_name, labels_name), count in ((_NAMES[:2], train), (_NAMES[2:], test)):
         labels = random.integers(CLASSES, size=count).astype(np.uint8)

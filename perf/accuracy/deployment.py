@@ -1,4 +1,4 @@
-"""A trained tritonq model as a file: what ONNX Runtime answers with it, and how large it is."""
+"""A trained tritonq model as a file: its answers in ONNX Runtime, and its size."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tritonq.perf.accuracy.training import outputs_of
 
 @dataclass(frozen=True)
 class Deployed:
-    """What the deployed forms give for some images.
+    """The outputs of a deployed model for some images, and the sizes of its files.
 
     Attributes:
-        outputs: of the ONNX file in ONNX Runtime, or of the converted model where onnx is not installed.
+        outputs: of the ONNX file in ONNX Runtime, or of the converted model if onnx is not installed.
         engine: ``"onnxruntime"`` and its version, or ``"tritonq"``.
         onnx_bytes: size of the file; None without one.
         file_bytes: size of what :func:`tritonq.save_converted` writes.
@@ -36,7 +36,7 @@ class Deployed:
 
 
 def deploy(model: nn.Module, images: Tensor) -> Deployed:
-    """Convert, save, export and run a trained model."""
+    """Convert, save and export a trained model, and run it on ``images``."""
     converted = tritonq.convert(model.eval())
     values = _most_values(converted)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""One measurement: prepare a float model by a method, train it, deploy it, and note what it answers."""
+"""One measurement: prepare a float model by a method, train it, deploy it, and record its answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CALIBRATION = 1000
 
 @dataclass(frozen=True)
 class Budget:
-    """How much every method trains.
+    """How much data and how many epochs every method gets.
 
     Attributes:
         images: training images.
@@ -51,15 +51,15 @@ FULL, QUICK = Budget(10_000, 5_000, 10_000, 20, 2), Budget(300, 100, 100, 1, 1)
 
 
 def is_installed(method: str) -> bool:
-    """Whether a method's library can be imported."""
+    """Whether the library of the method with this name can be imported."""
     return all(find_spec(module) for module in ALL_METHODS[method].modules)
 
 
 def measure(item: Measurement, task: Task, budget: Budget, out: Path) -> dict[str, Any]:
-    """Train one model with rounding and deploy it; return what came of it, as plain data.
+    """Train one model with rounding and deploy it; return the numbers that were measured, as plain data.
 
-    Answers to the test images are written to a file, unread: :func:`test_accuracy` compares those of the chosen
-    recipes with the labels.
+    Answers to the test images are written to a file and not looked at: :func:`test_accuracy` compares those of the
+    chosen recipes with the labels.
     """
     method, recipe = ALL_METHODS[item.method], recipes_of(item.method)[item.recipe]
     float_model = _float_model(item, task, budget, out)
@@ -104,7 +104,10 @@ def measure(item: Measurement, task: Task, budget: Budget, out: Path) -> dict[st
 
 
 def test_accuracy(item: Measurement, task: Task, out: Path) -> float | None:
-    """Compare the answers of a measurement with the labels of the test images; None where their file is missing."""
+    """Compare the answers of a measurement with the labels of the test images; return the percentage that is right.
+
+    None if the file of answers is missing.
+    """
     path = _answers_path(item, out)
     if not path.exists():
         return None
@@ -126,7 +129,7 @@ def _accuracy(outputs: Tensor, split: Split) -> float:
 
 
 def _saved_bytes(model: nn.Module, data: Split) -> int:
-    """Return bytes that autograd keeps of a training step with one batch."""
+    """Return the bytes that autograd keeps of a training step with one batch."""
     images, targets = data.images[:BATCH], data.targets[:BATCH]
     model.train()
     excluded = [images, *model.parameters(), *model.buffers()]
@@ -134,7 +137,7 @@ def _saved_bytes(model: nn.Module, data: Split) -> int:
 
 
 def _float_model(item: Measurement, task: Task, budget: Budget, out: Path) -> nn.Module:
-    """Return the float model of a seed, trained once."""
+    """Return the float model of a seed; it is trained once and then read from a file."""
     torch.manual_seed(item.seed)
     model = NETS[item.net](CLASSES)
     path = out / f"float-{item.task}-{item.net}-{item.seed}-{budget.images}-{budget.float_epochs}.pt"

@@ -1,4 +1,7 @@
-"""tritonq's ways to quantize for so many bits, all with first and last layer's weights and the input at 8 bits."""
+"""tritonq's methods for so many bits.
+
+In all of them the weights of the first and last layer and the input have 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ LEARNED_STEP: MakeQConfig = learned_step_qconfig
 
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
-    """Return the qconfig of LSQ+: activations have a trained zero point; grids begin at the least squared error."""
+    """Return the qconfig of LSQ+, whose activations have a trained zero point.
+
+    First scales have the least squared error.
+    """
     step = tritonq.LearnedStepFakeQuantize.with_args(
         observer=tritonq.HistogramObserver.with_args(search="mse"), dtype=_unsigned(activations), learn_zero_point=True
     )
@@ -46,7 +52,7 @@ def _folded(weights: int, activations: int) -> QConfig:
 
 
 def _summands(weights: int, activations: int) -> QConfig:
-    """Return the qconfig of LSQ with a quantizer before each addition, too."""
+    """Return the qconfig of LSQ with a quantizer before each addition as well."""
     return learned_step_qconfig(weights, activations)._replace(round_summands=True)
 
 
@@ -57,7 +63,7 @@ def _clipped(weights: int, activations: int) -> QConfig:
 
 
 def _thresholds(weights: int, activations: int) -> QConfig:
-    """Return the qconfig of TQT: trained thresholds, which are powers of two."""
+    """Return the qconfig of TQT, whose scales are powers of two that are trained."""
     threshold = tritonq.TrainedThresholdFakeQuantize
     return learned_step_qconfig(weights, activations)._replace(
         activation=threshold.with_args(dtype=_away(_unsigned(activations))),
@@ -74,14 +80,17 @@ def _away(qtype: QuantizedType) -> QuantizedType:
 
 
 def mapping_of(inner: QConfig) -> tritonq.QConfigMapping:
-    """Return a mapping with ``inner`` everywhere but at the ends, where weights and the input have 8 bits."""
+    """Return a mapping with the qconfig ``inner`` for all layers but the ends; first and last weights have 8 bits.
+
+    The model's input has 8 bits as well.
+    """
     eight = tritonq.get_qconfig()
     first = inner._replace(weight=eight.weight, folding=None)
     return tritonq.QConfigMapping().set_global(inner).set_first_layer(first).set_last_layer(eight).set_input(eight)
 
 
 def prepared(make: MakeQConfig) -> Callable[[Request], nn.Module]:
-    """Return a function that prepares a request's model with the configs of `make`."""
+    """Return a function that prepares the model of a request with the qconfigs that ``make`` makes for its bits."""
 
     def prepare(request: Request) -> nn.Module:
         mapping = mapping_of(make(request.weights, request.activations))
@@ -91,7 +100,7 @@ def prepared(make: MakeQConfig) -> Callable[[Request], nn.Module]:
 
 
 def _fixed_point(request: Request) -> nn.Module:
-    """Return the model prepared as by F8Net: fixed point, powers of two; first and last layer's weights at 8 bits."""
+    """Return the model of a request in fixed point (F8Net); the weights of its first and last layer have 8 bits."""
     number = tritonq.FixedPointFakeQuantize
     inner = QConfig(
         number.with_args(word_len=request.activations, signed=False),

@@ -1,4 +1,4 @@
-"""Networks small enough for two cores, a residual and a depthwise one, put together from exchangeable parts."""
+"""Two networks that two cores can train, a residual and a depthwise one, made of exchangeable parts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Parts:
-    """What the networks are made of; a library whose users write quantized layers themselves overrides it.
+    """Makes the layers of the networks in float; subclasses make quantized ones.
 
-    Every method returns a module whose weights have the names of the float layer's, so that the float model's state
-    loads into it.
+    Libraries whose users write quantized layers themselves need it. Every method returns a module whose weights have
+    the names of the float layer's, so that the float model's state loads into it.
     """
 
     def conv(self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, is_first: bool) -> nn.Module:
@@ -24,12 +24,12 @@ class Parts:
         return nn.ReLU()
 
     def head(self, inputs: int, classes: int) -> nn.Module:
-        """Return the last layer, which reads pooled features."""
+        """Return the last layer, a linear one, which reads pooled features."""
         return nn.Linear(inputs, classes)
 
 
 class _Block(nn.Module):
-    """Two convolutions beside an identity or a projection."""
+    """Two convolutions whose result is added to the input, or to a projection of it."""
 
     def __init__(self, parts: Parts, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The results as tables: for a terminal, and between the marks of a page."""
+"""The results as tables, for a terminal and for a page of the documentation."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _HEAD = ("bits", "method", "float", "validation", "test", "seeds", "recipe", "di
 
 
 def text(found: Results) -> str:
-    """Return a table with a line per row, aligned."""
+    """Return a table with one aligned line per row."""
     lines = [("task", "net", *_HEAD), *((row.task, row.net, *_cells(found, row)) for row in found.rows())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def markdown(found: Results, plan: Plan, page: Path) -> None:
-    """Write a table per task and network, what was cut and the versions between the marks of a page.
+    """Write a table per task and network, what was left out, and the versions, between the two markers of a page.
 
     Raises:
-        ValueError: the page lacks the marks.
+        ValueError: the page lacks the markers.
     """
     before = page.read_text(encoding="utf-8")
     if before.count(BEGIN) != 1 or before.count(END) != 1:

@@ -1,4 +1,4 @@
-"""Other libraries' ways, each prepared as its documentation says; the same layers have 8 bits as in tritonq's.
+"""The methods of other libraries, each prepared as its documentation says; the same layers have 8 bits as in tritonq's.
 
 Versions that these calls were tried with: torch 2.13, torchao 0.18, nvidia-modelopt 0.47, brevitas 0.13, aimet-torch
 2.42.
@@ -21,7 +21,10 @@ def _by_hand(request: Request) -> nn.Module:
 
 
 def _load(model: nn.Module, request: Request) -> nn.Module:
-    """Load the float model's weights; what the library adds begins as the library has it."""
+    """Load the float model's weights into ``model`` and return it.
+
+    What the library adds stays as the library sets it.
+    """
     unexpected = model.load_state_dict(request.model.state_dict(), strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"weights that the model does not have: {', '.join(unexpected)}")
@@ -34,7 +37,10 @@ def _first_and_last(model: nn.Module) -> tuple[str, str]:
 
 
 def _torch_ao(request: Request) -> nn.Module:
-    """Return the model prepared in FX mode: activations affine, weights symmetric per channel, with moving ranges."""
+    """Return the model prepared in torch.ao's FX mode.
+
+    Activations are affine, weights symmetric per channel; both have moving ranges.
+    """
     from torch.ao.quantization import QConfigMapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
@@ -74,7 +80,10 @@ def _torch_qconfig(weights: int, activations: int) -> Any:
 
 
 def _pt2e(request: Request) -> nn.Module:
-    """Export, annotate by the quantizer for x86, prepare; convolution and BatchNorm are folded in every step."""
+    """Return the model of torchao's PT2E: exported, annotated by the quantizer for x86, and prepared.
+
+    Convolution and BatchNorm are folded in every step.
+    """
     from torchao.quantization.pt2e import allow_exported_model_train_eval
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -90,7 +99,7 @@ def _pt2e(request: Request) -> nn.Module:
 
 
 def _pt2e_config(weights: int, activations: int) -> Any:
-    """Return the default configuration of the quantizer for x86 with other ends of the codes."""
+    """Return the default configuration of the quantizer for x86, with the codes of so many bits."""
     from dataclasses import replace
 
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -103,7 +112,7 @@ def _pt2e_config(weights: int, activations: int) -> Any:
 
 
 def _modelopt(request: Request) -> nn.Module:
-    """Return the model with quantizers at the inputs of layers; a batch fixes their ranges."""
+    """Return the model of Model-Optimizer: quantizers at the inputs of layers, whose ranges a batch fixes."""
     import modelopt.torch.quantization as mtq
 
     first, last = _first_and_last(request.model)
@@ -127,7 +136,7 @@ def _modelopt(request: Request) -> nn.Module:
 
 
 class _BrevitasParts(Parts):
-    """Layers as Brevitas' users write them: quantized weights, and quantizers behind ReLUs."""
+    """Layers as Brevitas' users write them: quantized weights, and quantizers after ReLUs."""
 
     def __init__(self, weights: int, activations: int, *, by_error: bool) -> None:
         from brevitas.quant import (
@@ -144,7 +153,7 @@ class _BrevitasParts(Parts):
         self.signed = Int8ActPerTensorFloat
 
     def conv(self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, is_first: bool) -> nn.Module:
-        """See base class."""
+        """Return Brevitas' convolution with a quantized weight; the first one has 8 bits and quantizes the images."""
         import brevitas.nn as qnn
 
         return cast(
@@ -165,7 +174,7 @@ class _BrevitasParts(Parts):
         )
 
     def activation(self) -> nn.Module:
-        """See base class."""
+        """Return Brevitas' ReLU with a quantized result."""
         import brevitas.nn as qnn
 
         quantized = qnn.QuantReLU(
@@ -174,7 +183,7 @@ class _BrevitasParts(Parts):
         return cast(nn.Module, quantized)
 
     def head(self, inputs: int, classes: int) -> nn.Module:
-        """See base class."""
+        """Return Brevitas' linear layer, whose weight and input have 8 bits."""
         import brevitas.nn as qnn
 
         return cast(
@@ -208,7 +217,7 @@ def _brevitas_by_error(request: Request) -> nn.Module:
 
 
 def _aimet(request: Request) -> nn.Module:
-    """Wrap every layer; a batch gives the first ranges, which are trained."""
+    """Return the model of AIMET: every layer is wrapped; a batch gives the first ranges, which are trained."""
     from tritonq.perf.cases.vision_models import import_torchvision
 
     import_torchvision()  # aimet imports it, without what a CPU build of torch lacks

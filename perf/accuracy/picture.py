@@ -1,4 +1,4 @@
-"""The results as a picture: accuracy lost against the float model, by width and method."""
+"""The results as a picture: the accuracy that each method loses against the float model, by number of bits."""
 
 from __future__ import annotations
 

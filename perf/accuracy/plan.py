@@ -1,4 +1,4 @@
-"""What is measured, in which order, and what is cut so that all of it takes three hours."""
+"""The plan of the benchmark: what is measured, in which order, and what is left out so that it takes three hours."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Measurement:
 
     @property
     def row(self) -> Row:
-        """The row of the table to which this belongs."""
+        """The row of the table to which this measurement belongs."""
         return Row(self.task, self.net, self.weights, self.activations, self.method)
 
 
@@ -79,11 +79,11 @@ class Row:
 
     @property
     def bits(self) -> str:
-        """``W4A4`` and the like."""
+        """The bits as text, such as ``W4A4``."""
         return f"W{self.weights}A{self.activations}"
 
     def measurement(self, seed: int, recipe: str) -> Measurement:
-        """Return one of its measurements."""
+        """Return the measurement of this row with a seed and a recipe."""
         return Measurement(self.task, self.net, self.method, self.weights, self.activations, seed, recipe)
 
 
@@ -108,18 +108,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """All measurements of the benchmark.
 
     Attributes:
         steps: in order.
-        cut: steps that are left out, since three hours have no room for them.
+        cut: steps that are left out because three hours have no room for them.
     """
 
     steps: Sequence[Step]
     cut: Sequence[Step]
 
     def describe_cut(self) -> list[str]:
-        """Return a line per task and network, with what of it is not measured."""
+        """Return a line per task and network that says what of it is left out."""
         begun = {(step.row.task, step.row.net) for step in self.steps}
         lines: dict[tuple[str, str], dict[str, None]] = {}
         for step in self.cut:
@@ -135,7 +135,7 @@ def recipes_of(method: str) -> dict[str, TrainingRecipe]:
 
 
 def full_plan(seeds: int, hours: float = _HOURS) -> Plan:
-    """Return the plan of the benchmark, the most telling cells first."""
+    """Return the plan of the benchmark; the rows that tell most come first."""
     kept: list[Step] = []
     cut: list[Step] = []
     seconds = 0
@@ -146,15 +146,16 @@ def full_plan(seeds: int, hours: float = _HOURS) -> Plan:
 
 
 def quick_plan() -> Plan:
-    """Return a plan of minutes on generated data: one seed and one width."""
+    """Return a plan that takes minutes: generated data, one seed and one width."""
     rows = [Row("garments", "residual", 2, 2, method) for method in ("LSQ", "LSQ by hand")]
     return Plan([Step(row, 0) for row in rows], [])
 
 
 def tools_plan() -> Plan:
-    """Return a plan of tools, variants and papers' schemes, of one seed.
+    """Return a plan of tools, variants and papers' schemes, with one seed.
 
-    Without training at W4A8 and W3A8, with it at W4A4 and W2A2; a method with widths of its own at these.
+    Without training they are measured at W4A8 and W3A8, with it at W4A4 and W2A2; a method with widths of its own at
+    those.
     """
     rows = [
         Row("garments", net, *widths, name)
@@ -167,7 +168,7 @@ def tools_plan() -> Plan:
 
 
 def _cells(seeds: int) -> Iterator[list[Step]]:
-    """Yield all methods of a task, network, width and seed, which are kept or cut together."""
+    """Yield groups of steps that are kept or left out together: all methods of a task, network, width and seed."""
     first = ("garments", "residual")
     for widths in _WIDTHS:
         yield _cell(*first, widths, 0)

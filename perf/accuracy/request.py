@@ -1,4 +1,4 @@
-"""The request that every method gets: a trained float model, and for how many bits it is to be prepared."""
+"""What a method gets and what describes it: a trained float model to be prepared for so many bits."""
 
 from __future__ import annotations
 

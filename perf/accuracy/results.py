@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured and still counts.
+    """The measurements that were made with today's settings.
 
     Attributes:
         measured: records by measurement.
@@ -33,18 +33,18 @@ class Results:
         return sorted({item.row for item in self.measured})
 
     def seeds_of(self, row: Row) -> list[int]:
-        """Return the seeds that are measured with the chosen recipe."""
+        """Return the seeds of a row that are measured with its chosen recipe."""
         recipe = self.choice(row)
         return sorted(item.seed for item in self.measured if item.row == row and item.recipe == recipe)
 
     def choice(self, row: Row) -> str | None:
-        """Return the recipe that is best on the validation split of seed 0; None until all were tried."""
+        """Return the recipe that is best on the validation split of seed 0; None as long as not all were tried."""
         tried = {recipe: self.measured.get(row.measurement(0, recipe)) for recipe in recipes_of(row.method)}
         found = {recipe: record["validation"] for recipe, record in tried.items() if record is not None}
         return max(found, key=found.__getitem__) if len(found) == len(tried) else None
 
     def chosen(self, row: Row) -> list[Record]:
-        """Return the records of all seeds with the chosen recipe; of a row that is not through, its best so far."""
+        """Return the records of all seeds with the chosen recipe; as long as none is chosen, with the best so far."""
         recipe = self.choice(row)
         if recipe is None:
             tried = [record for item, record in self.measured.items() if item.row == row]
@@ -59,19 +59,22 @@ class Results:
 
 
 def mean_and_spread(values: Iterable[float]) -> str:
-    """Return the mean, and the standard deviation where there are several."""
+    """Return the mean as text, followed by the standard deviation if there are several values."""
     found = list(values)
     mean = f"{statistics.mean(found):.2f}"
     return f"{mean} ± {statistics.stdev(found):.2f}" if len(found) > 1 else mean
 
 
 def settings_of(item: Measurement) -> Record:
-    """Return the settings of a measurement: a record with other ones does not count."""
+    """Return the settings of a measurement; a record with others does not count."""
     return {"revision": ALL_METHODS[item.method].revision, **asdict(recipes_of(item.method)[item.recipe])}
 
 
 def read(path: Path) -> Results:
-    """Read a file; a line that was cut off, and records of other settings than today's, do not count."""
+    """Return the results in a file.
+
+    A line that was cut off is left out, and so are records of other settings than today's.
+    """
     measured: dict[Measurement, Record] = {}
     failed: dict[Measurement, str] = {}
     tested: dict[Measurement, float] = {}
@@ -95,6 +98,6 @@ def read(path: Path) -> Results:
 
 
 def append(path: Path, item: Measurement, values: Record) -> None:
-    """Add a line."""
+    """Append a line with the values of a measurement."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**asdict(item), "settings": settings_of(item), **values}, allow_nan=False) + "\n")

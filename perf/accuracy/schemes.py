@@ -1,4 +1,4 @@
-"""Schemes of few bits after their papers: DoReFa-Net, binary and ternary weights, and trained numbers of bits."""
+"""Schemes of few bits from papers: DoReFa-Net, binary and ternary weights, and trained numbers of bits."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ def _ternary(weights: int, activations: int) -> QConfig:
 
 
 def _trained_bits(weights: int, activations: int) -> QConfig:
-    """Return weights whose numbers of bits begin one above those asked for, and LSQ's activations."""
+    """Return the qconfig of weights with trained numbers of bits, and LSQ's activations.
+
+    The numbers begin one above ``weights``.
+    """
     weight = tritonq.LearnedBitsFakeQuantize.with_args(initial_bits=weights + 1.0)
     return learned_step_qconfig(weights, activations)._replace(weight=weight)
 
 
 def _hold_size(model: nn.Module, float_model: nn.Module) -> FurtherLoss:
-    """Return a penalty that takes the weights to one bit less, in the mean, than they begin with."""
+    """Return a loss that makes the weights have one bit less, on average, than they begin with."""
     begin = next(part.bits.item() for part in model.modules() if isinstance(part, tritonq.LearnedBitsFakeQuantize))
     wanted = tritonq.learned_size(model).detach() * (1 - 1 / begin)
 

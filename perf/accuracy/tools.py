@@ -1,4 +1,4 @@
-"""Tools before and after training: each as post-training quantization, some as a start for training."""
+"""Tools before and after training: each alone as post-training quantization, some also before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _ROUNDING_STEPS = 300
 
 
 def _calibrated(qconfig: MakeQConfig, *tools: Tool, after: bool = True) -> Callable[[Request], nn.Module]:
-    """Prepare, let tools before calibration work, calibrate, and let those after it work."""
+    """Return a function that prepares the model of a request, calibrates it, and applies ``tools`` to it.
+
+    The tools run after calibration if ``after`` is True, else before it.
+    """
 
     def make(request: Request) -> nn.Module:
         model = prepared(qconfig)(request)
@@ -50,13 +53,13 @@ def _reestimate(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def _uniform(request: Request) -> nn.Module:
-    """Return the model prepared with all weights at one width, those of the first and last layer too."""
+    """Return the model of a request with all weights at one width, also those of the first and last layer."""
     mapping = tritonq.QConfigMapping().set_global(learned_step_qconfig(request.weights, request.activations))
     return _with_mapping(request, mapping.set_input(tritonq.get_qconfig()))
 
 
 def _by_budget(request: Request) -> nn.Module:
-    """Return the model prepared with widths chosen by sensitivity, in no more bytes than :func:`_uniform` takes."""
+    """Return the model of a request with widths chosen by sensitivity, in no more bytes than :func:`_uniform` takes."""
     layers = [layer for layer in request.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     budget = sum(layer.weight.numel() for layer in layers) * request.weights / 8
     images = request.calibration[: 2 * len(request.images)]

@@ -1,4 +1,4 @@
-"""One schedule for everyone, and what a trained model answers."""
+"""The one schedule with which all methods train, and the answers of a trained model."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.Optim
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Return all parameters, of which weights decay: by their shape, since each library has classes of its own.
+    """Return all parameters in two groups: weights, which decay, and all others, which do not.
 
-    A weight has several values per output channel; biases, BatchNorms and scales have one, or one for all.
+    A weight is found by its shape, because each library has classes of its own: it has several values per output
+    channel. Biases, BatchNorms and scales have one, or one for all.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = [parameter for parameter in trained if parameter.dim() > 1 and parameter.numel() > len(parameter)]
@@ -71,7 +72,7 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return cross entropy, or with several labels its binary form."""
+    """Return the cross entropy, or with several labels the binary cross entropy."""
     if targets.dim() == 1:
         return F.cross_entropy(outputs, targets)
     return F.binary_cross_entropy_with_logits(outputs, targets)
@@ -79,23 +80,23 @@ def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def outputs_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return the outputs for all images; a module is put into eval mode."""
+    """Return the outputs for all images, computed in batches; a module is put into eval mode."""
     if isinstance(model, nn.Module):
         model.eval()
     return torch.cat([model(part) for part in torch.split(images, _EVALUATED_AT_ONCE)])
 
 
 def answers_of(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the class of each image, or with several labels whether each is there (bool)."""
+    """Return the class of each image; with several labels whether each is there (bool)."""
     return outputs.argmax(1) if targets.dim() == 1 else outputs > 0
 
 
 def score(answers: Tensor, targets: Tensor) -> float:
-    """Return the share of right answers in percent: of images, or with several labels of labels."""
+    """Return the percentage of right answers: of images, or with several labels of labels."""
     right = answers == targets if targets.dim() == 1 else answers == (targets > 0)
     return 100 * float(right.double().mean())
 
 
 def accuracy(model: nn.Module, data: Split) -> float:
-    """Return the share of right answers of a model in percent."""
+    """Return the percentage of right answers of a model."""
     return score(answers_of(outputs_of(model, data.images), data.targets), data.targets)

@@ -1,11 +1,11 @@
-"""The command: parts in the order of their worth, each in a process of its own with a time limit of its own.
+"""The command: the parts of a visit to a GPU, the most valuable first, each in a process with a time limit of its own.
 
-    python -m tritonq.perf.gpu --minutes 9 --out DIR     # everything
-    python -m tritonq.perf.gpu --phase first --out DIR   # 5 minutes: smoke, tests, one step
-    python -m tritonq.perf.gpu --phase second --out DIR  # 6 minutes: what is left
+    python -m tritonq.perf.gpu --minutes 9 --out DIR     # everything python -m tritonq.perf.gpu --phase first --out DIR
+    # 5 minutes: smoke, tests, one step python -m tritonq.perf.gpu --phase second --out DIR  # 6 minutes: what is left
 
-``python perf/gpu`` does the same in a checkout that is not installed. Findings are written when they are found, so that
-a visit which is cut off keeps what it has; a part that crashes or hangs leaves the others alone.
+``python perf/gpu`` does the same in a checkout that is not installed. A *finding* is one result, good or bad. Findings
+are written when they are found, so that a visit which is cut off keeps what it has; a part that crashes or hangs leaves
+the others alone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PHASES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen parts; returns 0 if all is well, 1 if a finding says otherwise, 2 if there is no GPU."""
+    """Run the chosen parts; return 0 if all is well, 1 if a finding says otherwise, 2 if there is no GPU."""
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -104,9 +104,9 @@ def visit_all(names: Sequence[str], seconds: float, out: Path, device: torch.dev
 
 
 def _run_part(name: str, limit: float, out: Path, device: torch.device, *, small: bool, log: IO[bytes]) -> str | None:
-    """Run one part in a process of its own; return what went wrong, or None.
+    """Run one part in a process of its own; return in words what went wrong, or None.
 
-    A fault of the device ends its process; what the part has not found by then runs in a new one.
+    A fault of the device ends its process. What the part has not found by then runs in a new one.
     """
     end = time.monotonic() + limit
     log.write(f"== {name}, {limit:.0f} s\n".encode())
@@ -124,7 +124,7 @@ def _run_part(name: str, limit: float, out: Path, device: torch.device, *, small
 
 
 def _names(part: str, out: Path) -> set[str]:
-    """Return the names of what a part has found."""
+    """Return the names of the findings of a part so far."""
     return {record["name"] for record in read(out / RESULTS) if record["part"] == part}
 
 
@@ -136,7 +136,7 @@ def _call(name: str, visit: Visit) -> None:
 
 
 def describe(visit: Visit) -> None:
-    """Note device, versions and commit, and what ``python -m tritonq doctor`` finds."""
+    """Note device, versions and commit, and the findings of ``python -m tritonq doctor``."""
     from tritonq.cli.doctor import examine
 
     visit.note("machine", **environment(visit.device))
@@ -146,7 +146,7 @@ def describe(visit: Visit) -> None:
 
 
 def check_memory(visit: Visit) -> None:
-    """Run the first preset of the smoke part under NVIDIA's memory checker, where that is installed."""
+    """Run the first preset of the smoke part under NVIDIA's memory checker, if that is installed."""
     checker = shutil.which("compute-sanitizer")
     if checker is None or visit.device.type != "cuda":
         visit.note("memcheck", "not run", reason="compute-sanitizer is not installed" if checker is None else "no GPU")

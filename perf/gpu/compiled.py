@@ -20,7 +20,7 @@ _EVAL_CALLS = 5
 
 
 def compile_step(visit: Visit) -> None:
-    """Compile a step of a prepared model as one graph; note whether it agrees with the eager step."""
+    """Compile a training step of a prepared model as one graph; note whether it agrees with the plain step."""
     for training in (True, False):
         name = "training step" if training else "eval"
         with visit.finding(name):
@@ -39,7 +39,7 @@ def compile_step(visit: Visit) -> None:
 
 
 def evaluate(visit: Visit) -> None:
-    """Note the time of a batch in eval mode: float, QAT, converted."""
+    """Note the time of a batch in eval mode of the float, the prepared and the converted model."""
     batch, size, name = (2, 32, "resnet18") if visit.small else (64, 224, "resnet50")
     x = torch.randn(batch, 3, size, size, device=visit.device).contiguous(memory_format=torch.channels_last)
     model = placed(torchvision_model(name, 10), visit.device, channels_last=True)
@@ -77,5 +77,5 @@ def _prepared(visit: Visit) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def _backend(visit: Visit) -> str:
-    """Return the backend of ``torch.compile``: a small trial has one that needs no C++ compiler, which is slow."""
+    """Return the backend of ``torch.compile``; for a small trial one that needs no C++ compiler, which is slow."""
     return "aot_eager" if visit.small else "inductor"

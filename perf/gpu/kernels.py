@@ -1,4 +1,4 @@
-"""Operators by graph replay, as a share of the copy rate: launching does not count, memory does."""
+"""Time operators by replays of CUDA graphs, as a share of the copy rate: memory counts, launching does not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _order() -> Iterator[tuple[str, str, str]]:
 
 
 def small_cases() -> tuple[Case, ...]:
-    """Return stand-ins for a trial without a GPU."""
+    """Return small cases for a trial without a GPU."""
     return (
         Tail((2, 8, 6, 6), torch.float32, True, ("cpu", "cuda")).case(),
         Problem((4, 8, 6, 6), torch.float32, 1, True, True).case(quick=True, devices=("cpu", "cuda")),

@@ -1,4 +1,4 @@
-"""Processes that end when their time is over, with everything that they started."""
+"""Run commands that end when their time is over, with all processes that they started."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _raise_exit(number: int, frame: object) -> NoReturn:
 
 
 def run_limited(command: Sequence[str], seconds: float, log: IO[bytes]) -> int | None:
-    """Run ``command`` with its output in ``log``; return its exit status, or None where it was stopped.
+    """Run ``command`` with its output in ``log``; return its exit status, or None if it was stopped after ``seconds``.
 
     The command runs in a process group of its own, which is killed when the command ends, when the time is over, and
-    when the caller is interrupted, so that nothing that it started goes on.
+    when the caller is interrupted.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)

@@ -1,4 +1,4 @@
-"""The operators' tests on the GPU, by pytest in a process of its own; every failure is a finding of its own."""
+"""Run the operators' tests on the GPU, by pytest in a process of its own; every failure is a finding."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(visit: Visit, tests: Path = SOURCE.parent / "tests", keyword: str | None
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """End pytest by an interrupt, so that it still writes its counts; kill it where that takes too long.
+    """End pytest by an interrupt, so that it still writes its counts; kill it if that takes too long.
 
     Python drops an interrupt that comes while it frees an object, so that a second one follows.
     """
@@ -77,12 +77,12 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
 
 
 def operator_test_files(tests: Path) -> list[Path]:
-    """Return files of tests that run once per backend."""
+    """Return the files of tests that run once per backend."""
     return sorted(path for path in tests.rglob("test_*.py") if _USES_OP_TESTER.search(path.read_text()))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write a failed test down when it has failed, and count the others."""
+    """Write a failed test to the results at once, and count the others."""
     if "PYTEST_XDIST_WORKER" in os.environ or (report.outcome == "passed" and report.when != "call"):
         return
     _counts[report.outcome] = _counts.get(report.outcome, 0) + 1
@@ -93,13 +93,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """End a worker that can do no more on the device, so that pytest-xdist starts another for the tests behind."""
+    """End this process if it can do no more on the device; pytest-xdist then starts another for the other tests."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized() and is_lost(torch.device("cuda")):
         os._exit(DEVICE_FAULT)
 
 
 def pytest_sessionfinish() -> None:
-    """Write the counts down."""
+    """Write the counts to the results."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         _write("counts", "ok", **_counts)
 

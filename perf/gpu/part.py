@@ -1,4 +1,4 @@
-"""What the parts of a visit share: where they run, how long, and where their findings go."""
+"""What the parts of a visit share: device, time, and the file of their findings."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DEVICE_FAULT = 75
 
 @dataclass
 class Visit:
-    """One part's share of a visit.
+    """One part of a visit: where it runs, how long, and where its findings go.
 
     Attributes:
         part: name of the part that runs.
         device: where it runs; a CPU tries the code without measuring anything of interest.
         out: folder of the results.
-        seconds: how long the part may take; what is left of it decides what is still begun.
+        seconds: how long the part may take.
         small: small shapes, for a trial.
     """
 
@@ -39,21 +39,21 @@ class Visit:
     start: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Return seconds that remain."""
+        """Return the seconds that remain."""
         return self.seconds - (time.monotonic() - self.start)
 
     def note(self, name: str, status: str = "ok", **fields: Any) -> None:
-        """Write a finding down at once, and print it."""
+        """Write a finding to the results at once, and print it."""
         at = round(time.monotonic() - self.start, 1)
         append(self.out / RESULTS, {"part": self.part, "name": name, "status": status, **fields, "at_s": at})
         print(f"{self.part} {name}: {status}", *(f"{key}={value}" for key, value in fields.items()), flush=True)
 
     @contextmanager
     def finding(self, name: str) -> Iterator[None]:
-        """Turn an exception of the block into a finding, so that what comes after it still runs.
+        """Turn an exception in the block into a finding called ``name``, so that what comes after the block still runs.
 
         Raises:
-            SystemExit: with `DEVICE_FAULT`, where nothing else runs on the device in this process.
+            SystemExit: with `DEVICE_FAULT`, if nothing else can run on the device in this process.
         """
         try:
             yield
@@ -69,9 +69,9 @@ class Visit:
             torch.cuda.synchronize(self.device)
 
     def has_time_for(self, name: str, seconds: float) -> bool:
-        """Whether ``seconds`` remain; where they don't, that is a finding.
+        """Whether ``seconds`` remain; if not, that is noted as a finding.
 
-        False, too, for what this part found before a fault of the device ended its process.
+        Also False for what this part found before a fault of the device ended its process.
         """
         if any((record["part"], record["name"]) == (self.part, name) for record in read(self.out / RESULTS)):
             return False
@@ -82,7 +82,7 @@ class Visit:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether the device refuses all further work of this process, as after an access to memory that isn't there."""
+    """Whether the device refuses all further work of this process, as after an invalid access to memory."""
     if device.type != "cuda":
         return False
     try:

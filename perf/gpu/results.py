@@ -16,9 +16,9 @@ RESULTS, SUMMARY, LOG, PROFILE = "results.jsonl", "summary.txt", "log.txt", "pro
 
 
 def append(path: Path, record: Record) -> None:
-    """Append ``record`` as one JSON line in one write, which several processes may do at a time.
+    """Append ``record`` as one JSON line in one write; several processes may do so at a time.
 
-    Whoever is killed at any moment loses at most the line that was being written.
+    A process that is killed loses at most the line that it was writing.
     """
     line = (json.dumps(record, default=str) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -29,7 +29,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Return the records of a results file; a line that was cut off is left out."""
+    """Return the records of a results file, without a last line that was cut off."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -40,7 +40,7 @@ def read(path: Path) -> list[Record]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` as a whole."""
+    """Replace the file ``path`` as a whole by ``text``."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
@@ -54,7 +54,7 @@ def summarize(records: Iterable[Record]) -> str:
 
 
 def failures(records: Iterable[Record]) -> list[Record]:
-    """Return the records that say that something is wrong."""
+    """Return the records whose status says that something is wrong."""
     return [record for record in records if record["status"] not in _FINE]
 
 

@@ -1,4 +1,4 @@
-"""Smoke: every preset trains, and its eval mode and its converted model give the CPU's bits."""
+"""Smoke test: every preset trains, and its eval mode and its converted model give the CPU's bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _SECONDS_PER_PRESET = 6.0
 
 
 class TinyNet(nn.Module):
-    """Conv-BN-ReLU, a depthwise convolution, a residual addition and a classifier: what a ResNet is made of."""
+    """A network with the parts of a ResNet.
+
+    Conv-BN-ReLU, a depthwise convolution, a residual addition and a classifier.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ def run(visit: Visit) -> None:
 
 
 def check_preset(visit: Visit, name: str, qconfig: QConfig) -> None:
-    """Train three models of the preset alike, two on the device and one on the CPU; note what differs."""
+    """Train three models of the preset in the same way, two on the device and one on the CPU; note the differences."""
     torch.manual_seed(0)
     net, x, y = TinyNet(), torch.randn(16, 3, 12, 12), torch.randint(10, (16,))
     here, cpu = visit.device, torch.device("cpu")
@@ -82,9 +85,9 @@ def check_preset(visit: Visit, name: str, qconfig: QConfig) -> None:
 
 
 def deployment_faults(model: nn.Module, x: Tensor) -> list[str]:
-    """Return how eval mode and the converted model of ``model`` differ from eval mode on the CPU.
+    """Return how eval mode and the converted model on the device differ from eval mode on the CPU, one sentence each.
 
-    All must agree by bits.
+    They must agree bit for bit.
     """
     device = next(model.parameters()).device
     twin = copy.deepcopy(model).cpu().eval()
@@ -100,7 +103,7 @@ def deployment_faults(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, *, autocast: bool) -> list[float]:
-    """Return losses of a few steps of SGD."""
+    """Train for a few steps of SGD; return the losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for _ in range(_STEPS):

@@ -1,4 +1,4 @@
-"""Training steps of ResNet-50 beside float's and the peers': time, time to launch, memory, and a profile."""
+"""Training steps of ResNet-50, beside float's and other libraries': time, time to launch, memory, and a profile."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def ordered(case: Case) -> list[str]:
 
 
 def obstacle(implementation: Implementation, visit: Visit) -> str | None:
-    """Return why an implementation can't be tried, or None."""
+    """Return in words why an implementation can't be tried; None: it can."""
     if visit.device.type not in implementation.devices:
         return f"needs {' or '.join(implementation.devices)}"
     if importlib.util.find_spec(implementation.module) is None:
@@ -75,7 +75,10 @@ def obstacle(implementation: Implementation, visit: Visit) -> str | None:
 
 
 def measure(visit: Visit, label: str, case: Case, step: Step, inputs: Inputs, difference: str | None) -> None:
-    """Note time, launch time and memory of ``step``, which was called before, and the ``difference`` that was found."""
+    """Note time, launch time and memory of ``step``, which was called before.
+
+    ``difference`` says how its results differ from the reference; None: they do not.
+    """
     for _ in range(0 if visit.small else _WARM_CALLS):
         step(inputs)
     finished, launched = step_times(step, inputs, visit.device, 1 if visit.small else _TIMED_CALLS)

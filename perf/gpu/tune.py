@@ -1,4 +1,4 @@
-"""The tuner's most valuable entries, as many as there is time for."""
+"""Tune the most valuable entries of the launch table, as many as there is time for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def run(visit: Visit) -> None:
-    """Tune large tensors first, bfloat16 before float32; the table lies among the results."""
+    """Tune large tensors first, bfloat16 before float32; the table is written among the results."""
     if visit.device.type != "cuda":
         visit.note("tuner", "not run", reason="needs a GPU")
         return
