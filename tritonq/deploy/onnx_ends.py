@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
-from tritonq.deploy.onnx_files import CODES_KEY
+from tritonq.deploy.onnx_files import CODES_KEY, drop_unread
 from tritonq.prepare.record.structure import replace_tensors
 
 ENDS_KEY = "tritonq.ends"
@@ -260,7 +260,7 @@ def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, i
             graph.node.append(onnx.helper.make_node("ArgMax", [source], [name], axis=1, keepdims=0))
             output.type.tensor_type.elem_type = onnx.TensorProto.INT64
             del output.type.tensor_type.shape.dim[1]
-    _drop_unread(graph)
+    drop_unread(graph)
     return tuple(grids)
 
 
@@ -268,12 +268,6 @@ def _rename(names: Any, old: str, new: str) -> None:
     for index, name in enumerate(names):
         if name == old:
             names[index] = new
-
-
-def _drop_unread(graph: Any) -> None:
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for node in [held for held in graph.node if not any(name in read for name in held.output)]:
-        graph.node.remove(node)
 
 
 def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: Returned, model: nn.Module) -> None:

@@ -20,6 +20,21 @@ def require_onnx(*packages: str) -> None:
             raise ImportError(f"{name} can't be imported; install the extra: pip install 'tritonq[onnx]'") from error
 
 
+def drop_unread(graph: Any) -> None:
+    """Delete from an ONNX graph the nodes and initialisers that neither a node nor an output of the graph reads."""
+    outputs = {output.name for output in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | outputs
+        unread = [node for node in graph.node if not any(name in read for name in node.output)]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def forget_source(proto: Any) -> None:
     """Delete the exporter's notes on nodes and values from a file: stack traces, absolute paths, source code."""
     graph = proto.graph

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.onnx_engine_functions import engine_function, put_engine_function
+from tritonq.deploy.onnx_files import drop_unread
 from tritonq.deploy.onnx_ops import round_half_away
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.grid import Grid
@@ -118,7 +119,7 @@ def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[s
                 put_engine_function(proto, fused)
             elif not _gives(table.codes, source, result, nodes, constants):
                 _put_table(proto, source, result, producers[result], table.codes)
-    _drop_unread(proto.graph)
+    drop_unread(proto.graph)
 
 
 def _gives(codes: Any, source: str, result: str, nodes: list[Any], constants: list[Any]) -> bool:
@@ -229,17 +230,3 @@ def _put_table(proto: Any, source: str, result: str, node: Any, codes: Any) -> N
     del graph.node[position]
     for offset, new in enumerate(made):
         graph.node.insert(position + offset, new)
-
-
-def _drop_unread(graph: Any) -> None:
-    outputs = {value.name for value in graph.output}
-    while True:
-        read = {name for node in graph.node for name in node.input} | outputs
-        unread = [node for node in graph.node if not any(name in read for name in node.output)]
-        if not unread:
-            break
-        for node in unread:
-            graph.node.remove(node)
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

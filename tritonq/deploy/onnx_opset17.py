@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tritonq.deploy.onnx_files import drop_unread
+
 OPSET = 17
 # Files of opset 17 came with this version of the format.
 _IR_VERSION = 8
@@ -57,7 +59,7 @@ def lower_opset(proto: Any) -> None:
         if entry.domain == "":
             entry.version = OPSET
     proto.ir_version = min(proto.ir_version, _IR_VERSION)
-    _drop_unread_constants(proto.graph)
+    drop_unread(proto.graph)
 
 
 def _drop_new_attributes(node: Any) -> None:
@@ -67,11 +69,3 @@ def _drop_new_attributes(node: Any) -> None:
         if usual is not None and usual != (attribute.s if isinstance(usual, bytes) else attribute.i):
             raise ValueError(f"opset {OPSET} has no {node.op_type} with {attribute.name}; export with opset=18")
         node.attribute.remove(attribute)
-
-
-def _drop_unread_constants(graph: Any) -> None:
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for tensor in [held for held in graph.initializer if held.name not in read]:
-        graph.initializer.remove(tensor)
-    for node in [held for held in graph.node if held.op_type == "Constant" and held.output[0] not in read]:
-        graph.node.remove(node)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tritonq.deploy.onnx_files import drop_unread
 from tritonq.formats import FLOAT_FORMATS
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
 
@@ -69,7 +70,7 @@ def pack_weights(proto: Any) -> None:
         _pack(tensor, signed)
         packed[name] = before - len(tensor.raw_data)
     _forget_types(graph, packed)
-    _drop_unread(graph)
+    drop_unread(graph)
     for entry in proto.opset_import:
         if entry.domain == "":
             entry.version = max(entry.version, _FLOATS_OPSET if has_floats else PACKED_OPSET)
@@ -190,11 +191,3 @@ def _forget_types(graph: Any, names: Iterable[str]) -> None:
     for index in reversed(range(len(graph.value_info))):
         if graph.value_info[index].name in changed:
             del graph.value_info[index]
-
-
-def _drop_unread(graph: Any) -> None:
-    read = {name for node in graph.node for name in node.input}
-    read |= {output.name for output in graph.output}
-    for index in reversed(range(len(graph.initializer))):
-        if graph.initializer[index].name not in read:
-            del graph.initializer[index]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,17 @@ class DifferentiableMap(LinearMap, Protocol):
 
 
 # Compared by identity: torch.compile of torch 2.11 hashes an instance before it has attributes.
+def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
+    """Return one entry per axis: ``3``, ``(3,)`` and ``(3, 3)`` give ``(3, 3)`` for rank 2.
+
+    Args:
+        value: an argument as torch's convolutions and pools take it: one entry, or a tuple or list of them.
+        rank: number of axes.
+    """
+    entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return entries * rank if len(entries) == 1 else entries
+
+
 @dataclass(frozen=True, eq=False)
 class Convolution:
     """A convolution of one to three dimensions that pads with zeros, equally on both sides; may be transposed.

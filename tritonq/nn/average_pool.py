@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tritonq.functional.average_pool import average_codes, integer_average
 from tritonq.functional.host_grid import HostGrid
+from tritonq.functional.linear_map import per_axis
 from tritonq.grid import Grid
 from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
@@ -218,22 +219,16 @@ def averaging_of(pool: nn.Module) -> Averaging | None:
 def window_average(pool: Any) -> WindowAverage:
     """Return the mean that an ``nn.AvgPool1d``, ``2d`` or ``3d`` computes."""
     rank = _rank(pool)
-    kernel, stride, padding = (_per_axis(value, rank) for value in (pool.kernel_size, pool.stride, pool.padding))
+    kernel, stride, padding = (per_axis(value, rank) for value in (pool.kernel_size, pool.stride, pool.padding))
     divisor = getattr(pool, "divisor_override", None)
     return WindowAverage(kernel, stride, padding, bool(pool.ceil_mode), bool(pool.count_include_pad), divisor)
 
 
 def adaptive_average(pool: Any) -> AdaptiveAverage:
     """Return the mean that an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` computes."""
-    return AdaptiveAverage(_per_axis(pool.output_size, _rank(pool)))
+    return AdaptiveAverage(per_axis(pool.output_size, _rank(pool)))
 
 
 def _rank(pool: nn.Module) -> int:
     """Return the number of axes of an average pool's window: 1, 2 or 3."""
     return next(rank for cls, rank in _RANKS.items() if isinstance(pool, cls))
-
-
-def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
-    """Return one number per axis; a single number, or a tuple of one, is repeated."""
-    entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return entries * rank if len(entries) == 1 else entries

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tritonq.functional.linear_map import per_axis
 from tritonq.nn.average_pool import averaging_of
 from tritonq.prepare.decide.read_call import read_call
 from tritonq.prepare.record.dataflow import Call, Ref
@@ -71,11 +72,11 @@ def _window(rank: int) -> Callable[..., Averaging | None]:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Averaging | None:
-        kernel = _per_axis(kernel_size, rank)
+        kernel = _whole_per_axis(kernel_size, rank)
         # Without a stride, or with an empty one, windows stand side by side.
-        step = kernel if stride in (None, ()) else _per_axis(stride, rank)
+        step = kernel if stride in (None, ()) else _whole_per_axis(stride, rank)
         return WindowAverage(
-            kernel, step, _per_axis(padding, rank), bool(ceil_mode), bool(count_include_pad), divisor_override
+            kernel, step, _whole_per_axis(padding, rank), bool(ceil_mode), bool(count_include_pad), divisor_override
         )
 
     return average
@@ -85,7 +86,7 @@ def _adaptive(rank: int) -> Callable[..., Averaging | None]:
     """Return a function that reads arguments of ``adaptive_avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
 
     def average(input: Ref, output_size: Any) -> Averaging | None:
-        return AdaptiveAverage(_per_axis(output_size, rank))
+        return AdaptiveAverage(_whole_per_axis(output_size, rank))
 
     return average
 
@@ -97,12 +98,12 @@ _READERS: Mapping[str, Callable[..., Averaging | None]] = {
 }
 
 
-def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
-    """Return one number per axis: ``(3,)`` and ``3`` give ``(3, 3)`` for rank 2. Raise ValueError for anything else."""
-    entries = tuple(value) if isinstance(value, Sequence) else (value,)
-    if len(entries) not in (1, rank) or not all(entry is None or isinstance(entry, int) for entry in entries):
+def _whole_per_axis(value: Any, rank: int) -> tuple[Any, ...]:
+    """Return :func:`per_axis` of whole numbers and None; raise ValueError for anything else."""
+    entries = per_axis(value, rank)
+    if len(entries) != rank or not all(entry is None or isinstance(entry, int) for entry in entries):
         raise ValueError(f"expected 1 or {rank} whole numbers, got {value!r}")
-    return entries * rank if len(entries) == 1 else entries
+    return entries
 
 
 def _following_sizes(averaging: Averaging, shape: tuple[int, ...]) -> Averaging | None:

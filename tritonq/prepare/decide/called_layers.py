@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tritonq.functional.linear_map import per_axis
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.constants import PlannedProgram
 from tritonq.prepare.forwards.geometry import argument_names, geometry_of
@@ -155,7 +156,7 @@ def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> d
         return {"in_features": shape[1], "out_features": shape[0], "bias": has_bias}
     rank, groups = len(shape) - 2, arguments["groups"]
     numbers = {
-        name: value if isinstance(value, str) else _per_axis(value, rank)
+        name: value if isinstance(value, str) else per_axis(value, rank)
         for name, value in arguments.items()
         if name in ("stride", "padding", "dilation", "output_padding")
     }
@@ -168,9 +169,3 @@ def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> d
         "bias": has_bias,
         **numbers,
     }
-
-
-def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
-    """Return one number per axis; a single number, or a tuple of one, is repeated."""
-    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return numbers * rank if len(numbers) == 1 else numbers

@@ -6,6 +6,7 @@ A *frozen norm* computes ``x · factor + summand`` per channel, from buffers and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from torch import nn
@@ -146,11 +147,5 @@ def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
     program = analysis.constants.program(values)
     if program is None:
         return None
-    tensors = (_tensor(analysis.model, name) for name in program.state.values())
+    tensors = (attrgetter(name)(analysis.model) for name in program.state.values())
     return None if any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in tensors) else program
-
-
-def _tensor(model: nn.Module, path: str) -> object:
-    """Return a parameter or buffer of the model by its qualified name."""
-    parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import cast
 
 from torch import nn
@@ -250,7 +251,7 @@ def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis)
         state = [str(flow.values[value].path[0]) for value in heart.inputs if flow.is_state(value)]
         taken = (module.weight, module.bias, module.running_mean, module.running_var)
         own = {id(tensor) for tensor in taken if tensor is not None}
-        reads_own = len(state) == len(own) and all(id(_tensor(analysis.model, name)) in own for name in state)
+        reads_own = len(state) == len(own) and all(id(attrgetter(name)(analysis.model)) in own for name in state)
         if heart.name != "batch_norm" or not reads_own or heart.inputs[0] not in refs_in(frame.args):
             return None
         last = heart
@@ -280,9 +281,3 @@ def _has_hooks(module: object, before: bool = False, after: bool = False) -> boo
     if module._backward_hooks or module._backward_pre_hooks:  # they see gradients on either side
         return True
     return bool(((before or either) and module._forward_pre_hooks) or ((after or either) and module._forward_hooks))
-
-
-def _tensor(model: nn.Module, path: str) -> object:
-    """Return a parameter or buffer of the model by its qualified name."""
-    parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Container
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tritonq.nn.computed import ComputedParameters, Slot, StateSlot, Step
 from tritonq.nn.reference import Reference
@@ -25,7 +25,7 @@ def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.M
         model: the model, whose parameters the weight is computed from.
         training: whether the layer is in training mode.
     """
-    tensor = _state(model, next(iter(function.program.state.values())))
+    tensor = operator.attrgetter(next(iter(function.program.state.values())))(model)
     made = function.kind(**function.geometry, device="meta", dtype=tensor.dtype).to_empty(device=tensor.device)
     made.training = training
     return made
@@ -70,10 +70,3 @@ def _slots(item: Any) -> Any:
     if isinstance(item, tuple):
         return tuple(map(_slots, item))
     return {key: _slots(child) for key, child in item.items()} if isinstance(item, dict) else item
-
-
-def _state(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer of the model by its qualified name."""
-    owner, _, own_name = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(owner), own_name)
-    return tensor

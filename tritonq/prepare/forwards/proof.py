@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import fx, nn
@@ -93,7 +94,7 @@ class _Follower:
             if node.op == "placeholder":
                 self._results[node] = arguments.get(str(node.target).lstrip("*"))
             elif node.op == "get_attr":
-                tensor = _attribute(self._owner, str(node.target))
+                tensor = attrgetter(str(node.target))(self._owner)
                 self._results[node] = self._recorded.state.get((self._frame.run, id(tensor)), _NoTensor())
             elif node.op == "call_module":
                 self._results[node] = self._module(node)
@@ -212,8 +213,3 @@ class _Follower:
         if kind == "call":
             return [self._flow.calls[index]]
         return [call for event in self._flow.frames[index].events for call in self._calls_within(*event)]
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    prefix, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(prefix), name)
