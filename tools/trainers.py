@@ -246,7 +246,7 @@ HEAD = ("trainer", "accuracy", "of the average", "ranges moved", "apart", "conve
 
 
 def try_trainer(train: Callable[[], tuple[nn.Module, nn.Module]]) -> list[str]:
-    """Return the cells of one row."""
+    """Train by ``train``, convert the model and its average, and return the results as cells of a row of the table."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, average = train()

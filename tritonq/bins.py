@@ -56,7 +56,7 @@ class FloatPrefixBins:
 
     @classmethod
     def of_size(cls, bins: int) -> FloatPrefixBins:
-        """Return the resolution whose two sides have ``bins`` bins together (2048: four mantissa bits).
+        """Return bins whose number on both sides of zero together is ``bins``; 2048 gives four mantissa bits.
 
         Raises:
             ValueError: ``bins`` is not a power of two in 128..32768.
@@ -84,7 +84,10 @@ class FloatPrefixBins:
 
     @property
     def first_prefix(self) -> int:
-        """``bits(2^min_exponent) >> shift``: the prefix of the innermost bin."""
+        """The upper bits of ``2^min_exponent``, the lower edge of the innermost positive bin.
+
+        Its float32 bits ``>> shift``.
+        """
         return (self.min_exponent + _EXPONENT_BIAS) << self.mantissa_bits
 
     def edges(self, device: torch.device | str) -> Tensor:

@@ -170,7 +170,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @torch.no_grad()
     def gather(self, x: Tensor) -> None:
-        """Count ``x`` as a part of the latest batch in the history, as calibration does with all its data."""
+        """Let ``x`` raise the largest magnitudes of the latest batch in the history, instead of adding a batch.
+
+        Calibration calls it for all its data, which count as one batch.
+        """
         if not self.has_observed_scale:
             return
         if self.blocks is None and self.ch_axis is not None:

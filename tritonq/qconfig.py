@@ -333,10 +333,11 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
 
     - ``"onnxruntime"`` (default): activations unsigned 8-bit with a zero point (0 behind a ReLU) and a moving average
       that follows growth at once (``copy_above``), weights symmetric narrow int8 per channel.
-    - ``"tensorrt"``: the same with symmetric int8 activations; a function behind a layer is computed before rounding.
+    - ``"tensorrt"``: the same with symmetric int8 activations; the function behind a layer (SiLU and the like) is
+      computed before rounding.
     - ``"openvino"``, ``"qnn"``: the numbers of ``"onnxruntime"`` for these engines' files.
     - ``"xnnpack"``: signed 8-bit activations with a zero point, for ExecuTorch's delegate.
-    - ``"a16w8"``, ``"a16w4"``: the same with activations of 16 bits, and weights of 8 or 4, as Qualcomm's targets
+    - ``"a16w8"``, ``"a16w4"``: as ``"qnn"`` with activations of 16 bits, and weights of 8 or 4, as Qualcomm's targets
       have them; sums have 64 bits. Train and run in float32, which holds 16-bit codes; float16 and bfloat16 don't.
     - ``"w4_g32"``, ``"w4_g64"``, ``"w4_g128"``: symmetric weights of 4 bits with a scale per group of so many input
       channels, activations in float; ``"w4a8_g32"`` and so on: the same with activations of 8 bits. Groups must divide
@@ -344,24 +345,27 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
     - ``"megengine_sync_ema"``: as ``"megengine_ema"``, with ranges over all ranks where torch.distributed is
       initialised.
-    - ``"megengine_lowbit"``: 4 bits both.
+    - ``"megengine_lowbit"``: weights and activations of 4 bits.
     - ``"megengine_calibration"``: histograms for post-training calibration; nothing is rounded before
       :func:`tritonq.calibrate` has fixed the ranges.
     - ``"megengine_tqt"``: trained thresholds.
     - ``"megengine_passive"``: scales are given, not observed.
-    - ``"f8net"``: 8-bit fixed point, multiplications by powers of two alone between layers.
+    - ``"f8net"``: 8-bit fixed point; between layers values are multiplied by powers of two only.
     - ``"lsq_w8a8"``, ``"lsq_w4a8"``, ``"lsq_w4a4"``, ``"lsq_w3a3"``, ``"lsq_w2a4"``, ``"lsq_w2a2"``: trained scales
-      (LSQ) for weights and activations of so many bits, which begin as the paper's; additions are rounded behind
-      alone. First and last layer and inputs want 8 bits: :func:`tritonq.get_qconfig_mapping` gives the mapping.
+      (LSQ) for weights and activations of so many bits, which begin as in the paper; the sum of an addition is rounded,
+      its summands are not. First and last layer and inputs should have 8 bits: :func:`tritonq.get_qconfig_mapping`
+      gives that mapping.
     - ``"dorefa_w1a2"``, ``"dorefa_w1a4"``, ``"dorefa_w2a2"``, ``"dorefa_w4a4"``: DoReFa-Net, activations between 0 and
-      1; ``"bwn_w1a8"``, ``"twn_w2a8"``: binary and ternary weights. Ends as with LSQ.
+      1; ``"bwn_w1a8"``, ``"twn_w2a8"``: binary and ternary weights. First and last layer and inputs as with LSQ.
     - ``"learned_bits_a8"``: weights of 2 to 8 bits, a trained number per layer (FracBits, over LSQ's trained scales):
-      :func:`tritonq.learned_size` gives the penalty, :func:`tritonq.fix_learned_bits` ends the search. Ends as for LSQ.
+      :func:`tritonq.learned_size` gives the penalty, :func:`tritonq.fix_learned_bits` ends the search. First and last
+      layer and inputs as with LSQ.
     - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
       the largest magnitudes of 16 batches.
-    - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. These three have
-      no deployed form, as blocks of activations find their scales while the model runs: :func:`tritonq.convert` says
-      so. ``"w_mxfp8"``, ``"w_mxfp4"``, ``"w_nvfp4"``: weights alone, which have one where blocks divide the channels.
+    - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. They have no
+      deployed form, since blocks of activations find their scales while the model runs; :func:`tritonq.convert` says
+      so. ``"w_mxfp8"``, ``"w_mxfp4"``, ``"w_nvfp4"``: the same for weights alone, which have a deployed form if blocks
+      divide the channels.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

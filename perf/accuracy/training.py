@@ -28,9 +28,18 @@ def train(
     further_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     end_search: Callable[[nn.Module], object] | None = None,
 ) -> None:
-    """Train by SGD with momentum, from ``rate`` to 0 by half a cosine; a further loss takes outputs and images.
+    """Train ``model`` in place by SGD with momentum; the learning rate falls from ``rate`` to 0 by half a cosine.
 
-    ``end_search`` changes the model after four fifths of the steps, and ends the further loss; momentum begins anew.
+    Args:
+        model: a float or a prepared model.
+        data: images and targets.
+        epochs: how often each image is used.
+        rate: learning rate at the start.
+        decay: weight decay.
+        seed: of the order of images.
+        further_loss: from outputs and images to what is added to the loss; None: nothing.
+        end_search: changes the model after four fifths of the steps. Then ``further_loss`` ends and momentum begins
+            anew. None: nothing changes.
     """
     optimizer = _optimizer(model, rate, decay)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,9 @@
-"""The benchmark cases: one module per family of operators, and one for whole training steps."""
+"""The benchmark cases: one module per family of operators, and one for whole training steps.
+
+A module has a function ``cases``. Most have a class for one problem, whose methods make its inputs, its reference and
+its :class:`tritonq.perf.case.Case`. The *least traffic* of a case is the memory that the best possible implementation
+must read and write (``bytes_moved``). The *baseline* is the implementation that times are divided by.
+"""
 
 from __future__ import annotations
 

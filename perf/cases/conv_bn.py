@@ -209,7 +209,7 @@ class Layer:
         return conv, nn.BatchNorm2d(self.channels), nn.ReLU()
 
     def case(self) -> Case:
-        """Return the case. It has no least traffic, since a convolution bounds it; memory is counted instead."""
+        """Return the case. No least traffic is given, since a convolution bounds it; memory is counted instead."""
         kind = f"{self.kernel}x{self.kernel}" + (" depthwise" if self.groups > 1 else "")
         dtype = "float32" if self.autocast is None else f"amp-{str(self.autocast).removeprefix('torch.')}"
         parts = ["conv_bn", f"layer {kind}", f"{self.batch}x{self.channels}x{self.size}x{self.size}", dtype]

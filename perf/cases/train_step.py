@@ -97,7 +97,7 @@ class Setting:
             return peer_model(peer, self.float_model(device), images)
 
     def case(self) -> Case:
-        """Return the case. It has no least traffic, since convolutions bound a step; memory is counted instead."""
+        """Return the case. No least traffic is given, since convolutions bound a step; memory is counted instead."""
         return Case(
             name=self.name,
             family="train_step",

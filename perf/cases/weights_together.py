@@ -46,7 +46,7 @@ class Problem:
         return [inputs[f"weight{i}"] for i in range(len(self.shapes))]
 
     def folds(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the fold of each weight."""
+        """Return the fold (one factor per out channel, γ/σ of a BatchNorm) of each weight."""
         return torch.split(inputs["fold"], [shape[0] for shape in self.shapes])
 
     def case(self, *, quick: bool) -> Case:

@@ -24,8 +24,8 @@ def build(folder: Path) -> None:
     """Write ``libcudart.so.13`` and ``libcuda.so.1`` into ``folder``.
 
     Raises:
-        FileNotFoundError: no CUDA build of torch, or none of CUDA 13. subprocess.CalledProcessError: no C compiler, or
-            it failed.
+        FileNotFoundError: no CUDA build of torch, or none of CUDA 13.
+        CalledProcessError: no C compiler, or it failed.
     """
     libraries = [*SITE.glob("torch/lib/*.so*"), *SITE.glob("nvidia/*/lib/*.so*")]
     needed = {name for path in libraries for name in _undefined(path) if name.partition("@")[2].lstrip("@") == RUNTIME}

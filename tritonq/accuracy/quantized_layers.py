@@ -60,7 +60,8 @@ def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
 def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
     """Raise ValueError if a layer's quantizer does not round each weight to its nearest integer code.
 
-    So do float formats, and quantizers whose codes follow from a formula of the whole weight (`tritonq.paper_schemes`).
+    Float formats do not, nor do quantizers whose codes follow from a formula of the whole weight
+    (`tritonq.paper_schemes`).
 
     Args:
         layers: by path, which the error names.

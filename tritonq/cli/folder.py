@@ -53,7 +53,7 @@ class FileImages(LabelledImages):
         paths: the files.
         labels: of each.
         preprocessing: how they are scaled.
-        augmentation: how they are changed before that.
+        augmentation: random changes that are made before scaling.
         seed: of the changes.
     """
 

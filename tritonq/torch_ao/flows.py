@@ -82,7 +82,7 @@ def _without_ranges(model: nn.Module) -> list[str]:
 
 
 def _give_range(model: nn.Module, name: str) -> None:
-    """Let a quantizer observe its layer's weight, or the numbers from 0 to 1 if it is no weight's."""
+    """Let the quantizer at path ``name`` observe its layer's weight; if it is no weight's, the numbers from 0 to 1."""
     quantizer = cast(FakeQuantizeBase, model.get_submodule(name))
     owner, _, attribute = name.rpartition(".")
     values = model.get_submodule(owner).weight if attribute == "weight_fake_quant" else torch.tensor([0.0, 1.0])
