@@ -171,10 +171,7 @@ def range_kernel(
 
     One program does it all. The ReLU is applied to the ends of the merged range, if there is one.
     """
-    observing = 0
-    if observing_ptr is not None:
-        observing = tl.load(observing_ptr).to(tl.int32)
-    if observing != 0:
+    if observing_ptr is not None and tl.load(observing_ptr) != 0:
         lows = tl.full([BLOCK], INF, tl.float32)
         highs = tl.full([BLOCK], -INF, tl.float32)
         nonfinite = tl.zeros([BLOCK], tl.int32)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from interpreter_library import mend_interpreter
+
 # The same examples on every run, and no clock: the interpreter takes seconds where a GPU takes microseconds.
 settings.register_profile(
     "tritonq",
@@ -46,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _run = config.getoption("--kernels")
     if _run in ("interpreter", "sanitizer"):
         os.environ["TRITON_INTERPRET"] = "1"
+        mend_interpreter()
     for name, meaning in list(_RUNS.items())[1:]:
         config.addinivalue_line("markers", f"{name}: runs under --kernels={name}, where {meaning}")
 

@@ -255,6 +255,7 @@ def operators() -> None:
             implementation("fake_quant", x).quantize(given, grid)
             implementation("learned_scale", x).learned_fake_quantize(given, grid, "megengine")
         tritonq.fake_quantize_float(given, "mxfp8", axis=3)
+    implementation("residual", x).forward(x, x, Grid(torch.full((1,), 0.1), None, QINT8), None, None)
     per_channel = quantizer_state(QINT8.with_axis(1), x.shape[1])
     low, high, count = (
         per_channel.statistics.min_val,
