@@ -8,7 +8,8 @@ from typing import Any
 def mend_interpreter() -> None:
     """Let tensors of one element be indices, as bounds of loops are.
 
-    Triton 3.6 makes numbers of arrays of one element for that, which numpy 2.4 refuses. Without effect where there is no Triton, and under versions that reshape the array themselves.
+    Triton 3.6 makes numbers of arrays of one element for that, which numpy 2.4 refuses. Without effect where there is
+    no Triton, and under versions that reshape the array themselves.
     """
     try:
         import triton
