@@ -92,11 +92,12 @@ def operators(family: str, use: str) -> Any:
 @contextmanager
 def few_programs() -> Iterator[None]:
     """Give each program all that it can take, so that its loops over memory turn several times."""
-    from tritonq.kernels import reduction, rounded
+    from tritonq.kernels import activation, reduction, rounded
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 10**6)
         patch.setattr(rounded, "programs_that_fill", lambda device: 2)
+        patch.setattr(activation, "_RANGE_BLOCK", 2)
         clear_plans()
         yield
     clear_plans()
