@@ -1,4 +1,4 @@
-"""Python time per call of each public operator: on a CPU with the launch stubbed out, on a GPU with it.
+"""Python time per call, per layer and per launch: on a CPU with the launch stubbed out, on a GPU with it.
 
 Run as ``python -m tritonq.perf.overhead``. What remains when a launch does nothing is what tritonq and autograd spend;
 triton's own launcher comes on top of it, and shows on a GPU only (where this has not been run yet).
@@ -29,6 +29,8 @@ from tritonq.perf.table import duration
 _SHAPE = (4, 4)
 _BUDGET = Budget(seconds=1.0, min_rounds=15)
 _LIMITS = (-128, 127)
+# What has no gradient.
+_FORWARD_ONLY = ("one launch",)
 
 Operators = Mapping[str, Callable[[Tensor], Tensor]]
 
@@ -50,16 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(device: torch.device) -> Iterator[records.Record]:
-    """Yield one record per operator and implementation; the baseline is torch's operator of the same name."""
+def measure(device: torch.device, budget: Budget = _BUDGET) -> Iterator[records.Record]:
+    """Yield a record of each operator, layer and launch, by each library; the baseline is torch's of the same name."""
     stub = "" if device.type == "cuda" else "/launch stubbed"
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(stubbed_launches())
         for name, operators in _operators(device).items():
-            for backward in (False, True):
+            for backward in (False,) if name in _FORWARD_ONLY else (False, True):
                 steps = {library: _step(operator, backward, device) for library, operator in operators.items()}
-                times = interleave(steps, [{}], device, _BUDGET)
+                times = interleave(steps, [{}], device, budget)
                 case = f"overhead/{name}/{'forward+backward' if backward else 'forward'}{stub}"
                 for library, seconds in times.items():
                     yield _record(case, library, seconds, times.get("torch"))
@@ -125,7 +127,37 @@ def _operators(device: torch.device) -> dict[str, Operators]:
             "torch": _torch_ao_quantizer(observer).to(device),
             "tritonq": _seen(tritonq.FakeQuantize(MovingAverageMinMaxObserver, **observer)).to(device),
         },
+        "ConvBnReLU2d": {"torch": _as_image(_float_layer().to(device)), "tritonq": _as_image(_layer().to(device))},
+        "one launch": {"tritonq": _launch(scale)},
     }
+
+
+def _float_layer() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1, bias=False), torch.nn.BatchNorm2d(1), torch.nn.ReLU())
+
+
+def _layer() -> torch.nn.Module:
+    """Return the layer in training, after a step with real launches."""
+    import tritonq
+
+    layer = tritonq.prepare_qat(_float_layer(), example_inputs=torch.ones(1, 1, *_SHAPE)).train()
+    with tritonq.use_backend("torch"):
+        layer(torch.linspace(-1, 1, 16).view(1, 1, *_SHAPE)).sum().backward()
+    return layer
+
+
+def _as_image(layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x.view(1, 1, *_SHAPE)).view(_SHAPE)
+
+
+def _launch(scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a call of one kernel's launcher, which allocates the result, plans the launch and makes it."""
+    from tritonq.grid import Grid
+    from tritonq.kernels import fake_quant
+    from tritonq.quantized_type import QINT8
+
+    grid = Grid(scale, None, QINT8)
+    return lambda x: fake_quant.fake_quantize(x, grid)
 
 
 def _torch_ao_quantizer(arguments: dict[str, Any]) -> torch.nn.Module:
