@@ -124,7 +124,8 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def is_enabled_on_host(self) -> bool:
         """Whether :meth:`forward` rounds.
 
-        That is so in phase ``"fixed"``, if it is switched on and, in eval mode, has a fractional length.
+        That is so in phase ``"fixed"``, if it is switched on and has seen a training batch or loaded a fractional
+        length.
         """
         return self.phase == "fixed" and super().is_enabled_on_host()
 

@@ -73,9 +73,9 @@ class Rounding:
     quant_max: int = 127
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """Return ``x``, and ``dy`` for the backward, normal.
+        """Return normal values ``x``, for the backward also ``dy``, and ``frac_len`` int32.
 
-        ``frac_len`` int32: ranges of ±2 or ±4 standard deviations.
+        The fractional lengths give ranges of ±2 or ±4 standard deviations.
         """
         lengths = (1,) if self.axis is None else (self.shape[self.axis],)
         inputs = {

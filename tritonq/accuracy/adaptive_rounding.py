@@ -52,7 +52,7 @@ class SoftRounding:
         self.variables = torch.logit(rest).detach().requires_grad_()
 
     def share(self) -> Tensor:
-        """Return ``h(V) = clip(sigmoid(V) (ζ - γ) + γ, 0, 1)``: how far each weight is rounded up."""
+        """Return ``h(V) = clip(sigmoid(V) (ζ - γ) + γ, 0, 1)``, how far each weight is rounded up; ζ is 1.1, γ -0.1."""
         return (torch.sigmoid(self.variables) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def weight(self, share: Tensor) -> Tensor:

@@ -134,9 +134,10 @@ class QuantizerHistory:
 
 
 def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """Return the values whose nearest codes the quantizer takes.
+    """Return values that the quantizer rounds to the nearest code.
 
-    These are ``rows``, or for a paper's formula what it makes of them, such as their tanh.
+    These are ``rows``. If the quantizer takes codes by a paper's formula, they are what it makes of ``rows`` in eval
+    mode.
     """
     if quantizer.rounds_to_nearest:
         return rows
