@@ -80,10 +80,12 @@ class VerificationReport:
     Attributes:
         layers: one comparison per quantizer and call, in the order in which the model runs them.
         outputs: the model's outputs, all together.
+        unread: names of layers, as in ``layers``, with results that nothing reads; the deployed model leaves these out.
     """
 
     layers: tuple[LayerComparison, ...]
     outputs: OutputComparison
+    unread: tuple[str, ...] = ()
 
     @property
     def first_difference(self) -> LayerComparison | None:
@@ -122,6 +124,8 @@ class VerificationReport:
         if any(layer.island for layer in self.layers):
             why = "add floats in no defined order, or round to codes of 16 bits or of floats"
             lines.append(f"island: these operators {why}; one code may differ")
+        if self.unread:
+            lines.append(f"not compared, since nothing reads what they make: {', '.join(self.unread)}")
         first, outputs = self.first_difference, self.outputs
         lines.append("no code differs" if first is None else f"first difference: {first.name}")
         lines.append(

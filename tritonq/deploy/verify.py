@@ -20,6 +20,7 @@ from tritonq.deploy.comparisons import add_layers, add_outputs, compare_codes
 from tritonq.deploy.onnx_ends import Ends
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.deploy.torch_runner import torch_runner
+from tritonq.deploy.unread import without_unread
 from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.prepare.edit.earlier_inputs import earlier_names
 
@@ -37,7 +38,8 @@ def verify(
     file's operators add floats in no defined order (softmax, LayerNorm, a layer left in float), codes behind them may
     differ by one, and the report says so. In a fixed-point network the codes are those that each layer reads, under the
     layer's name. The outputs are compared as the deployed model makes them, with all that differs before them. A model
-    whose weights alone are quantized has no codes, only outputs.
+    whose weights alone are quantized has no codes, only outputs. Codes that nothing reads, and that the deployed model
+    does not compute, are left out, and the report names them.
 
     Args:
         qat_model: the trained model; its mode is restored. A converted model will do as well.
@@ -65,8 +67,13 @@ def verify(
     run_reference = torch_runner(qat_model)
     tally = _Tally(earlier_names(qat_model), islands)
     for args, kwargs in _batches(qat_model, data, inputs):
-        expected, expected_outputs = run_reference(*ends.values((args, kwargs)))
+        given = ends.values((args, kwargs))
+        expected, expected_outputs = run_reference(*given)
         found, found_outputs = run_deployed(args, kwargs)
+        lacking = tally.lacking(expected, found)
+        if lacking:
+            expected, unread = without_unread(expected, expected_outputs, lacking, run_reference, given)
+            tally.note_unread(unread)
         pairs = tally.pairs(expected, found)
         if not all(torch.equal(pair.expected, pair.found) for pair in pairs):
             found, _ = run_deployed(args, kwargs, _given(pairs, found))
@@ -135,6 +142,23 @@ class _Tally:
         self._islands = islands
         self._layers: dict[str, LayerComparison] = {}
         self._outputs: OutputComparison | None = None
+        self._unread: dict[str, None] = {}
+
+    def lacking(self, expected: Codes, found: Codes) -> list[str]:
+        """Return the quantizers of the trained model that the deployed one lacks, or calls fewer times."""
+        names = {name: self._name_in(name, found) for name in expected}
+        few = (name for name, calls in expected.items() if len(calls) > len(found.get(names[name], ())))
+        return [name for name in few if names[name] in found or _twin(expected[name], expected, found) is None]
+
+    def note_unread(self, quantizers: Iterable[str]) -> None:
+        """Note quantizers whose codes nothing reads, in at least one call."""
+        self._unread |= dict.fromkeys(_layer_name(quantizer) for quantizer in quantizers)
+
+    def _name_in(self, quantizer: str, found: Codes) -> str:
+        """Return what the deployed model calls a quantizer."""
+        earlier = self._earlier.get(quantizer, quantizer)
+        # One that ran once for all who read the tensor has another name.
+        return quantizer if quantizer in found or earlier not in found else earlier
 
     def pairs(self, expected: Codes, found: Codes) -> list[_Pair]:
         """Return the codes of each call of each quantizer in both models, in the trained model's order.
@@ -142,9 +166,7 @@ class _Tally:
         Raises:
             ValueError: one of the two lacks a quantizer, or calls it a different number of times.
         """
-        # One that ran once for all who read the tensor has another name.
-        names = {name: self._earlier.get(name, name) for name in expected}
-        names = {name: name if name in found or earlier not in found else earlier for name, earlier in names.items()}
+        names = {name: self._name_in(name, found) for name in expected}
         for quantizer in found:
             if quantizer not in expected and quantizer not in self._earlier.values():
                 raise ValueError(f"the deployed model has a quantizer {quantizer!r} that the trained model lacks")
@@ -180,7 +202,7 @@ class _Tally:
         codes = sum(layer.codes for layer in self._layers.values())
         if self._outputs is None or not (codes or self._outputs.elements):
             raise ValueError("verify needs at least one batch of data that holds a sample")
-        return VerificationReport(tuple(self._layers.values()), self._outputs)
+        return VerificationReport(tuple(self._layers.values()), self._outputs, tuple(self._unread))
 
 
 def _twin(calls: list[Tensor], expected: Codes, found: Codes) -> str | None:

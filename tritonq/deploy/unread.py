@@ -1,0 +1,65 @@
+"""Results that nothing reads: an exporter leaves out what computes them, and the quantizers behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.deploy.codes import Codes, Runner
+
+
+def without_unread(
+    codes: Codes,
+    outputs: list[Tensor],
+    lacking: Iterable[str],
+    run: Runner,
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
+) -> tuple[Codes, list[str]]:
+    """Return the codes of a run without those that nothing reads, and the names of quantizers whose codes are left out.
+
+    A call's codes are unread if neither an output nor a quantizer's other codes change when they do. Codes that change
+    only with those of other unread calls are unread, too.
+
+    Args:
+        codes: of each quantizer, by its name.
+        outputs: of the same run.
+        lacking: the quantizers that may be unread, in the order of the run.
+        run: runs the model.
+        arguments: of that run, positional and named.
+    """
+    lacking = list(lacking)
+    left = {name: list(enumerate(calls)) for name, calls in codes.items()}
+    names: list[str] = []
+    # Backwards: what only an unread call reads is met after it.
+    for name in reversed(lacking):
+        for place in reversed(range(len(codes[name]))):
+            others = {other: [at for at, _ in calls] for other, calls in left.items()}
+            others[name].remove(place)
+            if not _is_read(name, place, codes, outputs, others, run, arguments):
+                left[name] = [pair for pair in left[name] if pair[0] != place]
+                names += [] if name in names else [name]
+    return {name: [made for _, made in calls] for name, calls in left.items() if calls}, names[::-1]
+
+
+def _is_read(
+    name: str,
+    place: int,
+    codes: Codes,
+    outputs: list[Tensor],
+    others: Mapping[str, list[int]],
+    run: Runner,
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
+) -> bool:
+    """Whether outputs or codes of some other calls follow from the codes of one call of a quantizer."""
+    made = codes[name][place]
+    for changed in (made + 1, made.amax() + made.amin() - made if made.numel() else made):
+        given: list[Tensor | None] = [None] * len(codes[name])
+        given[place] = changed
+        found, results = run(arguments[0], dict(arguments[1]), {name: given})
+        kept = ((codes[other][at], found[other][at]) for other, calls in others.items() for at in calls)
+        if not all(torch.equal(one, two) for one, two in (*kept, *zip(outputs, results, strict=True))):
+            return True
+    return False
