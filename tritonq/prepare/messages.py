@@ -93,7 +93,8 @@ def layers_and_joins(
     ]
     inner = tuple(f"{record.name}." for record in layers if record.status == "float")
     layers = [record for record in layers if not record.name.startswith(inner)]
-    return layers, [record for record in records if record.kind in KINDS and record.reason != BETWEEN_GRIDS]
+    joins = [record for record in records if record.kind in KINDS]
+    return layers, [record for record in joins if not record.reason.startswith(BETWEEN_GRIDS)]
 
 
 def _has_weight(module: nn.Module | None) -> bool:

@@ -345,11 +345,21 @@ class Analysis:
     def _rebinds(self, call: Call) -> bool:
         """Whether the forward goes on with the result of a call in place.
 
-        That is so for ``x *= y``, and for a plain ReLU whose result is used.
+        That is so for ``x *= y``, for ``f(x).mul_(y)``, and for a plain ReLU whose result is used.
         """
         if len(call.writes) > 1:
             return False
-        return (call.use == "rebound" and not self._cautious) or (self.is_relu(call) and call.use != "dropped")
+        if self.is_relu(call) and call.use != "dropped":
+            return True
+        return (call.use == "rebound" or self._overwrites_result(call)) and not self._cautious
+
+    def _overwrites_result(self, call: Call) -> bool:
+        """Whether a call overwrites what another one made, before that has a name."""
+        if call.use != "temporary":
+            return False
+        made = self.flow.producer(call.inputs[0])
+        # What overwrites its operand returns that, which may have one.
+        return made is not None and (not made.writes or self._overwrites_result(made))
 
     def _note_site(self, owner: str, call: Call, site: Site) -> None:
         """Note at which site a call is made."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.places import returned_by
 from tritonq.prepare.decide.plan import Plan
+from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.record.dataflow import Call
 
 # Why such an operation stays in float.
@@ -39,9 +41,22 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
     return sorted(found.values(), key=lambda call: call.index)
 
 
-def why_between(call: Call) -> str:
-    """Return the reason in the record of a call between grids, with what to write instead where that is known."""
-    return f"{BETWEEN_GRIDS}: {_INSTEAD[call.name]}" if call.name in _INSTEAD else BETWEEN_GRIDS
+def why_between(call: Call, analysis: Analysis) -> str:
+    """Return the reason in the record of a call between grids, with more where that is known."""
+    made = analysis.value_of(call)
+    if call.name in _INSTEAD:
+        more = _INSTEAD[call.name]
+    elif call.writes and analysis.site(call) is None:
+        more = "it changes a tensor in place"
+    elif (
+        made is not None
+        and isinstance(analysis.forward(call.owner), AnsweredForward)
+        and returned_by(made, analysis) == call.owner
+    ):
+        more = "its forward keeps its branches, and what these return is rounded behind it"
+    else:
+        return BETWEEN_GRIDS
+    return f"{BETWEEN_GRIDS}: {more}"
 
 
 def _place(call: Call) -> tuple[str, str, int]:

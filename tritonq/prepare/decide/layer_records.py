@@ -119,7 +119,7 @@ def layer_records(
         names.add(free)
     for call in float_operations(analysis, plan):
         free = _free_name(f"{call.owner}.{call.name}".lstrip("."), names)
-        note(call.index, free, call.name, why_between(call))
+        note(call.index, free, call.name, why_between(call, analysis))
         names.add(free)
     in_order = sorted(found, key=lambda pair: pair[0])
     return tuple(dict.fromkeys(record for _, record in in_order))

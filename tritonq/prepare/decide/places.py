@@ -86,12 +86,12 @@ def _origin_of(root: int, analysis: Analysis) -> Origin:
     site = None if by_module else analysis.site(call)
     if site is not None and isinstance(analysis.forward(call.owner), AnsweredForward):
         # Its other branches return tensors too: a quantizer of what the module returns sees them all.
-        site = None if _returned_by(root, analysis) == call.owner else site
+        site = None if returned_by(root, analysis) == call.owner else site
     if site is not None:
         return Origin("node", call.owner, results(analysis.calls_at(call.owner, site.node), analysis), site)
     if module_name is not None:
         return Origin("output", module_name, results(flow.calls_of(module_name), analysis))
-    container = _returned_by(root, analysis)
+    container = returned_by(root, analysis)
     if container is not None:
         return Origin("output", container, results(flow.frames_of(container), analysis))
     return Origin("consumer", "", [root])
@@ -103,7 +103,7 @@ def _has_one_place(call: Call, analysis: Analysis) -> bool:
     return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
 
 
-def _returned_by(value: int, analysis: Analysis) -> str | None:
+def returned_by(value: int, analysis: Analysis) -> str | None:
     """Return the name of the innermost module that returns a value and does not read it inside.
 
     None if there is none.

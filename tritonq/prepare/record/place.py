@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 # What a forward does with the result of a call.
-Use: TypeAlias = Literal["used", "dropped", "rebound"]
+Use: TypeAlias = Literal["used", "dropped", "rebound", "temporary"]
 _TORCH = Path(torch.__file__).parent
 # Python functions of torch that hand their call on: the place is that of their caller.
 _WRAPPERS = ("_tensor.py", "functional.py", "overrides.py", "_jit_internal.py", "nn/functional.py", "utils/_device.py")
@@ -95,6 +95,7 @@ def use_of_result(frame: FrameType | None) -> Use:
 
     - ``"dropped"``: not at all, as with ``x.relu_()`` on a line of its own.
     - ``"rebound"``: it assigns it to the name of the operand, as with ``x += y``.
+    - ``"temporary"``: it uses it, and the operand has no name, as with ``f(x).mul_(y)``.
     - ``"used"``: in any other way, or not known.
 
     Python functions of torch that only hand their call on are skipped.
@@ -105,7 +106,32 @@ def use_of_result(frame: FrameType | None) -> Use:
     steps = [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti][:2]
     if steps[0].opname.startswith("INPLACE_") or (steps[0].opname == "BINARY_OP" and steps[0].argrepr.endswith("=")):
         return "rebound"
-    return "dropped" if [step.opname for step in steps[1:]] == ["POP_TOP"] else "used"
+    if [step.opname for step in steps[1:]] == ["POP_TOP"]:
+        return "dropped"
+    return "temporary" if _is_method_of_result(frame) else "used"
+
+
+def _is_method_of_result(frame: FrameType) -> bool:
+    """Whether a frame is calling a method of what a call or an operator just returned."""
+    steps = [step for step in dis.get_instructions(frame.f_code) if step.opname not in _FILLING]
+    now = next((step for step in steps if step.offset >= frame.f_lasti), None)
+    if now is None or now.positions is None or now.positions.lineno is None:
+        return False
+    start = (now.positions.lineno, now.positions.col_offset)
+    # The method is looked up last among what begins where the call does: its receiver is on the stack by then.
+    looked_up = [
+        index
+        for index, step in enumerate(steps)
+        if step.opname in ("LOAD_METHOD", "LOAD_ATTR")
+        and step.offset < now.offset
+        and step.positions is not None
+        and (step.positions.lineno, step.positions.col_offset) == start
+    ]
+    return bool(looked_up) and steps[looked_up[-1] - 1].opname in _RESULTS
+
+
+_FILLING = frozenset({"CACHE", "EXTENDED_ARG"})
+_RESULTS = frozenset({"CALL", "CALL_KW", "CALL_FUNCTION_EX", "BINARY_OP", "UNARY_NEGATIVE"})
 
 
 _MODULE_CALL = getattr(nn.Module, "_call_impl").__code__  # noqa: B009 - a private method of torch
