@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tritonq.prepare.record.operations import in_transform
+
 _SUMS = frozenset({"add", "sub"})
 # With 8 bits, the other summand lies within one code of a grid that reaches this summand's values.
 _RATIO = 256.0
@@ -22,7 +24,9 @@ def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[int]) -
         inputs: its tensors, before it runs.
         values: their values in the record.
     """
-    if name not in _SUMS or len(inputs) != 2 or not all(x.is_floating_point() and x.numel() for x in inputs):
+    if name not in _SUMS or len(inputs) != 2 or in_transform():  # tensors of a transform hold no numbers to look at
+        return None
+    if not all(x.is_floating_point() and x.numel() for x in inputs):
         return None
     magnitudes = [_magnitude(tensor) for tensor in inputs]
     small, large = sorted(range(2), key=magnitudes.__getitem__)
