@@ -1,6 +1,7 @@
 """A step's weight in one launch: fold it with its BatchNorm, observe its range, write codes in the convolution's dtype.
 
-Functions here have the names, signatures and results of `tritonq.reference.batch_norm_weight`, their specification.
+To *fold* a BatchNorm is to multiply each row of the weight by γ/σ, ``σ = sqrt(running_var + eps)``. Functions here have
+the names, signatures and results of `tritonq.reference.batch_norm_weight`, their specification.
 """
 
 from __future__ import annotations
@@ -54,9 +55,22 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Grid | None]:
     """Fold a weight with its BatchNorm, observe its range, and quantize it, in one launch.
 
-    Arguments and result are those of :func:`tritonq.reference.batch_norm_weight.quantize`; the result is a tuple of
-    codes, unit, ratio, fold, ``1/σ``, whether something may clip, and a snapshot of the grid. ``out`` is not used: a
-    GPU's allocator hands out again what was freed.
+    Args:
+        rows: the weight, (out, ...), any float dtype.
+        running_var: (out,), from before this step's update.
+        gamma: (out,); None for 1.
+        eps: of the BatchNorm.
+        code_dtype: dtype of the codes, that of the convolution.
+        dtype: of the arithmetic: float32.
+        grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        known: ``(γ/σ, 1/σ)`` of a step that is run again (checkpointing), in place of ``running_var``; None: computed.
+        out: not used: a GPU's allocator hands out again what was freed.
+
+    Returns:
+        ``(codes, unit, ratio, γ/σ, 1/σ, clips, snapshot)``: ``codes · unit`` is the rounded folded weight, ``ratio`` is
+        ``(γ/σ) / unit``, ``clips`` whether a value may lie outside the codes, ``snapshot`` a copy of the grid as this
+        step used it (None without a grid).
     """
     if known is None:
         fold, inverse_std = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device).unbind(0)

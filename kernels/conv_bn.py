@@ -144,9 +144,10 @@ def statistics_kernel(
 
 @triton.jit
 def mean_from(at, step, base, mask):
-    """Return the means of the shares, minus ``base``, (SPLITS, CHANNELS).
+    """Return ``(centre - base) + rest``, float32 (SPLITS, CHANNELS): each share's mean per channel, minus ``base``.
 
-    Each mean is stored as two numbers to add: a centre, to which ``at`` points, and a rest, ``step`` elements further.
+    ``at`` points to the centres, (SPLITS, CHANNELS), and ``step`` elements further lie the rests. ``base`` is
+    (CHANNELS,), a number near the means, so that few digits are lost. Outside ``mask`` the result is ``-base``.
     """
     centre = tl.load(at, mask=mask, other=0.0)
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)

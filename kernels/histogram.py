@@ -1,8 +1,9 @@
 """Histograms: one read of the batch gives counts, exact extremes and the number of values that are not finite.
 
 The bins follow the top bits of a float32, its *prefix* (`tritonq.bins`): PER_SIDE bins for each sign, and one for zero
-between them. Counts are integers, so their order does not matter: programs add theirs with integer atomics. Functions
-here have the names, signatures and results of `tritonq.reference.histogram`, their specification.
+between them. Counts are integers, so their order does not matter: programs add theirs with integer atomics. A *share*
+is the part of the tensor that one program reads. Functions here have the names, signatures and results of
+`tritonq.reference.histogram`, their specification.
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ def prefix_histogram_kernel(
     FIRST_PREFIX: tl.constexpr,  # prefix of the smallest magnitude with a bin of its own
     PER_SIDE: tl.constexpr,  # bins per sign
     WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; 0: none
-    CHANNEL: tl.constexpr,
-    ROWS: tl.constexpr,
+    CHANNEL: tl.constexpr,  # dimension with the channels: 0, 1 or 2; None: one channel
+    ROWS: tl.constexpr,  # of a tile, the elements that a program reads at a time
     COLS: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDE: tl.constexpr,
+    FIRST: tl.constexpr,  # dimension of the tensor on the first axis of the launch
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
     """Add the counts of one share to the histogram, and write its smallest and largest finite value per channel."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:

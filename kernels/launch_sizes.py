@@ -247,7 +247,10 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def programs_that_fill(device: torch.device) -> int:
-    """Return how many programs of a reduction keep the device busy; more would only make more partial results."""
+    """Return how many programs of a reduction keep the device busy: 4 per multiprocessor (132, if it is no GPU).
+
+    More would only make more partial results to join.
+    """
     return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
 
 

@@ -2,6 +2,10 @@
 
 A tensor is copied only if its strides don't allow such a view. Functions take plain integers (shapes and strides, in
 elements) and return plain integers, so that sizes beyond any memory can be tested without allocating.
+
+Memory is read fast if each access begins at a multiple of several elements. *Short rows*, such as the 49 elements of a
+7 × 7 image, lie one behind the other and so begin anywhere. Kernels read them from the last such multiple before the
+row on: that shift is the *skew* of a tile.
 """
 
 from __future__ import annotations
@@ -70,26 +74,28 @@ class View(NamedTuple):
 
     @property
     def lies_row_by_row(self) -> bool:
-        """Whether rows lie one behind the other, a channel each, and begin anywhere: those of 7 × 7 elements."""
+        """Whether rows are short ones: one behind the other, a channel each, their length no multiple of 4."""
         _, rows, cols = self.sizes
         dense = all(triple[1:] == (cols, 1) for triple in self.strides)
         planes = all(triple[0] == rows * cols for triple in self.strides) or self.sizes[0] == 1
         return self.channel == 1 and dense and planes and cols % _FEWEST_AT_A_TIME != 0
 
     def skew(self, width: int) -> int:
-        """Return how many elements at a time rows that begin anywhere are read by, into tiles of ``width`` columns.
+        """Return how many elements kernels read at a time from short rows: 8 or 4; 1 if rows are not short.
 
-        A tile then begins at the multiple of that number before its row. 1 where rows do not, or do not fit.
+        A tile of ``width`` columns then begins at a multiple of that number and so up to 7 or 3 elements before its
+        row. 1, too, if the row and these elements do not fit into the tile, or if no such number divides a plane
+        (rows · cols). For 64 rows of 49 elements: 8 with tiles of 64 columns, 1 with tiles of 32.
         """
         _, rows, cols = self.sizes
         fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols + n - 1 <= width)
         return next(fitting, 1) if self.lies_row_by_row else 1
 
     def pieces(self) -> tuple[View, int | None]:
-        """Cut rows that begin anywhere into pieces of 8 or 4 elements; return that view, and the elements of a channel.
+        """Cut short rows into pieces of 8 or 4 elements; return the view of pieces, and how many elements a row has.
 
-        A piece then has elements of two channels at most. The view itself and None where rows do not begin anywhere, or
-        planes do as well.
+        A piece has elements of two channels at most. Returns the view itself and None if rows are not short, or if
+        neither 8 nor 4 divides a plane (rows · cols).
         """
         outer, rows, cols = self.sizes
         fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols >= n - 1)

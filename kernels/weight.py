@@ -1,8 +1,9 @@
 """Fold, observe and quantize a weight in one kernel: one read, one write, and the qparams never leave the device.
 
 A *row* is all values of one out channel. The *fold* multiplies a row by its BatchNorm's γ/σ. Codes times their *unit*
-are the folded, rounded row. A program holds whole rows if they fit, else it reads its row twice, the second time from
-cache. Functions here have the names, signatures and results of `tritonq.reference.weight`, their specification.
+are the folded, rounded row. *clips*: whether a value may lie outside the codes, where it gets no gradient. A *snapshot*
+is a copy of the grid as one call used it. A program holds whole rows if they fit, else it reads its row twice, the
+second time from cache. Functions are those of `tritonq.reference.weight`, their specification.
 """
 
 from __future__ import annotations
@@ -179,12 +180,12 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return codes, unit, clips and snapshot of :func:`quantize_folded` once more, for the backward.
+    """Return ``(codes, unit, clips, snapshot)`` of :func:`quantize_folded` once more: its codes are not kept.
 
     Args:
         rows: the weight, (out, ...).
         fold: (out,), the factor of each row.
-        grid: the snapshot that :func:`quantize_folded` returned; None without a quantizer.
+        grid: the snapshot that :func:`quantize_folded` returned; None: codes are the folded weight, unit is 1.
         out: not used.
         extremes: not used.
     """

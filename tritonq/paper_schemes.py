@@ -55,7 +55,10 @@ class WeightScheme(FakeQuantizeBase):
         """Return ``weight`` on the grid of ``scale``, with the paper's gradient."""
 
     def allocate(self, num_channels: int) -> None:
-        """Give scales per channel their number; nothing is done per tensor, or if they have it."""
+        """Make ``scale`` (of ones) and ``zero_point`` (of zeros) ``num_channels`` long.
+
+        Nothing is done if there is one scale per tensor, or if they have that length.
+        """
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)
             self.zero_point.resize_(num_channels).zero_()

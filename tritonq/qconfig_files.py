@@ -67,7 +67,8 @@ _QSCHEMES = {
 def save_qconfig_mapping(mapping: QConfigMapping, path: str | os.PathLike[str]) -> None:
     """Write a mapping as JSON.
 
-    A qconfig that equals a preset is written by its name, any other by its two factories.
+    A qconfig that equals a preset is written by its name. Any other is written as its two factories with their
+    arguments, and its options (target, folding, ...) that are not the default.
 
     Raises:
         TypeError: ``mapping`` is no QConfigMapping.
@@ -90,7 +91,9 @@ def save_qconfig_mapping(mapping: QConfigMapping, path: str | os.PathLike[str]) 
 
 
 def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
-    """Read a file of :func:`save_qconfig_mapping`, or one written by hand in its form.
+    """Read a file of :func:`save_qconfig_mapping`, or one written by hand in its form, and return the mapping.
+
+    In the example, ``last`` holds the rule for the last layer: its qconfig None leaves that layer in float.
 
     Raises:
         ValueError: not such a file, a newer version, an unknown preset, class or field; the message says where.

@@ -60,7 +60,11 @@ class RankState:
 
 
 class SharesRange(nn.Module):
-    """Base class of quantizers whose range is that of all ranks under DistributedDataParallel."""
+    """Base class of quantizers whose range is that of all ranks under DistributedDataParallel.
+
+    A subclass calls :func:`join_ranks` when it observes, and returns its running minimum and maximum from
+    :meth:`rank_state`: after each forward the minimum becomes the smallest and the maximum the largest of all ranks'.
+    """
 
     def rank_state(self) -> RankState:
         """Return the tensors that all ranks share; they have the same shapes on every rank. Here: none."""
@@ -117,6 +121,8 @@ def _join() -> None:
 
 def share_ranges(parallel: DistributedDataParallel, inputs: Any, output: Any) -> None:
     """Merge the ranges of a model in training mode over its ranks; a forward hook of DistributedDataParallel.
+
+    All ranks take the smallest minimum and the largest maximum of all, see :class:`RankState`.
 
     Nothing is merged under ``parallel.join()``: ranks whose data have ended run no forward.
 

@@ -1,6 +1,8 @@
 """Checkpoints of a training run: tensors and plain data with a checksum.
 
-A file is written as a whole or not at all. Reading one runs no code that it names.
+A *model recipe* says how to make the model again: its factory with arguments, its qconfig, and how images are scaled.
+(The recipe of `tritonq.recipes`, a learning rate and a schedule, is something else.) A file is written as a whole or
+not at all. Reading one runs no code that it names.
 """
 
 from __future__ import annotations
@@ -45,12 +47,12 @@ class ModelRecipe:
 
 
 def recipe_to_data(made: ModelRecipe) -> dict[str, Any]:
-    """Return a recipe as a dict of strings, numbers and lists, for a checkpoint; keys are the names of its fields."""
+    """Return a model recipe as a dict of plain data, for a checkpoint; keys are the names of its fields."""
     return {**asdict(made), "preprocessing": preprocessing_to_data(made.preprocessing)}
 
 
 def recipe_from_data(data: Any) -> ModelRecipe:
-    """Return the recipe that :func:`recipe_to_data` turned into ``data``, also one of version 1 of the format.
+    """Return the model recipe that :func:`recipe_to_data` turned into ``data``, also one of version 1 of the format.
 
     Raises:
         ValueError: it is something else.
@@ -89,7 +91,7 @@ def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
 
 
 def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
-    """Return the recipe and all entries of a checkpoint that :func:`save_training` wrote.
+    """Return the model recipe and all entries (weights, optimizer and so on) of a checkpoint of :func:`save_training`.
 
     Raises:
         ValueError: no such file, a damaged one, or one of another kind.

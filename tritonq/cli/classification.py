@@ -94,5 +94,5 @@ def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's tensors."""
+    """Return the device of a model's first parameter or buffer; the CPU for a model without tensors."""
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))

@@ -85,9 +85,9 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
 
 
 def prepare(made: ModelRecipe, model: nn.Module | None = None) -> nn.Module:
-    """Return the prepared model that a recipe describes, in training mode.
+    """Return the prepared model that a model recipe describes, in training mode.
 
-    ``model`` is its float model, which is changed in place; None: the recipe's factory makes it.
+    ``model`` is its float model, which is changed in place; None: the model recipe's factory makes it.
 
     Raises:
         ValueError: a model that can't be made or prepared.

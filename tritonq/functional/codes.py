@@ -160,7 +160,9 @@ def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
 
 
 def images_at_once(values: int, images: int) -> int:
-    """Return how many images of a batch to compute at once, so that their float32 values fit into a cache.
+    """Return how many images of a batch to compute at once, so that their float32 values fit into a cache (2 MiB).
+
+    All of them if the batch is small (4 MiB); at least one, if one image alone is larger than the cache.
 
     Args:
         values: float32 values per image.

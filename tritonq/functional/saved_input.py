@@ -23,7 +23,7 @@ class SavedInput(NamedTuple):
     Attributes:
         values: the tensor, or its codes.
         scale: one float32; None if ``values`` is the tensor.
-        shift: moves the middle of the code range to 0; None for zero.
+        shift: one element, the zero point minus the middle of the code range, so that codes fit into int8; None: 0.
         dtype: of the tensor.
     """
 

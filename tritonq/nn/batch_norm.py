@@ -125,7 +125,11 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``x``, weight and bias (None if there is none), and None for the other arguments."""
+        """Return the gradients of ``x``, weight and bias (None if there is none), and None for the other arguments.
+
+        Sums for the gradient of ``x`` are those of all ranks, by one collective. The gradients of weight and bias are
+        this rank's: DistributedDataParallel averages them.
+        """
         x, weight, mean, inverse_std = ctx.saved_tensors
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         g = dy.to(mean.dtype)

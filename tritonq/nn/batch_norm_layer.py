@@ -159,7 +159,10 @@ class QATBatchNormLayer(QATLayer):
         return scale_out_channels(weight, scale, *self.grouping), folded_bias
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return the values besides tensors on which eval mode depends: those of the base class, eps and the mode."""
+        """Return the values besides tensors on which eval mode depends: those of the base class, eps and the mode.
+
+        What eval mode keeps from call to call is made anew when one of them changes.
+        """
         return (*super().eval_key(), self.bn.eps, self._mode)
 
     def path_state(self) -> LayerState:

@@ -160,7 +160,7 @@ class Contraction:
 
     @property
     def batch(self) -> str:
-        """The indices that both operands and the result have."""
+        """The indices that both operands and the result have, in the order of ``a``: "b" for "bij,bjk->bik"."""
         return "".join(index for index in self.a if index in self.b and index in self.out)
 
     @property

@@ -243,7 +243,10 @@ class FixedPointLayer(ReferringModule):
 
     @torch.no_grad()
     def integers(self) -> FixedPointIntegers:
-        """Return the integers that eval mode and the deployed layer compute with."""
+        """Return the integers that eval mode and the deployed layer compute with: codes of weight and bias.
+
+        With them comes the fractional length of the accumulator, see :class:`FixedPointIntegers`.
+        """
         weight, bias = self.effective_parameters()
         weight = weight if weight.dtype == torch.float64 else weight.float()
         quantizer = self.weight_fake_quant

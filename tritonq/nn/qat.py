@@ -132,7 +132,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | Reference[FakeQuantizeBase] | None) -> None:
         """Set the quantizer on whose grid this layer's input lies; None: unknown.
 
-        With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
+        With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does; else in float.
         """
         self._input_quantizer = Reference.to(quantizer)
 

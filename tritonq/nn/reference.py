@@ -1,4 +1,8 @@
-"""References from a module to modules that other modules own."""
+"""References from a module to modules that other modules own.
+
+A *place* is an attribute of a module under which a child stood when `prepare_qat` made the reference. A user may put
+another module there later.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +68,7 @@ class Route:
         return None
 
     def tell(self, place: Place) -> None:
-        """Warn, once per model, of a place where another module stands now."""
+        """Warn, once per model, that another module stands at ``place`` now: its result lies on no known grid."""
         if self.told[0] or torch.compiler.is_compiling():
             return
         self.told[0] = True

@@ -67,6 +67,9 @@ def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
         grid: per tensor; its scale and zero point are updated.
         statistics: the running range; None observes nothing.
         ceiling: of the ReLU before the quantizer; None without one.
+
+    Returns:
+        The statistics, as :func:`observe_ends` returns them, and whether all of ``y`` is known to be finite.
     """
     if statistics is None or statistics.frozen:
         return Observed(statistics, False)
@@ -84,15 +87,18 @@ def observe_ends(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> RangeStatistics | None:
-    """Compute :func:`observe` from the smallest and largest value of ``y``; returns what `observe_range` returns.
+    """Update a running range and its grid, as :func:`observe` does, from the two ends of the range of a batch ``y``.
 
     Args:
-        low: smallest finite value of ``y``, see `min_max.extremes`; overwritten if ``nonfinite`` is None.
-        high: largest finite value; overwritten as ``low``.
-        nonfinite: how many values are not finite; None: all are finite.
-        grid: per tensor; its scale and zero point are updated.
-        statistics: the running range; None observes nothing.
+        low: smallest finite value of ``y`` before the ReLU, see `min_max.extremes`. Its memory may be overwritten.
+        high: largest finite value. Its memory may be overwritten.
+        nonfinite: how many values are not finite, one element; None: the host knows that all are finite.
+        grid: per tensor; its scale and zero point are updated in place.
+        statistics: the running range, updated in place; None observes nothing.
         ceiling: of the ReLU before the quantizer; None without one.
+
+    Returns:
+        ``statistics``, with ``has_data`` set if the host knows now that the range holds data; None for None.
     """
     if nonfinite is None:
         ends = (low, high) if ceiling is None else (low.clamp_(0.0, ceiling), high.clamp_(0.0, ceiling))

@@ -125,7 +125,7 @@ def codes_again(
     Args:
         rows: the weight.
         fold: (out,), that :func:`quantize` returned.
-        grid: the snapshot that :func:`quantize` returned.
+        grid: the snapshot (the copy of the grid) that :func:`quantize` returned.
         code_dtype: dtype of the codes.
         out: memory for the codes before they are converted to ``code_dtype``, or None.
     """

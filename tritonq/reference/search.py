@@ -148,9 +148,15 @@ def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, 
 
 
 def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Return edges and densities for :func:`cell_error` from the results of :func:`condensed`.
+    """Return edges and densities of the bins that :func:`condensed` found, for :func:`cell_error`.
 
-    ``stride`` bins become one.
+    Args:
+        edges: of bins, float64 (channels, 2, m).
+        below: share of all values below each edge, as ``edges``.
+        stride: how many neighbouring bins become one.
+
+    Returns:
+        Edges, float64 (channels, n + 1), and the share of the values in each bin over its width, (channels, n).
     """
     edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
     return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))
@@ -192,9 +198,18 @@ def range_error(
     rule: RangeRule,
     eps: float | None,
 ) -> Tensor:
-    """Return the expected squared error of each candidate range ``lo..hi``, (channels, candidates), by ``search``.
+    """Return the expected squared error of each candidate range ``lo..hi``: float64 (channels, candidates).
 
-    ``edges`` and ``density`` are those of :func:`densities`; the other arguments as for :func:`search_range`.
+    Args:
+        edges: of the histogram's bins, float64 (channels, n + 1), as :func:`densities` returns them.
+        density: share of the values in a bin over its width, float64 (channels, n).
+        lo: lower ends of the ranges, float64 (channels, candidates).
+        hi: upper ends, as ``lo``.
+        qtype: the codes that a range is quantized to.
+        search: ``"l2"``: the distance to the centres of equal cells of the range; else to the values of the grid that
+            follows from the range.
+        rule: how a range becomes scale and zero point, see :func:`tritonq.qparams.range_to_qparams`.
+        eps: smallest scale; None: no minimum.
     """
     if search == "l2":
         cells = qtype.quant_max - qtype.quant_min + 1

@@ -47,13 +47,19 @@ def place_of(root: int, analysis: Analysis) -> Origin:
 def grid_behind(
     ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource], chains: Chains
 ) -> GridSource | None:
-    """Return what gives a grid to the clips behind some calls; None if a call has no clip behind it, or grids differ.
+    """Return what gives the results of some calls their grid, if only clips (ReLU6, clamp) read these results.
+
+    The quantizer of such a result stands behind the clip, whose range its grid covers.
 
     Args:
-        ends: indices of the calls.
+        ends: indices of the calls, such as the last calls of layers.
         analysis: the model and its record.
-        grids: what gives each value its grid.
-        chains: finds the clips that become one.
+        grids: for each value that lies on a grid, by index, the quantizer that gives it that grid.
+        chains: finds clips that follow each other, which become one.
+
+    Returns:
+        The one source of the grid behind all these clips; None: there are no calls, a call has no clip behind it, a
+        clip's result lies on no grid, or the grids differ.
     """
     clips = [analysis.follower(analysis.flow.calls[index]) for index in ends]
     values = [analysis.value_of(chains.last_clip(clip)) for clip in clips if clip is not None and limits_range(clip)]
@@ -68,7 +74,10 @@ def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
 
 
 def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
-    """Whether nothing reads the results of the calls ``ends``: an LSTM's sequence if only its last state is used."""
+    """Whether nothing reads the results of some calls, by index: an LSTM's sequence if only its last state is used.
+
+    False if none of the calls returns a single tensor.
+    """
     made = results((analysis.flow.calls[end] for end in ends), analysis)
     values = [analysis.flow.values[value] for value in made]
     return bool(values) and not any(value.consumers or value.is_output for value in values)

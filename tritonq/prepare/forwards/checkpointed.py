@@ -12,7 +12,7 @@ _FILE = torch.utils.checkpoint.__file__
 
 
 def is_checkpointed(frame: FrameType | None) -> bool:
-    """Whether a frame of Python, or a frame that called it, runs code of ``torch.utils.checkpoint``."""
+    """Whether a frame of Python, or a frame that called it, runs code of ``torch.utils.checkpoint``; None: False."""
     while frame is not None:
         if frame.f_code.co_filename == _FILE:
             return True

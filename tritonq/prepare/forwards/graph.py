@@ -205,7 +205,10 @@ def first_operand(node: fx.Node) -> fx.Node:
 
 
 def node_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return all arguments of a node that are nodes themselves: for an addition its two operands."""
+    """Return all arguments of a node that are nodes themselves, named ones last: for an addition its two operands.
+
+    Nodes inside lists are not among them.
+    """
     return tuple(argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node))
 
 
