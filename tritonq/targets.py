@@ -27,6 +27,8 @@ class Target:
             with the result.
         reads_one_grid: True: a layer that is called with inputs of several grids gets a quantizer of its own for them,
             so that its int32 bias has one unit.
+        convolves_codes: True: convolutions whose result stays in float are written by ConvInteger in its ONNX files,
+            whose sums are exact. False: it computes on codes between DequantizeLinear and what follows by itself.
         scales_transposed_channels: whether weights of transposed convolutions may have a scale per out channel.
     """
 
@@ -36,19 +38,20 @@ class Target:
     fuses_joins: bool = False
     scales_transposed_channels: bool = True
     reads_one_grid: bool = False
+    convolves_codes: bool = False
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", "onnxruntime", reads_one_grid=True),
+        Target("onnxruntime", "onnxruntime", reads_one_grid=True, convolves_codes=True),
         Target("tensorrt", "tensorrt", fuses_functions=True, fuses_joins=True, scales_transposed_channels=False),
         Target("openvino", "onnxruntime", reads_one_grid=True),
         Target("qnn", "qdq"),
         # ExecuTorch's delegate lowers programs of `export_program(form="pt2e")`; the ONNX file has the same grids.
         Target("xnnpack", "qdq"),
         # torch.ao's engines run on CPUs; ONNX Runtime runs their models with the same numbers.
-        *(Target(name, "onnxruntime") for name in ("fbgemm", "x86", "qnnpack", "onednn")),
+        *(Target(name, "onnxruntime", convolves_codes=True) for name in ("fbgemm", "x86", "qnnpack", "onednn")),
     )
 }
 DEFAULT_TARGET = "onnxruntime"
@@ -97,6 +100,18 @@ def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:
     if len(forms) > 1:
         raise ValueError(f"layers were prepared for different targets ({', '.join(sorted(names))}): pass target=")
     return forms.pop() if forms else find_target(None).onnx
+
+
+def convolves_codes(target: str | None, modules: Iterable[nn.Module]) -> bool:
+    """Whether the engine that a file is written for takes ConvInteger: see :attr:`Target.convolves_codes`.
+
+    Args:
+        target: its name, or that of a form of files, as ``export_onnx`` takes it; None: that of the preset of
+            ``modules``.
+        modules: of the model.
+    """
+    names = {target} if target in TARGETS else {name for name in map(_target_name, modules) if name is not None}
+    return all(find_target(name).convolves_codes for name in names or {DEFAULT_TARGET})
 
 
 def _target_name(module: Any) -> str | None:

@@ -22,6 +22,7 @@ from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_ends import Returned, check_ends, whole_ends
+from tritonq.deploy.onnx_exact_sums import write_exact_sums
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
 from tritonq.deploy.onnx_float_layers import quantize_layers_at_once, tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
@@ -33,7 +34,7 @@ from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return
 from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
-from tritonq.targets import onnx_form_named, onnx_form_of
+from tritonq.targets import convolves_codes, onnx_form_named, onnx_form_of
 
 OLDEST_OPSET = 17
 # The oldest that torch writes.
@@ -162,6 +163,8 @@ def export_onnx(
     if form == "onnxruntime":
         quantize_layers_at_once(program.model.graph)
         quantize_behind_moves(program.model.graph)
+        if not pack and convolves_codes(target, deployed.modules()):
+            write_exact_sums(program.model.graph)
     program.model.metadata_props[TARGET_KEY] = form
     proto = program.model_proto
     if dynamic_sizes:

@@ -54,8 +54,9 @@ def _scale_of(quantize: Any) -> Any:
 def float_convolutions(proto: Any) -> list[str]:
     """Return the names of convolutions with integer weights that ONNX Runtime will run in float.
 
-    Those are transposed ones, and those that QuantizeLinear does not follow directly: ONNX Runtime fuses
-    ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and nothing less.
+    Those are transposed ones, and those that neither QuantizeLinear follows directly nor `onnx_exact_sums` could write
+    by ConvInteger: ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and
+    nothing less.
     """
     graph = proto.graph
     producers = {name: node for node in graph.node for name in node.output}
@@ -93,7 +94,7 @@ def tell_float_convolutions(proto: Any) -> None:
     names = float_convolutions(proto)
     if names:
         warnings.warn(
-            "ONNX Runtime convolves in integers only where a quantizer follows at once and all calls read one grid, "
+            "ONNX Runtime convolves in integers only where all calls of a layer read one grid, packed weights and "
             "transposed or 3-d convolutions of some kinds never; it will run in float: "
             f'{", ".join(names)}. Other presets leave such quantizers out; get_qconfig("onnxruntime") has them',
             stacklevel=4,

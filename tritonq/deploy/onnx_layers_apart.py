@@ -26,6 +26,9 @@ _COMPUTING_NAMES = """
     Reciprocal Sigmoid Softplus Sqrt Sub Sum Tanh
 """
 _COMPUTING = frozenset(_COMPUTING_NAMES.split())
+# Functions whose last bit depends on who computes them; of codes the exporter compares all results.
+_FUNCTION_NAMES = "Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish Mish Pow QuickGelu Sigmoid Softplus Tanh"
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 # Sums of products: whole numbers where both operands are codes and the result becomes codes at once.
 _PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 _INTEGER_OPERATORS = frozenset(["ConvInteger", "MatMulInteger", "BitShift"])
@@ -129,6 +132,8 @@ class _Search:
 
     def _is_defined(self, node: Any) -> bool:
         kind = node.op_type
+        if kind in _FUNCTIONS:
+            return not any(earlier.op_type in _INTEGER_OPERATORS for earlier in self._between(node.input[0]))
         if kind in _DEFINED or kind in _INTEGER_OPERATORS:
             return True
         if kind == "Resize":

@@ -91,7 +91,7 @@ def _quantize_parts(graph: Any, node: Any, pairs: dict[Any, Any]) -> None:
     if len(users) != 1 or users[0].op_type != "QuantizeLinear" or not any(on_grids):
         return
     _, scale, zero_point = users[0].inputs[:3]
-    if _constant(scale) is None or _constant(scale).ndim != 0 or zero_point is None:
+    if constant_of(scale) is None or constant_of(scale).ndim != 0 or zero_point is None:
         return
     for index, (value, on_grid) in enumerate(zip(list(node.inputs), on_grids, strict=True)):
         if on_grid:
@@ -106,14 +106,15 @@ def _grid_of(node: Any) -> _Grid | None:
     """Return scale and zero point of a DequantizeLinear of activations; None for weights, floats and other nodes."""
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
         return None
-    scale, zero_point = (_constant(value) for value in node.inputs[1:3])
+    scale, zero_point = (constant_of(value) for value in node.inputs[1:3])
     # Nothing computes on floats of eight bits, and ONNX Runtime (1.31) has no MaxPool or Unsqueeze that moves them.
     if scale is None or zero_point is None or scale.ndim != 0 or zero_point.dtype.kind not in "iu":
         return None
     return float(scale), int(zero_point)
 
 
-def _constant(value: Any) -> Any:
+def constant_of(value: Any) -> Any:
+    """Return the NumPy array that an `onnx_ir.Value` holds; None if the value is None or no constant."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
@@ -131,7 +132,7 @@ def moves_values(node: Any) -> bool:
         mode = node.attributes.get("mode")
         fill = node.inputs[2] if len(node.inputs) > 2 else None
         constant = mode is None or mode.as_string() == "constant"
-        return not constant or fill is None or bool((found := _constant(fill)) is not None and found == 0)
+        return not constant or fill is None or bool((found := constant_of(fill)) is not None and found == 0)
     return True
 
 

@@ -1,0 +1,110 @@
+"""Convolutions whose result stays in float values, as before a residual addition, are exact in ONNX Runtime."""
+
+import warnings
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from optimised_graph import optimised_graph
+
+
+class Residual(nn.Module):
+    """A stem, a block whose two branches end in an addition, and a head."""
+
+    def __init__(self, groups=1, stride=1, bias=True):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.main = nn.Conv2d(8, 8, 3, stride, padding=1, groups=groups, bias=bias)
+        self.side = nn.Conv2d(8, 8, 1, stride, bias=bias)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.relu(self.main(x) + self.side(x)).mean((2, 3)))
+
+
+class Lines(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.main = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3, padding=2, dilation=2)
+        self.last = nn.Conv1d(8, 4, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.last(torch.relu(self.main(x) + x))
+
+
+def trained(net, preset, x):
+    torch.manual_seed(0)
+    qconfig = tritonq.get_qconfig_mapping(preset) if preset.startswith("lsq") else tritonq.get_qconfig(preset)
+    qat = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x[:2]).train()
+    optimizer = torch.optim.SGD(qat.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        qat(x).square().mean().backward()
+        optimizer.step()
+    return qat.eval()
+
+
+def operators(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.filterwarnings("ignore:layer .* has no quantizer")
+@pytest.mark.parametrize("shape", [{}, {"groups": 8}, {"stride": 2}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("preset", ["lsq_w4a4", "lsq_w2a2", "lsq_w8a8"])
+def test_summands_that_are_not_rounded_are_sums_of_codes(preset, shape, tmp_path):
+    x, path = torch.randn(16, 3, 12, 12), tmp_path / "model.onnx"
+    qat = trained(Residual(**shape), preset, x)
+    tritonq.export_onnx(qat, path, x[:2])
+    assert operators(path).count("ConvInteger") >= 1
+    assert "ConvInteger" in {node.op_type for node in optimised_graph(path).node}
+    result = tritonq.verify(qat, path, torch.randn(64, 3, 12, 12))
+    assert result.agrees()
+    assert not any(layer.island for layer in result.layers)
+    assert not any(layer.differing for layer in result.layers)
+    assert result.outputs.largest == 0
+
+
+def test_convolutions_of_one_dimension(tmp_path):
+    x, path = torch.randn(16, 3, 20), tmp_path / "model.onnx"
+    qat = trained(Lines(), "lsq_w4a4", x)
+    tritonq.export_onnx(qat, path, x[:2])
+    assert operators(path).count("ConvInteger") == 1
+    result = tritonq.verify(qat, path, torch.randn(64, 3, 20))
+    assert result.agrees()
+    assert not any(layer.island for layer in result.layers)
+
+
+def test_the_file_holds_one_copy_of_a_weight(tmp_path):
+    x, path = torch.randn(4, 3, 12, 12), tmp_path / "model.onnx"
+    tritonq.export_onnx(trained(Residual(), "lsq_w4a4", x), path, x[:2])
+    graph = onnx.load(path).graph
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read
+
+
+def test_a_function_behind_exact_sums_may_still_differ_by_one_code(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    x, path = torch.randn(8, 3, 12, 12), tmp_path / "model.onnx"
+    qat = trained(net, "tensorrt", x)
+    tritonq.export_onnx(qat, path, x[:2], target="onnxruntime")
+    assert "ConvInteger" in operators(path)
+    result = tritonq.verify(qat, path, x)
+    assert result.agrees()
+    islands = {layer.name: layer.island for layer in result.layers if layer.island}
+    assert list(islands.values()) == [("Sigmoid",)]
+
+
+@pytest.mark.parametrize("options", [{"target": "openvino"}, {"pack": True}, {"target": "qdq"}], ids=str)
+def test_files_of_other_kinds_keep_their_pairs(options, tmp_path):
+    x, path = torch.randn(4, 3, 12, 12), tmp_path / "model.onnx"
+    qat = trained(Residual(), "lsq_w4a4", x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        tritonq.export_onnx(qat, path, x[:2], **options)
+    assert "ConvInteger" not in operators(path)
+    assert "Conv" in operators(path)
