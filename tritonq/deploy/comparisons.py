@@ -57,15 +57,18 @@ class OutputComparison:
 
     Attributes:
         elements: how many numbers were compared.
-        largest: largest absolute difference; NaN if one of the two is NaN and the other is not.
+        largest: largest absolute difference of floats; NaN if one of the two is NaN and the other is not.
         predictions: how many predictions were compared.
         differing_predictions: how many of them differ.
+        differing_integers: how many whole numbers differ. Indices may: of equal values ``topk`` and ``sort`` return
+            any first, and quantized tensors have many equal values.
     """
 
     elements: int
     largest: float
     predictions: int
     differing_predictions: int
+    differing_integers: int = 0
 
     @property
     def agreement(self) -> float:
@@ -105,7 +108,8 @@ class VerificationReport:
     def agrees(self, max_fraction: float = 0.0, max_step: int = 0) -> bool:
         """Whether in every layer at most ``max_fraction`` of the codes differ, by at most ``max_step``.
 
-        Behind islands any number of codes may differ by one.
+        Behind islands any number of codes may differ by one. The outputs are not asked: what follows from codes alone
+        is equal where these are, but for indices of equal values, which ``topk`` and ``sort`` return in any order.
         """
         return self.first_beyond(max_fraction, max_step) is None
 
@@ -132,6 +136,9 @@ class VerificationReport:
             f"outputs: {outputs.elements:,} numbers, largest difference {outputs.largest:.3g}; "
             f"{outputs.differing_predictions:,} of {outputs.predictions:,} predictions differ"
         )
+        if outputs.differing_integers:
+            why = "allowed where they are indices of equal values, which topk and sort return in any order"
+            lines.append(f"outputs: {outputs.differing_integers:,} whole numbers differ: {why}")
         return "\n".join(lines)
 
 
@@ -190,7 +197,8 @@ def add_outputs(sum_: OutputComparison | None, expected: list[Tensor], found: li
     for one, other in zip(expected, found, strict=True):
         distance = torch.where(one == other, 0.0, (one.double() - other.double()).abs())
         distance = distance.masked_fill(one.isnan() & other.isnan(), 0.0)
-        largest = float(distance.max()) if distance.numel() else 0.0
+        is_whole = not one.is_floating_point()
+        largest = float(distance.max()) if distance.numel() and not is_whole else 0.0
         predictions = differing = 0
         if one.dim() >= 2 and one.numel() and one.is_floating_point():
             classes = one.argmax(1), other.argmax(1)
@@ -200,5 +208,6 @@ def add_outputs(sum_: OutputComparison | None, expected: list[Tensor], found: li
             max(result.largest, largest) if largest == largest else largest,
             result.predictions + predictions,
             result.differing_predictions + differing,
+            result.differing_integers + (int(torch.count_nonzero(distance)) if is_whole else 0),
         )
     return result
