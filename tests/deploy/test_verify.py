@@ -257,7 +257,8 @@ class Ranked(nn.Module):
 def test_indices_of_equal_values_are_counted_and_allowed(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(64, 8)
-    model = prepare_qat(Ranked(), example_inputs=x)
+    model = prepare_qat(Ranked(), example_inputs=x).train()
+    model(x)
     export_onnx(model.eval(), tmp_path / "model.onnx", x)
     report = verify(model, tmp_path / "model.onnx", x)
     assert report.agrees()
