@@ -123,7 +123,8 @@ def _is_ours(x: Tensor, quant_min: int, quant_max: int) -> bool:
 
 def _are_qparams(scale: Tensor, zero_point: Tensor, count: int | None) -> bool:
     """Whether scale and zero point have the dtypes of a grid and ``count`` elements; count None: one element."""
-    right = scale.dtype == torch.float32 and zero_point.dtype in (torch.int32, torch.int64)
+    integers = (torch.int32, torch.int64) if count is None else (torch.int32,)
+    right = scale.dtype == torch.float32 and zero_point.dtype in integers
     length = 1 if count is None else count
     return right and scale.numel() == zero_point.numel() == length
 

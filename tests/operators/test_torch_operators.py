@@ -186,6 +186,25 @@ def test_a_switched_off_observer_and_quantizer():
     assert all(torch.equal(a, b) for a, b in zip(quantizer.buffers(), others.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("on", [True, False, 1, 0])
+def test_the_fused_operator_takes_switches_of_either_type_and_empty_tensors(per_row, on):
+    def run():
+        size = 3 if per_row else 1
+        low, high = torch.full((size,), torch.inf), torch.full((size,), -torch.inf)
+        scale, zero_point, switch = torch.ones(size), torch.zeros(size, dtype=torch.int32), torch.tensor(on)
+        state = (low, high, scale, zero_point)
+        results = [
+            torch.fused_moving_avg_obs_fake_quant(x, switch, switch, *state, 0.01, 0, 255, 0, per_row, False)
+            for x in (torch.linspace(-1, 2, 12).view(3, 4), torch.linspace(-3, 1, 12).view(3, 4), torch.empty(3, 0))
+        ]
+        return *results, *state
+
+    expected = run()
+    with tritonq.use_in_torch():
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
 def test_what_tritonq_does_not_compute_is_torchs():
     x = torch.randn(2, 3, dtype=torch.float64)
     scale, zero_point = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 0.0])
@@ -208,6 +227,10 @@ def test_what_tritonq_does_not_compute_is_torchs():
         lambda x: torch.fake_quantize_per_tensor_affine(x.int(), 0.1, 0, -8, 7),
         lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(2), torch.zeros(3).int(), 0, -8, 7),
         lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(3), torch.full((3,), 8).int(), 0, -8, 7),
+        lambda x: torch.fake_quantize_per_channel_affine(x[:0, None], torch.ones(1), torch.tensor([8]).int(), 1, -8, 7),
+        lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(3), torch.zeros(3).long(), 0, -8, 7),
+        lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(3).half(), torch.zeros(3).int(), 0, -8, 7),
+        lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(3).double(), torch.zeros(3).int(), 0, -8, 7),
         lambda x: torch._fake_quantize_learnable_per_channel_affine(x, torch.ones(3), torch.zeros(2), 0, -8, 7),
     ],
 )
