@@ -7,15 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tolerances import FLOAT32, FLOAT64
+from tolerances import FLOAT32, FLOAT64, FLOAT64_LAYERS, assert_close
 from tritonq import get_qconfig
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.nn import intrinsic
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAvgPool2d, FixedPointMaxPool2d, pooling_shift
 from tritonq.qconfig import QConfig
-
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 class Rounded(torch.autograd.Function):
@@ -147,22 +145,22 @@ def test_double_forward_over_several_steps(groups, bias, signed, per_channel):
             optimizer.zero_grad()
         outputs, expected = run(conv, following, ours), hand.step(theirs)
         for out, ref in zip(outputs, expected, strict=True):
-            torch.testing.assert_close(out, ref, **EXACT)
+            assert_close(out, ref, FLOAT64_LAYERS)
         target = torch.randn(expected[1].shape, generator=generator, dtype=torch.float64)
         for out in (outputs, expected):
             ((out[1] - target).square().sum() + (out[0] * x.sign()).sum() * 0.1).backward()
-        torch.testing.assert_close(ours.grad, theirs.grad, **EXACT)
+        assert_close(ours.grad, theirs.grad, FLOAT64_LAYERS)
         for parameter, ref in zip(mine, hand.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad.view_as(ref), ref.grad, **EXACT)
-        torch.testing.assert_close(conv.bn.running_mean, hand.mean, **EXACT)
-        torch.testing.assert_close(conv.bn.running_var, hand.var, **EXACT)
+            assert_close(parameter.grad.view_as(ref), ref.grad, FLOAT64_LAYERS)
+        assert_close(conv.bn.running_mean, hand.mean, FLOAT64_LAYERS)
+        assert_close(conv.bn.running_var, hand.var, FLOAT64_LAYERS)
         assert float(conv.input_format.frac_len) == pytest.approx(hand.fl, abs=FLOAT64.atol)
         assert float(following.input_format.frac_len) == pytest.approx(hand.fl_next, abs=FLOAT64.atol)
         for optimizer in optimizers:
             optimizer.step()
     conv.eval(), following.eval()
     for out, ref in zip(run(conv, following, x), hand.eval(x), strict=True):
-        torch.testing.assert_close(out, ref, **EXACT)
+        assert_close(out, ref, FLOAT64_LAYERS)
 
 
 def trained(per_channel=True, steps=3, **kwargs):
@@ -224,7 +222,7 @@ def test_float_phases():
         set_fixed_point_phase(module, "floating_wo_clip")
     y = conv(x)
     expected = conv.bn(F.conv2d(F.relu(x), conv.weight, padding=1))
-    torch.testing.assert_close(y, expected, **EXACT)
+    assert_close(y, expected, FLOAT64_LAYERS)
     torch.testing.assert_close(
         following(y.amax((2, 3))), F.linear(F.relu(y.amax((2, 3))), following.weight, following.bias)
     )
@@ -262,7 +260,7 @@ def test_floating_clips_and_does_not_round():
         y0 = F.conv2d(clipped * frozen.input_format.eta(), conv.weight, padding=1)
         assert eta > 0
         expected = F.batch_norm(y0, None, None, conv.bn.weight, conv.bn.bias, True, eps=conv.bn.eps)
-        torch.testing.assert_close(y, expected / conv.eta_next(), **EXACT)
+        assert_close(y, expected / conv.eta_next(), FLOAT64_LAYERS)
 
 
 def test_convolution_without_batch_norm_and_linear():
@@ -274,8 +272,8 @@ def test_convolution_without_batch_norm_and_linear():
     y = conv(x)
     xq = fix_quant(x, grid_search(x, True), True)
     weight = conv.weight * eta
-    torch.testing.assert_close(
-        y, F.conv2d(xq, fix_quant(weight, grid_search(weight.detach(), True), True), conv.bias), **EXACT
+    assert_close(
+        y, F.conv2d(xq, fix_quant(weight, grid_search(weight.detach(), True), True), conv.bias), FLOAT64_LAYERS
     )
 
 

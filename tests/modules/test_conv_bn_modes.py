@@ -12,13 +12,13 @@ import tritonq
 from conv_bn_cases import (
     FLOAT_OUT,
     GEOMETRIES,
-    TOLERANCE,
     WRITTEN,
     assert_same_training,
     inputs,
     pair,
     randomise,
 )
+from tolerances import FLOAT64_LAYERS, assert_close
 from tritonq.functional.bias import quantize_bias
 from written_quantizers import WrittenWeight, straight_through
 
@@ -118,8 +118,8 @@ def test_all_modes_are_batch_norm_where_weights_are_float(mode, geometry):
     theirs, ours = pair(geometry, relu=False, qconfig=FLOAT, mode=mode)
     conv, bn = float_parts(theirs, GEOMETRIES[geometry][1])
     for x in inputs(geometry):
-        torch.testing.assert_close(ours(x), bn(conv(x)), **TOLERANCE)
-        torch.testing.assert_close(ours.bn.running_var, bn.running_var, **TOLERANCE)
+        assert_close(ours(x), bn(conv(x)), FLOAT64_LAYERS)
+        assert_close(ours.bn.running_var, bn.running_var, FLOAT64_LAYERS)
 
 
 def test_modes_differ():
@@ -161,7 +161,7 @@ def test_zero_gamma_in_the_approximate_mode_has_batch_norms_gradient():
     dy = torch.randn_like(conv)
     ours(x).backward(dy)
     bn(conv).backward(dy)
-    torch.testing.assert_close(ours.bn.weight.grad, bn.weight.grad, **TOLERANCE)
+    assert_close(ours.bn.weight.grad, bn.weight.grad, FLOAT64_LAYERS)
 
 
 def test_linear():
@@ -189,7 +189,7 @@ def test_transposed_folds_along_its_own_output_axis(mode, groups):
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
     conv = F.conv_transpose2d(x, layer.weight, layer.bias, 2, groups=groups)
     bn = copy.deepcopy(layer.bn)
-    torch.testing.assert_close(layer(x), bn(conv), **TOLERANCE)
+    assert_close(layer(x), bn(conv), FLOAT64_LAYERS)
     y = quantized(x)
     assert 1e-4 < (y - layer(x)).norm() / y.norm() < 0.05
     y.square().sum().backward()

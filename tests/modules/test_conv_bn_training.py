@@ -7,7 +7,8 @@ from test_conv_bn_modes import MODES
 from torch import nn
 
 import tritonq
-from conv_bn_cases import FLOAT_OUT, TOLERANCE, assert_same_training, inputs, pair, randomise
+from conv_bn_cases import FLOAT_OUT, assert_same_training, inputs, pair, randomise
+from tolerances import FLOAT64_LAYERS, assert_close
 from written_quantizers import WrittenWeight, straight_through
 
 
@@ -71,7 +72,7 @@ def test_cumulative_average_in_the_modes_that_run_twice(mode):
         bn(F.conv2d(x, ours.weight, ours.bias, padding=1))
         ours(x)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
-        torch.testing.assert_close(getattr(ours.bn, name), getattr(bn, name), **TOLERANCE)
+        assert_close(getattr(ours.bn, name), getattr(bn, name), FLOAT64_LAYERS)
 
 
 @pytest.mark.parametrize("geometry", ["2d", "depthwise", "1d"])
@@ -102,13 +103,13 @@ def test_frozen_training_quantizes_the_bias():
         steps = (grid.scale * quantizer.scale).double()
         rounded = straight_through(bias, (bias / steps).round(), -(2**31), 2**31 - 1, steps)
         y = ours(x)
-        torch.testing.assert_close(y, F.conv2d(x, weight, rounded, padding=1), **TOLERANCE)
+        assert_close(y, F.conv2d(x, weight, rounded, padding=1), FLOAT64_LAYERS)
         assert (rounded - bias).abs().max() > 1e-6, "a float bias would pass this test too"
         found = torch.autograd.grad(y.square().sum(), (ours.bias, bn.bias, bn.weight))
         z = F.conv2d(x, weight, rounded, padding=1)
         expected = torch.autograd.grad(z.square().sum(), (ours.bias, bn.bias, bn.weight))
         for mine, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, other, **TOLERANCE)
+            assert_close(mine, other, FLOAT64_LAYERS)
 
 
 @pytest.mark.parametrize("mode", MODES)

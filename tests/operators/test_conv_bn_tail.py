@@ -11,7 +11,7 @@ from torch import Tensor
 
 from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
-from tolerances import FLOAT32, HALF, LONG_SUMS, SUMS, assert_close
+from tolerances import AFFINE_SUMS, FLOAT32, HALF, LONG_SUMS, SUMS, assert_close
 from tritonq.grid import Grid
 from tritonq.quantized_type import QINT4, QINT8, QUINT8, QuantizedType
 from tritonq.reference import conv_bn as reference
@@ -26,8 +26,6 @@ QTYPES = {"float": None, "int8": QINT8, "uint8": QUINT8, "int4": QINT4}
 # A grid, and the upper bound of the ReLU before it: none, a plain one, and bounds below and beyond the last code.
 ENDS = [("float", math.inf), ("float", 1.5), ("int8", None), ("int8", 2.5), ("uint8", math.inf)]
 ENDS += [("int4", None), ("int4", 9.0)]
-# float32 sums of a few hundred terms in another order, and one rounding more or less in an affine of them.
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def layouts(shape: tuple[int, ...]) -> list[torch.memory_format]:
@@ -166,9 +164,9 @@ class TestForward(OpTester):
                 assert y.dtype == dtype
                 assert_nearly_codes(y.cpu(), z, float(other.grid.scale))
                 for name, a, b in zip(expected._fields, vectors, expected, strict=True):
-                    torch.testing.assert_close(a.cpu(), b, **CLOSE, msg=name)
-                torch.testing.assert_close(mine.grid.scale.cpu(), other.grid.scale, **CLOSE)
-                torch.testing.assert_close(ours.norm.running_var.cpu(), theirs.norm.running_var, **CLOSE)
+                    assert_close(a.cpu(), b, AFFINE_SUMS, msg=name)
+                assert_close(mine.grid.scale.cpu(), other.grid.scale, AFFINE_SUMS)
+                assert_close(ours.norm.running_var.cpu(), theirs.norm.running_var, AFFINE_SUMS)
 
     @pytest.mark.parametrize("offset", [0.0, 1000.0, -1e5])
     def test_statistics_at_an_offset(self, offset: float, use: str, device: str) -> None:
@@ -307,7 +305,7 @@ class TestBackward(OpTester):
                 ceiling,
             )
             for actual, wanted in zip(found, expected, strict=True):
-                torch.testing.assert_close(actual.cpu(), wanted, **CLOSE)
+                assert_close(actual.cpu(), wanted, AFFINE_SUMS)
             assert found[0].is_contiguous(memory_format=memory_format)
 
     def test_an_infinite_value_passes_a_relu(self, use: str, device: str) -> None:

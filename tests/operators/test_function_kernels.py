@@ -5,7 +5,7 @@ import torch
 
 from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, quantizer_state
-from tolerances import FLOAT32, SUMS, assert_close
+from tolerances import BFLOAT16, EXACT, FLOAT32, SUMS, assert_close
 from tritonq.functional.functions import quantized_function
 from tritonq.quantized_type import QINT8, QUINT8
 from tritonq.reference import functions
@@ -17,7 +17,19 @@ ARGUMENTS |= {"plus": (0.3,), "times": (-0.7,), "over": (3.0,), "from": (1.1,), 
 FUNCTIONS = [Function(name, ARGUMENTS.get(name, ())) for name in DEFINITIONS]
 FUNCTIONS.append(Function("clip", (-torch.inf, 0.5)))
 # Their float32 results are the same bits on every backend: sums, products and IEEE divisions.
-EXACT = {"hardsigmoid", "hardswish", "leaky_relu", "clip", "plus", "times", "over", "from", "ratio", "square", "abs"}
+SAME_BITS = {
+    "hardsigmoid",
+    "hardswish",
+    "leaky_relu",
+    "clip",
+    "plus",
+    "times",
+    "over",
+    "from",
+    "ratio",
+    "square",
+    "abs",
+}
 SHAPES = [(3, 5, 7, 2), (1,), (7, 131), (0, 4), ()]
 
 
@@ -35,7 +47,7 @@ def assert_near(actual, expected, function, scale):
     assert actual.dtype == expected.dtype
     assert torch.equal(actual.isnan(), expected.isnan())
     difference = (actual.float() - expected.float()).nan_to_num(0, 0, 0).abs()
-    if function.name in EXACT or not difference.numel():
+    if function.name in SAME_BITS or not difference.numel():
         assert not difference.any()
         return
     assert difference.max() <= 1.01 * scale
@@ -55,13 +67,13 @@ class TestFunctions(OpTester):
         mine, other = (quantizer_state(QUINT8, device=device) for _ in range(2))
         x, dy = (t.to(device) for t in values((7, 131)))
         # torch's own functions differ in what they make of infinities, from device to device.
-        ends = (torch.inf, -torch.inf) if function.name in EXACT else (0.0, 0.0)
+        ends = (torch.inf, -torch.inf) if function.name in SAME_BITS else (0.0, 0.0)
         x.view(-1)[:6] = torch.tensor([torch.nan, *ends, 3.0, -3.0, 0.0])
         y, grid = ops.forward(x, function, *mine)
         expected, kept = functions.forward(x, function, *other)
         assert_near(y, expected, function, float(kept.scale))
         assert_close(grid.scale, kept.scale, FLOAT32, size=0)
-        if function.name in EXACT:
+        if function.name in SAME_BITS:
             assert_same_state(mine, other)
         dx = ops.backward(dy, x, None, None, function, kept)
         assert_close_gradient(dx[1:], functions.backward(dy, x, None, None, function, kept)[1:], x.dtype)
@@ -75,9 +87,7 @@ class TestFunctions(OpTester):
             x, dy = (t.to(device) for t in values(shape, dtype, seed))
             y, grid = ops.forward(x, function, *mine)
             expected, kept = functions.forward(x, function, *other)
-            # The interpreter truncates where a GPU rounds to bfloat16.
-            close = {"rtol": 2**-7, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
-            torch.testing.assert_close(y, expected, **close)
+            assert_close(y, expected, BFLOAT16 if dtype == torch.bfloat16 else EXACT)
             assert_same_state(mine, other)
             dx = ops.backward(dy, x, None, None, function, grid)
             assert_close_gradient(dx, functions.backward(dy, x, None, None, function, kept), dtype)

@@ -12,7 +12,7 @@ from torch import nn
 import tritonq
 from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
-from tolerances import EXACT, assert_close
+from tolerances import BFLOAT16, EXACT, assert_close
 from tritonq.grid import Grid
 from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference import residual, rounded
@@ -180,9 +180,7 @@ class TestBackends(OpTester):
             ops = operators("residual", use)
             y, mask = ops.forward(a, b, *mine, ceiling)
             z, expected = residual.forward(a, b, *other, ceiling)
-            # The interpreter truncates where a GPU rounds to bfloat16.
-            close = {"rtol": 2**-7, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
-            torch.testing.assert_close(y, z, equal_nan=True, **close)
+            assert_close(y, z, BFLOAT16 if dtype == torch.bfloat16 else EXACT, equal_nan=True)
             assert torch.equal(residual.unpack(mask, a.numel()), residual.unpack(expected, a.numel()))
             assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))
             if qtype is not None:

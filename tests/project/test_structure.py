@@ -130,13 +130,28 @@ def test_no_file_is_over_400_lines():
     assert LONG_FILES - found == set(), "mended: remove the entries"
 
 
+# What an expression without names consists of, such as `2**-7`.
+CONSTANT_PARTS = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+
+
+def number_written(node):
+    """The number that an expression without names amounts to; 0 for any other expression."""
+    if not all(isinstance(part, CONSTANT_PARTS) for part in ast.walk(node)):
+        return 0
+    value = eval(compile(ast.Expression(node), "", "eval"))
+    return value if isinstance(value, (int, float)) else 0
+
+
 def literal_tolerances(path):
-    """Lines of a file that compare within a small number written there."""
+    """Lines of a file where a small number is written as the bound of a comparison, or in a dict of its arguments."""
     for node in ast.walk(ast.parse(path.read_text())):
-        for keyword in node.keywords if isinstance(node, ast.Call) else ():
-            bound = keyword.value.value if isinstance(keyword.value, ast.Constant) else 0
-            if keyword.arg in ("rtol", "atol") and 0 < bound < 0.01:
-                yield node.lineno
+        bounds = []
+        if isinstance(node, ast.Call):
+            bounds = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        elif isinstance(node, ast.Dict):
+            bounds = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
+        if any(name in ("rtol", "atol") and 0 < number_written(value) < 0.01 for name, value in bounds):
+            yield node.lineno
 
 
 def test_tolerances_are_those_of_the_table():

@@ -6,9 +6,9 @@ from torch import nn
 from torch.ao.quantization import QConfig as TorchQConfig
 
 import tritonq
+from tolerances import FLOAT64_LAYERS, assert_close
 from written_quantizers import WrittenActivation, WrittenWeight
 
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 WRITTEN = TorchQConfig(activation=WrittenActivation, weight=WrittenWeight)
 FLOAT_OUT = tritonq.QConfig(activation=nn.Identity, weight=tritonq.get_qconfig("tensorrt").weight)
 
@@ -83,18 +83,18 @@ def assert_same_training(theirs, ours, batches, channels_last=False):
         z = theirs(q)
         y = ours(p.contiguous(memory_format=torch.channels_last) if channels_last else p)
         assert y.shape == z.shape
-        torch.testing.assert_close(y, z, **TOLERANCE)
+        assert_close(y, z, FLOAT64_LAYERS)
         dy = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
         for module in (theirs, ours):
             module.zero_grad()
         y.backward(dy)
         z.backward(dy)
-        torch.testing.assert_close(p.grad, q.grad, **TOLERANCE)
+        assert_close(p.grad, q.grad, FLOAT64_LAYERS)
         gradients = dict(theirs.named_parameters())
         for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[name].grad, **TOLERANCE, msg=lambda m, n=name: n + m)
+            assert_close(parameter.grad, gradients[name].grad, FLOAT64_LAYERS, msg=lambda m, n=name: n + m)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
-            torch.testing.assert_close(getattr(ours.bn, name), getattr(theirs.bn, name), **TOLERANCE)
+            assert_close(getattr(ours.bn, name), getattr(theirs.bn, name), FLOAT64_LAYERS)
     theirs.eval()
     ours.eval()
-    torch.testing.assert_close(ours(batches[0]), theirs(batches[0]), **TOLERANCE)
+    assert_close(ours(batches[0]), theirs(batches[0]), FLOAT64_LAYERS)

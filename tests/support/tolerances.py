@@ -29,11 +29,15 @@ def _values_of_size_one(rtol: float, why: str) -> Tolerance:
 EXACT = _values_of_size_one(0, "one formula of IEEE operations in one order, or whole numbers")
 FLOAT64 = _values_of_size_one(1e-12, "a few float64 operations in another order")
 FLOAT64_SUMS = _values_of_size_one(1e-9, "sums of float64 products in another order, or several steps with them")
+FLOAT64_LAYERS = _values_of_size_one(1e-10, "one layer and its gradients in float64, sums in another order")
 FLOAT32 = _values_of_size_one(1e-6, "a few float32 operations in another order, or rounded once more")
 SUMS = _values_of_size_one(1e-5, "sums of some hundred float32 products in another order")
+AFFINE_SUMS = _values_of_size_one(2e-5, "sums of some hundred float32 products, and one rounding more or less")
 LONG_SUMS = _values_of_size_one(1e-4, "sums of thousands of float32 products, or sums of sums through several layers")
 TRAINED = _values_of_size_one(1e-3, "what several training steps make of sums in another order")
 HALF = _values_of_size_one(1e-2, "results of 16 bits, or many training steps")
+
+BFLOAT16 = Tolerance(2**-7, 0, "the interpreter truncates where a GPU rounds to bfloat16")
 
 # By operator: reference, kernels and peers must agree so far.
 OPERATORS = {
