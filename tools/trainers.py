@@ -1,10 +1,11 @@
 """Train a prepared model with trainers of other libraries, average it, deploy it, and write the results as one table.
 
-    python tools/trainers.py                    # all, then TRAINERS.md python tools/trainers.py lightning timm     #
-    some; nothing is written
+    python tools/trainers.py                    # all, then TRAINERS.md
+    python tools/trainers.py lightning timm     # some; nothing is written
 
 Each trainer gets the same residual network and the same generated images, and keeps an average of the model from before
-the first step. `make trainers` builds the environment; see `tools/trainers-requirements.txt`.
+the first step; Ultralytics' trains a detector by `examples/yolo.py`. `make trainers` builds the environment; see
+`tools/trainers-requirements.txt`.
 """
 
 # The libraries that it tries are not in the environment in which types are checked.
@@ -15,6 +16,8 @@ from __future__ import annotations
 import copy
 import datetime
 import importlib.metadata
+import os
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -32,7 +35,8 @@ import tritonq
 from markdown_table import markdown_table
 
 TABLE = Path(__file__).resolve().parent.parent / "TRAINERS.md"
-PACKAGES = ("torch", "lightning", "accelerate", "transformers", "timm")
+YOLO = Path(__file__).resolve().parent.parent / "examples" / "yolo.py"
+PACKAGES = ("torch", "lightning", "accelerate", "transformers", "timm", "ultralytics")
 EPOCHS, BATCH, CLASSES, RATE, DECAY = 8, 16, 3, 0.02, 0.9
 
 
@@ -264,9 +268,26 @@ def try_trainer(train: Callable[[], tuple[nn.Module, nn.Module]]) -> list[str]:
     return cells
 
 
+# Epochs of Ultralytics' trainer in float, then quantized: enough for the detector to find most of the shapes.
+YOLO_EPOCHS = (30, 6)
+
+
+def try_ultralytics() -> list[str]:
+    """Return mAP50 of the float detector, of the quantized average, and of its ONNX file, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = map(str, YOLO_EPOCHS)
+        command = [sys.executable, str(YOLO), "--quick", "--folder", folder, "--epochs", *epochs]
+        environment = {**os.environ, "YOLO_OFFLINE": "1", "YOLO_CONFIG_DIR": folder}
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    found = [line.rpartition(": ")[2] for line in ended.stdout.splitlines() if line.startswith("mAP50")]
+    return found or [f"✗ {(ended.stderr.strip().splitlines() or ['no output'])[-1]}", "", ""]
+
+
 def main() -> None:
     """Try all trainers, or those that the command line names."""
     rows = {}
+    detector = try_ultralytics() if len(sys.argv) == 1 or "ultralytics" in sys.argv[1:] else []
+    print("ultralytics", *detector, sep=" | ", flush=True)
     for name, train in TRAINERS.items():
         if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):
             try:
@@ -288,6 +309,12 @@ training has moved from those of the example inputs; "apart" is the largest dist
 model's; "converted" is the largest difference between outputs of a converted model and of the quantized one.""",
             "",
             *markdown_table(HEAD, [[name, *row] for name, row in rows.items()]),
+            "",
+            "Ultralytics' own trainer, loss and EMA train `yolov8n` on generated images of circles and squares for\n"
+            f"{YOLO_EPOCHS[0]} epochs in float and {YOLO_EPOCHS[1]} quantized (`examples/yolo.py --quick`). "
+            "mAP50 in percent, of the average:",
+            "",
+            *markdown_table(("trainer", "float", "quantized", "in ONNX Runtime"), [["ultralytics", *detector]]),
         ]
         TABLE.write_text("\n".join(text) + "\n")
 

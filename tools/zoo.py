@@ -1,7 +1,8 @@
 """Try `prepare_qat` and everything behind it on models of other libraries, and write the results as one table.
 
-    python tools/zoo.py                        # every model that has no result yet, then ZOO.md python tools/zoo.py
-    --only timm/ yolo      # those whose names contain one of these python tools/zoo.py --again --only resnet  # anew
+    python tools/zoo.py                        # every model that has no result yet, then ZOO.md
+    python tools/zoo.py --only timm/ yolo      # those whose names contain one of these
+    python tools/zoo.py --again --only resnet  # anew
     python tools/zoo.py --table                # ZOO.md from the results there are
 
 Each model is tried in a process of its own. Its result is written under `.zoo/results/` at once, and with the table to

@@ -22,6 +22,7 @@ class Adapter(nn.Module):
     def __init__(self, base, rank=2):
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.unused = nn.ParameterDict()  # as peft's adapters have
         self.down = nn.Linear(base.in_features, rank, bias=False)
         self.up = nn.Linear(rank, base.out_features, bias=False)
 

@@ -13,7 +13,7 @@ from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.original_class import original_class
 from tritonq.nn.reference import references_of
 from tritonq.observers import ObserverBase
-from tritonq.prepare.decide.layer_records import LayerRecord
+from tritonq.prepare.decide.layer_records import WITHOUT_COMPUTATION, LayerRecord
 from tritonq.prepare.record.operations import is_leaf
 
 # The attributes of a prepared model: what became of each layer, and the class of each module by its name.
@@ -107,7 +107,7 @@ def _added(known: Container[str | None], present: Mapping[str, nn.Module]) -> li
     return found
 
 
-_SILENT = (nn.Identity, nn.Dropout, FakeQuantizeBase, ObserverBase)
+_SILENT = (*WITHOUT_COMPUTATION, nn.Dropout, FakeQuantizeBase, ObserverBase)
 
 
 def _without_lost(record: LayerRecord, moved: Mapping[str, str | None], module: nn.Module | None) -> LayerRecord:

@@ -21,7 +21,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS
 
-_WITHOUT_COMPUTATION = (nn.Identity, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+WITHOUT_COMPUTATION = (nn.Identity, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 Status = Literal["quantized", "moves values", "float"]
 
 
@@ -90,7 +90,7 @@ def layer_records(
     for name, module in analysis.modules.items():
         if name not in analysis.leaves and not isinstance(module, _BatchNorm) and name not in partners:
             continue
-        if type(module) in _WITHOUT_COMPUTATION or name.startswith(scripted):
+        if type(module) in WITHOUT_COMPUTATION or name.startswith(scripted):
             continue
         whole = name in quantized or (name in partners and _absorbed(name, analysis, plan))
         kind = str(module.original_name) if isinstance(module, ScriptModule) else type(module).__name__
