@@ -183,3 +183,18 @@ def test_a_changed_fixed_point_network_is_refused():
     model[4] = nn.Linear(144, 3)
     with pytest.raises(ValueError, match="'4' was put into the model after prepare_qat"):
         tritonq.convert(model.eval())
+
+
+def test_parametrizations_and_shifted_places_are_listed_as_they_are():
+    net = nn.Sequential(conv(), nn.ReLU(), nn.Identity(), conv(), nn.ReLU())
+    model = tritonq.prepare_qat(net, example_inputs=X).train()
+    nn.utils.parametrizations.weight_norm(model[3])
+    assert [row.name for row in tritonq.summary(model).quantized] == ["0", "3"]
+    assert not tritonq.summary(model).in_float
+    assert model[3].input_quantizer is model[0].activation_post_process
+    del model[2]
+    assert [row.name for row in tritonq.summary(model).quantized] == ["0"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert model[2].input_quantizer is None
+    assert not told  # the summary has

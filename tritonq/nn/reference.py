@@ -72,10 +72,11 @@ class Route:
         if self.told[0] or torch.compiler.is_compiling():
             return
         self.told[0] = True
-        kind = type(place.siblings.get(place.attribute)).__name__
+        occupant = place.siblings.get(place.attribute)
+        what = "Nothing" if occupant is None else type(occupant).__name__
         warnings.warn(
-            f"{kind} was put in the place of {place.name!r} after prepare_qat: what it returns lies on no known grid, "
-            "and what reads that computes in float; tritonq.summary lists all such places",
+            f"{what} was put in the place of {place.name!r} after prepare_qat: the tensor there lies on no known grid, "
+            "and what reads it computes in float; tritonq.summary lists all such places",
             stacklevel=2,
         )
 

@@ -28,7 +28,7 @@ _NAMES_SHOWN = 5
 def note_report(model: nn.Module, records: tuple[LayerRecord, ...]) -> None:
     """Let a model keep what became of each layer, and which modules it has now."""
     vars(model)[REPORT] = records
-    vars(model)[_CLASSES] = {name: _class_name(module) for name, module in model.named_modules()}
+    vars(model)[_CLASSES] = {name: _class_name(original_class(module)) for name, module in model.named_modules()}
 
 
 def report_of(model: nn.Module) -> tuple[LayerRecord, ...] | None:
@@ -126,7 +126,7 @@ def _replaced(noted: Mapping[str, str], present: Mapping[str, nn.Module]) -> Ite
         if any(name.startswith(f"{place}.") for place in outer):
             continue
         module = present.get(name)
-        if module is None or _class_name(module) != kind:
+        if module is None or not _is_of(module, kind):
             outer.append(name)
             yield name
 
@@ -136,7 +136,7 @@ def _moved_to(name: str, noted: Mapping[str, str], present: Mapping[str, nn.Modu
     inside = [
         other
         for other, module in present.items()
-        if _is_in(other, name) and _class_name(module) == noted[name] and other not in noted
+        if _is_in(other, name) and _is_of(module, noted[name]) and other not in noted
     ]
     return min(inside, key=len) if inside else None
 
@@ -161,8 +161,12 @@ def _renamed(record: LayerRecord, prefix: str) -> LayerRecord:
     return replace(record, name=f"{prefix}.{record.name}", fused_with=partners)
 
 
-def _class_name(module: nn.Module) -> str:
-    kind = original_class(module)
+def _is_of(module: nn.Module, kind: str) -> bool:
+    """Whether a module is of a class, by its name, or of one that derives from it, as parametrizations make them."""
+    return any(_class_name(base) == kind for base in original_class(module).__mro__)
+
+
+def _class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
