@@ -29,6 +29,8 @@ from tritonq.perf.machine import source_name
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TABLE = ROOT / "FAKE_CUDA.md"
+# Of pytest.
+_INTERRUPTED = 2
 _HEAD = """# On a CUDA device that is not there
 
 Written by `make fake-cuda`: a CUDA build of torch over a runtime without a GPU ({folder}). Kernels run in the emulator,
@@ -55,7 +57,8 @@ def operators_tests(libraries: Path, words: list[str]) -> tuple[Counter[str], li
     command += ["-k", "cuda and not codegen and not test_traced_operators", *(words or ["tests/operators"])]
     done = subprocess.run(command, cwd=ROOT, env=environment(libraries), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    return outcomes(lines), [line for line in lines if line.startswith(("FAILED", "ERROR", "kernels of torch"))]
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "kernels of torch"))]
+    return outcomes(lines), [*told, *(["interrupted before all had run"] if done.returncode == _INTERRUPTED else [])]
 
 
 def outcomes(lines: Sequence[str]) -> Counter[str]:
@@ -99,7 +102,8 @@ def main() -> int:
     made = f"{versions}; commit {source_name('FAKE_CUDA.md')}, {datetime.date.today()}."
     text = [_HEAD.format(folder="`tools/fake_cuda`"), made, "", "## Operators' tests", ""]
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    text += [f"{sum(counts.values())} tests on the device: {told}.", ""]
+    chosen = f" of {', '.join(words)}" if words else ""
+    text += [f"{sum(counts.values())} tests{chosen} on the device: {told}.", ""]
     text += [*(f"- {line}" for line in lines), "", "## A training step, eval and conversion of every preset", ""]
     text += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     text += ["| " + " | ".join(row.values()) + " |" for row in rows]
