@@ -53,8 +53,10 @@ def environment(libraries: Path) -> dict[str, str]:
 def operators_tests(libraries: Path, words: list[str]) -> tuple[Counter[str], list[str]]:
     """Run the operators' tests; return how many had each outcome, and the last lines of those that failed."""
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
-    # opcheck runs operators under modes of its own, which this device is another one of.
-    command += ["-k", "cuda and not codegen and not test_traced_operators", *(words or ["tests/operators"])]
+    # opcheck runs operators under modes of its own, which this device is another one of. Tensors of more than 2^31
+    # elements fill the memory of the host, which the device's is.
+    left_out = ("codegen", "test_traced_operators", "test_beyond_32_bits")
+    command += ["-k", " and not ".join(("cuda", *left_out)), *(words or ["tests/operators"])]
     done = subprocess.run(command, cwd=ROOT, env=environment(libraries), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     told = [line for line in lines if line.startswith(("FAILED", "ERROR", "kernels of torch"))]
