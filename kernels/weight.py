@@ -161,10 +161,10 @@ def folded_backward_kernel(
 def quantize_folded(
     rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Fold, observe and quantize: return codes, unit, whether something may clip, and a snapshot of the grid.
+    """Fold, observe and quantize ``rows`` (out, ...) by ``fold`` (out,); return ``(codes, unit, clips, snapshot)``.
 
-    Arguments are those of :func:`tritonq.reference.weight.quantize_folded`; ``out`` is not used: a GPU's allocator
-    hands out again what was freed.
+    ``grid`` and ``statistics`` are updated in place; without a grid, codes are the folded weight; without statistics
+    nothing is observed. ``out`` is not used: a GPU's allocator hands out again what was freed.
     """
     if grid is None:
         return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None

@@ -1,6 +1,8 @@
 """The tail of a convolution with BatchNorm in C++: three passes over the convolution's output forward, two backward.
 
-Functions are those of `tritonq.reference.conv_bn`, which computes what the compiled code can't.
+Functions are those of `tritonq.reference.conv_bn`, which computes what the compiled code can't. c is the convolution's
+output, (batch, channels, ...); FQ rounds to the grid of the quantizer; ``relu?`` is a ReLU with the upper bound
+``ceiling`` (infinity for a plain one), or none for None.
 """
 
 from __future__ import annotations
@@ -35,7 +37,19 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """Compute :func:`tritonq.reference.conv_bn.forward` in C++: BatchNorm, ReLU, observe, fake quantize."""
+    """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the statistics of this batch, with what the backward needs.
+
+    Args:
+        c: float tensor, dense.
+        ratio: (channels,), what ``c`` is divided by; that gives the convolution with the unfolded weight.
+        gamma: (channels,); None for 1.
+        beta: (channels,); None for 0.
+        bias: of the convolution, (channels,); None for 0.
+        norm: the BatchNorm, whose running statistics are updated in place.
+        grid: per tensor, updated in place; None leaves the result in float.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        ceiling: of the ReLU before the quantizer; None without one.
+    """
     c = dense(c)
     vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)
     if not (c.numel() and is_plain(c) and are_vectors(*vectors) and takes_grid(grid, statistics)):
@@ -63,7 +77,7 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Compute :func:`tritonq.reference.conv_bn.apply` in C++: ``FQ(relu?(slope · c + shift))``."""
+    """Return ``FQ(relu?(slope · c + shift))``, slope and shift (channels,): the last pass of :func:`forward`."""
     c = dense(c)
     if not (c.numel() and is_plain(c) and are_vectors(slope, shift) and takes_grid(grid, None)):
         return reference.apply(c, slope, shift, grid, ceiling)
@@ -81,7 +95,18 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """Compute :func:`tritonq.reference.conv_bn.backward` in C++: gradient of ``c``, and two sums per channel."""
+    """Return the gradient of ``c``, and ``Σ g`` and ``Σ g (c - mean) / std`` per channel.
+
+    g is the part of ``dy`` that ReLU and quantizer let pass.
+
+    Args:
+        dy: gradient of the result.
+        c: as in the forward.
+        result: the vectors of the forward, such as mean and ``1/std``.
+        grid: the copy of the grid that :func:`forward` returned; None without a quantizer.
+        ceiling: of the ReLU; None without one.
+        out: memory for the gradient of ``c``; None: new memory.
+    """
     c = dense(c)
     vectors = (result.mean, result.inverse_std, result.slope, result.shift)
     if not (c.numel() and is_plain(c, dy, out) and are_vectors(*vectors) and takes_grid(grid, None)):

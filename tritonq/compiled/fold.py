@@ -12,7 +12,7 @@ from tritonq.reference.fold import TINY_FOLD
 
 
 def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute :func:`tritonq.reference.fold.nonzero_fold` in C++: ``γ/σ``, never zero, and ``1/σ`` per channel."""
+    """Return ``γ/σ`` (``1/σ`` where that is near zero) and ``1/σ`` per channel; ``σ = sqrt(running_var + eps)``."""
     if dtype is not torch.float32 or not are_vectors(running_var, gamma):
         return reference.nonzero_fold(running_var, gamma, eps, dtype)
     fold, inverse_std = torch.empty_like(running_var), torch.empty_like(running_var)
@@ -25,7 +25,11 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
 def gamma_gradient(
     gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
 ) -> Tensor:
-    """Compute :func:`tritonq.reference.fold.gamma_gradient` in C++: the gradient of γ, (channels,)."""
+    """Return the gradient of γ, (channels,): the sum of its ways through the result and through the fold.
+
+    Arguments are (channels,) each: γ; ``fold`` and ``1/σ`` of :func:`nonzero_fold`; ``eps_share`` and ``sum_gn`` of the
+    BatchNorm's forward and backward (`conv_bn`); and ``dfold``, the gradient of the fold.
+    """
     vectors = (gamma, fold, inverse_std, eps_share, sum_gn, dfold)
     if not are_vectors(*vectors):
         return reference.gamma_gradient(*vectors)

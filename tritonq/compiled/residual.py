@@ -19,7 +19,15 @@ from tritonq.reference.scratch import is_dense
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult:
-    """Compute :func:`tritonq.reference.residual.forward` in C++: ``FQ(relu?(a + b))`` and the mask of its gradient."""
+    """Return ``FQ(relu?(a + b))`` and the mask of its gradient: uint8, one bit per element, 1 where ``dy`` passes.
+
+    Args:
+        a: float tensor.
+        b: of the same shape.
+        grid: of the quantizer, per tensor, updated in place; None leaves the result in float.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
+    """
     fits = is_plain(a, b) and a.stride() == b.stride() and is_dense(a) and a.numel() > 0
     if not fits or not takes_grid(grid, statistics):
         return reference.forward(a, b, grid, statistics, ceiling)
@@ -53,7 +61,7 @@ def rounded(
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
-    """Compute :func:`tritonq.reference.residual.backward` in C++: ``dy`` where the mask's bit is set, else 0."""
+    """Return the gradient of both summands: ``dy`` where the bit of the mask of :func:`forward` is set, else 0."""
     if not is_plain(dy) or not is_dense(dy):
         return reference.backward(dy, mask)
     result = torch.empty_like(dy)

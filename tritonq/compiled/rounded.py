@@ -13,7 +13,14 @@ from tritonq.reference.scratch import is_dense
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """Compute :func:`tritonq.reference.rounded.forward` in C++: ``FQ(relu?(y))`` and the mask of its gradient."""
+    """Return ``FQ(relu?(y))`` and the mask of its gradient: uint8, one bit per element, 1 where ``dy`` passes.
+
+    Args:
+        y: float tensor; overwritten.
+        grid: of the quantizer, per tensor, updated in place.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
+    """
     if is_plain(y) and is_dense(y) and y.numel() and takes_grid(grid, statistics):
         joined = residual.rounded(y, None, y, grid, statistics, ceiling)
         if joined is not None:

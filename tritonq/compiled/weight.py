@@ -1,6 +1,9 @@
 """Folding, observing and quantizing a weight in C++: two reads and a write forward, and as much backward.
 
-Functions are those of `tritonq.reference.weight`, which computes what the compiled code can't.
+Functions are those of `tritonq.reference.weight`, which computes what the compiled code can't. A weight is given as
+*rows*, (out, ...). Its *fold* is a factor per row, γ/σ of the BatchNorm. Results are `WeightCodes`: codes, their unit
+(codes times unit is the folded, rounded weight), whether a value may lie outside the codes, and a copy of the grid as
+this step used it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,15 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """Compute :func:`tritonq.reference.weight.quantize_folded` in C++: fold, observe and quantize a weight."""
+    """Multiply a weight by its fold, observe its range, and quantize it.
+
+    Args:
+        rows: the weight, (out, ...).
+        fold: (out,), the factor of each row.
+        grid: of the quantizer, updated in place; None leaves the folded weight in float.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        out: memory for the codes, shaped as ``rows``; None: new memory.
+    """
     if grid is None or not _takes(rows, fold, grid, out) or not _follows(grid, statistics, len(rows)):
         return reference.quantize_folded(rows, fold, grid, statistics, out)
     functions, count = library(), len(rows)
@@ -56,7 +67,15 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Compute :func:`tritonq.reference.weight.folded_codes` in C++: a weight's codes again, without observing it."""
+    """Return what :func:`quantize_folded` returned once more, for the backward, without observing.
+
+    Args:
+        rows: the weight, (out, ...).
+        fold: (out,), the factor of each row.
+        grid: the copy of the grid that :func:`quantize_folded` returned; None: codes are the folded weight.
+        out: memory for the codes; None: new memory.
+        extremes: smallest and largest folded value per row; used by the reference only.
+    """
     if grid is None or not _takes(rows, fold, grid, out):
         return reference.folded_codes(rows, fold, grid, out, extremes)
     return _codes(rows, fold, grid, True, out)
@@ -70,7 +89,16 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`tritonq.reference.weight.folded_backward` in C++: the gradients of weight and fold."""
+    """Return the gradients of weight, (out, ...), and fold, (out,), from that of the codes, which may be overwritten.
+
+    Args:
+        dcodes: gradient of the codes, shaped as ``rows``.
+        rows: the weight.
+        fold: (out,), the factor of each row.
+        unit: (out,), from the forward.
+        grid: the copy of the grid from the forward; None without a quantizer.
+        clips: from the forward; False: no value was clipped, so no gradient is blocked.
+    """
     masks = clips and grid is not None and grid.is_enabled_on_host()
     if not _takes(rows, fold, grid, dcodes) or dcodes.stride() != rows.stride() or not are_vectors(unit):
         return reference.folded_backward(dcodes, rows, fold, unit, grid, clips)

@@ -298,7 +298,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return super().train(mode)
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return the values besides tensors on which the layer's integers in eval mode depend, to be compared."""
+        """Return the values besides tensors on which eval mode's integers depend: they are made anew if one changes."""
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
         return (self.ceiling, types, [vars(self).get(name) for name in (*_GEOMETRY, "output_padding")])
 

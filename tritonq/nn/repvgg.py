@@ -225,9 +225,9 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
             return self.merged_parameters()
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return the values besides tensors on which eval mode depends.
+        """Return the values besides tensors on which eval mode depends: the base class's, and the BatchNorms' eps.
 
-        Those of the base class, and the BatchNorms' eps.
+        What eval mode keeps from call to call is made anew when one of them changes.
         """
         norms = (self.bn3, self.bn1, self.bn_identity)
         return (*super().eval_key(), [bn.eps for bn in norms if bn is not None])

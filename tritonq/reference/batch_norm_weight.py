@@ -36,7 +36,7 @@ class StepWeight(NamedTuple):
         fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
         inverse_std: (out,), ``1/σ``.
         clips: whether some value lay outside the code range; True if that is not known.
-        grid: a snapshot of the grid, with this step's range; None without a quantizer.
+        grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
 
     codes: Tensor
@@ -148,8 +148,17 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return two gradients from that of the codes: of the weight, and of γ (without γ: of the fold).
 
-    ``dcodes`` may be overwritten. Arguments as those of :func:`tritonq.reference.weight.folded_backward` and
-    :func:`tritonq.reference.fold.gamma_gradient`.
+    Args:
+        dcodes: gradient of the codes, shaped as ``rows``; may be overwritten.
+        rows: the weight, (out, ...).
+        gamma: (out,), as the following vectors; None for 1.
+        fold: ``γ/σ``, as :func:`quantize` returned it.
+        inverse_std: ``1/σ``.
+        unit: the value of a code of 1.
+        eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
+        sum_gn: ``Σ g (c - mean) / std``, see :class:`tritonq.reference.conv_bn.TailGradients`.
+        grid: the snapshot that :func:`quantize` returned; None without a quantizer.
+        clips: from the forward; False blocks no gradient.
     """
     drows, dfold = reference_weight.folded_backward(dcodes, rows, fold, unit, grid, clips)
     if gamma is None:

@@ -66,7 +66,7 @@ class TailResult(NamedTuple):
     Attributes:
         y: the result.
         normalization: vectors of this step.
-        grid: a snapshot of the quantizer's grid; None without a quantizer.
+        grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
 
     y: Tensor

@@ -192,7 +192,7 @@ class RoundedFunction(NamedTuple):
 
     Attributes:
         y: on the grid.
-        grid: a snapshot of the grid, for the backward.
+        grid: a snapshot: a copy of the grid as this step used it, for the backward.
     """
 
     y: Tensor

@@ -32,7 +32,7 @@ class WeightCodes(NamedTuple):
             folded weight itself while quantization is off.
         unit: (out,) in the dtype of ``codes``, the value of a code of 1; 1 while quantization is off.
         clips: whether some value lay outside the code range, so that its gradient is zero; True if not known.
-        grid: a snapshot of the quantizer's grid, for the backward; None without a quantizer.
+        grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
 
     codes: Tensor
