@@ -177,13 +177,15 @@ def test_faults_of_pt2e_are_told_and_kept_from_happening():
         tritonq.accelerate(theirs)
 
 
-def test_restored_pt2e_has_the_constants_that_ran():
+def test_pt2e_is_restored_and_converted_with_the_constants_that_ran():
     ours = tritonq.accelerate(pt2e(nn.Sequential(Net(), nn.BatchNorm1d(4, eps=0.5))))
     ours(images())
     move_exported_model_to_eval(ours)
     ours.apply(disable_observer)
     result = ours(images(1))
+    unrestored = convert_pt2e(copy.deepcopy(ours))
     assert_close(tritonq.restore(ours)(images(1)), result, FLOAT32)
+    assert torch.equal(unrestored(images(1)), convert_pt2e(ours)(images(1)))
 
 
 @pytest.mark.parametrize(("name", "theirs", "ours"), [("resnet18", 185.2e6, 52e6), ("mobilenet_v2", 339.6e6, 100e6)])

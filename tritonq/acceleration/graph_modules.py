@@ -38,10 +38,11 @@ class _FusedCode:
     def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **options: Any) -> Any:
         plain: Any = copy.copy(self)
         plain.__class__ = type(self).__bases__[1]
+        # In the library's own graph, so that what it converts and exports has them, too.
+        self._tell(keep_constants(nodes.graph, self._tritonq_known))
         fused = Graph()
         fused.output(fused.graph_copy(nodes.graph, {}))
         fused.set_codegen(plain)
-        self._tell(keep_constants(fused, self._tritonq_known))
         fuse(fused, self._tritonq_known)
         return fused.python_code(root_module, **options)
 
@@ -51,8 +52,8 @@ class _FusedCode:
         if news := [text for text in dict.fromkeys(changed) if text not in told]:
             told.update(news)
             warnings.warn(
-                "torchao's switch of modes wrote torch's defaults over constants of the model; tritonq runs with those "
-                f"that it had, and restore writes them into the graph: {'; '.join(news)}",
+                "torchao's switch of modes wrote torch's defaults over constants of the model; tritonq puts back those "
+                f"that it had: {'; '.join(news)}",
                 UserWarning,
                 stacklevel=2,
             )
@@ -142,14 +143,13 @@ def keep_modes(original: nn.Module, copied: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every graph of ``model`` its own code generator back, in place, and the constants that ran.
+    """Give every graph of ``model`` its own code generator back, in place.
 
     Models without such a graph stay as they are.
     """
     for module in _graph_modules(model):
         codegen: Any = module.graph._codegen
         if isinstance(codegen, _FusedCode):
-            keep_constants(module.graph, codegen._tritonq_known)
             codegen.__class__ = type(codegen).__bases__[1]
             for name in (_KNOWN, _TOLD):
                 vars(codegen).pop(name, None)
