@@ -6,10 +6,10 @@
     python tools/matrix.py --rows newest --files test_onnx.py test_doctor.py
     python tools/matrix.py --quick                    # the commands of the pages and a sample of the tests
 
-Each file of tests is a process of its own, whose report lies in the environment's folder. The table is made from the
-reports: its column "files" says how many of the files they cover. Each row gets a virtual environment of its own in
-`.matrix/`, which stays for the next run (about 6 GB each where PyPI's torch brings CUDA). Python is searched as
-`pythonX.Y` under pyenv and on the path.
+Each file of tests is a process of its own, whose report lies in the environment's folder and names the commit it ran
+on. The table is made from the reports: its column "files" says how many of the files they cover. Each row gets a
+virtual environment of its own in `.matrix/`, which stays for the next run (about 6 GB each where PyPI's torch brings
+CUDA). Python is searched as `pythonX.Y` under pyenv and on the path.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def run(folder: Path, files: Iterable[str], workers: int, go_on: bool) -> None:
         if report.exists():
             return
         command = [str(folder / "bin" / "python"), "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider"]
-        command += [f"--kernels={kernels}", str(path)]
+        command += [f"--kernels={kernels}", "-o", f"junit_suite_name={commit()}", str(path)]
         with report.with_suffix(".log").open("w") as log:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
         if not report.exists():
@@ -180,13 +180,13 @@ def summarize(row: Row, folder: Path) -> dict[str, str]:
     """Return the cells of a row of the table, from the reports in an environment's folder."""
     names = all_files()
     reports = [path for path in (folder / "reports").glob("*.xml") if _file_of(path) in names]
-    counts = [suite.attrib for report in reports for suite in ElementTree.parse(report).iter("testsuite")]
+    suites = [suite.attrib for report in reports for suite in ElementTree.parse(report).iter("testsuite")]
     total, failures, errors, skipped = (
-        sum(int(count[name]) for count in counts) for name in ("tests", "failures", "errors", "skipped")
+        sum(int(suite[name]) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
     )
     return {
         "row": row.name,
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": ", ".join(sorted({suite["name"] for suite in suites})) or commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **versions(folder / "bin" / "python"),
         "files": f"{len({_file_of(path) for path in reports})} of {len(names)}",
@@ -194,6 +194,12 @@ def summarize(row: Row, folder: Path) -> dict[str, str]:
         "skipped": str(skipped),
         "failed": str(failures + errors),
     }
+
+
+def commit() -> str:
+    """Return the commit of the working tree, with a ``+`` if a file other than the table differs from it."""
+    differing = _git("status", "--porcelain", "--", ".", f":!{TABLE.name}")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if differing else "")
 
 
 def _file_of(report: Path) -> str:

@@ -56,16 +56,40 @@ def test_reports_are_summed(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "all_files", lambda: ["test_a.py", "test_b.py", "test_c.py"])
     reports = tmp_path / "reports"
     reports.mkdir()
-    suite = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="2"/></testsuites>'
-    (reports / "test_a-compiled.xml").write_text(suite.format(7, 0))
-    (reports / "test_a-interpreter.xml").write_text(suite.format(3, 1))
-    (reports / "test_b-compiled.xml").write_text(suite.format(5, 0))
-    (reports / "test_removed-compiled.xml").write_text(suite.format(100, 100))
+    suite = '<testsuites><testsuite name="{}" tests="{}" failures="{}" errors="0" skipped="2"/></testsuites>'
+    (reports / "test_a-compiled.xml").write_text(suite.format("abc1234", 7, 0))
+    (reports / "test_a-interpreter.xml").write_text(suite.format("abc1234", 3, 1))
+    (reports / "test_b-compiled.xml").write_text(suite.format("abc1233+", 5, 0))
+    (reports / "test_removed-compiled.xml").write_text(suite.format("old", 100, 100))
     cells = matrix.summarize(matrix.ROWS[0], tmp_path)
-    assert {name: cells[name] for name in ("files", "passed", "skipped", "failed", "torch")} == {
+    assert {name: cells[name] for name in ("commit", "files", "passed", "skipped", "failed", "torch")} == {
+        "commit": "abc1233+, abc1234",
         "files": "2 of 3",
         "passed": "8",
         "skipped": "6",
         "failed": "1",
         "torch": "2.14.1",
     }
+
+
+def test_a_run_is_reported_with_the_commit_it_ran_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "all_files", lambda: ["test_matrix.py"])
+    monkeypatch.setattr(matrix, "versions", lambda python: {})
+    monkeypatch.setattr(matrix, "commit", lambda: "abc1234")
+    started = []
+    monkeypatch.setattr(matrix.subprocess, "run", lambda command, **_: started.append(command) or _done())
+    matrix.run(tmp_path, ["test_matrix.py"], 1, go_on=False)
+    assert "junit_suite_name=abc1234" in started[0]
+
+
+def test_the_table_itself_is_no_difference(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        matrix, "_git", lambda *words: asked.append(words) or ("" if words[0] == "status" else "abc1234")
+    )
+    assert matrix.commit() == "abc1234"
+    assert ":!COMPATIBILITY.md" in asked[0]
+
+
+def _done():
+    return matrix.subprocess.CompletedProcess([], 0)
