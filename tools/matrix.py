@@ -92,7 +92,7 @@ def main() -> int:
     failed = 0
     for row in ROWS:
         if row.name in arguments.rows:
-            folder = arguments.environments / row.name
+            folder = arguments.environments.resolve() / row.name
             build(row, folder)
             if not arguments.build_only:
                 run(folder, arguments.files or all_files(), arguments.workers, arguments.go_on)
