@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import onnx
 import onnxruntime
@@ -195,3 +197,22 @@ def test_codes_that_are_no_bytes(trained, preset, codes, tmp_path, capsys):
     assert run("evaluate", FACTORY, images, "--checkpoint", out / "model.int8.pt") == 0
     assert run("export", FACTORY, tmp_path / "again.onnx", "--checkpoint", out / "best.pt") == 0
     assert (tmp_path / "again.onnx").exists()
+
+
+def test_a_full_disk_leaves_no_onnx_file_without_its_preprocessing(trained, tmp_path, capsys, monkeypatch):
+    flush, written = os.fsync, []
+
+    def fsync(handle):
+        """Let one file be written whole; small ones only try the folder."""
+        written.extend([handle] * (os.fstat(handle).st_size > 100))
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "model.onnx"
+    assert run("export", FACTORY, path, "--checkpoint", trained / "out" / "best.pt") == 0
+    assert "tritonq.metadata" in {entry.key for entry in onnx.load(path).metadata_props}
+    assert run("export", FACTORY, tmp_path / "other.onnx", "--checkpoint", trained / "out" / "best.pt") == 1
+    assert "other.onnx: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,5 +1,6 @@
 """Float weights as trainers save them."""
 
+import io
 import math
 
 import pytest
@@ -54,3 +55,29 @@ def test_a_prefix_of_some_names_alone_is_none(tmp_path):
     torch.save(state, tmp_path / "float.pt")
     with pytest.raises(ValueError, match=r"of another architecture: it lacks '0.weight'"):
         load_weights(model(), tmp_path / "float.pt")
+
+
+@pytest.mark.parametrize(
+    ("save", "reason"),
+    [
+        (lambda path: torch.save(model(), path), "an object of torch.nn.modules.container.Sequential.*state_dict"),
+        (lambda path: torch.jit.script(model()).save(path), "a TorchScript program"),
+        (lambda path: path.write_text("epoch,loss"), "damaged, or no file that torch.save wrote"),
+        (lambda path: path.write_bytes(saved_bytes()[:-99]), "damaged, or no file that torch.save wrote"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch:UserWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_files_that_are_no_weights_say_why(save, reason, tmp_path):
+    """Without torch's advice to load the file without ``weights_only``, which would run the code in it."""
+    save(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=f"weights.pt can't be read: .*{reason}") as told:
+        load_weights(model(), tmp_path / "weights.pt")
+    assert "weights_only" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def saved_bytes():
+    buffer = io.BytesIO()
+    torch.save(model().state_dict(), buffer)
+    return buffer.getvalue()

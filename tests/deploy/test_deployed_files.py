@@ -1,7 +1,9 @@
 """Exported files hold what runs and nothing else, and models that can't be deployed are refused by name."""
 
 import contextlib
+import errno
 import io
+import os
 import zipfile
 
 import onnx
@@ -12,6 +14,7 @@ from torch import nn
 
 import tritonq
 from tritonq.deploy import onnx_session
+from tritonq.deploy.files import atomic_files
 
 
 def trained():
@@ -98,3 +101,51 @@ def test_bias_and_products_together_fit_32_bits(sign, tmp_path):
     tritonq.export_onnx(converted, path, images[:2])
     assert tritonq.verify(qat, converted, images).total.differing == 0
     assert tritonq.verify(qat, path, images).total.differing == 0
+
+
+def full_disk_at(call, monkeypatch):
+    """Make the disk full when a file is flushed to it for the ``call``-th time."""
+    flush, calls = os.fsync, []
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def write_both(folder):
+    with atomic_files(folder / "a", folder / "b") as files:
+        for file in files:
+            file.write(b"new")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_files_that_belong_together_are_all_there_or_none(call, tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    full_disk_at(call, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        write_both(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_full_disk_leaves_no_encodings_of_another_graph(call, tmp_path, monkeypatch):
+    converted = tritonq.convert(trained()[0])
+    full_disk_at(call, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        tritonq.export_encodings(converted, tmp_path / "model.onnx", trained()[1][:2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_files_hold_the_caller_s_metadata(tmp_path):
+    qat, images = trained()
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", images[:2], metadata={"classes": "ant bee"})
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map["classes"] == "ant bee"
+    for metadata, message in (({"size": 3}, "'size': 3"), ({"tritonq.codes": ""}, "choose another name")):
+        with pytest.raises(ValueError, match=message):
+            tritonq.export_onnx(qat, tmp_path / "other.onnx", images[:2], metadata=metadata)
+    assert not (tmp_path / "other.onnx").exists()

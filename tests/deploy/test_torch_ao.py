@@ -136,7 +136,7 @@ def test_a_path_and_a_nested_file(tmp_path):
 
 def test_only_tensors_are_loaded(tmp_path):
     torch.save(Net(AoKit), tmp_path / "whole.pt")
-    refused(our_model(), tmp_path / "whole.pt", "something else than tensors")
+    refused(our_model(), tmp_path / "whole.pt", "save the model's state_dict")
 
 
 def test_what_cannot_be_mapped_is_listed():

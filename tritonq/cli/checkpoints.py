@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.cli.preprocessing import Preprocessing, preprocessing_from_data, preprocessing_to_data
-from tritonq.deploy.files import atomic_file
+from tritonq.deploy.files import atomic_file, why_unread
 
 FORMAT = "tritonq.training"
 # Version 1 had no checksum, no class names, and of the preprocessing only channels and size.
@@ -126,7 +126,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for files that are not its own
-        raise ValueError(f"{path} can't be read: {_first_line(error)}") from error
+        raise ValueError(f"{path} can't be read: {why_unread(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content

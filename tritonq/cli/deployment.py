@@ -16,7 +16,6 @@ from tritonq.cli.classification import count_right, in_order, share_right
 from tritonq.cli.data import Examples
 from tritonq.cli.preprocessing import preprocessing_to_data
 from tritonq.deploy import convert, export_onnx, save_converted, verify
-from tritonq.deploy.files import atomic_file
 from tritonq.deploy.onnx_session import open_session
 
 Deployed = Literal["best", "last"]
@@ -95,14 +94,8 @@ def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) 
         ImportError: onnx is not installed.
         ValueError: the model has no form in ONNX.
     """
-    import onnx
-
-    export_onnx(model, path, made.preprocessing.example(), **options)
-    loaded = onnx.load(path)
-    entry = loaded.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps(metadata(made))
-    with atomic_file(path) as file:
-        file.write(loaded.SerializeToString())
+    text = {METADATA_KEY: json.dumps(metadata(made))}
+    export_onnx(model, path, made.preprocessing.example(), metadata=text, **options)
 
 
 def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import nn
 from tritonq.deploy.as_trained import trace_as_trained
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import name_keywords, open_axes
-from tritonq.deploy.files import atomic_file
+from tritonq.deploy.files import atomic_files
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.modules import DeployedModule
@@ -137,10 +137,9 @@ def _write(proto: Any, target: Path, encodings: dict[str, Any]) -> None:
     import onnx
 
     onnx.checker.check_model(proto, full_check=True)
-    with atomic_file(target) as file:
-        file.write(proto.SerializeToString())
-    with atomic_file(target.with_suffix(".encodings")) as file:
-        file.write(json.dumps(encodings, indent=2).encode())
+    with atomic_files(target, target.with_suffix(".encodings")) as (graph, listed):
+        graph.write(proto.SerializeToString())
+        listed.write(json.dumps(encodings, indent=2).encode())
 
 
 def encodings_json(found: dict[str, Encoding], parameters: set[str], version: EncodingVersion) -> dict[str, Any]:

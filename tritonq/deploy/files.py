@@ -1,11 +1,12 @@
-"""Writing files that are whole or absent: written under another name, then renamed."""
+"""Writing files that are whole or absent (written under another name, then renamed), and why files can't be read."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -20,21 +21,43 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
         OSError: the file can't be written; the error names it.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target} can't be written: {target.parent} is not a folder")
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    with atomic_files(path) as (file,):
+        yield file
+
+
+@contextmanager
+def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
+    """Open binary files that belong together, as :func:`atomic_file` opens one.
+
+    None gets its name before all are written.
+
+    Raises:
+        OSError: a file can't be written; the error names it.
+    """
+    targets = [Path(path) for path in paths]
+    for target in targets:
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"{target} can't be written: {target.parent} is not a folder")
+    temporaries: list[Path] = []
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
+        with ExitStack() as stack:
+            files: list[IO[bytes]] = []
+            for target in targets:
+                handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+                temporaries.append(Path(temporary))
+                files.append(stack.enter_context(os.fdopen(handle, "wb")))
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for written, target in zip(temporaries, targets, strict=True):
+            written.chmod(0o666 & ~_umask())
+            written.replace(target)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        for written in temporaries:
+            written.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.strerror and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            raise OSError(error.errno, error.strerror, ", ".join(map(str, targets))) from error
         raise
 
 
@@ -43,6 +66,25 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     target = Path(path)
     for leftover in target.parent.glob(f".{target.name}.*"):
         leftover.unlink(missing_ok=True)
+
+
+def why_unread(error: BaseException) -> str:
+    """Return in one line why ``torch.load(..., weights_only=True)`` refused a file.
+
+    torch's own text advises to load the file without ``weights_only``, which would run the code in it.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused is not None:
+        return (
+            f"it holds an object of {refused[1]}, and only tensors and plain data are read, since objects could run "
+            "code: save the model's state_dict() in place of the model"
+        )
+    if "TorchScript" in text:
+        return "it is a TorchScript program: save the model's state_dict() with torch.save"
+    return "it is damaged, or no file that torch.save wrote"
 
 
 def _umask() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from tritonq.deploy.fixed_point_modules import (
     IntegerLayer,
     IntegerModule,
 )
-from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
+from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, add_metadata, require_onnx
 from tritonq.nn.fixed_point_joins import FixedPointMaxPool2d
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
 
@@ -31,7 +31,13 @@ _MIDDLE = 128
 _PASSED_ON = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
-def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor) -> None:
+def export_fixed_point_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Tensor,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a fixed-point network, trained or converted, as an ONNX file that ONNX Runtime runs with equal codes.
 
     Convolutions are ConvInteger, products MatMulInteger, both of unsigned bytes with zero points; accumulators int32.
@@ -42,6 +48,7 @@ def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], exam
         model: a network of :func:`tritonq.prepare.prepare_qat` with preset ``"f8net"``, or what ``convert`` made of it.
         path: file to write (under a temporary name, then renamed).
         example_input: the network's one input, for the sizes of the other axes.
+        metadata: texts by name that the file holds besides, as :func:`tritonq.export_onnx` takes them.
 
     Raises:
         ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits, or
@@ -63,6 +70,7 @@ def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], exam
     writer = _Writer(module)
     content = writer.write()
     onnx.helper.set_model_props(content, {CODES_KEY: json.dumps(writer.codes), TARGET_KEY: "onnxruntime"})
+    add_metadata(content, metadata)
     onnx.checker.check_model(content)
     with atomic_file(path) as file:
         file.write(content.SerializeToString())

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_ends import Returned, check_ends, whole_ends
 from tritonq.deploy.onnx_exact_sums import write_exact_sums
-from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
+from tritonq.deploy.onnx_files import (
+    CODES_KEY,
+    TARGET_KEY,
+    add_metadata,
+    forget_source,
+    require_onnx,
+    separate_zero_points,
+)
 from tritonq.deploy.onnx_float_layers import quantize_layers_at_once, tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
@@ -55,6 +62,7 @@ def export_onnx(
     pixels: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
     returns: Returned = "values",
     pack: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a quantization-aware or converted model as an ONNX file.
 
@@ -74,7 +82,7 @@ def export_onnx(
 
     Grids that round ties away from zero (MegEngine's) round them to even in the file; ties are rare behind a
     convolution. Fixed-point networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of
-    the options below.
+    the options below but ``metadata``.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns; float32.
@@ -100,6 +108,8 @@ def export_onnx(
             least. ONNX Runtime computes their layers in float, which takes longer, and in no defined order, so that
             :func:`tritonq.verify` allows one code there. Floats of four bits become FLOAT4E2M1 (opset 23), which ONNX
             Runtime (1.31) has not: ``verify`` runs them as FLOAT8E4M3FN, which holds the same numbers.
+        metadata: what else a reader must know (preprocessing, class names), as texts by name; ONNX Runtime returns them
+            as ``session.get_modelmeta().custom_metadata_map``.
 
     Raises:
         ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
@@ -129,7 +139,7 @@ def export_onnx(
         options: dict[str, Any] = {"target": form, "opset": opset, "pixels": pixels, "returns": returns}
         options |= {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes, "pack": pack}
         options |= {"input_names": input_names, "output_names": output_names}
-        _export_fixed_point(model, path, example_inputs, options)
+        _export_fixed_point(model, path, example_inputs, options, metadata)
         return
     require_onnx("onnx", "onnxscript")
     check_float32(model, example_inputs)
@@ -172,13 +182,18 @@ def export_onnx(
     if opset < DEFAULT_OPSET:
         lower_opset(proto)
     whole_ends(proto, normalization, returns, deployed)
+    add_metadata(proto, metadata)
     _write(proto, Path(path), tables, pack)
     if form == "onnxruntime":
         tell_float_convolutions(proto)
 
 
 def _export_fixed_point(
-    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, options: dict[str, Any]
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    options: dict[str, Any],
+    metadata: Mapping[str, str] | None,
 ) -> None:
     """Write a fixed-point network for :func:`export_onnx`, whose options it must not have.
 
@@ -198,7 +213,7 @@ def _export_fixed_point(
     inputs = [*args, *kwargs.values()]
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise ValueError(f"export_fixed_point_onnx takes one tensor as example, got {len(inputs)} arguments")
-    export_fixed_point_onnx(model, path, inputs[0])
+    export_fixed_point_onnx(model, path, inputs[0], metadata=metadata)
 
 
 def _is_autocast(forward: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 # Under these keys a file says, for `verify`, where its codes are and for which target it was written.
@@ -33,6 +34,22 @@ def drop_unread(graph: Any) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
+    """Add a user's metadata to an ONNX model, in place.
+
+    Raises:
+        ValueError: a key or value that is not text, or a key that tritonq's own metadata have.
+    """
+    taken = {entry.key for entry in proto.metadata_props} | {CODES_KEY, TARGET_KEY}
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"metadata of an ONNX file are texts by name, got {key!r}: {value!r}")
+        if key in taken:
+            raise ValueError(f"the file itself has metadata named {key!r}: choose another name")
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
 
 
 def forget_source(proto: Any) -> None:

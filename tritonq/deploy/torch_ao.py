@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.files import why_unread
 from tritonq.deploy.torch_ao_int8 import is_converted, translate
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
@@ -131,7 +132,7 @@ def _tensors(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, An
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises half a dozen types for files that are not its own
-                raise ValueError(f"{where} holds something else than tensors, or is damaged: {error}") from error
+                raise ValueError(f"{where} can't be read: {why_unread(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
