@@ -331,6 +331,18 @@ def test_weights_stay_those_before_the_step_that_failed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_layer_that_failed_is_named_in_place_of_its_quantizer():
+    images, labels = torch.randn(4, 3), torch.arange(4) % 2
+    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), example_inputs=images).train()
+    model(images)
+    nn.init.constant_(model[1].weight, math.nan)
+    watch = DivergenceWatch(torch.device("cpu"))
+    loss = nn.functional.cross_entropy(model(images), labels)
+    watch.note(1, images, labels, loss, model.parameters())
+    with pytest.raises(DivergenceError, match="the first layer whose output is not finite is '1'"):
+        watch.check(model, lambda model, images, labels: nn.functional.cross_entropy(model(images), labels))
+
+
 def test_a_step_after_the_one_that_failed_changes_nothing_either():
     """On a GPU it runs before the host learns of the failure."""
     torch.manual_seed(0)

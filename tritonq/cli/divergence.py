@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tritonq.prepare.record.structure import tensors_in
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -138,7 +139,7 @@ def _cause(model: nn.Module, loss: Loss, noted: _Noted, value: float) -> str:
         return f"{said}: its images hold values that are not finite"
     bad = _not_finite_gradients(model)
     found: list[str] = []
-    names = {module: name for name, module in model.named_modules()}
+    names = dict(_layers_by_module(model))
 
     def look(module: nn.Module, args: object, output: object) -> None:
         if not found and not all(bool(torch.isfinite(t).all()) for _, t in tensors_in(output) if t.is_floating_point()):
@@ -159,6 +160,13 @@ def _cause(model: nn.Module, loss: Loss, noted: _Noted, value: float) -> str:
     if bad:
         return f"{said}, but gradients are not finite: that of {bad[-1]!r} is the first on the way back"
     return said
+
+
+def _layers_by_module(model: nn.Module) -> Iterable[tuple[nn.Module, str]]:
+    """Yield each module with the name that a user knows: that of its layer for a quantizer in a layer."""
+    for name, module in model.named_modules():
+        layer = name.rpartition(".")[0] if isinstance(module, SwitchedQuantizer) else ""
+        yield module, layer or name
 
 
 def _not_finite_gradients(model: nn.Module) -> list[str]:
