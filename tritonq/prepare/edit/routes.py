@@ -34,8 +34,7 @@ class Routes:
             source: the quantizer, or a module whose output is quantized.
             reads: the recorded calls of the reader, each with the value that it reads.
         """
-        rounding = source._modules.get("activation_post_process") or source
-        name, source_name = self._names.get(reader), self._names.get(rounding)
+        name, source_name = self._names.get(reader), self._names.get(source)
         if name is None or source_name is None or source_name.startswith(f"{name}."):
             return Route()
         passed = [name, source_name]
