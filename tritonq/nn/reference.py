@@ -47,10 +47,6 @@ def hands_on(wrapper: nn.Module | None, module: nn.Module) -> bool:
     return wrapper is module
 
 
-# Set on modules that loading a state dict put into a place: the model then computes as the one that was saved.
-LOADED = "loaded_into_place"
-
-
 class Route:
     """The places that a tensor passes between the module that rounds it and one that reads it.
 
@@ -73,10 +69,10 @@ class Route:
 
     def tell(self, place: Place) -> None:
         """Warn, once per model, that another module stands at ``place`` now: its result lies on no known grid."""
-        occupant = place.siblings.get(place.attribute)
-        if self.told[0] or torch.compiler.is_compiling() or getattr(occupant, LOADED, False):
+        if self.told[0] or torch.compiler.is_compiling():
             return
         self.told[0] = True
+        occupant = place.siblings.get(place.attribute)
         what = "Nothing" if occupant is None else type(occupant).__name__
         warnings.warn(
             f"{what} was put in the place of {place.name!r} after prepare_qat: the tensor there lies on no known grid, "

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from tritonq.nn.reference import LOADED
-
 _QUANTIZER = "activation_post_process"
 _FACTORY = "earlier_output"
 
@@ -30,6 +28,4 @@ def _take_quantizer(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *
     held = any(key.startswith(f"{prefix}{_QUANTIZER}.") for key in state_dict)
     if held and isinstance(layer._modules.get(_QUANTIZER), nn.Identity):
         device = next(iter(layer.state_dict().values())).device
-        quantizer: nn.Module = getattr(layer, _FACTORY)().train(layer.training).to(device)
-        setattr(quantizer, LOADED, True)
-        layer.add_module(_QUANTIZER, quantizer)
+        layer.add_module(_QUANTIZER, getattr(layer, _FACTORY)().train(layer.training).to(device))
