@@ -314,7 +314,10 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(slope · c + shift))``, slope and shift per channel: the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``, slope and shift per channel: the last pass of :func:`forward`.
+
+    Without ``grid`` nothing is rounded; without ``ceiling``, the upper bound of the ReLU, there is no ReLU.
+    """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     _apply(c, y, seen, slope, shift, grid, ceiling)

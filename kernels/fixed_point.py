@@ -78,7 +78,8 @@ def frac_len_errors_kernel(
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """Return the squared rounding errors of ``x``, added up per fractional length 0 to ``candidates - 1``.
 
-    float64 (candidates,), or (candidates, channels) if ``qtype`` has an axis. ``qtype`` gives the codes' range.
+    float64 (candidates,), or (candidates, channels) if ``qtype`` has an axis. ``qtype`` gives the codes' range. Values
+    that are not finite, and negative ones if codes are unsigned, are left out: they tell no candidates apart.
     """
     axis = qtype.axis
     channels = 1 if axis is None else x.shape[axis]
@@ -116,7 +117,11 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
 
 
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the fractional length of least squared error; of equal ones the smallest. int32, 0-d or (channels,)."""
+    """Return which of the fractional lengths 0 to ``candidates - 1`` has least squared error; of equals the smallest.
+
+    int32: 0-d, or (channels,) if ``qtype`` has an axis. ``x`` has any shape and float dtype; ``qtype`` gives the codes'
+    range.
+    """
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)
 
 

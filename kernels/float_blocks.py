@@ -166,7 +166,10 @@ def fake_quantize_blocks(
 
 @planned("fake_quantize_blocks")
 def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, size: int, warp_size: int) -> LaunchPlan:
-    """Return tile and grid of a launch whose tiles hold whole blocks of ``size`` elements."""
+    """Return tile and grid of a launch whose tiles hold whole blocks of ``size`` elements.
+
+    ``kernel`` is the kernel's name in the tables of launch sizes, ``seen`` the view of the tensor.
+    """
     chosen = parameters(kernel, dtype, seen, device)
     if seen.channel == 2:
         cols = max(tile_shape(seen.sizes, chosen.elements, chosen.elements)[1], size)

@@ -224,7 +224,8 @@ def clip_then_round_kernel(
 def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
     """Return ``x`` rounded to a grid with a learned parameter; strides as ``torch.empty_like(x)``.
 
-    ``method`` is that of `tritonq.reference.learned_scale`. For ``"pact"`` ``grid.scale`` holds the clipping level.
+    ``method`` is ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``: the formulas of `tritonq.reference.learned_scale`.
+    For ``"pact"`` ``grid.scale`` holds the clipping level, which is the scale times the largest code.
     """
     if method == "megengine" and grid.zero_point is not None:
         return _clip_then_round(x, grid)
@@ -234,7 +235,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
 
 
 def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``x``, of the parameter and of the zero point.
+    """Return the gradients of ``x``, of the learned parameter and of the zero point, from ``dy``, that of the result.
 
     The last two are float32, shaped as ``grid.scale``; that of the zero point is of use for method ``"torch"`` only.
     """

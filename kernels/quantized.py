@@ -20,11 +20,11 @@ class FloatFormat(Protocol):
 
     @property
     def least_exponent(self) -> int:
-        """Exponent of the smallest normal number."""
+        """Exponent e of the smallest normal number, ``2^e``: -6 for E4M3."""
 
     @property
     def greatest_exponent(self) -> int:
-        """Exponent of the largest finite value."""
+        """Exponent e of the largest finite value, ``2^e · f`` with ``1 <= f < 2``: 8 for E4M3, whose largest is 448."""
 
     @property
     def largest(self) -> float:

@@ -35,10 +35,10 @@ class Reduction(NamedTuple):
     """How programs divide a reduction.
 
     Attributes:
-        view: of the tensor.
+        view: the tensor's three dimensions (outer, rows, cols), and which of them holds the channels.
         tile: what a program reads at a time.
         share: elements that a program takes along each dimension of the view: whole tiles.
-        grid: programs of the first kernel.
+        grid: how many programs the first kernel has along each dimension.
         split_strides: factors of the program numbers along each dimension; their sum of products is the number of the
             partial result.
         splits: partial results per channel.
@@ -81,7 +81,7 @@ class Reduction(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Constants and launch options of the first kernel."""
+        """Constants (ROWS, COLS, CHANNEL, ...) and launch options of the first kernel, as keyword arguments."""
         return self.view.constants(self.tile, self.grid)
 
     def partial(self, results: int, device: torch.device) -> Tensor:
@@ -90,12 +90,15 @@ class Reduction(NamedTuple):
 
     @property
     def joining_programs(self) -> tuple[int]:
-        """The launch of the second kernel: a tuple of its number of programs, one for every CHANNELS channels."""
+        """The launch grid of the second kernel, ``(programs,)``: each program joins CHANNELS channels (rounded up).
+
+        CHANNELS is one of :attr:`joining_constants`.
+        """
         return (triton.cdiv(self.channels, self.joining_constants["CHANNELS"]),)
 
     @property
     def joining_constants(self) -> dict[str, Any]:
-        """Constants and launch options of the second kernel."""
+        """Constants of the second kernel, SPLITS and CHANNELS per step of a program, and its launch options."""
         channels = min(triton.next_power_of_2(self.channels), _JOINED_CHANNELS)
         return {
             "SPLITS": min(triton.next_power_of_2(self.splits), _JOINED_ELEMENTS // channels),
@@ -108,7 +111,7 @@ class Reduction(NamedTuple):
 def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
     """Return ``x`` and its view; a contiguous copy of ``x`` and that copy's view if its strides allow none.
 
-    ``axis`` is that of the channels, or None.
+    ``axis`` is that of the channels; None: the whole tensor is reduced to one result.
     """
     seen = view(x.shape, (x.stride(),), axis)
     if seen is not None:
@@ -118,7 +121,10 @@ def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
 
 
 def plan_reduction(x: Tensor, seen: View) -> Reduction:
-    """Return how the programs of ``x``'s device divide a reduction of ``x``, whose view is ``seen``."""
+    """Return how a reduction of ``x`` is divided among so many programs as fill the device that ``x`` lies on.
+
+    ``seen`` is the view of ``x`` from :func:`viewed`. Of ``x`` only dtype and device count.
+    """
     shares: Reduction = planned_reduction(x.dtype, seen, x.device, warp_size(x.device))
     return shares
 

@@ -376,7 +376,10 @@ def dense_rows(rows: Tensor) -> Tensor:
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether elements of two tensors of one shape lie in the same memory order; axes of length 1 don't matter."""
+    """Whether two tensors, which must have one shape, have equal strides along all axes longer than 1.
+
+    One offset then addresses the same element of both.
+    """
     strides = zip(one.shape, one.stride(), other.stride(), strict=True)
     return all(size == 1 or step == other_step for size, step, other_step in strides)
 

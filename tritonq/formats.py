@@ -47,7 +47,7 @@ class FloatFormat:
 
     @property
     def greatest_exponent(self) -> int:
-        """Exponent of the largest finite value."""
+        """Exponent e of the largest finite value, ``2^e · f`` with ``1 <= f < 2``: 8 for E4M3, whose largest is 448."""
         return math.frexp(self.largest)[1] - 1
 
     @property

@@ -13,7 +13,7 @@ class Granularity:
     """Which elements of a tensor share a scale, as a value.
 
     Attributes:
-        axis: one scale per index of this axis; None: one scale for the whole tensor.
+        axis: one scale per index of this axis, which may count from the end (-1); None: one scale for the whole tensor.
         group: one scale per so many consecutive elements along ``axis``, at each index of all other axes; None: no
             groups.
 

@@ -99,9 +99,9 @@ class _Autocast:
     __hash__ = None  # type: ignore[assignment]
 
     def context(self) -> AbstractContextManager[Any]:
-        """Return a context manager that sets this state, without autocast's cache of cast weights.
+        """Return a context manager that casts as this state says, without autocast's cache of cast weights.
 
-        A graph would keep the cached weights from step to step.
+        A graph would keep the cached weights from step to step. If the state is "off", the context does nothing.
         """
         enabled, dtype = self._state
         return torch.autocast("cuda", dtype=dtype, cache_enabled=False) if enabled else nullcontext()

@@ -277,8 +277,9 @@ def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -
 def marked(y: Tensor, grid: Grid) -> Tensor:
     """Return ``y`` marked as lying on ``grid``, so that a layer that reads it saves 8-bit codes for its backward.
 
-    Only a grid with one scale for the tensor is marked, and nothing while ``torch.compile`` traces. A float64 tensor is
-    returned with the values rounded to float32, as torch's operator rounds them, and without a mark.
+    The mark is an attribute on the same tensor object. Only a grid with one scale for the tensor is marked, and nothing
+    while ``torch.compile`` traces. Of a float64 tensor a float64 copy is returned, with values rounded to float32 as
+    torch's operator rounds them, and without a mark.
     """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]

@@ -132,7 +132,10 @@ class FolderLayout:
 def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
     """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
 
-    Hidden folders are no classes.
+    Args:
+        folder: holds one sub-folder per class, or ``train`` and ``val`` that do. Hidden folders are no classes.
+        validation: another folder with one sub-folder per class, used instead of ``val``; None: ``val`` if there is
+            one, else none (the caller then holds images out from training).
 
     Raises:
         ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that

@@ -93,7 +93,10 @@ class Preprocessing:
         return self.as_pixels(image)
 
     def as_pixels(self, image: Image) -> Tensor:
-        """Return the values of an image that already has the right size: uint8 (channels, size, size)."""
+        """Return the values of an image that already has the right size and mode: uint8 (channels, size, size), 0..255.
+
+        The mode is "RGB" for 3 channels and "L" for 1; nothing is converted here, or scaled by ``mean`` and ``std``.
+        """
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return flat.view(self.size, self.size, self.channels).permute(2, 0, 1)
 

@@ -89,13 +89,15 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight, (out, ...), and fold, (out,), from that of the codes, which may be overwritten.
+    """Return the gradients of the weight, (out, ...), and of the fold, (out,), from the gradient of the codes.
+
+    With ``q = dcodes / unit``, 0 where the code was clipped: ``fold · q`` and, per row, ``Σ q · rows``.
 
     Args:
-        dcodes: gradient of the codes, shaped as ``rows``.
-        rows: the weight.
+        dcodes: gradient of the codes, shaped as ``rows``; its memory may be overwritten.
+        rows: the weight, not folded.
         fold: (out,), the factor of each row.
-        unit: (out,), from the forward.
+        unit: (out,), from the forward; 1 if nothing was rounded.
         grid: the copy of the grid from the forward; None without a quantizer.
         clips: from the forward; False: no value was clipped, so no gradient is blocked.
     """

@@ -14,8 +14,8 @@ class FineTuning:
         trained: name of the fine-tuned model in the table, in eval mode.
         converted: name of the converted one.
         learning_rate: of the fine-tuning.
-        frozen_epochs: the last of these train on the ranges and BatchNorm statistics that will be deployed.
-        examples: training images that `prepare_qat` runs.
+        frozen_epochs: in so many epochs at the end, ranges and BatchNorm statistics stay as they will be deployed.
+        examples: how many training images `prepare_qat` runs.
     """
 
     label: str

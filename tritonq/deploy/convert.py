@@ -253,7 +253,13 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _keep_quantizers(module: nn.Module, made: nn.Module, quantizers: Mapping[nn.Module, nn.Module]) -> None:
-    """Make a deployed module quantize the arguments and results that the original's forward quantized."""
+    """Make a deployed module quantize the arguments and results that the original's forward quantized.
+
+    Args:
+        module: the prepared module; nothing happens if its forward quantizes nothing.
+        made: the deployed module, changed in place.
+        quantizers: the deployed quantizer of each quantizer of training.
+    """
     data = quantizing_part(module)
     if data is None:
         return
@@ -337,7 +343,21 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
 def _float_tensors(
     layer: QATLayer, weight: Tensor, bias: Tensor | None, grid: QuantizedType | None
 ) -> dict[str, Tensor | None]:
-    """Return the tensors of a converted layer that computes in float, by name: weight or its codes, scale, bias."""
+    """Return the tensors of a converted layer that computes in float, by their names in its state dict.
+
+    Args:
+        layer: the layer of training.
+        weight: its weight, with the BatchNorm folded in.
+        bias: its bias, likewise; None without one.
+        grid: quantized type of the weight; None: the weight stays in float.
+
+    Returns:
+        ``weight`` and ``bias``; with a grid ``weight`` holds codes, and there are ``weight_scale`` and
+        ``weight_zero_point`` (None if all are 0).
+
+    Raises:
+        ValueError: blocks of floats with folding "scale".
+    """
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}

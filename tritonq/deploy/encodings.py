@@ -161,7 +161,10 @@ def encodings_json(found: dict[str, Encoding], parameters: set[str], version: En
 
 
 def _older(name: str, grid: Encoding) -> dict[str, Any]:
-    """Return a tensor's entry in version 1.0.0; an entry is symmetric if its offset is ``-2^(bw-1)``."""
+    """Return the entry, in version 1.0.0, of the tensor ``name`` with this grid; ready for JSON.
+
+    Its offset is minus the zero point, counted from the smallest code; it is symmetric if that is ``-2^(bw-1)``.
+    """
     bits, middle = grid.qtype.bits, 2 ** (grid.qtype.bits - 1)
     offset = [-zero - (middle if grid.qtype.signed else 0) for zero in grid.zero_point]
     return {
@@ -176,7 +179,11 @@ def _older(name: str, grid: Encoding) -> dict[str, Any]:
 
 
 def _newer(name: str, grid: Encoding, is_parameter: bool) -> dict[str, Any]:
-    """Return a tensor's entry in version 2.0.0; without a zero point if that is 0."""
+    """Return the entry, in version 2.0.0, of the tensor ``name`` with this grid; ready for JSON.
+
+    Signed codes stay signed for a weight or bias (``is_parameter``), and are shifted to unsigned ones otherwise. A zero
+    point of 0 is left out.
+    """
     bits, signed = grid.qtype.bits, grid.qtype.signed
     shift = 2 ** (bits - 1) if signed and not is_parameter else 0
     zero = [point + shift for point in grid.zero_point]

@@ -183,10 +183,13 @@ class IntegerLayer(IntegerModule):
 class IntegerAdd(IntegerModule):
     """The sum of two tensors of codes or accumulators, shifted left to the finer fractional length of the two.
 
+    ``(a << left0) + (b << left1)``. With an output format the sum is then shifted right to 8-bit codes and clipped;
+    without one (``output`` None) it is returned as an int32 accumulator, clamped to ±(2^31 - 1).
+
     Attributes:
-        bounds: upper bounds of the magnitudes of both summands.
+        bounds: upper bounds of the magnitudes of both summands, two ints.
         left0: int32 buffer (channels,) or (1,): how many bits the first summand is shifted; ``left1`` for the second.
-        wide: whether the aligned sum may pass 32 bits, so that it is computed in 64.
+        wide: whether the aligned sum may pass 32 bits, by ``bounds`` and shifts, so that it is computed in 64.
     """
 
     left0: Tensor
@@ -205,7 +208,7 @@ class IntegerAdd(IntegerModule):
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sum of two tensors (n, c, ...) of one shape, as codes or accumulators."""
+        """Return the sum of two integer tensors (n, c, ...) of one shape: codes, or int32 without an output format."""
         dtype = torch.int64 if self.wide else torch.int32
         shape = [1, -1, *[1] * (a.dim() - 2)]
         total = (a.to(dtype) << self.left0.view(shape)) + (b.to(dtype) << self.left1.view(shape))

@@ -61,7 +61,7 @@ def _integers_of(node: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _numbers(value: Any) -> Any:
-    """Return the numbers of a constant; NaN for a value that is none, and 0 for an input that is left out."""
+    """Return the numbers of a constant as an array; NaN if ``value`` is no constant, 0 if it is None (left out)."""
     if value is None:
         return np.zeros(())
     found = constant_of(value)
@@ -109,7 +109,7 @@ def _replace(graph: Any, node: Any, source: Any, weight: Any, bias: Any) -> None
 
 
 def _hand_over(graph: Any, node: Any, result: Any) -> None:
-    """Let readers of a node's result, and the graph's outputs, read ``result`` instead; remove the node."""
+    """Let readers of a node's result, and the graph's outputs, read the value ``result`` instead; remove the node."""
     old = node.outputs[0]
     for reader, index in list(old.uses()):
         reader.replace_input_with(index, result)

@@ -266,7 +266,7 @@ def export_traced(
         model: the rewritten model.
         args: positional arguments to trace with.
         kwargs: named arguments.
-        shapes: ``dynamic_shapes`` of torch.export, or None.
+        shapes: ``dynamic_shapes`` of torch.export; None: all sizes are those of the arguments.
         opset: version of the operators.
         input_names: names of the inputs, or None for torch's.
         output_names: names of the outputs, or None for torch's.

@@ -123,7 +123,10 @@ def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[s
 
 
 def _gives(codes: Any, source: str, result: str, nodes: list[Any], constants: list[Any]) -> bool:
-    """Whether ``nodes`` compute the trained ``codes`` in ONNX Runtime."""
+    """Whether ``nodes``, run by ONNX Runtime on the codes 0, 1, 2 ..., return exactly the trained ``codes``.
+
+    ``source`` and ``result`` are the names of their input and output; ``constants`` are those of the file.
+    """
     read = {name for node in nodes for name in node.input}
     held = [constant for constant in constants if constant.name in read]
     return bool(np.array_equal(run_function(source, result, nodes, held, len(codes)), codes))

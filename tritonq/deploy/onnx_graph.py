@@ -152,9 +152,9 @@ def _rewrite_functions(
 
 
 def _rewrite_averages(model: nn.Module, forms: dict[Quantizer, TracedQuantizer]) -> set[Quantizer]:
-    """Make pools and means with known grids trace to sums of codes.
+    """Make pools and means with known grids trace to sums of codes; return the quantizers that they now run themselves.
 
-    Return the quantizers that they now run themselves.
+    ``forms`` has the traced form of each quantizer.
     """
     placed: set[Quantizer] = set()
     for name, module in model.named_modules():
@@ -168,7 +168,10 @@ def _rewrite_averages(model: nn.Module, forms: dict[Quantizer, TracedQuantizer])
 
 
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
-    """Replace the ReLU before a quantizer by a lower bound of its codes, and a ReLU's upper bound by an upper one."""
+    """Replace the ReLU before a quantizer by a lower bound of its codes, and a ReLU's upper bound by an upper one.
+
+    ``names`` has the name of each quantizer. ``model`` is changed in place.
+    """
     for module in model.modules():
         if isinstance(module, (QuantizedLayer, Joint)) and module.ceiling is not None:
             output = module.activation_post_process
@@ -191,7 +194,7 @@ def _drop_ceilings(model: nn.Module) -> None:
 def _absorb_clip_modules(model: nn.Module, names: dict[Quantizer, str]) -> None:
     """Replace torch's ReLU, ReLU6 and Hardtanh, if they have a quantizer of their own, by the bounds of its codes.
 
-    Files of earlier versions hold ReLU6 and Hardtanh of this kind.
+    ``names`` has the name of each quantizer. Files of earlier versions hold ReLU6 and Hardtanh of this kind.
     """
     for module in model.modules():
         output = getattr(module, _OUTPUT, None)

@@ -137,7 +137,10 @@ def moves_values(node: Any) -> bool:
 
 
 def _common_source(node: Any, pairs: dict[Any, Any]) -> Any:
-    """Return the DequantizeLinear with the grid of all values that a node moves; None if they have no common grid."""
+    """Return the DequantizeLinear with the grid of all values that a node moves; None if they have no common grid.
+
+    ``pairs`` has, for each value known to lie on a grid, the DequantizeLinear with that grid.
+    """
     if node.op_type == "Concat":
         sources = [pairs.get(value) for value in node.inputs]
         grids = {None if source is None else _grid_of(source) for source in sources}

@@ -150,7 +150,7 @@ def _halves(codes: Any) -> Any:
 
 
 def _replace(tensor: Any, kind: int, content: Any) -> None:
-    """Give a constant another type and content, in place; name and shape stay."""
+    """Give a constant another ONNX data type (``kind``) and raw bytes (``content``), in place; name and shape stay."""
     dimensions, name = list(tensor.dims), tensor.name
     tensor.Clear()
     tensor.name = name
@@ -175,7 +175,10 @@ def _pack(tensor: Any, is_signed: bool) -> None:
 
 
 def _pack_zero_point(graph: Any, constants: dict[str, Any], node: Any, is_signed: bool) -> None:
-    """Give a DequantizeLinear a 4-bit zero point, as its codes need, under a name of its own."""
+    """Give the DequantizeLinear ``node`` a 4-bit zero point, as its codes need, under a name of its own.
+
+    ``constants`` are those of ``graph`` by name; ``is_signed`` says whether the codes are INT4 or UINT4.
+    """
     if len(node.input) < 3 or not node.input[2]:
         return
     made = graph.initializer.add()

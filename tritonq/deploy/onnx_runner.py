@@ -76,7 +76,11 @@ class _Runner:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
     ) -> tuple[Codes, list[Tensor]]:
-        """Return codes and outputs of one call; with ``given`` codes the outputs are an empty list."""
+        """Return ``(codes, outputs)`` of one call: codes by quantizer, one tensor per call of it.
+
+        With ``given`` codes each layer computes on these, in place of what the layers before it made; the outputs are
+        then an empty list. None: the file runs as it is.
+        """
         feeds = _feeds(self._plain, args, kwargs)
         raw = self._run_for_codes(self._with_codes, feeds)
         if given is None:

@@ -62,14 +62,20 @@ def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, ...]) -> Non
 
 
 def _zeros(zero: Tensor, groups: int, weight: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the codes of zero for a kernel of another size: (in, out / groups, *sizes)."""
+    """Return a kernel (in, out / groups, *sizes) in which each code is that of zero.
+
+    ``zero`` is the zero point, one or one per out channel; channels and dtype are those of ``weight``.
+    """
     ones = [1] * len(sizes)
     per_out = zero.view(groups, 1, -1, *ones).expand(-1, weight.shape[0] // groups, -1, *sizes)
     return per_out.reshape(weight.shape[0], -1, *sizes).clone()
 
 
 def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, ...]) -> Tensor:
-    """Return the kernel with codes of zero between its places."""
+    """Return ``weight`` with codes of zero between the places of its kernel, so that it needs no ``dilation`` any more.
+
+    ``zero`` is the zero point, one or one per out channel.
+    """
     sizes = [reach(size, step) for size, step in zip(weight.shape[2:], dilation, strict=True)]
     whole = _zeros(zero, groups, weight, sizes)
     places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in dilation))

@@ -23,7 +23,9 @@ _DEFAULT = "output"
 
 
 def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a model without gradients and return its result; the random state is as before afterwards.
+    """Run a model on positional ``args`` and named ``kwargs``, without gradients, and return its result.
+
+    The random state is as before afterwards.
 
     Raises:
         ValueError: the model raises an error on these arguments.

@@ -81,6 +81,8 @@ def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
 def unpack_codes(packed: Tensor, shape: tuple[int, ...], low: int, width: int) -> Tensor:
     """Return the integers that :func:`pack_codes` packed: int16 of this shape.
 
+    ``low``, the smallest integer, and ``width``, the bits of each, must be those given to :func:`pack_codes`.
+
     Raises:
         ValueError: there are too few or too many bytes for the shape.
     """

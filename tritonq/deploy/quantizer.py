@@ -120,7 +120,7 @@ class Quantizer(DeployedModule):
         return True
 
     def calculate_qparams(self) -> QParams:
-        """Return scale and zero point."""
+        """Return ``(scale, zero_point)``: the buffers themselves. The name is that of torch.ao's fake quantizers."""
         return QParams(self.scale, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -80,7 +80,10 @@ class QuantizedRecurrent(DeployedModule):
         return codes if zero is None else codes.to(torch.int32) - self.along_rows(zero, qtype)
 
     def along_rows(self, values: Tensor, qtype: QuantizedType | None) -> Tensor:
-        """Return values per row or group, shaped to broadcast against a weight of type ``qtype``."""
+        """Return ``values``, one per row (rows,) or group (rows, groups), shaped to broadcast against a weight.
+
+        ``qtype`` is the weight's type, which says whether it has groups; None: it has none.
+        """
         group = None if qtype is None else qtype.group
         return values.unsqueeze(1) if group is None else values.repeat_interleave(group, 1)
 

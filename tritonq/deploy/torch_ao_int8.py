@@ -28,7 +28,7 @@ class Translation(NamedTuple):
     Attributes:
         state: for ``load_state_dict`` of the prepared model.
         used: names of the file's entries that went into it.
-        folded: names of layers whose BatchNorm became an identity.
+        folded: names of layers whose BatchNorm got numbers that make it an identity.
     """
 
     state: dict[str, Tensor]
@@ -123,7 +123,7 @@ def _translate_output(name: str, quantizer: FakeQuantize, state: Mapping[str, An
 def _set_grid(name: str, quantizer: FakeQuantize, scale: Tensor, zero: Tensor, new: dict[str, Tensor]) -> None:
     """Write the state of a quantizer with this grid into ``new``: scale, zero point, their range, and switches.
 
-    It observes no more.
+    It observes no more. ``name`` is the quantizer's name, with which the keys in ``new`` begin.
 
     Raises:
         ValueError: the grid is not possible for the quantizer's type.

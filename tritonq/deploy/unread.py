@@ -53,7 +53,19 @@ def _is_read(
     run: Runner,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
 ) -> bool:
-    """Whether outputs or codes of some other calls follow from the codes of one call of a quantizer."""
+    """Whether outputs or codes of some other calls follow from the codes of one call of a quantizer.
+
+    The model runs again twice, with that call's codes changed: if anything else changes, they are read.
+
+    Args:
+        name: name of the quantizer.
+        place: index of its call.
+        codes: codes of all quantizers in the unchanged run, one tensor per call.
+        outputs: outputs of that run.
+        others: for each other quantizer, by name, the indices of the calls to compare.
+        run: runs the model, with given codes in place of its own.
+        arguments: positional and named arguments of the model.
+    """
     made = codes[name][place]
     for changed in (made + 1, made.amax() + made.amin() - made if made.numel() else made):
         given: list[Tensor | None] = [None] * len(codes[name])

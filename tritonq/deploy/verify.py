@@ -134,7 +134,8 @@ class _Tally:
 
     Args:
         earlier: for quantizers of the trained model, by name, the names that files of version 0.1.0 have for them.
-        islands: see :func:`_deployed_runner`.
+        islands: by a quantizer's name, names of the operators before it (softmax, LayerNorm) whose sums have no defined
+            order: its codes may differ by one.
     """
 
     def __init__(self, earlier: Mapping[str, str], islands: _Islands) -> None:
@@ -145,23 +146,31 @@ class _Tally:
         self._unread: dict[str, None] = {}
 
     def lacking(self, expected: Codes, found: Codes) -> list[str]:
-        """Return the quantizers of the trained model that the deployed one lacks, or calls fewer times."""
+        """Return the names of quantizers of the trained model that the deployed one lacks, or calls fewer times.
+
+        ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, one tensor per call.
+        """
         names = {name: self._name_in(name, found) for name in expected}
         few = (name for name, calls in expected.items() if len(calls) > len(found.get(names[name], ())))
         return [name for name in few if names[name] in found or _twin(expected[name], expected, found) is None]
 
     def note_unread(self, quantizers: Iterable[str]) -> None:
-        """Note quantizers whose codes nothing reads, in at least one call."""
+        """Note quantizers of the trained model, given by name, for the report's list of results that nothing reads.
+
+        In at least one call nothing reads their codes. The deployed model leaves these out, so they are not compared.
+        """
         self._unread |= dict.fromkeys(_layer_name(quantizer) for quantizer in quantizers)
 
     def _name_in(self, quantizer: str, found: Codes) -> str:
-        """Return what the deployed model calls a quantizer."""
+        """Return the deployed model's name of a quantizer of the trained one; ``found`` has its codes by name."""
         earlier = self._earlier.get(quantizer, quantizer)
         # One that ran once for all who read the tensor has another name.
         return quantizer if quantizer in found or earlier not in found else earlier
 
     def pairs(self, expected: Codes, found: Codes) -> list[_Pair]:
         """Return the codes of each call of each quantizer in both models, in the trained model's order.
+
+        ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, one tensor per call.
 
         Raises:
             ValueError: one of the two lacks a quantizer, or calls it a different number of times.
@@ -206,8 +215,9 @@ class _Tally:
 
 
 def _twin(calls: list[Tensor], expected: Codes, found: Codes) -> str | None:
-    """Return another quantizer that makes the same codes as these ``calls`` and that both models have, or None.
+    """Return the name of another quantizer that makes the same codes as ``calls`` and that both models have, or None.
 
+    ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, with one tensor per call.
     An exporter merges branches that compute the same, such as heads that were copied and not trained.
     """
     if len(calls) != 1:
@@ -220,6 +230,15 @@ def _calls(quantizer: str, calls: list[Tensor], source: str, found: list[Tensor]
     """Return the pairs of one quantizer's calls in both models, in order.
 
     An exporter merges calls of one quantizer on one tensor, so that one model may have repeats of the other's codes.
+
+    Args:
+        quantizer: its name in the trained model.
+        calls: the trained model's codes, one tensor per call.
+        source: name of the quantizer in the deployed model that makes these codes.
+        found: the deployed model's codes of ``source``, one tensor per call.
+
+    Raises:
+        ValueError: the numbers of calls differ by more than such repeats.
     """
     expected_places: list[tuple[int, ...]] = [(place,) for place in range(len(calls))]
     places: list[tuple[int, ...]] = [(place,) for place in range(len(found))]

@@ -28,10 +28,17 @@ def rounds(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> bool:
 def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(codes, scale, zero_point)`` of a weight's rows (out, ...): one scale and zero point per row or group.
 
-    ``grid`` has one scale, one per row, or one per group.
+    Args:
+        rows: the float weight, folded; its first axis is that of the out channels.
+        grid: has one scale, one per row, or one per group of consecutive elements of an axis.
+
+    Returns:
+        Codes shaped as ``rows``, in the smallest integer dtype that holds all codes of the grid's type; scale and zero
+        point (int32), (out,). With groups these two are shaped as ``rows``, with one index per group along the groups'
+        axis.
 
     Raises:
-        ValueError: the grid has scales along another axis.
+        ValueError: the grid has one scale per index of another axis than the first.
     """
     qtype = grid.qtype
     groups = group_rows(rows, qtype.granularity)

@@ -196,7 +196,9 @@ class _ConvBn(torch.autograd.Function):
 
 
 def _quantized(x: Tensor, weight: Tensor, gamma: Tensor | None, step: ConvBnStep) -> StepWeight:
-    """Fold and quantize the weight of ``step``; returns codes, unit and what the backward needs.
+    """Fold, observe and quantize the weight of ``step``; return codes, unit and what the backward needs.
+
+    ``gamma`` is the BatchNorm's γ (None: 1); of ``x``, the layer's input, only dtype and device count.
 
     A step that is run again (checkpointing) takes the fold that it had the first time.
     """

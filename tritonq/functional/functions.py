@@ -101,7 +101,7 @@ def _requantized(source: HostGrid, output: HostGrid) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _table(function: Function, source: HostGrid, output: HostGrid) -> Tensor:
-    """Return a table: for each code of the input, the code of the function's result."""
+    """Return a table: for each code of the input on ``source``, the code of the function's result on ``output``."""
     result = integer_function(_values(source), function, source.to_grid(), output.to_grid())
     return rounded_codes(result / torch.tensor(output.scale), output)
 

@@ -207,9 +207,10 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
 
 
 def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
-    """Return the result of :func:`integer_affine` from its integer sums ``total``.
+    """Return the float32 result of :func:`integer_affine` from its integer sums ``total``, which may be overwritten.
 
-    Overwrites ``total`` if it is float32.
+    The sums, plus bias, are multiplied by the layer's multiplier; with ``output`` the product is rounded to that grid,
+    None leaves it as it is. ``channel_axis`` is the axis of ``total`` with the out channels.
     """
     if output is None:
         return requantize(total, layer.bias, layer.multiplier, None, channel_axis)
@@ -269,6 +270,8 @@ def _raise_scale_for_sums(
 
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
     """Return the weight scale, raised in channels whose bias would not fit 32 bits in steps of input × weight scale.
+
+    It is as given if ``bias`` is None.
 
     That happens in dead channels (γ = 0), whose weight scale is tiny; their weight codes only become smaller.
     """

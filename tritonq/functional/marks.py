@@ -28,7 +28,10 @@ def is_rounded(x: Tensor, scale: Tensor) -> bool:
 
 
 def mark_codes(x: Tensor, scale: Tensor, codes: Any) -> None:
-    """Note on ``x`` the codes that a backward keeps of it, on the grid of the quantizer with this ``scale`` buffer."""
+    """Note on ``x`` the codes that a backward keeps of it, on the grid of the quantizer with this ``scale`` buffer.
+
+    ``codes`` is a `saved_input.SavedInput`.
+    """
     setattr(x, _CODES, (scale, x._version, codes))
 
 
@@ -42,7 +45,7 @@ def codes_of(x: Tensor, scale: Tensor) -> Any:
 
 
 def mark_source(y: Tensor, grid: Any) -> None:
-    """Note on ``y`` the grid that it was rounded to, for layers that have no reference to its quantizer."""
+    """Note on ``y`` the `Grid` that it was rounded to, for layers that have no reference to its quantizer."""
     if not y.is_inference():
         setattr(y, _SOURCE, (grid, y._version))
 

@@ -67,7 +67,10 @@ class _ResidualJoin(torch.autograd.Function):
 def _sum(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(a + b))`` and the mask of where the gradient passes."""
+    """Return ``FQ(relu?(a + b))`` and the mask of where the gradient passes, as :func:`_rounded` returns it.
+
+    ``statistics`` is the range that is observed (None: none is); ``ceiling`` bounds the ReLU (None: there is none).
+    """
     if not torch.compiler.is_compiling():
         join: tuple[Tensor, Tensor] = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
         return join

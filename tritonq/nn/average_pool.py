@@ -43,20 +43,24 @@ class AverageLayer(UnaryLayer):
         return self.averaging(x)
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the mean as integer runtimes compute it, from the codes of ``x``.
+        """Return the mean as integer runtimes compute it, from codes of ``x``: on the output's grid, before clipping.
 
-        The arguments are those of ``UnaryLayer.exact``.
+        ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
         """
         return integer_average(x, self.averaging, source, output)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the mean, or None if these can't be used; arguments as in ``UnaryLayer.exact_codes``."""
+        """Return the codes of the mean, uint8, on the grid ``output``; None if codes can't be used.
+
+        ``codes`` are those of the input, uint8, on the grid ``source``.
+        """
         return average_codes(codes, self.averaging, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the mean for ``torch.compile``.
 
-        It is computed as by :meth:`exact` while both grids are switched on, else as by :meth:`compute`.
+        It is computed as by :meth:`exact`, with its arguments, while both grids are switched on, else as by
+        :meth:`compute`.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -217,7 +221,7 @@ def averaging_of(pool: nn.Module) -> Averaging | None:
 
 
 def window_average(pool: Any) -> WindowAverage:
-    """Return the mean that an ``nn.AvgPool1d``, ``2d`` or ``3d`` computes."""
+    """Return the mean that an ``nn.AvgPool1d``, ``2d`` or ``3d`` computes, as data: its window, per axis."""
     rank = _rank(pool)
     kernel, stride, padding = (per_axis(value, rank) for value in (pool.kernel_size, pool.stride, pool.padding))
     divisor = getattr(pool, "divisor_override", None)
@@ -225,7 +229,7 @@ def window_average(pool: Any) -> WindowAverage:
 
 
 def adaptive_average(pool: Any) -> AdaptiveAverage:
-    """Return the mean that an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` computes."""
+    """Return the mean that an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` computes, as data: its output size."""
     return AdaptiveAverage(per_axis(pool.output_size, _rank(pool)))
 
 

@@ -111,7 +111,10 @@ _ARRANGED: Mapping[str, tuple[Callable[..., Tensor], int]] = {
 
 
 def _arranged(tensors: tuple[Tensor, ...], dim: int, arrangement: Arrangement) -> tuple[tuple[Tensor, ...], int]:
-    """Return ``(tensors, axis)`` to concatenate: tensors are reshaped as ``stack``, ``hstack`` and the like do."""
+    """Return ``(tensors, axis)`` to concatenate: tensors are reshaped as ``stack``, ``hstack`` and the like do.
+
+    ``arrangement`` names that function; ``dim`` is its argument.
+    """
     if arrangement == "cat":
         return tensors, dim
     if arrangement == "stack":

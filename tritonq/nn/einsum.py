@@ -95,10 +95,13 @@ def _letters(indices: Any) -> str:
 class Contraction:
     """An einsum equation of two operands, seen as a product of batches of matrices.
 
+    ``Contraction.of("bqd,bkd->bqk")`` is ``Contraction("bqd", "bkd", "bqk")``: b numbers the products of the batch, d
+    is summed.
+
     Attributes:
-        a: the indices of the first operand, in order; ``.`` stands for an ellipsis.
-        b: the indices of the second operand.
-        out: the indices of the result.
+        a: the indices of the first operand, one letter per axis, in order; ``.`` stands for an ellipsis.
+        b: the indices of the second operand, likewise.
+        out: the indices of the result, likewise.
     """
 
     a: str

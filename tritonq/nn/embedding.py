@@ -138,7 +138,10 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 def embedding_bag(
     bag: nn.EmbeddingBag, table: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> Tensor:
-    """Return the result of ``bag`` with ``table`` in place of its weight; other arguments as of its forward."""
+    """Return the result of ``bag`` with ``table``, (rows, embedding_dim), in place of its weight.
+
+    ``input``, ``offsets`` and ``per_sample_weights`` are the arguments of the bag's forward.
+    """
     return F.embedding_bag(
         input,
         table,

@@ -129,7 +129,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def float_forward(self, x: Tensor) -> Tensor:
-        """Return convolution and BatchNorm in float."""
+        """Return ``BN(conv(x, weight) + bias)`` in float for real values ``x``, without rounding and factors."""
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:

@@ -210,7 +210,10 @@ class FixedPointLayer(ReferringModule):
         return with_gradient_of(exact, surrogate).clone() if needs_grad else exact
 
     def float_forward(self, x: Tensor) -> Tensor:
-        """Return the layer computed in float, without rounding and scaling factors."""
+        """Return ``op(x, weight) + bias`` in float for real values ``x``, without rounding, clipping and factors.
+
+        It runs while the input's format is in the phase "floating_wo_clip". ``input_factor`` is not used.
+        """
         return self.linear_map(x, self.weight, self.bias)
 
     def fixed_forward(self, x: Tensor) -> Tensor:

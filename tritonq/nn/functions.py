@@ -53,7 +53,7 @@ class ElementwiseLayer(UnaryLayer):
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
         """Return the codes of the result, from a table with one entry per code; None if codes can't be used.
 
-        The arguments are those of ``UnaryLayer.exact_codes``.
+        ``codes`` are those of the input, uint8, on the grid ``source``; the result's are uint8 on the grid ``output``.
         """
         return function_codes(codes, self.function, source, output)
 
@@ -101,7 +101,7 @@ class FunctionLayer(ElementwiseLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the function as integer runtimes compute it, on the output's grid.
 
-        The arguments are those of ``UnaryLayer.exact``.
+        ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
         """
         return integer_function(x, self.function, source, output)
 
@@ -149,7 +149,10 @@ class PReLU(UnaryLayer, nn.PReLU):
         return F.prelu(x, self.weight.to(x.dtype))
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the result as ONNX Runtime computes it, on the output's grid; arguments as in ``UnaryLayer.exact``."""
+        """Return the result as ONNX Runtime computes it, on the output's grid.
+
+        ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
+        """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             values = (x.float() / source.scale).round_().mul_(source.scale)
             return onto_output(F.prelu(values, self.weight.float()), output)

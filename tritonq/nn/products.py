@@ -60,7 +60,10 @@ class AddMatMul(Add):
         self.set_producers(None, self.product)
 
     def set_operand_producers(self, *producers: Referred) -> None:
-        """Set the modules that put the summand and both matrices on their grids, in this order; None: unknown."""
+        """Set the modules that put the summand c and the matrices a and b on their grids, in this order; None: unknown.
+
+        Eval mode reads the operands' grids from them. Each is a module or a :class:`~tritonq.nn.reference.Reference`.
+        """
         summand, a, b = producers
         self.product.set_producers(a, b)
         self.set_producers(summand, self.product)

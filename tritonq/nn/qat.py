@@ -223,7 +223,10 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return self.quantized_weight(folded)
 
     def weight_grid(self) -> Grid:
-        """Return the grid, with its switch, to which eval mode and deployment round the folded weight."""
+        """Return the grid to which eval mode and deployment round the weight, with its switch (``Grid.enabled``).
+
+        With a BatchNorm it is the folded weight that is rounded.
+        """
         return cast(FakeQuantizeBase, self.weight_fake_quant).grid()
 
     def weight_near_codes(self, folded: Tensor) -> Tensor:
@@ -257,7 +260,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             return self.compute(input, weight, bias)
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the result of :meth:`forward` for a given weight and bias.
+        """Return the result of :meth:`forward` for a given weight and bias, neither folded nor rounded.
 
         The forward has switched torch function modes off.
         """
@@ -269,7 +272,10 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def ends_in_ceiling(self) -> bool:
-        """Whether :meth:`rectified` is only the ReLU of :attr:`ceiling`, or nothing, so that a kernel can do it."""
+        """Whether :meth:`rectified` is only the ReLU of :attr:`ceiling`, or nothing, so that a kernel can do it.
+
+        True here. A subclass with another activation returns False.
+        """
         return True
 
     def quantized_output(self, y: Tensor) -> Tensor:

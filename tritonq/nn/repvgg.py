@@ -160,7 +160,10 @@ class RepVGGBlock(nn.Module):
 
 
 def _train(block: QATRepVGGBlock, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the merged convolution in a training step, with its bias rounded to the grid of its accumulator."""
+    """Return the merged convolution in a training step, with its bias rounded to the grid of its accumulator.
+
+    ``weight`` and ``bias`` are the merged ones. That grid has the step input scale × weight scale.
+    """
     kernel = find_kernel(x, weight, block.linear_map)
     weight, grid = (block.quantized_weight(weight), None) if kernel else block.weight_to_map(weight)
     # Behind the weight's quantizer, whose scale is the bias's too.

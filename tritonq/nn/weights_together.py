@@ -75,7 +75,10 @@ def _make_ready(model: nn.Module, args: Any) -> None:
 def _make_layers_ready(
     layers: Sequence[QATBatchNormLayer], grids: Sequence[Grid], statistics: Sequence[RangeStatistics]
 ) -> None:
-    """Quantize the weights of layers on one device in one launch, and leave each layer its codes for this step."""
+    """Quantize the weights of layers on one device in one launch, and leave each layer its codes for this step.
+
+    ``grids`` and ``statistics`` are those of the layers' weight quantizers, in the order of ``layers``.
+    """
     fold, inverse_std = _folds(layers)
     rows = [layer.linear_map.to_rows(layer.weight.detach()) for layer in layers]
     made = implementation("weights_together", rows[0]).quantize_all(rows, fold, grids, statistics)

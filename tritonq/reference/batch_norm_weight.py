@@ -146,19 +146,24 @@ def gradients(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return two gradients from that of the codes: of the weight, and of γ (without γ: of the fold).
+    """Return ``(gradient of the weight, gradient of γ)`` from the gradient of the codes; without γ that of the fold.
+
+    With ``q = dcodes / unit``, 0 where the code was clipped: the weight's gradient is ``fold · q``, the fold's is
+    ``dfold = Σ q · rows`` per out channel, and γ's is ``n + dfold / σ - n · eps_share``, with n the product of
+    ``sum_gn`` and the sign of ``fold``. (For a γ of 0, or nearly, it is n.)
 
     Args:
-        dcodes: gradient of the codes, shaped as ``rows``; may be overwritten.
+        dcodes: gradient with respect to the codes (float tensors), shaped as ``rows``; may be overwritten.
         rows: the weight, (out, ...).
         gamma: (out,), as the following vectors; None for 1.
         fold: ``γ/σ``, as :func:`quantize` returned it.
-        inverse_std: ``1/σ``.
-        unit: the value of a code of 1.
-        eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
-        sum_gn: ``Σ g (c - mean) / std``, see :class:`tritonq.reference.conv_bn.TailGradients`.
+        inverse_std: ``1/σ``, with σ of the running variance.
+        unit: the value of a code of 1: codes times unit are the folded, rounded weight.
+        eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the convolution with the unfolded weight.
+        sum_gn: ``Σ g (c - mean) / std`` over the batch: c is the convolution's output, g the gradient of what the
+            BatchNorm returns.
         grid: the snapshot that :func:`quantize` returned; None without a quantizer.
-        clips: from the forward; False blocks no gradient.
+        clips: from the forward; False: nothing was clipped, so no gradient is blocked.
     """
     drows, dfold = reference_weight.folded_backward(dcodes, rows, fold, unit, grid, clips)
     if gamma is None:

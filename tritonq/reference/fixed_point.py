@@ -91,8 +91,8 @@ def _sum_rows(block: Tensor) -> Tensor:
 
 @operator(returns=New(lambda of: of["qtype"].granularity.scale_shape(of["x"].shape), "x", torch.int32))
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the fractional length of least squared error; of equal ones the smallest. int32, 0-d or (channels,).
+    """Return which of the fractional lengths 0 to ``candidates - 1`` has least squared error; of equals the smallest.
 
-    Arguments as for :func:`frac_len_errors`.
+    int32: 0-d, or (channels,) if ``qtype`` has an axis. Arguments as for :func:`frac_len_errors`.
     """
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)

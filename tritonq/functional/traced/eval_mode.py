@@ -85,7 +85,9 @@ def on_grid(x: Tensor, output: Grid) -> Tensor:
 
 
 def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
-    """Return the means of ``x``, in exact integers (:func:`integer_average`) if both grids are on.
+    """Return the means of ``x``: by exact integers, on the output's grid, if both grids are on, else by floats.
+
+    The integer result is that of :func:`integer_average`: rounded to steps of ``output``, and not clipped yet.
 
     Args:
         x: float tensor on the grid of ``source``.
@@ -104,7 +106,9 @@ def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tens
 
 
 def function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return a function of ``x``, by a table of codes (:func:`integer_function`) if both grids are on.
+    """Return a function of ``x``: by a table of codes, on the output's grid, if both grids are on, else by floats.
+
+    The first is the result of :func:`integer_function`.
 
     Args:
         x: float tensor on the grid of ``source``.
@@ -143,7 +147,10 @@ def run_affine(
     weights: Grid,
     output: Grid | None,
 ) -> Tensor:
-    """Compute :func:`affine` when the compiled graph runs. ``conv`` is the convolution, None for a matrix product."""
+    """Compute :func:`affine` when the compiled graph runs. ``conv`` is the convolution, None for a matrix product.
+
+    The other arguments, and the result, are those of :func:`affine`.
+    """
     op = _op(conv)
 
     def values() -> Tensor:

@@ -47,7 +47,7 @@ def _trains(layer: Layer, analysis: Analysis) -> bool:
 
 
 def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
-    """Return the values that a layer reads, as they were before operations that only move values, such as dropout."""
+    """Return indices of the values that a layer reads, before operations that only move values, such as dropout."""
     values = set()
     for index in layer.calls:
         value = analysis.flow.calls[index].inputs[0]

@@ -76,13 +76,13 @@ class Analysis:
 
     Args:
         model: the model.
-        flow: the record.
+        flow: the record, in which calls and values have indices.
         held: names of modules whose own forward ran in eval mode in the training run.
         cautious: whether to leave ``x += y`` alone in a forward that keeps its branches, since ``x`` may have another
             name there.
 
     Attributes:
-        constants: the values that follow from parameters and buffers alone.
+        constants: tells which values follow from parameters and buffers alone.
         modules: the model's modules by name, except those inside of a RepVGG block.
         leaves: names of the modules whose calls were recorded as one operation.
     """
@@ -109,7 +109,7 @@ class Analysis:
         self._masks: dict[int, int | None] = {}
 
     def value_of(self, call: Call | Frame) -> int | None:
-        """Return the value that a call returns; None unless it returns a single tensor.
+        """Return the index of the value that a call returns; None unless it returns a single tensor.
 
         For a recurrent layer that is the first tensor of its result: the sequence, or the hidden state of a cell.
         """
@@ -256,7 +256,7 @@ class Analysis:
         return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
 
     def source_of(self, call: Call, through_norms: bool = False) -> int | None:
-        """Return the value that a call moves, or scales or shifts by constants; None for other calls.
+        """Return the index of the value that a call moves, or scales or shifts by constants; None for other calls.
 
         Args:
             call: any recorded call.
@@ -274,9 +274,10 @@ class Analysis:
         return None if call.name == "div" and is_reversed else computed[0]
 
     def mask_of(self, call: Call) -> int | None:
-        """Return the value of the mask that a call adds to attention scores; None for other calls.
+        """Return the index of the value that a call adds to attention scores as their mask; None for other calls.
 
-        A summand that follows from inputs is one if a softmax alone reads the sum, or if it dwarfed the scores.
+        A summand that follows from the model's inputs, without a layer on the way, is a mask if only a softmax reads
+        the sum, or if the other summand vanished beside it in the recorded run.
         """
         if call.dwarfing is not None and call.dwarfing in self._masking:
             return call.dwarfing

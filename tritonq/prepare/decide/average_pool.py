@@ -21,8 +21,8 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
     Args:
         call: any recorded call.
         shape: shape of the tensor that it reads.
-        has_fixed_arguments: whether its other arguments are known to be constants. If not, a window over the whole
-            input is taken to follow the size of the input, and becomes an adaptive pool.
+        has_fixed_arguments: for functions, whether their other arguments are known to be constants. If not, they may
+            have been computed from the input's size: a window over the whole input becomes an adaptive pool to size 1.
     """
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ CONSTANT_INPUT = "it reads nothing but parameters, so that its result is a const
 
 
 def _weights(arguments: Mapping[str, Any]) -> list[int]:
-    """Return the values of weight and bias (if any) among the arguments of a call."""
+    """Return the value indices of weight and bias (if any) among ``arguments``, from :func:`arguments_of`."""
     return [arguments[name].value for name in ("weight", "bias") if arguments[name] is not None]
 
 
@@ -149,7 +149,10 @@ def exclusive_state(layers: Iterable[CalledLayer], analysis: Analysis) -> frozen
 
 
 def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> dict[str, Any]:
-    """Return the arguments for the constructor of the layer that computes the same as a call."""
+    """Return the arguments, by name, for the constructor of the layer that computes the same as a call.
+
+    ``arguments`` are those of the call, as :func:`arguments_of` returned them.
+    """
     shape = analysis.flow.values[arguments["weight"].value].shape
     has_bias = arguments["bias"] is not None
     if call.name == "linear":

@@ -33,13 +33,13 @@ class LayerSearch:
 
     Args:
         analysis: the model and its record.
-        swapped: the float types that have a quantized form.
+        swapped: the module classes, such as ``nn.Conv2d``, that have a quantized form.
         qconfigs: the qconfig of each module; None leaves it in float.
         kept: indices of the calls of ReLUs that no layer may absorb.
 
     Attributes:
         reasons: by name, why a layer stays in float, or why a BatchNorm is not part of a layer.
-        single_mode: names of layers left in float because they run in one mode only.
+        single_mode: names of layers left in float because they run in eval mode only, or in training mode only.
         float_functions: for each function left in float its first call, by name.
     """
 
@@ -52,7 +52,10 @@ class LayerSearch:
     float_functions: dict[str, Call] = field(default_factory=dict)
 
     def layers(self) -> list[Layer]:
-        """Return all layers, modules first, and fill ``reasons``; adapters of low rank stay in float."""
+        """Return all layers that get a quantized form, modules first, then functions; fill all attributes.
+
+        Layers of adapters of low rank (LoRA) are not among them: they stay in float.
+        """
         found = [*self._modules(), *self._functions()]
         adapters = find_adapters(found, self.analysis)
         self.reasons |= adapters

@@ -81,11 +81,11 @@ class Links:
 
     Attributes:
         analysis: the model and its record.
-        layers: each layer, by index of the call that it begins with.
-        ends: for each layer, addition and pooling, by index of its (first) call, the value that it produces.
-        additions: the calls of additions, by index.
-        poolings: average poolings, by index of their call.
-        groups: the group of each value.
+        layers: each layer, by index of the call that it begins with (the convolution's, before its BatchNorm).
+        ends: index of the value that each layer, addition or pooling returns, by index of its (first) call.
+        additions: each addition, as its call, by index of that call.
+        poolings: each average pooling, by index of its call.
+        groups: the group that each value belongs to, by index of the value; values of one group share one object.
         relus: calls of clipped ReLUs (ReLU6), which become plain ReLUs: the format's learned level clips instead.
     """
 
@@ -203,7 +203,7 @@ class _Finder:
         return {value for value in seen if not self.flow.is_state(value)}
 
     def _visit(self, call: Call) -> None:
-        """Add a call to the network: a layer, an addition, a pooling, or a call that passes values on."""
+        """Add a call to :class:`Links`: as an addition or pooling, or by merging the groups of what it passes on."""
         if call.index in self.absorbed:
             return
         if call.index in self.links.layers:

@@ -42,7 +42,10 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
 
 
 def why_between(call: Call, analysis: Analysis) -> str:
-    """Return the reason in the record of a call between grids, with more where that is known."""
+    """Return the text for :attr:`LayerRecord.reason` of a call that computes in float between quantized tensors.
+
+    For some operations, and for calls that can't be edited, it also says why or what to use instead.
+    """
     made = analysis.value_of(call)
     if call.name in _INSTEAD:
         more = _INSTEAD[call.name]

@@ -27,7 +27,8 @@ class AffineStep:
     """One operation of a frozen norm, on every channel.
 
     Attributes:
-        operation: which one; ``"reversed_sub"`` computes ``operand - x``.
+        operation: ``"add"``, ``"sub"``, ``"mul"`` or ``"div"`` of x and the operand; ``"reversed_sub"``, which is
+            ``operand - x``; or ``"batch_norm"``.
         number: the operand, if it is a number; for ``"batch_norm"`` its epsilon.
         operands: how the operands are computed, if they are tensors: one, or those of a BatchNorm; else None.
         roles: for ``"batch_norm"`` what the operands are, such as ``("running_mean", "running_var", "weight")``.

@@ -82,7 +82,10 @@ class Join:
 
     @property
     def rounds_constants(self) -> bool:
-        """Whether an operand that is computed from parameters alone is rounded like the others."""
+        """Whether an operand that is computed from parameters and buffers alone is rounded like the others.
+
+        True for products and attention; for other kinds such an operand stays in float, or the call is no join.
+        """
         return KINDS[self.kind].constants == "rounded"
 
     @property
@@ -323,13 +326,16 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
 
 
 def _reads_refused_constant(call: Call, kind: str, analysis: Analysis) -> bool:
-    """Whether a call would be a join of this kind if it had no constant operand, which the kind refuses."""
+    """Whether a call would be a join of ``kind``, a key into ``KINDS``, but for a constant operand it refuses."""
     refused = call.name == kind and KINDS[kind].constants == "refused"
     return refused and not operands(call, analysis) and not analysis.constants.values.isdisjoint(call.inputs)
 
 
 def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
-    """Return the join that a call belongs to, with all calls of the same place."""
+    """Return the join that a call belongs to, with all calls of the same place.
+
+    ``kept`` holds the indices of ReLU calls that it may not absorb.
+    """
     calls = analysis.calls_like(call)
     site, reason = analysis.site(call), ""
     # One place in the source may be reached by different calls where a forward branches.

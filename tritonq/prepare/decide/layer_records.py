@@ -31,8 +31,8 @@ class LayerRecord:
 
     Attributes:
         name: qualified name in the float model; for additions and concatenations the name of their new module.
-        kind: class name of the layer, or name of the operation.
-        fused_with: names of the modules that became one layer with it.
+        kind: class name of the layer such as ``"Conv2d"``, or name of the operation such as ``"add"``.
+        fused_with: qualified names of the modules that became one layer with it, such as its BatchNorm and ReLU.
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` for an operation that leaves values as they are, so
             that codes stay codes (reshape, max pool, …).
         reason: why it is in float, or "".
@@ -170,13 +170,16 @@ def _holders(layer: Layer, analysis: Analysis, plan: Plan) -> list[str]:
 
 
 def _moves_values(name: str, analysis: Analysis, plan: Plan) -> bool:
-    """Whether every call of a module keeps the grid of its input, and the plan has no reason to leave it in float."""
+    """Whether every call of the module ``name`` returns only values of its input, so that its record is "moves values".
+
+    False for a module that is never called, or that the plan has a reason to leave in float.
+    """
     calls = analysis.flow.calls_of(name)
     return bool(calls) and name not in plan.float_reasons and all(analysis.keeps_grid(call) for call in calls)
 
 
 def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str:
-    """Return why a module is in float."""
+    """Return why the module called ``name`` is in float, as text for :attr:`LayerRecord.reason`."""
     calls = analysis.flow.calls_of(name)
     if name in plan.float_reasons:
         return plan.float_reasons[name]
@@ -195,7 +198,11 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
 
 
 def clip_reason(layer: str) -> str:
-    """Return the reason for the record of a clip behind which the quantizer of ``layer`` stands."""
+    """Return the text for :attr:`LayerRecord.reason` of a clip that stays in the model as it is.
+
+    The clip (a ReLU6, say) directly follows the layer named ``layer``. That layer's output quantizer was moved behind
+    the clip, so that values are clipped first and rounded once.
+    """
     return f"the quantizer of {layer} stands behind it"
 
 

@@ -273,7 +273,7 @@ _NORM_OF_DIMENSIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 
 def _has_hooks(module: object, before: bool = False, after: bool = False) -> bool:
     """Whether a module has hooks that see values before its forward, after it, or (neither given) on any side.
 
-    Backward hooks always count.
+    ``before`` asks for hooks before the forward, ``after`` for hooks after it. Backward hooks always count.
     """
     if not isinstance(module, nn.Module):
         return False

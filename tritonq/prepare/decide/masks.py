@@ -30,7 +30,7 @@ def is_softmax(call: Call) -> bool:
 
 
 def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int]:
-    """Return the values that are no constants and do not depend on any layer: they follow from inputs and comparisons.
+    """Return indices of the values that are no constants and depend on no layer: they follow from inputs alone.
 
     A parameter that is only added or chosen, as a bias, does not count as a layer.
     """
@@ -56,7 +56,7 @@ def _has_parameters(call: Call) -> bool:
 
 
 def summands(call: Call, without_layers: frozenset[int]) -> tuple[int, int] | None:
-    """Return the values ``(scores, mask)`` if a call could be their sum or difference; None for any other call.
+    """Return the value indices ``(scores, mask)`` if a call could be their sum or difference; None for other calls.
 
     The mask is the operand among ``without_layers``; the scores are the other one.
     """

@@ -56,6 +56,9 @@ GridSource: TypeAlias = Layer | Join | PlannedQuantizer
 class Plan:
     """Everything that will be done to a model. Calls and values are given by index, layers and modules by name.
 
+    What gives a tensor its grid is a :class:`Layer` or :class:`Join` with its output quantizer, or a
+    :class:`PlannedQuantizer`.
+
     Attributes:
         layers: modules and functions to make quantized layers of.
         clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
@@ -64,7 +67,8 @@ class Plan:
         quantizers: further activation quantizers.
         inputs: for each layer what gives its input a grid; it has no entry if several things do, or none.
         operands: for each join what gives each of its operands a grid; None for an operand if several do, or none.
-        unary: operations of one tensor that can be computed on codes, by the value that their quantizer takes.
+        unary: operations of one tensor that can be computed on codes, by the index of the value that their quantizer
+            rounds.
         erased: ReLU calls that became part of a layer or join.
         erased_modules: names of ReLU modules all of whose calls did.
         erased_nodes: ``(owner, node)`` of the other such calls that can be removed from a forward.
@@ -77,8 +81,8 @@ class Plan:
         summands: names of layers whose results are rounded together with the join that reads them, and not before.
         unread: names of layers whose results nothing reads, so that they need no quantizer.
         float_results: joins whose results softmax or a norm reads unrounded.
-        on_grid: values that lie on grids.
-        read: values that layers and joins read.
+        on_grid: indices of the values that lie on grids.
+        read: indices of the values that layers and joins read.
     """
 
     layers: tuple[Layer, ...]

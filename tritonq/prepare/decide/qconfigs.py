@@ -56,6 +56,8 @@ def mapped_qconfigs(
 def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], flow: Dataflow) -> tuple[str, str]:
     """Return the names of the first and the last quantizable layer in order of execution.
 
+    ``quantizable`` holds the module classes that count, ``flow`` is the recorded run.
+
     Raises:
         ValueError: the recorded run called no quantizable layer.
     """

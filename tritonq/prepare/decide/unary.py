@@ -62,14 +62,17 @@ def layer_for(operation: Operation, earlier: Clipping | None) -> UnaryLayer:
 
 @dataclass(frozen=True)
 class PlannedUnary:
-    """An operation of one tensor whose result goes from one grid to another.
+    """An operation of one tensor with a quantizer behind it, which a module of tritonq will compute.
 
     Attributes:
-        operation: the operation, without quantizers.
-        source: what gives its input a grid; None for a function or clip whose input has none.
-        calls: indices of its calls.
-        earlier: for a clip, the bounds of the clips before it that it replaces; None: there are none.
-        absorbed: indices of the calls of those clips.
+        operation: what it computes, as plain data: an ``Averaging``, a ``Function`` or a ``Clipping``, or the class
+            ``nn.PReLU``.
+        source: the layer, join or planned quantizer that gives its input a grid; None if there is none (only functions
+            and clips are planned then), or if it is another one in some call.
+        calls: indices of its calls, one for each time that it runs.
+        earlier: for a clip, the bounds that all clips directly before it amount to together, which its module computes
+            too; None: no clip stands before it, or the operation is no clip.
+        absorbed: indices of the calls of those earlier clips; empty without any.
     """
 
     operation: Operation
@@ -143,7 +146,7 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
 
 
 def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
-    """Return the input of an operation of one tensor.
+    """Return the index of the value that a call reads, if the call is an operation of one tensor.
 
     For any other call return the result of `Analysis.source_of`, which may be None; ``through_norms`` is its argument.
     """
@@ -151,7 +154,7 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
 
 
 def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
-    """Return the values that the operation of one tensor in front of a quantizer reads.
+    """Return the indices of the values that the operation of one tensor in front of a quantizer reads, one per call.
 
     Empty without such an operation.
     """
@@ -163,7 +166,10 @@ def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains)
 
 
 def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
-    """Return the calls behind which a quantizer stands, and whether their other arguments are constants; or None."""
+    """Return ``(calls, fixed)``: the calls whose result a quantizer rounds, and whether their numbers are constants.
+
+    None if the quantizer stands in the readers of a tensor, or behind a module that has no form in tritonq.
+    """
     if place.where == "output" and type(analysis.modules[place.owner]) in QUANTIZED_FORMS:
         calls, fixed = analysis.flow.calls_of(place.owner), True
     elif place.where == "node":

@@ -102,7 +102,11 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
 
 
 def earlier_names(model: nn.Module) -> dict[str, str]:
-    """Return the names that version 0.1.0 gave to the quantizers of a model's inputs, by their names today."""
+    """Return the names that version 0.1.0 gave to the quantizers of a model's inputs, by their names today.
+
+    ``{"conv1.input_fake_quant": "input_fake_quants.x"}`` for a prepared model whose layer ``conv1`` reads the argument
+    ``x``; ``{}`` without such quantizers, and for a model that `prepare_qat` did not make.
+    """
     return dict(getattr(model, _NAMES, {}))
 
 

@@ -19,6 +19,8 @@ def swap(
 ) -> nn.Module:
     """Return the quantization-aware form of a float module, with its parameters, attributes, hooks, device and mode.
 
+    Parameters are shared. The caller puts the result into the parent.
+
     Args:
         module: the float module.
         target: the quantization-aware type.

@@ -34,7 +34,10 @@ def numbers_of_call(call: Call) -> Numbers:
 
 
 def has_tensors_alone(numbers: Numbers) -> bool:
-    """Whether the arguments of a recorded call are tensors and nothing else that its result depends on."""
+    """Whether all arguments of a recorded call, as :func:`numbers_of_call` returns them, are tensors or lists of these.
+
+    The argument ``inplace`` may have any value, since the result does not depend on it. True for an empty dict.
+    """
     return all(key == _WHERE or _is_of_tensors(value) for key, value in numbers.items())
 
 
@@ -54,7 +57,10 @@ def changed_numbers(
     kwargs: Mapping[str, Any],
     recorded: Sequence[Numbers],
 ) -> str:
-    """Return the message for a call with other numbers than recorded, which can't be made.
+    """Return the text of an error: a call has other numbers or flags than were recorded, so it can't be made.
+
+    The caller has compared them (:func:`has_numbers`). The call can't be made because it became one module together
+    with another operation, and that module computes with the recorded numbers.
 
     Args:
         owner: class name of the module whose forward makes the call.
