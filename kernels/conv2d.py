@@ -42,7 +42,7 @@ def requantize(
     exists,  # (outs,) which of them there are
     ROUNDING: tl.constexpr,
 ):
-    """Turn integer sums into float32 results: ``float32(total + bias) · multiplier``.
+    """Return float32 results of integer sums, (pixels, outs): ``float32(total + bias) · multiplier``.
 
     With ``grid_scale_ptr`` that product is a number of steps: it is rounded and multiplied by the scale of the grid.
     """

@@ -226,7 +226,15 @@ def observe(
 ) -> None:
     """Add ``x`` to a histogram and its range, in place on the device.
 
-    Arguments are those of :func:`tritonq.reference.histogram.observe`.
+    Args:
+        x: the batch.
+        histogram: int64 counts, (bins.count,) or (channels, bins.count).
+        min_val: running minimum, float32, 0-d or (channels,).
+        max_val: running maximum, as ``min_val``.
+        nonfinite_count: int64, 0-d: how many values were NaN or infinite, which are left out.
+        enabled: the switch, one element; 0 changes nothing. None: always on.
+        bins: the bins, a `tritonq.bins.FloatPrefixBins`.
+        axis: channel axis of ``x``; None: one histogram for all.
     """
     x, seen = viewed(x, axis)
     if seen.channels == 0 or seen.numel == 0:

@@ -224,7 +224,7 @@ def clip_then_round_kernel(
 def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
     """Return ``x`` rounded to a grid with a learned parameter; strides as ``torch.empty_like(x)``.
 
-    ``method`` is ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``: the formulas of `tritonq.reference.learned_scale`.
+    ``method`` is ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``, as in `tritonq.reference.learned_scale`.
     For ``"pact"`` ``grid.scale`` holds the clipping level, which is the scale times the largest code.
     """
     if method == "megengine" and grid.zero_point is not None:

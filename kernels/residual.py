@@ -50,7 +50,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return ``FQ(relu?(a + b))`` as a dense tensor, and the mask of where the gradient passes, one bit per element.
 
-    Arguments are those of :func:`tritonq.reference.residual.forward`.
+    Args:
+        a: any shape.
+        b: of ``a``'s shape and dtype.
+        grid: of the quantizer, per tensor; None: the sum is not rounded.
+        statistics: the running range of the grid, updated by the sum; None: nothing is observed.
+        ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     y = torch.empty_like(a)
     mask = mask_like(y)

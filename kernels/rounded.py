@@ -157,7 +157,11 @@ def rounded_kernel(
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> tuple[Tensor, Tensor]:
     """Write ``FQ(relu?(y))`` over ``y``; return ``y`` and the mask of the gradient, one bit per element.
 
-    Arguments are those of :func:`tritonq.reference.rounded.forward`.
+    Args:
+        y: float32, dense; overwritten.
+        grid: of the quantizer, per tensor.
+        statistics: the running range of the grid, updated by ``y``; None: nothing is observed.
+        ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     mask = mask_like(y)
     write_rounded((y, None), y, mask, "none", (), grid, statistics, ceiling)

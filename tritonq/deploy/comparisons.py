@@ -149,7 +149,7 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
         name: of the layer.
         one: codes of the trained model.
         other: codes of the deployed model. Axes of size 1 may be missing, and those of a linear layer may be a matrix.
-        island: names of operators for which codes may differ by one; see :class:`LayerComparison`.
+        island: names of operators (softmax, say) before the codes for which these may differ by one; empty: none may.
 
     Raises:
         ValueError: the shapes differ otherwise.

@@ -356,7 +356,7 @@ def _place_from_data(place: Mapping[str, Any]) -> InputPlace:
 
 
 def _ceiling(entry: Description) -> float | None:
-    """Return the upper bound of a layer's ReLU.
+    """Return the upper bound of a layer's ReLU: infinity for a plain one; None without a ReLU.
 
     Files of version 1 only say whether there is a ReLU, which is a plain one.
     """

@@ -16,13 +16,13 @@ from tritonq.deploy.modules import (
 
 
 class QuantizedConvTranspose1d(QuantizedTransposed, nn.ConvTranspose1d):  # type: ignore[misc]
-    """ConvTranspose1d in integers; see :class:`QuantizedTransposed`."""
+    """``nn.ConvTranspose1d`` of a converted model, with an integer weight: a :class:`QuantizedTransposed`."""
 
     float_type = nn.ConvTranspose1d
 
 
 class QuantizedConvTranspose3d(QuantizedTransposed, nn.ConvTranspose3d):  # type: ignore[misc]
-    """ConvTranspose3d in integers; see :class:`QuantizedTransposed`."""
+    """``nn.ConvTranspose3d`` of a converted model, with an integer weight: a :class:`QuantizedTransposed`."""
 
     float_type = nn.ConvTranspose3d
 

@@ -77,7 +77,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         multiplier: float32 (out,), input scale times weight scale, or None.
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
-        types: see :class:`CodeTypes`.
+        types: the quantized types of weight and input, each of which may be None: in float, or unknown.
         ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
         following: the module of another function between layer and output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
@@ -335,19 +335,19 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    """Conv1d in integers; see :class:`QuantizedLayer`."""
+    """``nn.Conv1d`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Conv1d
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """Conv2d in integers; see :class:`QuantizedLayer`."""
+    """``nn.Conv2d`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Conv2d
 
 
 class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    """Conv3d in integers; see :class:`QuantizedLayer`."""
+    """``nn.Conv3d`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Conv3d
 
@@ -369,13 +369,13 @@ class QuantizedTransposed(TakesOutputSize, QuantizedLayer):
 
 
 class QuantizedConvTranspose2d(QuantizedTransposed, nn.ConvTranspose2d):  # type: ignore[misc]
-    """ConvTranspose2d in integers; see :class:`QuantizedTransposed`."""
+    """``nn.ConvTranspose2d`` of a converted model, with an integer weight: a :class:`QuantizedTransposed`."""
 
     float_type = nn.ConvTranspose2d
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
-    """Linear in integers; see :class:`QuantizedLayer`."""
+    """``nn.Linear`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Linear
     geometry_names = ("in_features", "out_features")

@@ -40,7 +40,7 @@ def engine_function(function: str, source: str, result: str, nodes: Sequence[Any
     """Return the nodes of a function with ONNX Runtime's own operator; None if there is none for it.
 
     Args:
-        function: name of the function, see `tritonq.reference.functions`.
+        function: name of the function, such as ``"gelu"``.
         source: name of the codes of its input.
         result: name of the codes of its result.
         nodes: all nodes between the two.

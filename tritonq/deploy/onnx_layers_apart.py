@@ -107,20 +107,23 @@ class _Search:
                 self._readers.setdefault(name, []).append(node)
 
     def before(self, codes: str) -> tuple[str, ...]:
-        """Return the names of operators without a defined order that lead to these codes, each once."""
+        """Return the names of operators without a defined order of sums that lead to the codes named ``codes``, sorted.
+
+        ``("Softmax",)``, for example; ``()`` if nothing may differ.
+        """
         undefined = _COMPUTING | _PRODUCTS if self._is_fine(codes) else frozenset[str]()
         nodes = self._between(codes)
         return tuple(sorted({n.op_type for n in nodes if n.op_type in undefined or not self._is_defined(n)}))
 
     def _is_fine(self, codes: str) -> bool:
-        """Whether codes have 16 bits, or are codes of floats, which a file holds as values."""
+        """Whether the codes named ``codes`` have 16 bits, or are codes of floats, which a file holds as values."""
         node = self._producers.get(codes)
         return node is not None and (
             node.op_type == "DequantizeLinear" or (node.op_type == "QuantizeLinear" and node.input[2] in self._wide)
         )
 
     def _between(self, result: str) -> Iterator[Any]:
-        """Yield the nodes on all ways to these codes from other codes, inputs and constants."""
+        """Yield the nodes on all ways to the tensor named ``result`` from other codes, inputs and constants."""
         pending, seen = [result], set()
         while pending:
             node = self._producers.get(pending.pop())
@@ -154,7 +157,7 @@ class _Search:
         return False
 
     def _after(self, node: Any, kind: str) -> list[str]:
-        """Return the results of all nodes with the operator ``kind`` that read the result of ``node``."""
+        """Return the names of the results of all operators ``kind`` that read the result of ``node``."""
         return [reader.output[0] for reader in self._readers.get(node.output[0], ()) if reader.op_type == kind]
 
     def _is_whole(self, name: str) -> bool:

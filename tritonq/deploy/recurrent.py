@@ -117,21 +117,21 @@ class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
 
 
 class QuantizedLSTM(_QuantizedSequence, nn.LSTM):
-    """``nn.LSTM`` with integer weights; see :class:`QuantizedRecurrent`."""
+    """``nn.LSTM`` of a converted model: integer weights with a scale per row or group, float gates and states."""
 
     float_type = nn.LSTM
     geometry_names = LSTM.geometry_names
 
 
 class QuantizedGRU(_QuantizedSequence, nn.GRU):
-    """``nn.GRU`` with integer weights; see :class:`QuantizedRecurrent`."""
+    """``nn.GRU`` of a converted model: integer weights with a scale per row or group, float gates and states."""
 
     float_type = nn.GRU
     geometry_names = GRU.geometry_names
 
 
 class QuantizedRNN(_QuantizedSequence, nn.RNN):
-    """``nn.RNN`` with integer weights; see :class:`QuantizedRecurrent`."""
+    """``nn.RNN`` of a converted model: integer weights with a scale per row or group, float gates and states."""
 
     float_type = nn.RNN
     geometry_names = RNN.geometry_names
@@ -144,21 +144,21 @@ class _QuantizedCell(QuantizedRecurrent, RecurrentCellForward):
 
 
 class QuantizedLSTMCell(_QuantizedCell, nn.LSTMCell):
-    """``nn.LSTMCell`` with integer weights; see :class:`QuantizedRecurrent`."""
+    """``nn.LSTMCell`` of a converted model: integer weights with a scale per row or group, float gates and states."""
 
     float_type = nn.LSTMCell
     geometry_names = LSTMCell.geometry_names
 
 
 class QuantizedGRUCell(_QuantizedCell, nn.GRUCell):
-    """``nn.GRUCell`` with integer weights; see :class:`QuantizedRecurrent`."""
+    """``nn.GRUCell`` of a converted model: integer weights with a scale per row or group, float gates and states."""
 
     float_type = nn.GRUCell
     geometry_names = GRUCell.geometry_names
 
 
 class QuantizedRNNCell(_QuantizedCell, nn.RNNCell):
-    """``nn.RNNCell`` with integer weights; see :class:`QuantizedRecurrent`."""
+    """``nn.RNNCell`` of a converted model: integer weights with a scale per row or group, float gates and states."""
 
     float_type = nn.RNNCell
     geometry_names = RNNCell.geometry_names

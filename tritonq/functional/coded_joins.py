@@ -34,7 +34,7 @@ class CodedJoin:
         starts: for each operand, the code that a runtime's own codes begin with: 0, or behind a ReLU with a fixed zero
             point the code of the value 0.
         ratios: each operand's scale over the output's, float32; one number for a product.
-        fixed: the constant term of the sum, float32, 0-d; see `integer_joins.integer_add`.
+        fixed: the constant term of the sum, made of zero points and ratios, float32, 0-d.
         result: how the sum becomes codes; its ``zero`` is the code from which a runtime counts the result.
     """
 
@@ -84,7 +84,7 @@ def coded_join(
         kind: ``"add"``, ``"sub"`` or ``"mul"``.
         grids: of both operands and of the result, per tensor.
         deployed: the same grids with the range of codes that deployment has, which a ReLU may have narrowed.
-        ceiling: of the ReLU before the result's quantizer, see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     found = [host_grid(grid) for grid in grids]
     if kind != "mul" and not adds_fused():

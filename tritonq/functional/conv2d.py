@@ -27,7 +27,7 @@ class ConvKernel:
     """The kernel that runs one layer: a convolution or matrix product as a 2-d convolution.
 
     Attributes:
-        op: the layer's map, see `tritonq.functional.linear_map`.
+        op: the layer's convolution or matrix product, without weight and bias.
         conv: the 2-d convolution of the tensors that ``op.images`` gives.
         tile: its launch size, a `tritonq.kernels.conv_tile.ConvTile`; None: the default size.
     """
@@ -50,7 +50,7 @@ class ConvKernel:
             x: (n, c, h, w).
             weight: (out, c/groups, kh, kw), quantized already.
             bias: (out,), or None.
-            ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+            ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
             grid: of the output's quantizer; None: no fake quantization.
 
         Raises:
@@ -82,7 +82,7 @@ class ConvKernel:
             x: values on the layer's input grid.
             layer: the integers; see :func:`find_kernel` for which are possible.
             output: the grid that the sums are rounded to, or None.
-            ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+            ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
             grid: of the output's quantizer; None: no fake quantization.
 
         Returns:

@@ -41,7 +41,7 @@ class ConvBnStep:
         output_statistics: the running range of ``output_grid``; None observes nothing.
         input_grid: the grid that the input lies on, or None if unknown. With it the backward keeps the input as codes
             of one byte.
-        ceiling: upper bound of the ReLU; None without one, see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
         memory: what the layer remembers of a step, in case gradient checkpointing runs the step again.
     """
 
@@ -60,7 +60,7 @@ class ReadyWeight(NamedTuple):
     """A weight that was observed, folded and quantized before its layer's step, together with other weights.
 
     Attributes:
-        fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
+        fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: (out,), ``1/σ``.
         codes: of the folded weight, and their unit.
         version: :func:`version_of` the weight they were made from.

@@ -195,7 +195,8 @@ def integer_affine(
 def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
     """Return ``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers as float32 or float64.
 
-    Arguments as for :func:`integer_affine`; the shape is that of ``op``'s result.
+    ``x`` are the input's values (not codes), ``layer`` the layer's integers, ``op`` its convolution or product, called
+    as ``op(x, weight)``; the shape is that of ``op``'s result.
     """
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.

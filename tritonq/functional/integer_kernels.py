@@ -146,7 +146,7 @@ def pack(
         op: the convolution or product.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the layer, per tensor, or None.
-        ceiling: of the ReLU before ``output``, see :func:`tritonq.reference.activation.rectify`; None: no ReLU.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     weight = layer.weight
     if not weight.is_cpu or not has_integer_kernels() or not weight.numel():

@@ -198,8 +198,8 @@ def learned_fake_quantize(
 
     Args:
         x: any float dtype.
-        grid: see :func:`tritonq.reference.learned_scale.learned_fake_quantize`; its scale is the trained tensor.
-        method: the formula, see :data:`~tritonq.reference.learned_scale.LearnedScale`.
+        grid: its scale is the trained tensor: the scale, or for ``"pact"`` the clipping level.
+        method: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``: formulas in `tritonq.reference.learned_scale`.
         grad_factor: multiplies the gradients of scale and zero point.
         shift: the trained zero point, a float tensor, of which the grid has the int32 value; None: it is not trained.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -217,7 +217,7 @@ def learned_fake_quantize(
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """:func:`learned_fake_quantize` with its gradients.
+    """:func:`learned_fake_quantize` with its gradients, as an autograd function.
 
     ``parameter`` is the grid's scale once more: the tensor that gets the gradient. For the backward ``x`` and a copy of
     the grid are saved; codes and masks are computed again.

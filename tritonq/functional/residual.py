@@ -30,7 +30,7 @@ def residual_join(
         b: of ``a``'s shape, dtype and device.
         grid: per tensor; None leaves the result in float.
         statistics: the running range of ``grid``, which the sum updates; None observes nothing.
-        ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
         Tensor of that shape and dtype. The sum and what follows are float32 (float64 for float64), rounded once.
@@ -99,7 +99,7 @@ def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ce
         y: any shape and strides; float32, float16, bfloat16 or float64.
         grid: per tensor.
         statistics: the running range of ``grid``, which ``y`` updates; None observes nothing.
-        ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     result: Tensor = _Rounded.apply(y, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
     return result
@@ -144,7 +144,7 @@ def rounded_product(
         grid_b: grid of the quantizer that rounded ``b``; None: unknown.
         grid: of the result, per tensor.
         statistics: the running range of ``grid``, which the product updates; None observes nothing.
-        ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
         Tensor in the dtype of torch's product; computed in float32 (float64 for float64), rounded once.

@@ -28,7 +28,7 @@ def rounded_map(
         x: (batch, in, ...), or without a batch; under autocast it is cast to autocast's dtype.
         weight: as ``op`` takes it.
         bias: (out,) or None.
-        op: the convolution or product, see `tritonq.functional.linear_map`.
+        op: the convolution or matrix product, without weight and bias.
         input_grid: grid of the quantizer that rounded ``x``; None: unknown.
         weight_grid: grid of the weight's rows, without groups; None: the weight is not rounded.
 

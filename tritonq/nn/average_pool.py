@@ -140,7 +140,7 @@ class _AdaptivePool(_Pool):
 
 
 class AvgPool1d(_WindowPool, nn.AvgPool1d):
-    """``nn.AvgPool1d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
+    """``nn.AvgPool1d`` with an output quantizer, ``FQ(mean(x))``: its arguments, plus ``qconfig=``.
 
     Examples:
         >>> import torch
@@ -150,7 +150,7 @@ class AvgPool1d(_WindowPool, nn.AvgPool1d):
 
 
 class AvgPool2d(_WindowPool, nn.AvgPool2d):
-    """``nn.AvgPool2d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
+    """``nn.AvgPool2d`` with an output quantizer, ``FQ(mean(x))``: its arguments, plus ``qconfig=``.
 
     Examples:
         >>> import torch
@@ -160,7 +160,7 @@ class AvgPool2d(_WindowPool, nn.AvgPool2d):
 
 
 class AvgPool3d(_WindowPool, nn.AvgPool3d):
-    """``nn.AvgPool3d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
+    """``nn.AvgPool3d`` with an output quantizer, ``FQ(mean(x))``: its arguments, plus ``qconfig=``.
 
     Examples:
         >>> import torch
@@ -170,7 +170,7 @@ class AvgPool3d(_WindowPool, nn.AvgPool3d):
 
 
 class AdaptiveAvgPool1d(_AdaptivePool, nn.AdaptiveAvgPool1d):
-    """``nn.AdaptiveAvgPool1d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
+    """``nn.AdaptiveAvgPool1d`` with an output quantizer, ``FQ(mean(x))``: its arguments, plus ``qconfig=``.
 
     Examples:
         >>> import torch
@@ -180,7 +180,7 @@ class AdaptiveAvgPool1d(_AdaptivePool, nn.AdaptiveAvgPool1d):
 
 
 class AdaptiveAvgPool2d(_AdaptivePool, nn.AdaptiveAvgPool2d):
-    """``nn.AdaptiveAvgPool2d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
+    """``nn.AdaptiveAvgPool2d`` with an output quantizer, ``FQ(mean(x))``: its arguments, plus ``qconfig=``.
 
     Examples:
         >>> import torch
@@ -190,7 +190,7 @@ class AdaptiveAvgPool2d(_AdaptivePool, nn.AdaptiveAvgPool2d):
 
 
 class AdaptiveAvgPool3d(_AdaptivePool, nn.AdaptiveAvgPool3d):
-    """``nn.AdaptiveAvgPool3d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
+    """``nn.AdaptiveAvgPool3d`` with an output quantizer, ``FQ(mean(x))``: its arguments, plus ``qconfig=``.
 
     Examples:
         >>> import torch

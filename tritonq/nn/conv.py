@@ -211,7 +211,7 @@ class ConvTransposeReLU2d(ConvTranspose2d):
 
 
 class ConvTranspose1d(TakesOutputSize, QATConv, nn.ConvTranspose1d):  # type: ignore[misc]
-    """Quantization-aware ``nn.ConvTranspose1d``, with one weight scale per out channel; see :class:`QATConv`.
+    """Quantization-aware ``nn.ConvTranspose1d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -224,7 +224,7 @@ class ConvTranspose1d(TakesOutputSize, QATConv, nn.ConvTranspose1d):  # type: ig
 
 
 class ConvTransposeReLU1d(ConvTranspose1d):
-    """Quantization-aware ConvTranspose1d and ReLU; see :class:`QATConv`.
+    """Quantization-aware ConvTranspose1d and ReLU: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -238,7 +238,7 @@ class ConvTransposeReLU1d(ConvTranspose1d):
 
 
 class ConvTranspose3d(TakesOutputSize, QATConv, nn.ConvTranspose3d):  # type: ignore[misc]
-    """Quantization-aware ``nn.ConvTranspose3d``, with one weight scale per out channel; see :class:`QATConv`.
+    """Quantization-aware ``nn.ConvTranspose3d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -251,7 +251,7 @@ class ConvTranspose3d(TakesOutputSize, QATConv, nn.ConvTranspose3d):  # type: ig
 
 
 class ConvTransposeReLU3d(ConvTranspose3d):
-    """Quantization-aware ConvTranspose3d and ReLU; see :class:`QATConv`.
+    """Quantization-aware ConvTranspose3d and ReLU: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq

@@ -224,7 +224,7 @@ class ConvTransposeBnReLU2d(ConvTransposeBn2d):
 
 
 class ConvTransposeBn1d(_ConvBn, ConvTranspose1d):  # type: ignore[misc]
-    """Quantization-aware ConvTranspose1d and BatchNorm1d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose1d and BatchNorm1d: one layer, formulas in :class:`QATBatchNormLayer`.
 
     Examples:
         >>> import torch, tritonq
@@ -238,7 +238,7 @@ class ConvTransposeBn1d(_ConvBn, ConvTranspose1d):  # type: ignore[misc]
 
 
 class ConvTransposeBnReLU1d(ConvTransposeBn1d):
-    """Quantization-aware ConvTranspose1d, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose1d, BatchNorm1d and ReLU: one layer, formulas in :class:`QATBatchNormLayer`.
 
     Examples:
         >>> import torch, tritonq
@@ -252,7 +252,7 @@ class ConvTransposeBnReLU1d(ConvTransposeBn1d):
 
 
 class ConvTransposeBn3d(_ConvBn, ConvTranspose3d):  # type: ignore[misc]
-    """Quantization-aware ConvTranspose3d and BatchNorm3d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose3d and BatchNorm3d: one layer, formulas in :class:`QATBatchNormLayer`.
 
     Examples:
         >>> import torch, tritonq
@@ -266,7 +266,7 @@ class ConvTransposeBn3d(_ConvBn, ConvTranspose3d):  # type: ignore[misc]
 
 
 class ConvTransposeBnReLU3d(ConvTransposeBn3d):
-    """Quantization-aware ConvTranspose3d, BatchNorm3d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose3d, BatchNorm3d and ReLU: one layer, formulas in :class:`QATBatchNormLayer`.
 
     Examples:
         >>> import torch, tritonq

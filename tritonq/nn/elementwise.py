@@ -142,7 +142,7 @@ class Joint(WithOutputQuantizer):
         return cast(Tensor, self.activation_post_process(rectify(float_join(self.kind, a, b), self.ceiling)))
 
     def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        """Return operation, ReLU and quantizer of a training step, computed by one operator."""
+        """Return ``FQ(relu?(f(a, b)))`` of a training step by one operator; FQ rounds to ``grid``, after observing."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)

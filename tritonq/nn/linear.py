@@ -70,7 +70,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
 
 class LinearReLU(Linear):
-    """Quantization-aware Linear and ReLU: arguments of ``nn.Linear``, plus ``qconfig=``; see :class:`Linear`.
+    """Quantization-aware Linear and ReLU: arguments of ``nn.Linear`` and ``qconfig=``. ``FQ_a(relu(x FQ_w(W)ᵀ + b))``.
 
     Examples:
         >>> import torch, tritonq

@@ -33,7 +33,7 @@ class StepWeight(NamedTuple):
         unit: (out,), the value of a code of 1.
         ratio: (out,), ``fold / unit``: dividing the convolution with ``codes`` by it gives that with the unfolded
             weight.
-        fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
+        fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: (out,), ``1/σ``.
         clips: whether some value lay outside the code range; True if that is not known.
         grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.

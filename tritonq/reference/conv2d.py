@@ -34,7 +34,7 @@ def conv2d(
         padding: zeros on each side.
         dilation: between taps.
         groups: groups of channels.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
         grid: of the output, per tensor; None leaves it as it is.
 
     Returns:
@@ -70,7 +70,7 @@ def integer_conv2d(
         padding: zeros on each side.
         dilation: between taps.
         groups: groups of channels.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
         grid: of the output, per tensor, or None.
     """
     # Rounding takes back the fractions of Winograd and FFT algorithms.

@@ -124,7 +124,7 @@ def forward(
         norm: the BatchNorm.
         grid: per tensor; the result is rounded to it. None leaves it in float.
         statistics: the running range that the grid is computed from, updated by the result; None: the grid stays.
-        ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
         The result in the dtype and memory format of ``c``, and what the backward needs.

@@ -45,8 +45,8 @@ def gamma_gradient(
         gamma: (channels,), as all others.
         fold: ``s`` of :func:`nonzero_fold`.
         inverse_std: ``1/σ`` of :func:`nonzero_fold`.
-        eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
-        sum_gn: ``Σ g x̂``, see :class:`tritonq.reference.conv_bn.TailGradients`.
+        eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the unfolded convolution.
+        sum_gn: ``Σ g x̂``: g is the gradient behind the BatchNorm, x̂ its normalised input.
         dfold: gradient of ``s``.
     """
     direct = sum_gn * fold.sign()

@@ -113,7 +113,7 @@ def observe(
         max_val: as ``min_val``, -inf before the first batch.
         nonfinite_count: int64, 0-d.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
-        bins: the bins, see `tritonq.bins`.
+        bins: the bins, each of which holds the floats with the same leading bits (`tritonq.bins`).
         axis: channel axis of ``x``, or None.
     """
     if enabled is not None and enabled.is_cpu and not bool(enabled):

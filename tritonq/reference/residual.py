@@ -52,7 +52,7 @@ def forward(
         b: of ``a``'s shape and dtype.
         grid: per tensor; None leaves the result in float.
         statistics: the running range of the grid, which the sum updates; None observes nothing.
-        ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     y, mask = rounded(a.to(wide) + b.to(wide), grid, statistics, ceiling)

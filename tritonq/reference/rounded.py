@@ -28,7 +28,7 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
         y: float32 or float64, dense; overwritten.
         grid: per tensor.
         statistics: the running range of the grid, which ``y`` updates; None observes nothing.
-        ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     return rounded(y, grid, statistics, ceiling)
 

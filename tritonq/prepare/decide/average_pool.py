@@ -43,7 +43,7 @@ def may_change(averaging: Averaging) -> bool:
 
 
 def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Averaging | None:
-    """Read a mean over axes; None for one that changes the dtype."""
+    """Return the ``Averaging`` that these arguments of ``torch.mean`` describe; None if it changes the dtype."""
     if dtype is not None or isinstance(dim, Ref):
         return None
     axes = None if dim is None or dim == () else tuple(dim) if isinstance(dim, Sequence) else (int(dim),)
@@ -61,7 +61,7 @@ def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Aver
 
 
 def _window(rank: int) -> Callable[..., Averaging | None]:
-    """Return a function that reads the arguments of ``avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
+    """Return the function from arguments of ``avg_pool1d``, ``2d`` or ``3d`` to an ``Averaging``, for ``rank`` axes."""
 
     def average(
         input: Ref,
@@ -83,7 +83,7 @@ def _window(rank: int) -> Callable[..., Averaging | None]:
 
 
 def _adaptive(rank: int) -> Callable[..., Averaging | None]:
-    """Return a function that reads arguments of ``adaptive_avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
+    """Return the function from arguments of ``adaptive_avg_pool1d`` etc. to an ``Averaging``, for ``rank`` axes."""
 
     def average(input: Ref, output_size: Any) -> Averaging | None:
         return AdaptiveAverage(_whole_per_axis(output_size, rank))
@@ -99,7 +99,11 @@ _READERS: Mapping[str, Callable[..., Averaging | None]] = {
 
 
 def _whole_per_axis(value: Any, rank: int) -> tuple[Any, ...]:
-    """Return :func:`per_axis` of whole numbers and None; raise ValueError for anything else."""
+    """Return ``value``, one entry or one per axis, as a tuple of ``rank`` entries, each an int or None.
+
+    Raises:
+        ValueError: another number of entries, or entries of another type.
+    """
     entries = per_axis(value, rank)
     if len(entries) != rank or not all(entry is None or isinstance(entry, int) for entry in entries):
         raise ValueError(f"expected 1 or {rank} whole numbers, got {value!r}")

@@ -128,7 +128,10 @@ class JoinKind:
 
 
 def _pair(call: Call) -> Reading:
-    """Read a call of two operands; a call with a tensor and a number has none."""
+    """Return the two operands of a call, and what keeps it from becoming a module ("": nothing does).
+
+    A call with a tensor and a number has no operands: ``((), "")``.
+    """
     named = ("input", "other")
     items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
     tensors = tuple(item for item in items if isinstance(item, Ref))
@@ -378,5 +381,5 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
 
 
 def _short(value: Any) -> str:
-    """Return an argument as a text for messages."""
+    """Return an argument of a call as a short text for messages."""
     return "a tensor" if isinstance(value, Ref) else repr(value)

@@ -45,7 +45,10 @@ class Unrounded:
     makers: dict[int, Layer] = field(default_factory=dict)
 
     def add_layers(self, layers: Sequence[Layer]) -> None:
-        """Find the layers whose results only joins or islands read, and may read unrounded."""
+        """Find the layers whose results only joins or islands read, and may read unrounded.
+
+        Their names go into ``layers``, their results into ``values`` and ``makers``.
+        """
         fused: set[int] = set()  # additions that have their one summand
         # A residual's own convolution comes first, then the one that fits its shortcut.
         for position in (0, 1):
@@ -117,7 +120,10 @@ class Unrounded:
         return bool(entered) and all(found is not None and found[0] in CONCATENATIONS for found in entered)
 
     def _entered(self, value: int) -> tuple[str, int, int] | None:
-        """Return ``(kind, index of the call, operand)`` of the join that alone reads a value; None if there is none."""
+        """Return ``(kind, index of the call, operand)`` of the join that alone reads a value; None if there is none.
+
+        The operand is the value's position among those that the join reads, from 0.
+        """
         flow = self.analysis.flow
         for moved in self._moved(value):
             reader = flow.single_consumer(moved)
