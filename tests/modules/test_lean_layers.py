@@ -80,7 +80,7 @@ def test_without_gradients_nothing_is_encoded(monkeypatch):
     layer, (x, grid) = nn.Linear(4, 6), on_grid((3, 4))
     arguments = (x, layer.weight, layer.bias, linear_map_of(layer), grid, Grid(torch.full((6,), 0.1), None, ROWS))
     expected = rounded_map(*arguments)
-    monkeypatch.setattr("tritonq.functional.rounded_map.keep", lambda *given: pytest.fail("kept for no backward"))
+    monkeypatch.setattr("tritonq.functional.rounded_map.save_input", lambda *given: pytest.fail("kept for no backward"))
     with torch.no_grad():
         assert torch.equal(rounded_map(*arguments), expected)
 

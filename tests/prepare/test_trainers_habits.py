@@ -140,8 +140,17 @@ def test_weights_that_hooks_compute_since_preparation_are_deployed(hook):
 HALF = 0.5
 
 
+class Bilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bilinear = nn.Conv2d(3, 4, 3), nn.Bilinear(4, 4, 2)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        return self.bilinear(x, x)
+
+
 def test_what_is_left_in_float_is_told_at_the_line_that_prepares():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.ConvTranspose1d(4, 4, 3))
-    with pytest.warns(UserWarning, match="2: ConvTranspose1d has no quantized form") as told:
-        prepare_qat(model, example_inputs=X)
+    with pytest.warns(UserWarning, match="bilinear: Bilinear has no quantized form") as told:
+        prepare_qat(Bilinear(), example_inputs=X)
     assert [warning.filename for warning in told] == [__file__]

@@ -57,7 +57,8 @@ def _counterparts(original: nn.Module, copied: nn.Module) -> dict[int, Any]:
     pairs: list[tuple[Any, Any]] = list(zip(original.modules(), copied.modules(), strict=True))
     for old, new in list(pairs):
         for tensors, others in ((old._parameters, new._parameters), (old._buffers, new._buffers)):
-            pairs += [(tensor, others.get(name)) for name, tensor in tensors.items() if tensor is not None]
+            known = dict(others.items())  # those of a scripted module are no dict
+            pairs += [(tensor, known.get(name)) for name, tensor in tensors.items() if tensor is not None]
     return {id(old): new for old, new in pairs}
 
 
