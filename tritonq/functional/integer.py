@@ -272,8 +272,8 @@ def _raise_scale_for_sums(
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
     """Return the weight scale, raised in channels whose bias would not fit 32 bits in steps of input × weight scale.
 
-    That happens in dead channels (γ = 0), whose weight scale is tiny; their weight codes only become smaller. The result
-    is ``weight_scale`` itself if ``bias`` is None.
+    That happens in dead channels (γ = 0), whose weight scale is tiny; their weight codes only become smaller. Without
+    bias the result is ``weight_scale`` itself.
     """
     if bias is None:
         return weight_scale
