@@ -2,13 +2,18 @@
 
 import warnings
 
+import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
+from onnx import helper
 from torch import nn
 
 import tritonq
 from optimised_graph import optimised_graph
+from tritonq.deploy.onnx_exact_sums import write_exact_sums
 
 
 class Residual(nn.Module):
@@ -67,6 +72,31 @@ def test_summands_that_are_not_rounded_are_sums_of_codes(preset, shape, tmp_path
     assert not any(layer.island for layer in result.layers)
     assert not any(layer.differing for layer in result.layers)
     assert result.outputs.largest == 0
+
+
+def test_a_weight_that_reads_inputs_of_two_scales():
+    tensors = {"w": np.int8([[[[3]], [[-2]]]]), "ws": np.float32([0.5]), "wz": np.int8([0]), "z": np.uint8(0)}
+    tensors |= {"s": np.float32(0.25), "t": np.float32(2.0)}
+    nodes = [helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["weight"], axis=0)]
+    for scale in "st":
+        nodes.append(helper.make_node("DequantizeLinear", [f"x{scale}", scale, "z"], [f"v{scale}"]))
+        nodes.append(helper.make_node("Conv", [f"v{scale}", "weight"], [f"y{scale}"]))
+    graph = helper.make_graph(
+        nodes,
+        "two",
+        [helper.make_tensor_value_info(f"x{s}", onnx.TensorProto.UINT8, [1, 2, 3, 3]) for s in "st"],
+        [helper.make_tensor_value_info(f"y{s}", onnx.TensorProto.FLOAT, [1, 1, 3, 3]) for s in "st"],
+        [onnx.numpy_helper.from_array(np.asarray(held), name) for name, held in tensors.items()],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
+    write_exact_sums(model.graph)
+    assert [node.op_type for node in model.graph].count("ConvInteger") == 2
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = np.arange(18, dtype=np.uint8).reshape(1, 2, 3, 3)
+    sums = (3.0 * x[:, :1] - 2.0 * x[:, 1:]) * 0.5
+    first, second = session.run(["ys", "yt"], {"xs": x, "xt": x})
+    assert np.array_equal(first, sums * 0.25)
+    assert np.array_equal(second, sums * 2.0)
 
 
 def test_convolutions_of_one_dimension(tmp_path):

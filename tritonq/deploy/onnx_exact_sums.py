@@ -76,12 +76,17 @@ def _replace(graph: Any, node: Any, source: Any, weight: Any, bias: Any) -> None
     along_channels = (-1, *[1] * (codes.ndim - 2))
 
     def initializer(suffix: str, numbers: Any) -> Any:
-        named = f"{name}.{suffix}"
-        if named not in graph.initializers:
-            held = ir.tensor(np.array(numbers, order="C"), name=named)
-            shape, kind = ir.Shape(np.shape(numbers)), ir.TensorType(held.dtype)
-            graph.register_initializer(ir.Value(name=named, shape=shape, type=kind, const_value=held))
-        return graph.initializers[named]
+        """Return a constant; one for equal numbers, since a weight may be convolved with inputs of several scales."""
+        named, calls = f"{name}.{suffix}", 1
+        while named in graph.initializers:
+            if np.array_equal(constant_of(graph.initializers[named]), numbers):
+                return graph.initializers[named]
+            named, calls = f"{name}.{suffix}.{calls}", calls + 1
+        held = ir.tensor(np.array(numbers, order="C"), name=named)
+        shape, kind = ir.Shape(np.shape(numbers)), ir.TensorType(held.dtype)
+        value = ir.Value(name=named, shape=shape, type=kind, const_value=held)
+        graph.register_initializer(value)
+        return value
 
     unsigned = (codes.astype(np.int16) + _WEIGHT_OFFSET).astype(np.uint8)
     inputs = [source.inputs[0], initializer("unsigned_weight", unsigned)]
