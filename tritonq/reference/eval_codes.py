@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import round_half_away
+from tritonq.reference.scratch import is_dense
 
 _MAX_CODES = 256
 # Sums in one row of a multiplication; torch's loop starts anew with every row.
@@ -102,7 +103,7 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 def is_within(sums: Tensor, reach: float) -> bool:
     """Whether the magnitude of every sum is below ``reach``."""
     # In the order in which they lie: torch would copy any other.
-    least, most = torch.aminmax(sums.as_strided((sums.numel(),), (1,)) if _is_dense(sums) else sums)
+    least, most = torch.aminmax(sums.as_strided((sums.numel(),), (1,)) if is_dense(sums) else sums)
     return -reach < float(least) and float(most) < reach
 
 
@@ -112,7 +113,7 @@ def multiply_(sums: Tensor, factors: Factors) -> Tensor:
     pixels = sums.numel() // channels
     # The largest power of two that divides the pixels and makes no row too long.
     repeats = min(pixels & -pixels, factors.row.numel() // channels)
-    if repeats <= 1 or sums.stride(-by_channel.dim()) != 1 or not _is_dense(sums):
+    if repeats <= 1 or sums.stride(-by_channel.dim()) != 1 or not is_dense(sums):
         return sums.mul_(by_channel)
     width = repeats * channels
     sums.as_strided((pixels // repeats, width), (width, 1)).mul_(factors.row[:width])
@@ -249,9 +250,3 @@ def _round_in_one_pass(steps: Tensor, zero: int) -> Tensor:
 def _counted_from(codes: Tensor, start: int) -> Tensor:
     values = codes.to(torch.float32)
     return values.sub_(start) if start else values
-
-
-def _is_dense(sums: Tensor) -> bool:
-    """Whether the sums lie side by side in the order that torch's kernels leave them in."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return sums.is_contiguous(memory_format=formats.get(sums.dim(), torch.contiguous_format))
