@@ -99,6 +99,17 @@ def test_a_weight_that_reads_inputs_of_two_scales():
     assert np.array_equal(second, sums * 2.0)
 
 
+def test_a_sum_of_floats_is_rounded_as_in_eval_mode(tmp_path):
+    # Times the reciprocal of the scale, where QuantizeLinear divides: some ties fall to the other side.
+    x, path = torch.randn(16, 3, 12, 12), tmp_path / "model.onnx"
+    tritonq.export_onnx(trained(Residual(), "lsq_w4a4", x), path, x[:2])
+    graph = onnx.load(path).graph
+    readers = {name: node for node in graph.node for name in node.input}
+    [added] = [node for node in graph.node if node.op_type == "Add" and "bias_of_sums" not in str(node.input)]
+    scaled = readers[added.output[0]]
+    assert [scaled.op_type, readers[scaled.output[0]].op_type] == ["Mul", "QuantizeLinear"]
+
+
 def test_convolutions_of_one_dimension(tmp_path):
     x, path = torch.randn(16, 3, 20), tmp_path / "model.onnx"
     qat = trained(Lines(), "lsq_w4a4", x)

@@ -238,10 +238,18 @@ def _behind_integers(model: nn.Module) -> set[nn.Module]:
     }
 
 
+# Output quantizers of converted models, before and after they are rewritten for ONNX.
+_GRIDS = (Quantizer, TracedQuantizer)
+
+
 def _runs_in_integers(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLayer):
         is_plain = module.multiplier is not None and module.following is None and _weight_axis(module) is not None
         return is_plain or phases_of(module) is not None
+    if isinstance(module, Joint):
+        # Where an operand is not rounded, eval mode joins floats, and rounds them as any other value.
+        known = [quantizer for quantizer in module.input_quantizers if isinstance(quantizer, _GRIDS)]
+        return len(known) == len(module.producers) or module.producers.count(None) == len(module.producers)
     return True
 
 
