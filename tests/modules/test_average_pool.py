@@ -37,7 +37,7 @@ AVERAGINGS = [
 def window_members(averaging, shape):
     """For each result the positions that it adds up: the operation's own gradient says which."""
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    y = averaging(x)
+    y = averaging.mean(x)
     for index in range(y.numel()):
         (gradient,) = torch.autograd.grad(y.flatten()[index], x, retain_graph=True)
         yield gradient.flatten().nonzero().flatten(), gradient.max()

@@ -8,6 +8,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
 from tritonq.quantized_type import QuantizedType
@@ -75,7 +76,7 @@ class _Round(torch.autograd.Function):
         wide = amax.detach().float()
         scale = torch.where(wide <= _SMALLEST_RANGE, torch.finfo(torch.float32).max, wide / qtype.quant_max)
         values = x.float() if x.dtype == torch.float64 else x
-        return fake_quantize(values, Grid(scale.reshape(-1), None, qtype)).to(x.dtype)
+        return as_dtype(fake_quantize(values, Grid(scale.reshape(-1), None, qtype)), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

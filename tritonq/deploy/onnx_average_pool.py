@@ -69,7 +69,7 @@ def rewrite_global_average(layer: AverageLayer) -> None:
 
 def _global_mean(averaging: Averaging, x: Tensor) -> Tensor:
     if not _is_global(averaging, x):
-        return averaging(x)
+        return averaging.mean(x)
     y: Tensor = global_average(x)
     return y if not isinstance(averaging, AxesAverage) or averaging.keepdim else y.flatten(1)
 
@@ -87,7 +87,7 @@ def _forward(layer: Any, name: str, half_away: bool, input: Tensor) -> Tensor:
             "codes may differ by one where a mean lies between two of them",
             stacklevel=2,
         )
-        return quantizer(averaging(input))
+        return quantizer(averaging.mean(input))
     divisors: Any = averaging.divisors(tuple(input.shape))
     steps = sums.float() * (layer.input_scale / (layer.output_scale * divisors))
     return quantizer(round_half_away(steps) if half_away else steps, in_steps=True)

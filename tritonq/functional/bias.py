@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.functional.integer import bias_codes
 from tritonq.functional.validate import check_float_tensor
 from tritonq.qparams import is_readable
@@ -53,7 +54,7 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Te
 class _QuantizeBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, scale: Tensor) -> Tensor:
-        return (bias_codes(bias, scale).double() * scale.double()).to(bias.dtype)
+        return as_dtype(bias_codes(bias, scale).double() * scale.double(), bias.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:

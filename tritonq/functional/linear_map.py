@@ -70,7 +70,6 @@ class DifferentiableMap(LinearMap, Protocol):
         """
 
 
-# Compared by identity: torch.compile of torch 2.11 hashes an instance before it has attributes.
 def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     """Return one entry per axis: ``3``, ``(3,)`` and ``(3, 3)`` give ``(3, 3)`` for rank 2.
 
@@ -82,6 +81,7 @@ def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     return entries * rank if len(entries) == 1 else entries
 
 
+# Compared by identity: torch.compile of torch 2.11 hashes an instance that is called, before it has attributes.
 @dataclass(frozen=True, eq=False)
 class Convolution:
     """A convolution of one to three dimensions that pads with zeros, equally on both sides; may be transposed.

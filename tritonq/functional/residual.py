@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.saved_input import SavedInput, load_input, mark_on_grid, save_input
@@ -75,8 +76,8 @@ def _sum(
         join: tuple[Tensor, Tensor] = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
         return join
     wide = torch.promote_types(a.dtype, torch.float32)
-    y, mask = _rounded(a.to(wide) + b.to(wide), grid, statistics, ceiling)
-    return y.to(a.dtype), mask
+    y, mask = _rounded(as_dtype(a, wide) + as_dtype(b, wide), grid, statistics, ceiling)
+    return as_dtype(y, a.dtype), mask
 
 
 def _rounded(
@@ -110,7 +111,7 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
         wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
         result, mask = _rounded(wide, grid, statistics, ceiling)
-        result = result.to(y.dtype)
+        result = as_dtype(result, y.dtype)
         mark_on_grid(result, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(mask)
@@ -167,9 +168,9 @@ class _RoundedProduct(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.promote_types(a.dtype, b.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        product = a.to(wide) * b.to(wide)
+        product = as_dtype(a, wide) * as_dtype(b, wide)
         result, mask = _rounded(product, grid, statistics, ceiling)
-        result = result.to(dtype)
+        result = as_dtype(result, dtype)
         mark_on_grid(result, grid.scale, grid, statistics)
         of_a, of_b = ctx.needs_input_grad[:2]
         saved_a = save_input(a, grid_a) if of_b else None

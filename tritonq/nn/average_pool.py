@@ -40,7 +40,7 @@ class AverageLayer(UnaryLayer):
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the mean in float, as torch computes it."""
-        return self.averaging(x)
+        return self.averaging.mean(x)
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the mean as integer runtimes compute it, from codes of ``x``: on the output's grid, before clipping.

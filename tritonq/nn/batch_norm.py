@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tritonq.arithmetic import as_dtype
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.nn.fusable import has_hooks
@@ -120,7 +121,7 @@ class _Synchronized(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, inverse_std)
         ctx.bias_dtype = None if bias is None else bias.dtype
         shifted: Tensor = y if bias is None else y + bias.view(shape)
-        return shifted.to(x.dtype)
+        return as_dtype(shifted, x.dtype)
 
     @staticmethod
     @differentiable_once

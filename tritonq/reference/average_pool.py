@@ -29,10 +29,11 @@ _ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adap
 class Averaging(Protocol):
     """An operation whose results are each a sum of elements (and zeros of a padding), divided by a number.
 
-    ``shape`` is always that of the input, batch and channels included.
+    ``shape`` is always that of the input, batch and channels included. Objects are not callable: ``torch.compile`` of
+    torch 2.11 hashes an object that is called, and cannot hash one that is made while it traces.
     """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """Return the means of a float tensor ``x``, as torch computes them."""
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
@@ -58,7 +59,7 @@ class AxesAverage:
     axes: tuple[int, ...] | None
     keepdim: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """Return the mean of ``x`` over the axes."""
         return x.mean(self.axes, self.keepdim)
 
@@ -91,7 +92,7 @@ class WindowAverage:
     count_include_pad: bool = True
     divisor_override: int | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """Return the mean of each window of ``x`` (n, c, ...)."""
         rank = len(self.kernel_size)
         arguments: list[Any] = [self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad]
@@ -141,7 +142,7 @@ class AdaptiveAverage:
 
     output_size: tuple[int | None, ...]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """Return the mean of each window of ``x`` (n, c, ...)."""
         sizes = self.sizes(x.shape)
         result: Tensor = _ADAPTIVE_POOLS[len(sizes)](x, sizes)  # type: ignore[arg-type]
@@ -219,7 +220,7 @@ def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
     divisors = averaging.divisors(codes.shape)
     if isinstance(divisors, Tensor):
         divisors = divisors.to(exact.device)
-    return (averaging(exact) * divisors).round_()
+    return (averaging.mean(exact) * divisors).round_()
 
 
 def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: int | Tensor) -> Tensor:

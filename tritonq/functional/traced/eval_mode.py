@@ -196,7 +196,7 @@ def _averaging(axes: AxesAverage | None, window: WindowAverage | None, sizes: tu
 
 def _average_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
     averaging = _averaging(arguments["axes"], arguments["window"], arguments["sizes"])
-    return tuple(averaging(arguments["x"]).shape)
+    return tuple(averaging.mean(arguments["x"]).shape)
 
 
 @operator(returns=New(_average_shape, "x", keeps_format=True))
@@ -213,7 +213,7 @@ def run_average(
     return _chosen(
         (source, output),
         lambda: integer_average(x, averaging, source, output).to(x.dtype),
-        lambda: averaging(x),
+        lambda: averaging.mean(x),
     )
 
 
