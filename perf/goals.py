@@ -81,6 +81,11 @@ _EVALUATE = {
 _LARGE = "256x64x64x64/float32"
 
 
+def _by_compiled_code(says: str, case: str, bound: float, peer: str) -> Goal:
+    """Return the goal of one operator with ``use_backend("compiled")``."""
+    return Goal(says, case, "speed-up", bound, peer, ours="tritonq, compiled")
+
+
 def _evaluation(model: str, case: str, bound: float) -> tuple[Goal, ...]:
     """Return the goals of one model in eval mode: converted, and quantization-aware."""
     qat, compiled = "tritonq, QAT in eval", "tritonq, compiled"
@@ -133,6 +138,10 @@ GOALS: tuple[Goal, ...] = (
         "fake quant per tensor, with backward: 2x (hoped for: 5x)", _fake_quant("tensor", _BOTH), "speed-up", 2, "torch"
     ),
     Goal("fake quant per channel, with backward: 2x (5x)", _fake_quant("channel1", _BOTH), "speed-up", 2, "torch"),
+    _by_compiled_code(
+        "fake quant per tensor, with backward, compiled: 5x torch's operator", _fake_quant("tensor", _BOTH), 5, "torch"
+    ),
+    _by_compiled_code("per channel, compiled: 5x", _fake_quant("channel1", _BOTH), 5, "torch"),
     Goal("ResNet-18 step: at most 1.15x float's time", _RESNET18, "time", 1.15, "float"),
     Goal("the same, channels last", f"{_RESNET18}/channels_last", "time", 1.15, "float"),
     Goal("ResNet-18 step: saves at most 1.01x float's bytes", _RESNET18, "memory", 1.01, "float"),
@@ -162,6 +171,7 @@ GOALS: tuple[Goal, ...] = (
         3,
         "torch.ao",
     ),
+    _by_compiled_code("the same, compiled: 6x", "histogram/observe+search/16x64x56x56/float32", 6, "torch.ao"),
     Goal("fake quant, 64 Mi elements: 90 % of copy", f"fake_quant/tensor/{_LARGE}/forward", "copy", 0.9, "", "cuda"),
     Goal("the same, channels last", f"fake_quant/tensor/{_LARGE}/channels_last/forward", "copy", 0.9, "", "cuda"),
     Goal(

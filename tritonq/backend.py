@@ -29,7 +29,10 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.i
 _BACKENDS = frozenset(get_args(Backend))
 # Op families that are compiled for CPUs; "compiled" runs the others in PyTorch.
 _COMPILED = frozenset(
-    {"batch_norm_weight", "conv_bn", "eval_codes", "fold", "input_codes", "residual", "rounded", "weight"}
+    {
+        *("batch_norm_weight", "conv_bn", "eval_codes", "fake_quant", "fold", "histogram", "input_codes", "residual"),
+        *("rounded", "weight"),
+    }
 )
 _PACKAGES: dict[Chosen, str] = {
     "triton": "tritonq.kernels",
@@ -46,11 +49,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     Args:
         backend: ``"auto"`` (by tensor), ``"triton"`` (kernels, or an error), ``"torch"`` (plain PyTorch),
-            ``"compiled"`` (C++ on a CPU, for training steps and for models in eval mode or converted:
-            `tritonq.compiled`). The last compiles for some seconds when it is first used on a machine, and says so in
-            the log ``tritonq``. It sums over channels in another order than PyTorch, so that a training step's results
-            differ as between two machines; eval mode and converted models give the same bits. Dtypes other than float32
-            run PyTorch.
+            ``"compiled"`` (C++ on a CPU: `tritonq.compiled`, for training steps, for models in eval mode or
+            converted, for fake quantization alone and for histograms). The last compiles for some seconds when it is
+            first used on a machine, and says so in the log ``tritonq``. It sums over channels in another order than
+            PyTorch, so that a training step's results differ as between two machines; all else gives the same bits.
+            Dtypes other than float32 run PyTorch.
 
     Raises:
         ValueError: an unknown backend.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.compiled.build import obstacle
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.compiled_code import compiled_rows
 from tritonq.perf.cases.vision_models import quantizable, torchvision_model
 from tritonq.perf.placement import memory_format, placed
 
@@ -114,11 +114,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
     def tritonq(make: Callable[[Tensor], nn.Module]) -> Implementation:
         return Implementation(partial(_step, make), distribution="tritonq", module="tritonq")
 
-    def by_compiled_code(make: Callable[[Tensor], nn.Module]) -> Implementation:
-        return Implementation(partial(_compiled_step, make), distribution="tritonq", module="tritonq")
-
-    names = {"tritonq, compiled": setting.converted_model, "tritonq, compiled, QAT in eval": setting.qat_model}
-    compiled = {name: by_compiled_code(make) for name, make in names.items()} if obstacle() is None else {}
+    models = {"tritonq, compiled": setting.converted_model, "tritonq, compiled, QAT in eval": setting.qat_model}
     return {
         "float": Implementation(partial(_step, setting.float_model)),
         "torch.ao": Implementation(
@@ -127,7 +123,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
         ),
         "tritonq": tritonq(setting.converted_model),
         "tritonq, QAT in eval": tritonq(setting.qat_model),
-        **compiled,
+        **compiled_rows({name: partial(_step, make) for name, make in models.items()}),
     }
 
 
@@ -139,19 +135,6 @@ def _step(make: Callable[[Tensor], nn.Module], inputs: Inputs) -> Step:
             return (model(inputs["images"]),)
 
     return step
-
-
-def _compiled_step(make: Callable[[Tensor], nn.Module], inputs: Inputs) -> Step:
-    """Return :func:`_step` with operators that are compiled for this CPU."""
-    from tritonq import use_backend
-
-    step = _step(make, inputs)
-
-    def compiled(inputs: Inputs) -> tuple[Tensor, ...]:
-        with use_backend("compiled"):
-            return step(inputs)
-
-    return compiled
 
 
 def _normalised(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonq.perf.case import Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.compiled_code import compiled_rows
 from tritonq.perf.cases.fake_quant_inputs import FakeQuantization
 from tritonq.perf.cases.vision_models import import_torchvision
 
@@ -33,6 +34,7 @@ def implementations(problem: FakeQuantization) -> dict[str, Implementation]:
     """Return tritonq, torch in all its forms, and the libraries of the ``peers`` extra."""
     table = {
         "tritonq": _implementation(problem, _tritonq, distribution="tritonq", module="tritonq"),
+        **compiled_rows({"tritonq, compiled": lambda inputs: _step(problem, _tritonq(problem, inputs))}),
         "torch": _implementation(problem, _torch),
         "torch.ao v0": _implementation(problem, _torch_ao_v0),
         "torch.ao v1": _implementation(problem, _torch_ao_v1, tolerance=_PEER),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.compiled_code import compiled_rows
 
 _BINS = 2048
 _EXTREMES = Tolerance("the extremes of a batch are exact, however it is counted")
@@ -45,6 +46,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, search: bool, devices: tup
         reference=_best_scale if search else _extremes,
         implementations={
             "tritonq": Implementation(partial(_step, _tritonq, search), distribution="tritonq", module="tritonq"),
+            **compiled_rows({"tritonq, compiled": partial(_step, _tritonq, search)}),
             "torch.ao": Implementation(partial(_step, _torch_ao, search)),
         },
         baseline="torch.ao",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 _log = logging.getLogger("tritonq")
-_SOURCES = ("conv_bn.cpp", "eval_codes.cpp", "weight.cpp", "residual.cpp")
+_SOURCES = ("conv_bn.cpp", "eval_codes.cpp", "fake_quant.cpp", "histogram.cpp", "residual.cpp", "weight.cpp")
 _HEADERS = ("common.h",)
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums may be reordered where the code says so (`omp simd`), and nothing else: no fast math, no contraction.
@@ -158,4 +158,7 @@ _SIGNATURES: dict[str, tuple[Any, str]] = {
     "eval_codes_of_sum": (None, "ppqfffffpp"),
     "eval_codes_of_product": (None, "pqqqpffffpp"),
     "eval_look_up": (None, "pqpp"),
+    "fake_quantize": (None, "pqqqpppffpp"),
+    "fake_quantize_backward": (None, "ppqqqppffp"),
+    "prefix_counts": (ctypes.c_int64, "pqiiiippp"),
 }

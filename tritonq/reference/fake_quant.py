@@ -18,7 +18,7 @@ from tritonq.reference.open_bounds import between, open_bounds, open_bounds_of_c
 from tritonq.reference.operator import Like, operator
 
 # Ranges of more codes than this reach integers that float32 cannot hold, where the order of additions matters.
-_WIDE_CODES = 2**22
+WIDE_CODES = 2**22
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,7 +48,7 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     steps = _steps(x, scale, qtype)
     if qtype.float_format is not None:
         steps.clamp_(-qtype.reach, qtype.reach)
-    elif isinstance(offset, Tensor) or qtype.quant_max - qtype.quant_min >= _WIDE_CODES:
+    elif isinstance(offset, Tensor) or qtype.quant_max - qtype.quant_min >= WIDE_CODES:
         steps.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
     else:
         steps.clamp_(qtype.quant_min - offset, qtype.quant_max - offset)
