@@ -126,7 +126,7 @@ executorch: .executorch/.installed ## lower programs with ExecuTorch's XNNPACK d
 .executorch/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .executorch
 	.executorch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'executorch==1.5.1' -e .
-	.executorch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchvision
+	.executorch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchvision pillow
 	touch $@
 
 # PyTorch's source at the tag of the installed version; its tests need packages of their own.

@@ -288,36 +288,6 @@ class FakeQuantize(FakeQuantizeBase):
             stacklevel=4,
         )
 
-    @property
-    def quant_min(self) -> int:
-        """Smallest code."""
-        return self.qtype.quant_min
-
-    @property
-    def quant_max(self) -> int:
-        """Largest code."""
-        return self.qtype.quant_max
-
-    @property
-    def dtype(self) -> torch.dtype | QuantizedType | str:
-        """The dtype that the observer was made for."""
-        return self.activation_post_process.dtype
-
-    @property
-    def qscheme(self) -> torch.qscheme:
-        """Symmetric or affine, per tensor or per channel, as torch names it."""
-        return self.activation_post_process.qscheme
-
-    @property
-    def ch_axis(self) -> int:
-        """The axis of the channels, as it was given; -1 if there is one scale for the tensor."""
-        return self.activation_post_process.ch_axis
-
-    @property
-    def is_per_channel(self) -> bool:
-        """Whether there is one scale per channel."""
-        return self.qtype.axis is not None
-
     def extra_repr(self) -> str:
         """Return switches, grid, scale and zero point as text, for ``repr``."""
         on = ("off", "on")

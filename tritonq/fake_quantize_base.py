@@ -117,3 +117,36 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
     def calculate_qparams(self) -> QParams:
         """Return the scale and zero point with which :meth:`forward` rounds, and which deployment takes."""
         return QParams(self.scale, self.zero_point)
+
+    # What torch.ao and torchao ask of a quantizer when they convert a model.
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest code."""
+        return self.qtype.quant_min
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return self.qtype.quant_max
+
+    @property
+    def dtype(self) -> torch.dtype | QuantizedType | str:
+        """The dtype that the observer was made for, or without an observer that of the type, as torch names it."""
+        observer = getattr(self, "activation_post_process", None)
+        return observer.dtype if isinstance(observer, ObserverBase) else self.qtype.torch_dtype or self.qtype
+
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """Symmetric or affine, per tensor or per channel, as torch names it."""
+        return self.qtype.qscheme
+
+    @property
+    def ch_axis(self) -> int:
+        """The axis of the channels; -1 if there is one scale for the tensor."""
+        return -1 if self.qtype.axis is None else self.qtype.axis
+
+    @property
+    def is_per_channel(self) -> bool:
+        """Whether there is one scale per channel."""
+        return self.qtype.axis is not None

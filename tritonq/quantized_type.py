@@ -210,6 +210,22 @@ class QuantizedType:
                 return dtype
         return torch.int64
 
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """Symmetric or affine, per tensor or per channel, as torch names it."""
+        if self.axis is None:
+            return torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
+        return torch.per_channel_symmetric if self.symmetric else torch.per_channel_affine
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """torch's quantized dtype of these codes: quint8, qint8 or qint32; None for floats and groups, which it lacks."""
+        if self.codes != "integer" or self.group is not None or self.quant_max > torch.iinfo(torch.int32).max:
+            return None
+        if max(-1 - self.quant_min, self.quant_max) <= torch.iinfo(torch.int8).max and self.signed:
+            return torch.qint8
+        return torch.qint32 if self.signed or self.quant_max > torch.iinfo(torch.uint8).max else torch.quint8
+
     def with_axis(self, axis: int | None) -> QuantizedType:
         """Return a copy of the type with one scale per index of ``axis`` (None: one scale per tensor)."""
         return replace(self, axis=axis, group=None)

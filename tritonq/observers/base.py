@@ -100,7 +100,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
         if is_dynamic:
             raise ValueError("is_dynamic=True is not supported: tritonq trains models with static activation ranges")
         self.qtype = type_from_arguments(dtype, qscheme, reduce_range, quant_min, quant_max, ch_axis, rounding)
-        self.dtype = dtype
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else self.qtype.torch_dtype or dtype
         if rule not in get_args(RangeRule):
             raise ValueError(f"unknown rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
         self.rule = rule
@@ -130,9 +130,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
     @property
     def qscheme(self) -> torch.qscheme:
         """Symmetric or affine, per tensor or per channel, as torch names it."""
-        if self.qtype.axis is None:
-            return torch.per_tensor_symmetric if self.qtype.symmetric else torch.per_tensor_affine
-        return torch.per_channel_symmetric if self.qtype.symmetric else torch.per_channel_affine
+        return self.qtype.qscheme
 
     @property
     def zero_point_is_zero(self) -> bool:
