@@ -248,6 +248,36 @@ def test_a_converted_checkpoint(backend, tmp_path):
         assert (mine - other.dequantize()).abs().max() < 1.01 * theirs.get_submodule(name).scale
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.Hardswish])
+def test_a_converted_checkpoint_with_activations(kind):
+    """torch.ao's state dicts lack the scales of ReLU6, ELU and PReLU, and PReLU's weight."""
+
+    def net(kit):
+        torch.manual_seed(0)
+        return nn.Sequential(kit.QuantStub(), nn.Conv2d(3, 4, 3), kind(), kit.DeQuantStub()).train()
+
+    theirs, ours = net(AoKit), net(tritonq.nn)
+    theirs.qconfig, ours.qconfig = (
+        ao.get_default_qat_qconfig("qnnpack", 0),
+        tritonq.get_default_qat_qconfig("qnnpack", 0),
+    )
+    theirs, ours = ao.prepare_qat(theirs), tritonq.prepare_qat(ours)
+    theirs(images(0))
+    theirs = ao.convert(theirs.eval())
+    report = load_torch_ao_state_dict(ours, theirs.state_dict())
+    assert not report.unmapped
+    off = kind in (nn.ReLU6, nn.ELU, nn.PReLU)
+    assert ours[2].activation_post_process.is_enabled_on_host() != off
+    assert ("no grid of the results of 2:" in str(report)) == off
+    if kind is nn.PReLU:
+        assert "2.weight" in report.missing
+        return
+    step = float(theirs[1].scale) if off else float(theirs[2].scale)
+    assert (ours.eval()(images(1)) - theirs(images(1))).abs().max() < 1.01 * step
+    int8 = tritonq.convert(ours, allow_unquantized=off)
+    assert (int8(images(1)) - theirs(images(1))).abs().max() < 1.01 * step
+
+
 def test_a_converted_checkpoint_of_another_model_is_refused():
     state = dict(ao.convert(torch_model().eval()).state_dict())
     for change, make, message in (

@@ -52,6 +52,32 @@ def test_every_name_is_here_or_in_the_list(name):
         assert listed == missing, "the list names something that is here"
 
 
+def classes_in_both():
+    """Pairs of torch.ao's class and the one of its name here; deployed layers are made by `convert`, not by users."""
+    for name, places in NAMESPACES.items():
+        if name.endswith(".quantized"):
+            continue
+        for each in names_of(importlib.import_module(name)):
+            theirs_too = getattr(importlib.import_module(name), each)
+            mine = next((getattr(place, each) for place in places if hasattr(place, each)), None)
+            if inspect.isclass(theirs_too) and inspect.isclass(mine):
+                yield theirs_too, mine
+
+
+def test_every_method_is_here_or_in_the_list():
+    """Containers' own methods do not count: tritonq's fused layers are none."""
+    listed = re.findall(r"`(\w+)`", PAGE.partition("| methods |")[2].partition("\n\n")[0])
+    missing = {
+        name
+        for theirs_too, mine in classes_in_both()
+        for name in dir(theirs_too)
+        if name[0] != "_" and not hasattr(mine, name) and not hasattr(nn.Sequential, name)
+        if inspect.isroutine(getattr(theirs_too, name))
+    }
+    assert missing <= set(listed)
+    assert len(missing) > 3
+
+
 SAME_ARGUMENTS = (
     *("QuantWrapper", "add_quant_dequant", "fuse_modules", "fuse_modules_qat", "get_default_qat_qconfig"),
     *("get_default_qat_qconfig_mapping", "get_default_qconfig", "get_default_qconfig_mapping", "prepare_qat"),
@@ -168,7 +194,7 @@ def test_options_without_counterpart_are_errors():
         ours.prepare_qat_fx(net, mapping, (X,), backend_config=1)
     with pytest.raises(ValueError, match="no counterpart of is_reference=True"):
         ours.convert(net, is_reference=True)
-    with pytest.raises(ValueError, match='has the one key ""'):
+    with pytest.raises(ValueError, match="no counterpart of 'conv' in a dict of qconfigs; known: '', 'object_type'"):
         ours.prepare_qat_fx(net, {"": None, "conv": None}, (X,))
     with pytest.raises(ValueError, match="prepare_custom_config_dict"):
         ours.propagate_qconfig_(net, None, {"a": 1})
@@ -187,6 +213,16 @@ def test_a_mapping_changes():
         "torch.nn.modules.linear.Linear", "conv.*", "head"
     ]  # fmt: skip
     assert (mapping.first.qconfig, mapping.last.qconfig, mapping.inputs.qconfig) == (None, None, qconfig)
+
+
+def test_a_dict_of_the_older_form():
+    qconfig = ours.get_default_qat_qconfig("x86", 0)
+    rules = {"": qconfig, "object_type": [(nn.Linear, None)], "module_name_regex": [("c.*", None)], "module_name": []}
+    mapping = ours.QConfigMapping().set_global(qconfig).set_object_type(nn.Linear, None)
+    assert ours.QConfigMapping.from_dict(rules) == mapping.set_module_name_regex("c.*", None)
+    found = ours.prepare_qat_fx(Net().train(), {"": qconfig, "module_name": [("head", None)]}, (X,))
+    assert isinstance(found.conv, tritonq.nn.ConvBnReLU2d)
+    assert type(found.head) is nn.Linear
 
 
 def eager(names, version=0):

@@ -115,6 +115,12 @@ def _load_converted(model: nn.Module, state: dict[str, Any]) -> TorchAoReport:
             f"{len(found.folded)} BatchNorms, that of {found.folded[0]} first, are identities, since the checkpoint "
             "has them folded: freeze them for training (freeze_bn_stats)"
         )
+    if found.switched_off:
+        notes.append(
+            f"the checkpoint has no grid of the results of {', '.join(found.switched_off)}: these quantizers are switched "
+            "off; enable_fake_quant, enable_observer and training give them one, or "
+            "convert(…, allow_unquantized=True) leaves them in float"
+        )
     return TorchAoReport(
         loaded=len(found.used),
         unmapped=tuple((name, "the model has no place for it") for name in state if name not in found.used),

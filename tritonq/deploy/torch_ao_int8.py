@@ -20,6 +20,9 @@ _OUTPUT, _WEIGHT = "activation_post_process", "weight_fake_quant"
 _PACKED = "_packed_params._packed_params"
 # What a packed layer says of itself beside its tensors.
 _ABOUT_PACKED = "_packed_params.dtype"
+# Modules whose converted forms have no tensor for the scale: a ReLU6 keeps the grid of its input, and the others keep
+# the scale as a number that no state dict has.
+_WITHOUT_GRID = (nn.ReLU6, nn.ELU, nn.PReLU)
 
 
 class Translation(NamedTuple):
@@ -29,11 +32,13 @@ class Translation(NamedTuple):
         state: for ``load_state_dict`` of the prepared model.
         used: names of the file's entries that went into it.
         folded: names of layers whose BatchNorm got numbers that make it an identity.
+        switched_off: names of modules of whose results the file has no grid.
     """
 
     state: dict[str, Tensor]
     used: frozenset[str]
     folded: tuple[str, ...]
+    switched_off: tuple[str, ...]
 
 
 def is_converted(state: Mapping[str, Any]) -> bool:
@@ -52,6 +57,7 @@ def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
     new: dict[str, Tensor] = {}
     used: set[str] = set()
     folded: list[str] = []
+    switched_off: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, QATLayer):
             taken = _translate_layer(name, module, state, new)
@@ -60,13 +66,18 @@ def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
                 folded.append(name)
         quantizer = module._modules.get(_OUTPUT)
         if isinstance(quantizer, FakeQuantize) and quantizer.qtype.axis is None:
-            used |= _translate_output(name, quantizer, state, new)
+            if isinstance(module, _WITHOUT_GRID) and f"{name}.scale" not in state:
+                switches = ("fake_quant_enabled", "observer_enabled")
+                new.update({f"{name}.{_OUTPUT}.{switch}": torch.zeros(1, dtype=torch.uint8) for switch in switches})
+                switched_off.append(name)
+            else:
+                used |= _translate_output(name, quantizer, state, new)
     for name, tensor in model.state_dict().items():
         found = state.get(name)
         if name not in new and isinstance(found, Tensor) and found.shape == tensor.shape and not found.is_quantized:
             new[name] = found
             used.add(name)
-    return Translation(new, frozenset(used), tuple(folded))
+    return Translation(new, frozenset(used), tuple(folded), tuple(switched_off))
 
 
 def _translate_layer(name: str, layer: QATLayer, state: Mapping[str, Any], new: dict[str, Tensor]) -> set[str]:

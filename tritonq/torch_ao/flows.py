@@ -18,7 +18,7 @@ from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.prepare import fuse_modules_qat, prepare_qat
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.record.snapshot import copied
-from tritonq.qconfig import QConfig
+from tritonq.torch_ao.mapping import QConfigMapping
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -96,7 +96,7 @@ def _give_range(model: nn.Module, name: str) -> None:
 
 def prepare_qat_fx(
     model: nn.Module,
-    qconfig_mapping: qconfig_mapping.QConfigMapping | Mapping[str, QConfig | None],
+    qconfig_mapping: qconfig_mapping.QConfigMapping | Mapping[str, Any],
     example_inputs: Any,
     prepare_custom_config: None = None,
     backend_config: None = None,
@@ -105,7 +105,7 @@ def prepare_qat_fx(
 
     Args:
         model: a float model; it stays as it is.
-        qconfig_mapping: the mapping, or a dict ``{"": qconfig}``.
+        qconfig_mapping: the mapping, or a dict as :meth:`tritonq.torch_ao.QConfigMapping.from_dict` takes.
         example_inputs: a tensor, or a tuple of arguments.
         prepare_custom_config: None; whatever Python the forward holds can stay.
         backend_config: None; the qconfig's target says what its engine computes.
@@ -125,11 +125,7 @@ def prepare_qat_fx(
         'ConvBnReLU2d'
     """
     _check_unset(prepare_custom_config=prepare_custom_config, backend_config=backend_config)
-    chosen: Any = qconfig_mapping
-    if isinstance(chosen, Mapping):
-        if set(chosen) != {""}:
-            raise ValueError(f'a dict of qconfigs has the one key "", got {sorted(chosen)}: use a QConfigMapping')
-        chosen = chosen[""]
+    chosen = QConfigMapping.from_dict(qconfig_mapping) if isinstance(qconfig_mapping, Mapping) else qconfig_mapping
     return prepare_qat(model, qconfig=chosen, example_inputs=example_inputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -37,6 +38,44 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
     def _become(self, changed: qconfig_mapping.QConfigMapping) -> Self:
         vars(self).update(vars(changed))
         return self
+
+    @classmethod
+    def from_dict(cls, qconfig_dict: Mapping[str, Any]) -> Self:
+        """Return the mapping that a dict of torch.ao's older form describes.
+
+        Args:
+            qconfig_dict: ``""`` to the qconfig of all other modules, and ``"object_type"``, ``"module_name_regex"`` and
+                ``"module_name"`` to lists of pairs of a key and a qconfig.
+
+        Raises:
+            ValueError: a key that has no counterpart.
+            TypeError: see the ``set_`` methods.
+
+        Source: torch.ao.quantization.QConfigMapping.from_dict.
+
+        Examples:
+            >>> mapping = QConfigMapping.from_dict({"": None, "module_name": [("head", None)]})
+            >>> [rule.key for rule in mapping.names]
+            ['head']
+        """
+        mapping = cls()
+        setters = {
+            "object_type": mapping.set_object_type,
+            "module_name_regex": mapping.set_module_name_regex,
+            "module_name": mapping.set_module_name,
+        }
+        unknown = [key for key in qconfig_dict if key not in ("", *setters)]
+        if unknown:
+            raise ValueError(
+                f"no counterpart of {', '.join(map(repr, unknown))} in a dict of qconfigs; known: '', "
+                + ", ".join(map(repr, setters))
+            )
+        if "" in qconfig_dict:
+            mapping.set_global(qconfig_dict[""])
+        for name, set_rule in setters.items():
+            for key, qconfig in qconfig_dict.get(name, ()):
+                set_rule(key, qconfig)
+        return mapping
 
     def set_global(self, global_qconfig: Choice) -> Self:
         """Set the qconfig of modules that no other rule fits, in place, and return the mapping itself."""
