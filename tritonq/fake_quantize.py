@@ -20,7 +20,6 @@ from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.outliers import tell_outlier, tells_range
 from tritonq.qparams import QParams
-from tritonq.quantized_type import QuantizedType
 from tritonq.rank_ranges import FollowingGrid, RankState, join_ranks
 from tritonq.warn_once import warn_once
 

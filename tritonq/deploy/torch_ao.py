@@ -117,8 +117,8 @@ def _load_converted(model: nn.Module, state: dict[str, Any]) -> TorchAoReport:
         )
     if found.switched_off:
         notes.append(
-            f"the checkpoint has no grid of the results of {', '.join(found.switched_off)}: these quantizers are switched "
-            "off; enable_fake_quant, enable_observer and training give them one, or "
+            f"the checkpoint has no grid of the results of {', '.join(found.switched_off)}: their quantizers are "
+            "switched off; enable_fake_quant, enable_observer and training give them one, or "
             "convert(…, allow_unquantized=True) leaves them in float"
         )
     return TorchAoReport(
