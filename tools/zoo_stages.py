@@ -28,7 +28,6 @@ import zoo_models
 from integer_nodes import float_parts
 from tritonq.deploy.verify import VerificationReport
 from tritonq.fake_quantize_base import FakeQuantizeBase
-from tritonq.prepare.messages import layers_and_joins
 from tritonq.prepare.record.example import example_arguments
 
 STAGES = (
@@ -110,8 +109,8 @@ class Trial:
             training_inputs=self.example.training_inputs,
             warn=False,
         )
-        modules = dict(self.float_model.named_modules())
-        layers, joins = layers_and_joins(modules, self.prepared.tritonq_report)  # type: ignore[arg-type]
+        rows = tritonq.summary(self.prepared).layers
+        layers, joins = ([row for row in rows if row.part == part] for part in ("layer", "join"))
         self.result.layers = sum(row.status == "quantized" for row in layers), len(layers)
         self.result.joins = sum(row.status == "quantized" for row in joins), len(joins)
         self.result.in_float = [(row.name, row.reason) for row in (*layers, *joins) if row.status == "float"]

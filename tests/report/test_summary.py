@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import pickle
 
 import pytest
@@ -46,9 +47,38 @@ def test_the_table():
     assert "stem.2, stem.1" in stem
     assert "w -127..127 per channel, y -128..127, x -128..127" in stem
     assert not [line for line in lines if line.startswith("stem.1")]
-    assert lines[-1] == (
-        "FloatResidual: 6 layers quantized (3 Conv2d, 1 add, 1 mean, 1 Linear), 3 more fused into them, 0 left in float"
+    assert report.line == (
+        "FloatResidual: quantized 4 of 4 layers, 1 of 1 joins, 1 other operations (3 Conv2d, 1 add, 1 mean, 1 Linear), "
+        "3 more fused into them, 0 left in float"
     )
+    assert " ".join(lines[-2:]) == report.line
+
+
+def test_the_log_counts_as_the_table_does(caplog):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.held = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, bias=False)
+            self.scale = nn.Parameter(torch.ones(2, 1, 1))
+
+        def forward(self, x):
+            x = self.first(x) * 2
+            y = 1 - (self.last(x) + x) * self.scale
+            return nn.functional.conv2d(y, self.held.weight)
+
+    with caplog.at_level(logging.INFO, "tritonq"):
+        prepared = tritonq.prepare_qat(Scaled(), qconfig=QCONFIG, example_inputs=torch.randn(2, 1, 8, 8))
+    counted = "Scaled: quantized 3 of 3 layers, 1 of 1 joins"
+    assert counted in caplog.messages
+    report = tritonq.summary(prepared)
+    assert report.line.startswith(f"{counted}, 2 other operations (")
+    assert [(row.kind, row.reason) for row in report.in_float] == [
+        ("mul", "computed in float between quantized tensors: one of its operands is a constant")
+    ]
+    prepared(torch.randn(2, 1, 8, 8))
+    assert tritonq.summary(tritonq.convert(prepared)).line == report.line
+    del prepared.tritonq_report  # what remains tells nothing of `held`
+    assert "1 of 1 joins, 2 other operations (" in tritonq.summary(prepared).line
 
 
 @pytest.mark.parametrize(
@@ -133,7 +163,7 @@ def test_notebooks_show_a_table():
     page = report._repr_html_()
     assert page.count("<tr>") == len(str(report).split("further")[0].strip().splitlines()) - 1
     assert "its qconfig is None" in page
-    assert str(report).splitlines()[-1] in page
+    assert report.line in page
     hostile = dataclasses.replace(report, model="<script>")
     assert "<script>" not in hostile._repr_html_()
 
@@ -161,7 +191,7 @@ def test_what_moves_values_is_not_left_in_float():
     report = tritonq.summary(tritonq.prepare_qat(model, qconfig=QCONFIG, example_inputs=torch.randn(2, 1, 8, 8)))
     assert [(layer.name, layer.reason) for layer in report.moving] == [("2", ""), ("3", "")]
     assert {layer.name for layer in report.in_float} == {"4"}
-    assert str(report).endswith("1 more fused into them, 2 that only move values, 1 left in float")
+    assert report.line.endswith("1 more fused into them, 2 that only move values, 1 left in float")
 
 
 def test_layers_that_the_engine_runs_in_float_are_told():

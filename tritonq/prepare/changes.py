@@ -13,7 +13,7 @@ from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.original_class import original_class
 from tritonq.nn.reference import references_of
 from tritonq.observers import ObserverBase
-from tritonq.prepare.decide.layer_records import WITHOUT_COMPUTATION, LayerRecord
+from tritonq.prepare.decide.layer_records import WITHOUT_COMPUTATION, LayerRecord, part_of_module
 from tritonq.prepare.record.operations import is_leaf
 
 # The attributes of a prepared model: what became of each layer, and the class of each module by its name.
@@ -103,7 +103,7 @@ def _added(known: Container[str | None], present: Mapping[str, nn.Module]) -> li
     for name, module in present.items():
         is_inside = bool(found) and _is_in(name, found[-1].name)
         if name not in known and not is_inside and is_leaf(module) and not isinstance(module, _SILENT):
-            found.append(LayerRecord(name, type(module).__name__, (), "float", ADDED))
+            found.append(LayerRecord(name, type(module).__name__, (), "float", ADDED, part_of_module(module)))
     return found
 
 

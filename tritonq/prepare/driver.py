@@ -101,7 +101,7 @@ def _carry_out(scheme: Scheme, analysis: Analysis, report: Callable[..., None]) 
     Args:
         scheme: how to quantize it.
         analysis: the model and its record.
-        report: called with the model, its float modules by name, and the records of layers.
+        report: called with the model and the records of layers.
     """
     model = analysis.model
     if "" in scheme.layer_names():
@@ -111,7 +111,7 @@ def _carry_out(scheme: Scheme, analysis: Analysis, report: Callable[..., None]) 
     with ModelEditor(model, analysis.modules, lambda owner: cast(EditableForward, analysis.forward(owner))) as editor:
         records = scheme.edit(editor)
         scheme.check()
-        report(model, analysis.modules, records)
+        report(model, records)
         note_report(model, records)
 
 

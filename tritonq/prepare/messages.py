@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
-from torch.jit import ScriptModule
 
-from tritonq.prepare.decide.called_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
+from tritonq.prepare.decide.called_layers import CONSTANT_INPUT
 from tritonq.prepare.decide.find_layers import NO_QCONFIG
-from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS
-from tritonq.prepare.decide.joins import CONCATENATIONS, KINDS, NO_NEIGHBOUR
-from tritonq.prepare.decide.layer_records import LayerRecord
+from tritonq.prepare.decide.joins import CONCATENATIONS, NO_NEIGHBOUR
+from tritonq.prepare.decide.layer_records import LayerRecord, counts
 
 _log = logging.getLogger("tritonq")
-_WEIGHTED = (
-    *(nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
-    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
-)
 _NAMES_PER_REASON = 5
 # Reasons that were asked for, or that leave nothing to quantize.
 _BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
@@ -27,7 +21,6 @@ _BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
 
 def report_float_layers(
     model: nn.Module,
-    float_modules: Mapping[str, nn.Module],
     records: Sequence[LayerRecord],
     warn: bool,
     strict: bool,
@@ -39,7 +32,6 @@ def report_float_layers(
 
     Args:
         model: the prepared model.
-        float_modules: the modules of the float model by name.
         records: what became of each layer.
         warn: whether to warn.
         strict: whether to raise instead.
@@ -48,13 +40,10 @@ def report_float_layers(
     Raises:
         ValueError: ``strict`` is True and a layer or join was left in float unasked.
     """
-    layers, joins = layers_and_joins(float_modules, records)
-    quantized = [sum(record.status == "quantized" for record in part) for part in (layers, joins)]
     name = type(model).__name__
-    _log.info(
-        "%s: quantized %d of %d layers, %d of %d joins", name, quantized[0], len(layers), quantized[1], len(joins)
-    )
-    unasked = [record for record in (*layers, *joins) if record.status == "float" and not _is_by_design(record)]
+    _log.info("%s: %s", name, counts(records))
+    counted = [record for part in ("layer", "join") for record in records if record.part == part]
+    unasked = [record for record in counted if record.status == "float" and not _is_by_design(record)]
     if not unasked or not (warn or strict):
         return
     by_reason: dict[str, list[str]] = {}
@@ -76,32 +65,6 @@ def _is_by_design(record: LayerRecord) -> bool:
     """
     left = ("mul", "sub", *CONCATENATIONS - {"cat"})
     return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in left)
-
-
-def layers_and_joins(
-    float_modules: Mapping[str, nn.Module], records: Sequence[LayerRecord]
-) -> tuple[list[LayerRecord], list[LayerRecord]]:
-    """Return ``(records of layers with weights, records of operations on several tensors)``.
-
-    Operations with numbers and constants are no joins. The parts of a layer that stays in float as a whole are left
-    out.
-    """
-    layers = [
-        record
-        for record in records
-        if _has_weight(float_modules.get(record.name)) or record.kind in FUNCTIONS_WITH_WEIGHTS
-    ]
-    inner = tuple(f"{record.name}." for record in layers if record.status == "float")
-    layers = [record for record in layers if not record.name.startswith(inner)]
-    joins = [record for record in records if record.kind in KINDS]
-    return layers, [record for record in joins if not record.reason.startswith(BETWEEN_GRIDS)]
-
-
-def _has_weight(module: nn.Module | None) -> bool:
-    """Whether a module of the float model is a layer with weights; False for None."""
-    if isinstance(module, ScriptModule):
-        return next(module.parameters(), None) is not None
-    return isinstance(module, _WEIGHTED)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ from textwrap import wrap
 from torch import nn
 
 from tritonq.deploy.embedding_tables import QuantizedTable
+from tritonq.deploy.fixed_point_modules import IntegerAdd, IntegerAvgPool2d
+from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.phases import phases_of_kernel
 from tritonq.deploy.recurrent import QuantizedRecurrent
@@ -24,14 +26,15 @@ from tritonq.nn.reference import references_of
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
 from tritonq.prepare.changes import report_of, silence_references
-from tritonq.prepare.decide.layer_records import LayerRecord, Status
+from tritonq.prepare.decide.layer_records import LayerRecord, Part, Status, counts, part_of_module
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.quantized_type import QuantizedType
 from tritonq.report.table import WIDTH, text_table
 from tritonq.targets import find_target
 
-_JOINS = (Joint, Cat, FloatFunctional, UnaryLayer)
-_QUANTIZED = (QATLayer, QATRecurrent, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS)
+_JOINS = (Joint, Cat, FloatFunctional, IntegerAdd)
+_OTHERS = (UnaryLayer, IntegerAvgPool2d, FloatQuantizer)
+_QUANTIZED = (QATLayer, QATRecurrent, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS, *_OTHERS)
 # What a quantizer says about a layer, by the name of the child that holds it.
 _ROLES = {"weight_fake_quant": "w", "activation_post_process": "y", "input_fake_quant": "x"}
 _UNSEEN = " (no data yet)"
@@ -51,6 +54,8 @@ class LayerSummary:
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
             that codes stay codes (reshaping, pooling by maximum, …).
         reason: why it is in float, or why the engine that it was prepared for runs it in float; or "".
+        part: ``"layer"`` if it has weights and is no part of another layer; ``"join"`` of an operation on several
+            activations; ``"other"`` of any other operation.
     """
 
     name: str
@@ -59,6 +64,7 @@ class LayerSummary:
     grid: str
     status: Status
     reason: str
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,16 @@ class ModelSummary:
     def line(self) -> str:
         """The counts as one line of text.
 
-        Such as ``"Net: 5 layers quantized (5 Conv2d), 8 more fused into them, 1 left in float"``.
+        Such as ``"Net: quantized 5 of 5 layers, 1 of 1 joins (5 Conv2d, 1 add), 8 more fused into them, 1 left in
+        float"``; ``prepare_qat`` logs the first two counts.
         """
         kinds = Counter(layer.kind for layer in self.quantized)
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         moving = f"{len(self.moving)} that only move values, " if self.moving else ""
+        others = sum(layer.part == "other" for layer in self.quantized)
+        more = f", {others} other operations" if others else ""
         return (
-            f"{self.model}: {len(self.quantized)} layers quantized ({parts}), {len(self.absorbed)} more fused into "
+            f"{self.model}: {counts(tuple(self._rows()))}{more} ({parts}), {len(self.absorbed)} more fused into "
             f"them, {moving}{len(self.in_float)} left in float"
         )
 
@@ -143,7 +152,7 @@ def summary(model: nn.Module) -> ModelSummary:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Softmax(1))
         >>> prepared = tritonq.prepare_qat(model, example_inputs=torch.randn(1, 1, 8, 8))
         >>> print(summary(prepared).line)
-        Sequential: 1 layers quantized (1 Conv2d), 2 more fused into them, 1 left in float
+        Sequential: quantized 1 of 1 layers, 0 of 0 joins (1 Conv2d), 2 more fused into them, 1 left in float
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
@@ -183,7 +192,7 @@ def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
     reason = record.reason
     if record.status == "quantized" and module is not None:
         reason = reason or _why_not_on_grid(module) or _why_float_in_engine(module)
-    return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, reason)
+    return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, reason, record.part)
 
 
 def _why_not_on_grid(module: nn.Module) -> str:
@@ -288,9 +297,16 @@ def _from_modules(model: nn.Module) -> Iterator[LayerRecord]:
             continue
         if isinstance(module, _QUANTIZED):
             inside.append(name)
-            yield LayerRecord(name, type(module).__name__, (), "quantized", "")
+            yield LayerRecord(name, type(module).__name__, (), "quantized", "", _part(module))
         elif is_leaf(module) and not isinstance(module, (nn.Identity, ObserverBase)):
-            yield LayerRecord(name, type(module).__name__, (), "float", _reason(module))
+            yield LayerRecord(name, type(module).__name__, (), "float", _reason(module), part_of_module(module))
+
+
+def _part(module: nn.Module) -> Part:
+    """Return what a quantized module counts as."""
+    if isinstance(module, _OTHERS):
+        return "other"
+    return "join" if isinstance(module, _JOINS) else "layer"
 
 
 def _reason(module: nn.Module) -> str:

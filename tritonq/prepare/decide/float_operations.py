@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.joins import Join
+from tritonq.prepare.decide.joins import KINDS, Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import returned_by
 from tritonq.prepare.decide.plan import Plan
@@ -49,6 +49,8 @@ def why_between(call: Call, analysis: Analysis) -> str:
     made = analysis.value_of(call)
     if call.name in _INSTEAD:
         more = _INSTEAD[call.name]
+    elif call.name in KINDS and not analysis.constants.values.isdisjoint(call.inputs):
+        more = "one of its operands is a constant"
     elif call.writes and analysis.site(call) is None:
         more = "it changes a tensor in place"
     elif (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from torch import nn
 from torch.jit import ScriptModule
@@ -14,15 +14,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.called_layers import FUNCTIONS_WITH_WEIGHTS
 from tritonq.prepare.decide.fixed_point import Links
 from tritonq.prepare.decide.float_operations import float_operations, why_between
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS
+from tritonq.prepare.record.dataflow import Call
 
 WITHOUT_COMPUTATION = (nn.Identity, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 Status = Literal["quantized", "moves values", "float"]
+Part = Literal["layer", "join", "other"]
+_WEIGHTED = (
+    *(nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class LayerRecord:
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` for an operation that leaves values as they are, so
             that codes stay codes (reshape, max pool, …).
         reason: why it is in float, or "".
+        part: what it counts as. ``"layer"``: it has weights and is no part of another layer; ``"join"``: an operation
+            on several activations; ``"other"``: any other operation, such as a function of one tensor, arithmetic with
+            a number or a constant, and what became part of a layer.
     """
 
     name: str
@@ -43,6 +53,7 @@ class LayerRecord:
     fused_with: tuple[str, ...]
     status: Status
     reason: str
+    part: Part = "layer"
 
 
 def layer_records(
@@ -80,9 +91,11 @@ def layer_records(
             pair(name, [calls[index].module_name for index in plan.unary[place.value].absorbed])
     found: list[tuple[float, LayerRecord]] = []
 
-    def note(first: float, name: str, kind: str, reason: str = "", status: Status | None = None) -> None:
+    def note(
+        first: float, name: str, kind: str, reason: str = "", part: Part = "other", status: Status | None = None
+    ) -> None:
         status = status or ("float" if reason else "quantized")
-        found.append((first, LayerRecord(name, kind, tuple(partners.get(name, ())), status, reason)))
+        found.append((first, LayerRecord(name, kind, tuple(partners.get(name, ())), status, reason, part)))
 
     quantized = {layer.name for layer in plan.layers}
     quantized |= {place.owner for place in plan.quantizers if place.value in plan.unary and place.where == "output"}
@@ -98,12 +111,13 @@ def layer_records(
         if not whole and _moves_values(name, analysis, plan):
             note(first, name, kind, status="moves values")
         else:
-            note(first, name, kind, "" if whole else _reason(name, module, analysis, plan))
+            part = "other" if name in partners and name not in quantized else part_of_module(module)
+            note(first, name, kind, "" if whole else _reason(name, module, analysis, plan), part)
     for layer in plan.layers:
         if layer.function is not None:
-            note(layer.calls[0], layer.name, layer.function.calls[0].name)
+            note(layer.calls[0], layer.name, layer.function.calls[0].name, part="layer")
     for join in plan.joins:
-        note(join.calls[0], join_names[join], join.kind)
+        note(join.calls[0], join_names[join], join.kind, part="join")
     for value, name in unary_names.items():
         note(plan.unary[value].calls[0], name, calls[plan.unary[value].calls[0]].name)
     names = {record.name for _, record in found}
@@ -111,18 +125,47 @@ def layer_records(
         if name not in names:
             function = plan.float_functions.get(name)
             first = math.inf if function is None else function.index
-            note(first, name, name.rpartition(".")[2] if function is None else function.name, reason)
+            kind = name.rpartition(".")[2] if function is None else function.name
+            note(first, name, kind, reason, "layer" if kind in FUNCTIONS_WITH_WEIGHTS else "other")
             names.add(name)
     for join, reason in plan.float_joins:
         free = _free_name(f"{join.owner}.{join.kind}".lstrip("."), names)
-        note(join.calls[0], free, join.kind, reason)
+        note(join.calls[0], free, join.kind, reason, "join")
         names.add(free)
     for call in float_operations(analysis, plan):
         free = _free_name(f"{call.owner}.{call.name}".lstrip("."), names)
         note(call.index, free, call.name, why_between(call, analysis))
         names.add(free)
     in_order = sorted(found, key=lambda pair: pair[0])
-    return tuple(dict.fromkeys(record for _, record in in_order))
+    inner = tuple(f"{record.name}." for _, record in found if record.part == "layer" and record.status == "float")
+    records = (replace(item, part="other") if item.name.startswith(inner) else item for _, item in in_order)
+    return tuple(dict.fromkeys(records))
+
+
+def part_of_module(module: nn.Module) -> Part:
+    """Return what a module of a float model counts as: ``"layer"`` if it is a layer with weights, else ``"other"``."""
+    if isinstance(module, ScriptModule):
+        return "other" if next(module.parameters(), None) is None else "layer"
+    return "layer" if isinstance(module, _WEIGHTED) else "other"
+
+
+class Counted(Protocol):
+    """What became of an operation; a `LayerRecord` is one."""
+
+    @property
+    def part(self) -> Part:
+        """What it counts as."""
+
+    @property
+    def status(self) -> Status:
+        """Whether it is quantized."""
+
+
+def counts(records: Sequence[Counted]) -> str:
+    """Return how many layers and joins are quantized: ``"quantized 5 of 5 layers, 2 of 3 joins"``."""
+    layers, joins = ([record for record in records if record.part == part] for part in ("layer", "join"))
+    quantized = (sum(record.status == "quantized" for record in part) for part in (layers, joins))
+    return f"quantized {next(quantized)} of {len(layers)} layers, {next(quantized)} of {len(joins)} joins"
 
 
 def _first_call(name: str, analysis: Analysis) -> float:
@@ -147,11 +190,12 @@ def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
     for layer in links.layers.values():
         kind = layer.row[0].__name__
         fused = () if layer.batch_norm is None else (layer.batch_norm,)
-        records.append(LayerRecord(layer.name, kind, fused, "quantized", ""))
-    calls = [*links.additions.values(), *(pooling.call for pooling in links.poolings.values())]
-    for call in calls:
+        records.append(LayerRecord(layer.name, kind, fused, "quantized", "", "layer"))
+    others: list[tuple[Call, Part]] = [(call, "join") for call in links.additions.values()]
+    others += [(pooling.call, "other") for pooling in links.poolings.values()]
+    for call, part in others:
         name = call.module_name or f"{call.owner}.{call.name}".lstrip(".")
-        records.append(LayerRecord(name, call.name, (), "quantized", ""))
+        records.append(LayerRecord(name, call.name, (), "quantized", "", part))
     return tuple(records)
 
 
