@@ -111,8 +111,8 @@ def layer_records(
         if not whole and _moves_values(name, analysis, plan):
             note(first, name, kind, status="moves values")
         else:
-            part = "other" if name in partners and name not in quantized else part_of_module(module)
-            note(first, name, kind, "" if whole else _reason(name, module, analysis, plan), part)
+            counted = "other" if name in partners and name not in quantized else part_of_module(module)
+            note(first, name, kind, "" if whole else _reason(name, module, analysis, plan), counted)
     for layer in plan.layers:
         if layer.function is not None:
             note(layer.calls[0], layer.name, layer.function.calls[0].name, part="layer")
