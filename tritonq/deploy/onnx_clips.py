@@ -54,7 +54,7 @@ def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantize
             set_inner_forward(clip, partial(_rounded, form))  # a module would become a child of that name
         else:
             layer.activation_post_process = form
-            set_inner_forward(clip, _unchanged)
+            set_inner_forward(clip, unchanged)
     return forms
 
 
@@ -63,5 +63,6 @@ def _rounded(quantizer: TracedQuantizer, x: Tensor) -> Tensor:
     return y
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def unchanged(x: Tensor) -> Tensor:
+    """Return ``x``: the forward of a function whose effect its quantizer has."""
     return x

@@ -70,6 +70,7 @@ def _numbers(value: Any) -> Any:
 
 def _replace(graph: Any, node: Any, source: Any, weight: Any, bias: Any) -> None:
     import onnx_ir as ir
+    from onnx_ir.convenience import replace_nodes_and_values
 
     result, name = node.outputs[0], weight.inputs[0].name.removesuffix(".weight")
     codes = constant_of(weight.inputs[0])
@@ -106,23 +107,10 @@ def _replace(graph: Any, node: Any, source: Any, weight: Any, bias: Any) -> None
     made.append(ir.node("Mul", [made[-1].outputs[0], factors]))
     for step in made[-2:]:
         step.outputs[0].dtype, step.outputs[0].shape = ir.DataType.FLOAT, result.shape
-    graph.insert_before(node, made)
-    _hand_over(graph, node, made[-1].outputs[0])
+    replace_nodes_and_values(graph, node, [node], made, node.outputs, made[-1].outputs)
     for maker in (weight, bias):
         if maker is not None:
             _drop(graph, maker)
-
-
-def _hand_over(graph: Any, node: Any, result: Any) -> None:
-    """Let readers of a node's result, and the graph's outputs, read the value ``result`` instead; remove the node."""
-    old = node.outputs[0]
-    for reader, index in list(old.uses()):
-        reader.replace_input_with(index, result)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = result
-    old.name, result.name = None, old.name
-    graph.remove(node, safe=True)
 
 
 def _drop(graph: Any, maker: Any) -> None:

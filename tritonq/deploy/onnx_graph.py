@@ -34,7 +34,7 @@ from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddi
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_average_pool import grids_of, rewrite_average, rewrite_global_average
-from tritonq.deploy.onnx_clips import absorb_clips
+from tritonq.deploy.onnx_clips import absorb_clips, unchanged
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
@@ -201,13 +201,9 @@ def _absorb_clip_modules(model: nn.Module, names: dict[Quantizer, str]) -> None:
         clips = original_class(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
         if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
             bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
-            set_inner_forward(module, _unchanged)
+            set_inner_forward(module, unchanged)
             # Dividing at once: ONNX Runtime would quantize the weights of a float layer before QuantizeLinear.
             module.activation_post_process = uint8_quantizer(output, names[output], bounds, exact=True)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 def _traced_quantizer(

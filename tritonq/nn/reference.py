@@ -15,7 +15,7 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-class Place(NamedTuple):
+class ChildPlace(NamedTuple):
     """Where a module stood when a Reference was made.
 
     Attributes:
@@ -57,17 +57,17 @@ class Route:
 
     __slots__ = ("places", "told")
 
-    def __init__(self, places: tuple[Place, ...] = (), told: list[bool] | None = None) -> None:
+    def __init__(self, places: tuple[ChildPlace, ...] = (), told: list[bool] | None = None) -> None:
         self.places, self.told = places, [False] if told is None else told
 
-    def taken(self) -> Place | None:
+    def taken(self) -> ChildPlace | None:
         """Return the first place where another module stands now, or None."""
         for place in self.places:
             if place.siblings.get(place.attribute) is not place.module and not place.is_kept():
                 return place
         return None
 
-    def tell(self, place: Place) -> None:
+    def tell(self, place: ChildPlace) -> None:
         """Warn, once per model, that another module stands at ``place`` now: its result lies on no known grid."""
         if self.told[0] or torch.compiler.is_compiling():
             return

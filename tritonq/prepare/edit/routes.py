@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import nn
 
-from tritonq.nn.reference import Place, Route
+from tritonq.nn.reference import ChildPlace, Route
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.record.dataflow import Call
 
@@ -75,7 +75,7 @@ class Routes:
             frame = self._analysis.flow.frames[frame].parent
         return found
 
-    def _places(self, names: Iterable[str]) -> Iterator[Place]:
+    def _places(self, names: Iterable[str]) -> Iterator[ChildPlace]:
         """Yield the places that lead to modules from the innermost module that holds all of them."""
         paths = [name.split(".") for name in names if name]
         shared = 0
@@ -91,7 +91,7 @@ class Routes:
                     break
                 if name not in seen:
                     seen.add(name)
-                    yield Place(parent._modules, path[depth], child, name)
+                    yield ChildPlace(parent._modules, path[depth], child, name)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
