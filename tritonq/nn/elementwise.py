@@ -26,6 +26,7 @@ from tritonq.nn.output_quantizer import (
     deployed_grid,
     ends_in_relu,
     is_grid_source,
+    meet_hooks,
     quantizer_of,
 )
 from tritonq.nn.reference import Reference, Referred
@@ -125,10 +126,9 @@ class Joint(WithOutputQuantizer):
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the result of :meth:`forward`; tracing for a file replaces this method by another function."""
-        if not self.training and can_use_codes(a) and can_use_codes(b):
-            y = self._on_codes(a, b)
-            if y is not None:
-                return y
+        meet_hooks(self._producers, (a, b))
+        if not self.training and can_use_codes(a) and can_use_codes(b) and (y := self._on_codes(a, b)) is not None:
+            return y
         exact = None if self.training else self._exact(a, b)
         if exact is not None:
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):

@@ -5,14 +5,17 @@ A *producer* of a tensor is such a module, or a quantizer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol, TypeGuard, cast, runtime_checkable
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
 from tritonq.nn.fusable import ceiling_of
-from tritonq.nn.reference import ReferringModule
+from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.quantized_type import QuantizedType
 
@@ -69,3 +72,23 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
     if zero is None or not relu:
         return grid
     return Grid(grid.scale, grid.zero_point, replace(grid.qtype, quant_min=zero, symmetric=False), grid.enabled)
+
+
+def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor]) -> None:
+    """Find out whether hooks that are new on the ways of operands change them; each Reference is to what rounds one."""
+    for reference, operand in zip(references, operands, strict=True):
+        reference.meet(operand, lies_on_grid)
+
+
+def lies_on_grid(producer: nn.Module, x: Tensor) -> bool:
+    """Whether float32 values are such as the quantizer of ``producer`` returns; True where that rounds to no one grid.
+
+    A hundredth of a step off is on the grid: 16 bits are less exact in float32 than their codes.
+    """
+    quantizer = quantizer_of(producer)
+    if not is_grid_source(quantizer) or quantizer.qtype.axis is not None or x.dtype != torch.float32 or not x.numel():
+        return True
+    if not quantizer.is_enabled_on_host():
+        return True
+    grid, values = quantizer.grid(), x.detach()
+    return bool(((fake_quantize(values, grid) - values).abs() <= grid.scale / 100).all())

@@ -26,6 +26,7 @@ from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
 from tritonq.nn.fusable import describe_relu, has_observed_grid, input_grid, observed_grid, warn_if_unobserved
+from tritonq.nn.output_quantizer import lies_on_grid
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
@@ -264,7 +265,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
         The forward has switched torch function modes off.
         """
-        return self.paths[choose_path(self.path_state())](self, self.quantized_input(input), weight, bias)
+        input = self.quantized_input(input)
+        self._input_quantizer.meet(input, lies_on_grid)
+        return self.paths[choose_path(self.path_state())](self, input, weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
         """Return ``y`` after the activation between the operation and the output's quantizer: a ReLU, or nothing."""

@@ -7,10 +7,13 @@ another module there later.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tritonq.nn.hooks import HookPlace, WatchedHook
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,29 +56,51 @@ class Route:
     Args:
         places: the places.
         told: shared by the routes of one model, and set once a warning named a place that another module has taken.
+        hooks: the hooks on the way.
     """
 
-    __slots__ = ("places", "told")
+    __slots__ = ("_dicts", "hooks", "places", "told")
 
-    def __init__(self, places: tuple[ChildPlace, ...] = (), told: list[bool] | None = None) -> None:
-        self.places, self.told = places, [False] if told is None else told
+    def __init__(
+        self, places: tuple[ChildPlace, ...] = (), told: list[bool] | None = None, hooks: tuple[HookPlace, ...] = ()
+    ) -> None:
+        self.places, self.told, self.hooks = places, [False] if told is None else told, hooks
+        self._dicts = tuple(place.hooks for place in hooks)
 
-    def taken(self) -> ChildPlace | None:
-        """Return the first place where another module stands now, or None."""
+    def change(self) -> str | None:
+        """Return what has changed on the way, as text: another module stands in a place, or a hook changes tensors."""
         for place in self.places:
             if place.siblings.get(place.attribute) is not place.module and not place.is_kept():
-                return place
+                occupant = place.siblings.get(place.attribute)
+                what = "nothing" if occupant is None else type(occupant).__name__
+                return f"{what} was put in the place of {place.name!r}"
+        return self._changed_by_hook() if any(self._dicts) else None
+
+    def _changed_by_hook(self) -> str | None:
+        """Return which module has a hook that changes tensors; under ``torch.compile`` any that was not watched yet."""
+        for place in self.hooks:
+            found = any(isinstance(hook, WatchedHook) and hook.changes for hook in place.hooks.values())
+            if found or (torch.compiler.is_compiling() and place.unwatched()):
+                return f"a hook that changes tensors was put on {place.name!r}"
         return None
 
-    def tell(self, place: ChildPlace) -> None:
-        """Warn, once per model, that another module stands at ``place`` now: its result lies on no known grid."""
+    def new_hooks(self) -> list[WatchedHook]:
+        """Begin to watch the hooks that were put on the way since the last call, and return them."""
+        found = []
+        if any(self._dicts) and not torch.compiler.is_compiling():
+            for place in self.hooks:
+                for key in place.unwatched():
+                    found.append(WatchedHook(place.hooks[key]))
+                    place.hooks[key] = found[-1]
+        return found
+
+    def tell(self, change: str) -> None:
+        """Warn, once per model, of a change on the way: the tensor there lies on no known grid."""
         if self.told[0] or torch.compiler.is_compiling():
             return
         self.told[0] = True
-        occupant = place.siblings.get(place.attribute)
-        what = "Nothing" if occupant is None else type(occupant).__name__
         warnings.warn(
-            f"{what} was put in the place of {place.name!r} after prepare_qat: the tensor there lies on no known grid, "
+            f"{change} after prepare_qat: the tensor there lies on no known grid, "
             "and what reads it computes in float; tritonq.summary lists all such places",
             stacklevel=2,
         )
@@ -92,8 +117,8 @@ class Reference(Generic[M]):
     Args:
         module: the module.
         route: what lies between the module and whoever holds the Reference; None: nothing that counts. Once another
-            module stands in one of its places, such as an adapter around a layer, the tensor is another one and the
-            Reference is empty.
+            module stands in one of its places, such as an adapter around a layer, or a hook changes what passes, the
+            tensor is another one and the Reference is empty.
     """
 
     __slots__ = ("_module", "route")
@@ -108,18 +133,27 @@ class Reference(Generic[M]):
 
     @property
     def module(self) -> M | None:
-        """The module, while everything stands where it stood; None: there is none, or its place was taken."""
-        taken = None if self.route is None else self.route.taken()
-        if taken is None:
+        """The module, while everything is on the way as it was; None: there is none, or the tensor is another one."""
+        change = None if self.route is None else self.route.change()
+        if change is None:
             return self._module
-        self.route.tell(taken)  # type: ignore[union-attr]
+        self.route.tell(change)  # type: ignore[union-attr]
         return None
 
     @property
-    def taken(self) -> str | None:
-        """The name of a place on the route where another module stands now; None: there is none."""
-        place = None if self.route is None else self.route.taken()
-        return None if place is None else place.name
+    def change(self) -> str | None:
+        """What has changed on the route, as text; None: nothing."""
+        return None if self.route is None else self.route.change()
+
+    def meet(self, x: Tensor, lies_on_grid: Callable[[M, Tensor], bool]) -> None:
+        """Find out whether hooks that are new on the route have changed a tensor.
+
+        They have run before anybody watched them. ``lies_on_grid(module, x)`` says whether x is as the module rounds.
+        """
+        new = [] if self.route is None else self.route.new_hooks()
+        if new and self._module is not None and not lies_on_grid(self._module, x):
+            for hook in new:
+                hook.changes = True
 
     def __setstate__(self, state: Any) -> None:
         held = state[1]

@@ -198,9 +198,8 @@ def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
 def _why_not_on_grid(module: nn.Module) -> str:
     """Return why a layer or join computes in float since its model was changed; "" where it was not."""
     held = [reference for part in module.modules() for reference in references_of(part)]
-    taken = dict.fromkeys(name for reference in held if (name := reference.taken) is not None)
-    where = ", ".join(taken)
-    return f"computes in float: another module was put in the place of {where} after prepare_qat" if taken else ""
+    changes = dict.fromkeys(change for reference in held if (change := reference.change) is not None)
+    return f"computes in float: after prepare_qat {'; '.join(changes)}" if changes else ""
 
 
 def _why_float_in_engine(module: nn.Module) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
+from tritonq.nn.hooks import HookPlace
 from tritonq.nn.reference import ChildPlace, Route
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.record.dataflow import Call
@@ -40,7 +42,7 @@ class Routes:
         passed = [name, source_name]
         for call, value in reads:
             passed += self._passed([call, *self._before(value)])
-        return Route(tuple(self._places(dict.fromkeys(passed))), self._told)
+        return self._route(passed, name, source_name)
 
     def to_clip(self, layer: nn.Module, quantizer: nn.Module, ends: Iterable[Call]) -> Route:
         """Return the places between a layer and the quantizer that stands behind the clip that alone reads it."""
@@ -51,7 +53,25 @@ class Routes:
         for call in ends:
             clip = self._analysis.follower(call)
             passed += self._passed([call] if clip is None else [call, clip])
-        return Route(tuple(self._places(dict.fromkeys(passed))), self._told)
+        return self._route(passed, behind, name)
+
+    def _route(self, passed: list[str], reader: str, source: str) -> Route:
+        """Return the route by way of some modules.
+
+        Hooks count that change what the reader, and modules around it, are given, and what the source, and modules
+        around it, return.
+        """
+        places = tuple(self._places(dict.fromkeys(passed)))
+        hooks = []
+        for place in places:
+            is_around_reader, is_around_source = (
+                f"{inner}.".startswith(f"{place.name}.") for inner in (reader, source)
+            )
+            if not is_around_source:
+                hooks.append(_hook_place(place.name, place.module._forward_pre_hooks))
+            if not is_around_reader:
+                hooks.append(_hook_place(place.name, place.module._forward_hooks))
+        return Route(places, self._told, tuple(hooks))
 
     def _before(self, value: int) -> Iterator[Call]:
         """Yield the calls that a value came through, back to the one that made it."""
@@ -101,3 +121,7 @@ class Routes:
     def _names(self) -> dict[nn.Module, str]:
         """Names of modules: the first of each."""
         return {module: name for name, module in reversed(self._modules.items())}
+
+
+def _hook_place(name: str, hooks: dict[int, Callable[..., Any]]) -> HookPlace:
+    return HookPlace(name, hooks, frozenset(hooks))
