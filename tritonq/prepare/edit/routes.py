@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonq.nn.hooks import HookPlace
-from tritonq.nn.reference import ChildPlace, Route
+from tritonq.nn.reference import ChildPlace, HookPlace, Route
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.record.dataflow import Call
 
