@@ -144,3 +144,16 @@ def test_an_observer_counts_the_same(monkeypatch):
     ours, theirs = (observer.state_dict() for observer in observers)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert int(ours["histogram"].sum()) == sum(int(x.isfinite().sum()) for x in batches)
+
+
+# torch has no rule of its own for batches of clamp_.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_functions_compute_as_without_compiled_code():
+    def quantize(x: Tensor) -> Tensor:
+        return fake_quantize_per_tensor_affine(x, 0.5, 2, -8, 7)
+
+    x, tangent = values((3, 70)), torch.ones(3, 70)
+    wanted = quantize(x)
+    with use_backend("compiled"):
+        assert same_bits(torch.func.vmap(quantize)(x), wanted)
+        assert same_bits(torch.func.jvp(quantize, (x,), (tangent,))[0], wanted)

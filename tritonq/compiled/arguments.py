@@ -33,7 +33,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
             continue
         if type(tensor) not in _PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
-    return not torch._C._len_torch_dispatch_stack()
+    return _is_memory_read()
 
 
 def are_vectors(*tensors: Tensor | None) -> bool:
@@ -45,7 +45,12 @@ def are_vectors(*tensors: Tensor | None) -> bool:
             return False
         if not tensor.is_contiguous():
             return False
-    return not torch._C._len_torch_dispatch_stack()
+    return _is_memory_read()
+
+
+def _is_memory_read() -> bool:
+    """Whether a tensor's own memory is what operators read: no dispatch mode, and no transform such as ``vmap``."""
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.maybe_current_level() is None
 
 
 def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
