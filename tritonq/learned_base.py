@@ -40,6 +40,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     begins: Tensor
     # How ties are rounded, where the scheme fixes it.
     rounding: Rounding | None = None
+    # What trained parameters hold until they are set, by name; 1 if it isn't here.
+    first_values: Mapping[str, float] = {}
 
     def __init__(
         self,
@@ -117,12 +119,22 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         """Return ``x`` fake quantized with the present parameters, differentiable in both."""
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel parameters their final length. They stay the same objects, so that optimizers keep them."""
+        """Give per-channel parameters and the observer's buffers their final length; nothing is done per tensor.
+
+        Parameters of another length get their ``first_values``. They stay the same objects, so that optimizers keep
+        them.
+
+        Args:
+            num_channels: number of scales: channels, or all groups of all channels.
+
+        Raises:
+            ValueError: the observer keeps a range of another length.
+        """
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None:
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.numel() != num_channels:
-                    parameter.data = parameter.data.new_ones(num_channels)
+                    parameter.data = parameter.data.new_full((num_channels,), self.first_values.get(name, 1.0))
 
     def rests_on_data(self) -> Tensor:
         """Return the buffer ``initialized``: 1 once the parameters were set."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -59,6 +60,7 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     """
 
     zero_point: Tensor
+    first_values: Mapping[str, float] = {"zero_point": 0.0}
 
     def __init__(
         self,
@@ -95,9 +97,15 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             self.register_buffer("zero_point", torch.zeros(self._channels, dtype=torch.int32))
 
     def allocate(self, num_channels: int) -> None:
-        """Give scale and zero point their final length, one per channel.
+        """Give scale, zero point and the observer's buffers their final length; nothing is done per tensor.
 
-        Nothing is done per tensor, or if they have it.
+        Scales of another length become 1, and zero points 0.
+
+        Args:
+            num_channels: number of scales: channels, or all groups of all channels.
+
+        Raises:
+            ValueError: the observer keeps a range of another length.
         """
         super().allocate(num_channels)
         if self.qtype.axis is not None and self.zero_point.numel() != num_channels:
@@ -211,6 +219,7 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
     """
 
     rounding = "half_away"
+    first_values: Mapping[str, float] = {"log2_threshold": 0.0}
 
     def __init__(
         self,

@@ -121,6 +121,14 @@ def test_writes_reach_the_tensor_and_its_views(name, when):
     assert torch.equal(torch.cat([x, x]), torch.cat([values, values]))
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 2, -1), (7,), (2, 0), (2, 1, 0, 0), (0,), ((2, 2, 2),)], ids=str)
+def test_sizes_of_pools_that_torch_refuses(sizes):
+    x, values = coded()
+    for tensor in (x, values):
+        with pytest.raises(RuntimeError):
+            F.max_pool2d(tensor, *sizes)
+
+
 def test_a_write_to_a_view_after_its_tensor_was_read():
     x, values = coded()
     view = x[0]

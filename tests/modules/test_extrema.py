@@ -8,6 +8,7 @@ from torch import nn
 
 import tritonq
 from tritonq import nn as qnn
+from tritonq.functional.integer_joins import integer_join
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SPELLINGS = {
@@ -40,6 +41,17 @@ def test_every_pair_of_codes(kind):
         for j in range(256):
             exact = pick(Fraction(float(a[i])), Fraction(float(b[j])))
             assert float(y[i, j]) == min(max(round(exact), -60), 195)  # to even, as QuantizeLinear does
+
+
+@pytest.mark.parametrize("kind", [qnn.Minimum, qnn.Maximum])
+def test_the_join_of_grids_is_the_modules(kind):
+    sources, output = (on_grid(0.5, 100), on_grid(0.25, 30)), on_grid(1.0, 60)
+    join = kind(qconfig=tritonq.get_qconfig("onnxruntime")).eval()
+    join.activation_post_process = output
+    a, b = (((torch.arange(256) - s.zero_point) * s.scale) for s in sources)
+    a, b = a.view(-1, 1), b.view(1, -1)
+    grids = [quantizer.grid() for quantizer in (*sources, output)]
+    assert torch.equal(output(integer_join(kind.kind, a, b, *grids)), join(a, b))
 
 
 class Net(nn.Module):

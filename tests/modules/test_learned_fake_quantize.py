@@ -131,6 +131,19 @@ def test_lsq_plus_moves_the_zero_point_as_its_offset():
     torch.testing.assert_close(quantizer.zero_point.grad, -dy[clipped].sum().view(1) / 0.1)
 
 
+@pytest.mark.parametrize("name", ["lsq", "lsq_plus", "lsq_megengine_affine", "tqt", "pact"])
+def test_an_allocated_quantizer_holds_what_one_of_known_length_does(name):
+    """Trained parameters and buffers per channel, before any of them are set."""
+    scheme = torch.per_channel_symmetric if name in ("lsq", "tqt") else torch.per_channel_affine
+    known = MODULES[name](qscheme=scheme, ch_axis=0, num_channels=3)
+    later = MODULES[name](qscheme=scheme, ch_axis=0)
+    later.allocate(3)
+    expected = known.state_dict()
+    assert later.state_dict().keys() == expected.keys()
+    for key, tensor in later.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+
+
 def test_lsq_plus_finds_another_zero_point_in_two_short_epochs():
     """200 steps at the rate of weights: a factor that counts the values would leave it where it begins."""
     generator = torch.Generator().manual_seed(0)

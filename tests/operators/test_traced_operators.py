@@ -183,6 +183,8 @@ def evaluation(x: Tensor) -> None:
         eval_mode.affine(x, weight, torch.ones(6), op, 1, grid, kernels, output)
     eval_mode.join("add", x, x, grid, grid, grid)
     eval_mode.on_grid(x, grid)
+    eval_mode.on_grid(x, grid, grid)
+    eval_mode.prelu(x, torch.ones(1), grid, grid)
     for averaging in (AxesAverage((2, 3)), WindowAverage((2, 2), (1, 1), (0, 0)), AdaptiveAverage((2, 3))):
         eval_mode.average(x, averaging, grid, grid)
     eval_mode.function(x, Function("silu"), grid, grid)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonq.backend import without_kernel
@@ -17,7 +18,7 @@ from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import divided
 from tritonq.functional.saved_input import mark_on_grid, save_input
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.reference.functions import Function, look_up
+from tritonq.reference.functions import Function, look_up, onto_output
 
 
 def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
@@ -44,6 +45,39 @@ def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) 
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return look_up(x, function, source, output)
+
+
+def integer_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
+    """Return ``max(0, x) + weight · min(0, x)`` as ONNX Runtime computes it: on the output's grid, before clipping.
+
+    Args:
+        x: float tensor of values ``(code - zero_point) * scale`` of ``source``; rounded to these in float32 first.
+        weight: float, (1,) or one per channel on axis 1.
+        source: the input's grid, per tensor.
+        output: grid of the quantizer behind the operation, per tensor.
+
+    Returns:
+        float32, without gradient.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return onto_output(F.prelu(_exact_values(x, source), weight.float()), output)
+
+
+def requantized(x: Tensor, source: Grid, output: Grid) -> Tensor:
+    """Return values of one grid on another, ``round(x / s_out) · s_out``, before clipping; float32, without gradient.
+
+    Args:
+        x: float tensor of values ``(code - zero_point) * scale`` of ``source``; rounded to these in float32 first.
+        source: the input's grid, per tensor.
+        output: the result's grid, per tensor.
+    """
+    with torch.no_grad():
+        return onto_output(_exact_values(x, source), output)
+
+
+def _exact_values(x: Tensor, source: Grid) -> Tensor:
+    """Return values of a grid in float32, which ``x`` may have rounded to fewer bits."""
+    return (x.float() / source.scale).round_().mul_(source.scale)
 
 
 def function_codes(codes: Tensor, function: Function, source: HostGrid, output: HostGrid) -> Tensor:

@@ -33,11 +33,12 @@ def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
 
 
 def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b``, ``a - b``, ``a * b`` or ``a @ b`` on the output's grid, before clipping.
+    """Return ``a + b`` or another join on the output's grid, before clipping.
 
     Args:
         kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`), ``"mul"``
-            (:func:`integer_multiply`) or ``"matmul"`` (:func:`integer_matmul`).
+            (:func:`integer_multiply`), ``"matmul"`` (:func:`integer_matmul`), ``"minimum"`` or ``"maximum"``, which
+            engines compute in float32 (:func:`divided`).
         a: float tensor of values on ``grid_a``.
         b: the same for ``grid_b``; broadcasts against ``a`` except for ``"matmul"``.
         grid_a: grid of ``a``, per tensor.
@@ -199,6 +200,8 @@ _IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
     "sub": integer_subtract,
     "mul": integer_multiply,
     "matmul": integer_matmul,
+    "minimum": lambda a, b, grid_a, grid_b, output: divided(torch.minimum(a, b), output),
+    "maximum": lambda a, b, grid_a, grid_b, output: divided(torch.maximum(a, b), output),
 }
 
 

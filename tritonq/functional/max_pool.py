@@ -22,24 +22,43 @@ def max_pool_codes(
     torch's own pool of uint8 tensors goes element by element.
 
     Args:
-        codes: uint8 (..., h, w); any memory format.
-        kernel_size: as in torch, as are the others.
-        stride: None: that of the kernel.
-        padding: added on each side, as code 0, the smallest code.
-        dilation: between elements of a window.
+        codes: uint8 (n, c, h, w) or (c, h, w); any memory format.
+        kernel_size: height and width of a window: a list of two, or one number for both.
+        stride: distance of windows, a list of two or one number; None: the kernel's size.
+        padding: rows and columns of code 0, the smallest code, added on each side; a list of two or one number.
+        dilation: distance of the elements of a window, a list of two or one number.
         ceil_mode: whether a last window may reach beyond the padded input.
+
+    Returns:
+        uint8 (..., h', w') with the sizes that torch's pool gives; for a window of one element a view of ``codes``.
+
+    Raises:
+        RuntimeError: sizes that torch refuses, such as a padding of more than half of the window; the message is
+            torch's.
     """
     stride = kernel_size if stride is None or stride == [] else stride
-    for axis in (0, 1):
-        size, step, pad, spread = (_entry(value, axis) for value in (kernel_size, stride, padding, dilation))
+    pairs = [_pair(value) for value in (kernel_size, stride, padding, dilation)]
+    sizes = tuple(zip(*pairs, strict=False))
+    is_plain = codes.dim() in (3, 4) and all(len(pair) == 2 for pair in pairs)
+    if not (is_plain and all(map(_fits, codes.shape[-2:], sizes))):
+        # Rare: torch's own pool says whether these sizes are allowed. On the meta device it has no other work.
+        empty = torch.empty(codes.shape, device="meta")
+        F.max_pool2d(empty, kernel_size, stride, padding, dilation, ceil_mode)
+    for axis, (size, step, pad, spread) in enumerate(sizes):
         codes = _along(codes, axis - 2, size, step, pad, spread, ceil_mode)
     return codes
 
 
-def _entry(value: int | list[int], axis: int) -> int:
-    if isinstance(value, int):
-        return value
-    return value[axis] if len(value) == 2 else value[0]
+def _pair(value: int | list[int]) -> tuple[int, ...]:
+    """Return height and width; what torch refuses may have another length."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
+
+
+def _fits(length: int, sizes: tuple[int, ...]) -> bool:
+    """Whether a window fits into an axis of the input, and has at most half of its size as padding."""
+    size, step, pad, spread = sizes
+    return min(size, step, spread) > 0 <= pad <= size // 2 and spread * (size - 1) < length + 2 * pad
 
 
 def _along(codes: Tensor, axis: int, size: int, step: int, pad: int, spread: int, ceil_mode: bool) -> Tensor:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tritonq.functional.functions import requantized
 from tritonq.grid import Grid
 from tritonq.nn.functions import ElementwiseLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.functions import Function, onto_output
+from tritonq.reference.functions import Function
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,16 @@ class Clip(ElementwiseLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result as integer runtimes compute it: ``x`` is rounded to the output's grid, then clipped."""
         with torch.no_grad():
-            values = (x.float() / source.scale).round_().mul_(source.scale)
-            return self.function(onto_output(values, output))
+            return self.function(requantized(x, source, output))
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return :meth:`exact` for ``torch.compile``.
+        """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        ``x`` is rounded to the output's grid if that is on, then clipped.
+        It is computed as by :meth:`exact` while both grids are on, else as by :meth:`compute`.
         """
         from tritonq.functional.traced import eval_mode
 
-        return self.function(eval_mode.on_grid(x, output))
+        return self.function(eval_mode.on_grid(x, output, source))
 
     def extra_repr(self) -> str:
         """Return the bounds for ``repr``."""

@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize_base import FakeQuantizeBase
-from tritonq.functional.functions import function_codes, integer_function, quantized_function
+from tritonq.functional.functions import function_codes, integer_function, integer_prelu, quantized_function
 from tritonq.functional.host_grid import HostGrid
 from tritonq.grid import Grid
 from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import lies_on_grid
 from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.functions import Function, onto_output
+from tritonq.reference.functions import Function
 
 
 class ElementwiseLayer(UnaryLayer):
@@ -155,15 +154,16 @@ class PReLU(UnaryLayer, nn.PReLU):
 
         ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
         """
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            values = (x.float() / source.scale).round_().mul_(source.scale)
-            return onto_output(F.prelu(values, self.weight.float()), output)
+        return integer_prelu(x, self.weight, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the result for ``torch.compile``, rounded to the output's grid if that is on."""
+        """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
+
+        It is computed as by :meth:`exact` while both grids are on, else as by :meth:`compute`.
+        """
         from tritonq.functional.traced import eval_mode
 
-        return eval_mode.on_grid(self.compute(x), output)
+        return eval_mode.prelu(x, self.weight, source, output)
 
 
 # What each module of torch.nn computes.

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonq.functional.average_pool import integer_average
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.functions import integer_function
+from tritonq.functional.functions import integer_function, integer_prelu, requantized
 from tritonq.functional.integer import integer_sums, onto_grid, to_integers
 from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
@@ -64,7 +65,7 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
     """Return ``a + b`` or another join; if all grids are on, as integer runtimes compute it (:func:`integer_join`).
 
     Args:
-        kind: ``"add"``, ``"sub"``, ``"mul"`` or ``"matmul"``.
+        kind: one of :data:`tritonq.functional.integer_joins.JoinKind`.
         a: float tensor on ``grid_a``.
         b: the same for ``grid_b``; broadcasts against ``a``.
         grid_a: grid of ``a``, per tensor.
@@ -78,9 +79,33 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
     return result
 
 
-def on_grid(x: Tensor, output: Grid) -> Tensor:
-    """Return ``round(x / s) · s`` in ``x``'s dtype if the grid is on, else ``x``; without gradient."""
-    result: Tensor = _on_grid(x.detach(), output)
+def on_grid(x: Tensor, output: Grid, source: Grid | None = None) -> Tensor:
+    """Return ``round(x / s) · s`` in ``x``'s dtype if the grids are on, else ``x``; without gradient.
+
+    Args:
+        x: float tensor.
+        output: the grid with scale s, per tensor.
+        source: the grid that ``x`` lies on, per tensor, to which it is rounded first in float32; None: unknown.
+    """
+    result: Tensor = _on_grid(x.detach(), output, source)
+    return result
+
+
+def prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
+    """Return a PReLU of ``x``: on the output's grid, if both grids are on, else by torch's function.
+
+    The first is the result of :func:`integer_prelu`.
+
+    Args:
+        x: float tensor on the grid of ``source``.
+        weight: float, (1,) or one per channel on axis 1.
+        source: grid of the input, per tensor.
+        output: grid of the quantizer behind the operation, per tensor.
+
+    Returns:
+        Tensor in ``x``'s dtype; without gradient.
+    """
+    result: Tensor = _prelu(x.detach(), weight.detach(), source, output)
     return result
 
 
@@ -184,9 +209,21 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
 
 
 @operator(returns=Like("x"))
-def run_on_grid(x: Tensor, output: Grid) -> Tensor:
+def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
     """Compute :func:`on_grid` when the compiled graph runs; same arguments and result."""
-    return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
+    if source is None:
+        return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
+    return _chosen((source, output), lambda: requantized(x, source, output).to(x.dtype), lambda: x.clone())
+
+
+@operator(returns=Like("x"))
+def run_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
+    """Compute :func:`prelu` when the compiled graph runs; same arguments and result."""
+    return _chosen(
+        (source, output),
+        lambda: integer_prelu(x, weight, source, output).to(x.dtype),
+        lambda: F.prelu(x, weight.to(x.dtype)).to(x.dtype),
+    )
 
 
 def _averaging(axes: AxesAverage | None, window: WindowAverage | None, sizes: tuple[int, ...] | None) -> Averaging:
@@ -238,6 +275,6 @@ def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[],
 
 
 _affine, _join = traced_operator("eval_affine", run_affine), traced_operator("eval_join", run_join)
-_on_grid = traced_operator("eval_on_grid", run_on_grid)
+_on_grid, _prelu = traced_operator("eval_on_grid", run_on_grid), traced_operator("eval_prelu", run_prelu)
 _average = traced_operator("eval_average", run_average)
 _function = traced_operator("eval_function", run_function)
