@@ -40,6 +40,21 @@ def test_everything_of_the_default():
     assert check_quantizer(tritonq.FakeQuantize)[-2:] == ["compile", "onnx"]
 
 
+class Dithered(tritonq.FakeQuantize):
+    def quantize(self, x):
+        if self.training:
+            x = x + self.fake_quant_enabled * (torch.rand_like(x) - 0.5) * self.scale
+        return super().quantize(x)
+
+
+def test_random_numbers_in_training_compile_and_leave_the_users_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    assert check_quantizer(Dithered, exported=False)[-1] == "compile"
+    assert torch.equal(torch.rand(1), expected)
+
+
 class ObservesInEval(tritonq.FakeQuantize):
     def forward(self, x, observe=True):
         self.observe(x)
