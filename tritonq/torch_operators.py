@@ -32,9 +32,9 @@ class use_in_torch:  # noqa: N801, as torch.no_grad: used like a function
     that torch refuses, and, in the learnable per-tensor operator's backward, negative zero points. (On a GPU, zero
     points per channel that lie out of range are not looked for, since that would wait for the device.) Traced graphs
     (torch.compile, export) hold torch's operators as before and call tritonq's implementations when they run, unless
-    the compiler has made a kernel of its own of them. What torch's operators raise for without need is computed (empty
-    tensors, learned scales in 16 bits); gradients of scales are 0 for an empty tensor. A batch with NaN or infinities is left out of a running range;
-    torch's own operator would take it in for good.
+    the compiler has made a kernel of its own of them. Some calls that torch's operators fail in are computed (empty
+    tensors, learned scales in 16 bits); an empty tensor's gradients of scales are 0. A batch with NaN or infinities is
+    left out of a running range; torch's own operator would take it in for good.
 
     torch's dispatcher is one for the process: other threads see the change too. Uses can be nested; the last one to be
     removed takes everything back.
