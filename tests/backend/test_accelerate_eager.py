@@ -335,6 +335,9 @@ def test_mistakes_leave_the_model_as_it_was(inplace):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(ValueError, match=r"no library .* prepared this model .* Conv2d, ReLU, Sequential"):
         tritonq.accelerate(plain, inplace)
+    own = tritonq.prepare_qat(plain, example_inputs=images(0))
+    with pytest.raises(ValueError, match=r"the 3 quantizers of this model, '.*' first, are tritonq's"):
+        tritonq.accelerate(own, inplace)
     with pytest.raises(ValueError, match="not accelerated"):
         tritonq.restore(plain)
     with pytest.raises(TypeError, match="got int"):

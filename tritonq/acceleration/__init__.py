@@ -19,6 +19,7 @@ from torch import nn
 
 from tritonq.acceleration import eager, graph_modules, tensor_quantizers
 from tritonq.acceleration.report import AccelerationReport, Row
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
 
@@ -70,11 +71,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise ValueError("this model is accelerated already; tritonq.restore(model) undoes it")
     found = [library for library in _LIBRARIES if library.is_prepared(model)]
     if not found:
-        classes = sorted({type(module).__name__ for module in model.modules()})
-        raise ValueError(
-            "no library that accelerate knows prepared this model for quantization-aware training; its modules are "
-            + ", ".join(classes[:8] + ["…"] * (len(classes) > 8))
-        )
+        raise ValueError(_what_it_is(model))
     for library in found:
         _check_version(library.package(model))
     if not inplace:
@@ -123,6 +120,21 @@ def report_of(model: nn.Module) -> AccelerationReport | None:
     """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change."""
     report: AccelerationReport | None = model.__dict__.get(_REPORT)
     return report
+
+
+def _what_it_is(model: nn.Module) -> str:
+    """Return a sentence on a model in which :func:`accelerate` finds nothing to change."""
+    own = [name for name, module in model.named_modules() if isinstance(module, SwitchedQuantizer)]
+    if own:
+        return (
+            f"the {len(own)} quantizers of this model, {own[0]!r} first, are tritonq's, and run its operators as they "
+            "are; accelerate changes those of torch.ao, torchao and Model-Optimizer"
+        )
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    return (
+        "no library that accelerate knows prepared this model for quantization-aware training; its modules are "
+        + ", ".join(classes[:8] + ["…"] * (len(classes) > 8))
+    )
 
 
 def _check_version(package: str) -> None:
