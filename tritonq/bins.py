@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tritonq.whole_numbers import whole_number
+
 _EXPONENT_BIAS = 127
 _FLOAT_MANTISSA = 23
 MAX_MANTISSA_BITS = 8
@@ -61,7 +63,8 @@ class FloatPrefixBins:
         Raises:
             ValueError: ``bins`` is not a power of two in 128..32768.
         """
-        mantissa_bits = bins.bit_length() - 1 - _LOG2_OCTAVES if isinstance(bins, int) else -1
+        whole = whole_number(bins)
+        mantissa_bits = -1 if whole is None else whole.bit_length() - 1 - _LOG2_OCTAVES
         if bins != 1 << max(0, mantissa_bits + _LOG2_OCTAVES) or not 0 <= mantissa_bits <= MAX_MANTISSA_BITS:
             low, high = 1 << _LOG2_OCTAVES, 1 << (_LOG2_OCTAVES + MAX_MANTISSA_BITS)
             raise ValueError(f"bins must be a power of two in {low}..{high}, got {bins!r}")

@@ -7,6 +7,8 @@ from math import prod
 
 from torch import Tensor, nn
 
+from tritonq.whole_numbers import keep_whole_numbers, whole_number
+
 
 @dataclass(frozen=True)
 class Granularity:
@@ -35,8 +37,9 @@ class Granularity:
 
     def __post_init__(self) -> None:
         for name, value in (("axis", self.axis), ("group", self.group)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            if value is not None and whole_number(value) is None:
                 raise TypeError(f"{name} must be an int or None, got {value!r}")
+        keep_whole_numbers(self, axis=self.axis, group=self.group)
         if self.group is not None and (self.axis is None or self.group < 1):
             raise ValueError(f"groups of at least one element lie along an axis, got {self.group} along {self.axis}")
 

@@ -9,6 +9,7 @@ import torch
 
 from tritonq.formats import FLOAT_FORMATS, CodeSet, FloatCodes, FloatFormat
 from tritonq.granularity import Granularity
+from tritonq.whole_numbers import keep_whole_numbers, whole_number
 
 Rounding = Literal["half_even", "half_away"]
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
@@ -28,7 +29,7 @@ def check_code_range(quant_min: int, quant_max: int) -> None:
         ValueError: ``quant_min`` is not below ``quant_max``, or they span more than 2^32 codes.
     """
     for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if whole_number(value) is None:
             raise TypeError(f"{name} must be an int, got {value!r}")
     if quant_min >= quant_max:
         raise ValueError(f"quant_min must be below quant_max, got {quant_min} and {quant_max}")
@@ -83,6 +84,7 @@ class QuantizedType:
     def __post_init__(self) -> None:
         check_code_range(self.quant_min, self.quant_max)
         Granularity(self.axis, self.group)
+        keep_whole_numbers(self, quant_min=self.quant_min, quant_max=self.quant_max, axis=self.axis, group=self.group)
         check_rounding(self.rounding)
         if self.codes not in get_args(CodeSet):
             raise ValueError(f"unknown codes {self.codes!r}; known: {', '.join(get_args(CodeSet))}")
@@ -122,8 +124,10 @@ class QuantizedType:
             >>> QuantizedType.of(4, axis=1, group=32).granularity.scale_shape((8, 64))
             (8, 2)
         """
-        if not isinstance(bits, int) or isinstance(bits, bool):
+        whole = whole_number(bits)
+        if whole is None:
             raise TypeError(f"bits must be an int, got {bits!r}")
+        bits = whole
         if not 1 <= bits <= 32:
             raise ValueError(f"bits must be in 1..32, got {bits}")
         if narrow and (not signed or bits < 2):

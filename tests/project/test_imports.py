@@ -57,6 +57,7 @@ LAYERS = [
         "tritonq.qparams",
         "tritonq.quantized_type",
         "tritonq.granularity",
+        "tritonq.whole_numbers",
         "tritonq.arithmetic",
         "tritonq.bins",
         "tritonq.process_group",

@@ -19,6 +19,7 @@ from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fixed_point import power_of_two
+from tritonq.whole_numbers import whole_number
 
 Statistic = Literal["std", "mean_abs", "rms"]
 
@@ -35,7 +36,7 @@ def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
     Raises:
         ValueError: ``word_len`` is no integer in 2..16.
     """
-    if not isinstance(word_len, int) or isinstance(word_len, bool) or word_len not in _WORD_LENGTHS:
+    if whole_number(word_len) is None or word_len not in _WORD_LENGTHS:
         raise ValueError(f"word_len must be an integer in 2..16, got {word_len!r}")
     return (-(2 ** (word_len - 1)) + 1, 2 ** (word_len - 1) - 1) if signed else (0, 2**word_len - 1)
 
@@ -52,7 +53,7 @@ def largest_frac_len(word_len: int, signed: bool) -> int:
 
 def fixed_point_quantize(
     x: Tensor,
-    frac_len: int | Tensor,
+    frac_len: float | Tensor,
     word_len: int = 8,
     signed: bool = True,
     axis: int | None = None,
@@ -67,9 +68,9 @@ def fixed_point_quantize(
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
-        frac_len: fraction bits, 0..word_len - signed; an int, or a tensor of whole numbers, integers or floats, on
-            ``x``'s device, of one element, or (x.shape[axis],) with ``axis``. Values of CUDA tensors are not checked,
-            since that would synchronise.
+        frac_len: fraction bits, 0..word_len - signed; a whole number, or a tensor of whole numbers, integers or floats,
+            on ``x``'s device, of one element, or (x.shape[axis],) with ``axis``. Values of CUDA tensors are not
+            checked, since that would synchronise.
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
         axis: axis of ``x`` that ``frac_len`` runs along, or None.
@@ -193,7 +194,7 @@ def statistic_frac_len(
     return torch.where(metric > 0, exponent.clamp(0, largest), largest).to(torch.int32)
 
 
-def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:
+def _check_frac_len(frac_len: float | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:
     """Return ``frac_len`` as an int32 tensor on ``x``'s device, (1,) or (x.shape[axis],).
 
     Raises:
@@ -203,9 +204,10 @@ def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bo
     largest = largest_frac_len(word_len, signed)
     shape = (1,) if axis is None else (x.shape[axis],)
     if not isinstance(frac_len, Tensor):
-        if not isinstance(frac_len, int) or isinstance(frac_len, bool):
-            raise ValueError(f"frac_len must be an integer in 0..{largest}, got {frac_len!r}")
-        frac_len = torch.full(shape, frac_len, dtype=torch.int32, device=x.device)
+        length = whole_number(frac_len, of_floats=True)
+        if length is None:
+            raise ValueError(f"frac_len must be a whole number in 0..{largest}, got {frac_len!r}")
+        frac_len = torch.full(shape, length, dtype=torch.int32, device=x.device)
     elif frac_len.is_complex() or frac_len.dtype == torch.bool:
         raise ValueError(f"frac_len must hold whole numbers, got {frac_len.dtype}")
     elif frac_len.is_floating_point() and is_readable(frac_len) and not bool((frac_len == frac_len.round()).all()):

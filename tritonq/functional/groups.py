@@ -15,6 +15,7 @@ from tritonq.functional.validate import check_axis
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
 from tritonq.reference.fake_quant import quantize
+from tritonq.whole_numbers import whole_number
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def in_groups(
     """
     if axis is None:
         raise ValueError("groups lie along an axis, got axis=None")
-    if not isinstance(group_size, int) or isinstance(group_size, bool):
+    if whole_number(group_size) is None:
         raise TypeError(f"group_size must be an int, got {group_size!r}")
     rows = GroupRows(tuple(x.shape), Granularity(check_axis(x, axis), group_size))
     flat_zero = rows.flatten("zero_point", zero_point) if isinstance(zero_point, Tensor) else zero_point

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritonq.backend import Backend, implementation
 from tritonq.functional.validate import check_axis, check_float_tensor
+from tritonq.whole_numbers import whole_number
 
 # An index of a bin is a 32-bit integer, and exact in float32.
 _MOST_BINS = 2**24
@@ -45,8 +46,10 @@ def histogram(
         tensor([2, 2])
     """
     x = check_float_tensor("x", x).detach()
-    if not isinstance(bins, int) or isinstance(bins, bool):
+    whole = whole_number(bins)
+    if whole is None:
         raise TypeError(f"bins must be an int, got {bins!r}")
+    bins = whole
     if not 1 <= bins <= _MOST_BINS:
         raise ValueError(f"bins must be in 1..{_MOST_BINS}, got {bins}")
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.qparams import is_readable
+from tritonq.whole_numbers import whole_number
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -33,11 +34,12 @@ def check_axis(x: Tensor, axis: int) -> int:
         TypeError: it is no int.
         ValueError: ``x`` has no such axis.
     """
-    if not isinstance(axis, int) or isinstance(axis, bool):
+    whole = whole_number(axis)
+    if whole is None:
         raise TypeError(f"axis must be an int, got {axis!r}")
-    if not -x.dim() <= axis < x.dim():
+    if not -x.dim() <= whole < x.dim():
         raise ValueError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions {tuple(x.shape)}")
-    return axis % x.dim()
+    return whole % x.dim()
 
 
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
@@ -89,7 +91,7 @@ def check_zero_point(
         ValueError: wrong shape or device, or a value outside of ``quant_min .. quant_max``.
     """
     if not isinstance(zero_point, Tensor):
-        if not isinstance(zero_point, int) or isinstance(zero_point, bool):
+        if whole_number(zero_point) is None:
             raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point!r}")
         if not quant_min <= zero_point <= quant_max:
             raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point}")

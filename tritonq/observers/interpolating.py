@@ -12,6 +12,7 @@ from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import reduce_range, reduce_sums
 from tritonq.qparams import QParams
 from tritonq.reference.interpolating import MEGENGINE_SLICES, TORCH_SLICES, Interpolation, rebin
+from tritonq.whole_numbers import whole_number
 
 Range = tuple[float, float]
 
@@ -59,7 +60,8 @@ class InterpolatingHistogramObserver(RangeObserver):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(bins, int) or bins < 2:
+        whole = whole_number(bins)
+        if whole is None or whole < 2:
             raise ValueError(f"bins must be an int of at least 2, got {bins!r}")
         if interpolation not in get_args(Interpolation):
             raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(get_args(Interpolation))}")
@@ -67,10 +69,11 @@ class InterpolatingHistogramObserver(RangeObserver):
             raise ValueError("an interpolating histogram is kept per tensor; HistogramObserver keeps one per channel")
         if upsample_rate is None:
             upsample_rate = MEGENGINE_SLICES if interpolation == "megengine" else TORCH_SLICES
-        if not isinstance(upsample_rate, int) or upsample_rate < 1:
+        rate = whole_number(upsample_rate)
+        if rate is None or rate < 1:
             raise ValueError(f"upsample_rate must be an int of at least 1, got {upsample_rate!r}")
-        self.upsample_rate = upsample_rate
-        self.bins = bins
+        self.upsample_rate = rate
+        self.bins = bins = whole
         self.interpolation: Interpolation = interpolation
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=self.device))
         # What all ranks hold in common already, over a range of its own: a further merge must not add it again.
