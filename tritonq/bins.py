@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tritonq.whole_numbers import whole_number
+from tritonq.arithmetic import whole_number
 
 _EXPONENT_BIAS = 127
 _FLOAT_MANTISSA = 23

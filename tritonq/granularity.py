@@ -7,7 +7,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from tritonq.whole_numbers import keep_whole_numbers, whole_number
+from tritonq.arithmetic import keep_whole_numbers, whole_number
 
 
 @dataclass(frozen=True)

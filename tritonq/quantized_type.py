@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tritonq.arithmetic import keep_whole_numbers, whole_number
 from tritonq.formats import FLOAT_FORMATS, CodeSet, FloatCodes, FloatFormat
 from tritonq.granularity import Granularity
-from tritonq.whole_numbers import keep_whole_numbers, whole_number
 
 Rounding = Literal["half_even", "half_away"]
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)

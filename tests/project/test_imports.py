@@ -57,7 +57,6 @@ LAYERS = [
         "tritonq.qparams",
         "tritonq.quantized_type",
         "tritonq.granularity",
-        "tritonq.whole_numbers",
         "tritonq.arithmetic",
         "tritonq.bins",
         "tritonq.process_group",

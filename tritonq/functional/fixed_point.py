@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
@@ -19,7 +20,6 @@ from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fixed_point import power_of_two
-from tritonq.whole_numbers import whole_number
 
 Statistic = Literal["std", "mean_abs", "rms"]
 

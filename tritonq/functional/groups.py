@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.functional.validate import check_axis
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
 from tritonq.reference.fake_quant import quantize
-from tritonq.whole_numbers import whole_number
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.backend import Backend, implementation
 from tritonq.functional.validate import check_axis, check_float_tensor
-from tritonq.whole_numbers import whole_number
 
 # An index of a bin is a 32-bit integer, and exact in float32.
 _MOST_BINS = 2**24

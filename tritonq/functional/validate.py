@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.qparams import is_readable
-from tritonq.whole_numbers import whole_number
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)

@@ -7,12 +7,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.functional.dispatch import implementation, without_kernel
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import reduce_range, reduce_sums
 from tritonq.qparams import QParams
 from tritonq.reference.interpolating import MEGENGINE_SLICES, TORCH_SLICES, Interpolation, rebin
-from tritonq.whole_numbers import whole_number
 
 Range = tuple[float, float]
 
