@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the names of the chosen cases and stop")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--seconds", type=float, metavar="S", help="timing per case (default: 2 with --quick, else 4)")
+    parser.add_argument(
+        "--seconds", type=_duration, metavar="S", help="time per case (default: 2 with --quick, else 4)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: perf/results)")
 
 
@@ -224,6 +226,13 @@ def _device(choice: str) -> torch.device | None:
 def _one_line(text: str) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= _ERROR_LENGTH else flat[: _ERROR_LENGTH - 1] + "…"
+
+
+def _duration(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 import tritonq
+from tritonq.cli.messages import in_one_line
 from tritonq.near_misses import did_you_mean
 
 # What shells expect of a process that Ctrl-C ended.
@@ -146,12 +147,11 @@ def _warn_in_one_line(message: Warning | str, *where: object, **further: object)
 
 
 def _in_one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    """Return the line for an error; where memory is short, what helps against it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         first_line = next(iter(str(error).splitlines()), "")
         return f"too little memory; smaller batches and images need less: {first_line}".removesuffix(": ")
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_one_line(error)
 
 
 def _import(name: str, command: Command) -> ModuleType:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from tritonq.cli.preprocessing import (
     preprocessing_from_data,
     preprocessing_to_data,
 )
+from tritonq.cli.training_loop import Run
 from vision_models import import_torchvision, timm_model
 
 SMALL = Preprocessing(8, 8)
@@ -159,6 +162,44 @@ def test_a_file_that_vanishes_costs_nothing(workers, tmp_path, monkeypatch, caps
     step = read_training(tmp_path / "out" / "last.pt")[1]["step"]
     assert line.startswith(f"tritonq train: {data.train.paths[-1]} can't be read any more: ")
     assert line.endswith(f"{tmp_path / 'out' / 'last.pt'} holds step {step}, from which --resume goes on")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_held_out_file_that_vanishes_costs_nothing(workers, tmp_path, monkeypatch, capsys):
+    """Between a checkpoint in an epoch and the end of the epoch."""
+    folder = image_folder(tmp_path / "insects")
+    words = ("--workers", workers, "--mean=0", "--std=1", "--checkpoint-every=1", "--epochs=2")
+    assert train_on(folder, tmp_path / "whole", *words) == 0
+    data, save = open_examples(str(folder), SMALL), Run.save
+    content = data.test.paths[-1].read_bytes()
+
+    def save_and_vanish(self, last=False):
+        save(self, last)
+        data.test.paths[-1].unlink(missing_ok=True)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Run, "save", save_and_vanish)
+        assert train_on(folder, tmp_path / "out", *words) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    path = tmp_path / "out" / "last.pt"
+    assert line == (
+        f"tritonq train: {data.test.paths[-1]} can't be read any more: No such file or directory; {path} holds step "
+        f"{read_training(path)[1]['step']}, from which --resume goes on"
+    )
+    data.test.paths[-1].write_bytes(content)
+    assert train_on(folder, tmp_path / "out", *words, "--resume") == 0
+    found, expected = (read_training(tmp_path / name / "last.pt")[1] for name in ("out", "whole"))
+    assert found["history"] == expected["history"]
+    assert all(torch.equal(found["state_dict"][name], value) for name, value in expected["state_dict"].items())
+
+
+def test_what_cannot_be_written_is_told_once(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.csv")
+
+    monkeypatch.setattr("tritonq.cli.training_loop.write_csv", full)
+    assert train_on(image_folder(tmp_path / "insects"), tmp_path / "out", "--epochs=4") == 0
+    assert capsys.readouterr().err == "tritonq train: log.csv: No space left on device; training goes on\n"
 
 
 def test_channels_and_size_of_digits():

@@ -59,10 +59,18 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(*DIGITS, "--tensorboard", "--output", tmp_path / "out") == 1
+    assert one_line(capsys) == "tritonq train: --tensorboard needs tensorboard: pip install 'tritonq[tensorboard]'"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nowhere:f", "digits"], "the module 'nowhere' of 'nowhere:f' can't be imported"),
+        (["model.py:f", "digits"], "a module is named without its ending: model:f"),
         (["torch:tensro", "digits"], "the module 'torch' has no 'tensro'; did you mean 'tensor'"),
         (["torch", "digits"], "module:factory"),
         (["torch:ones", "digits", "--model-arg=size=(3,)"], "object of type Tensor"),

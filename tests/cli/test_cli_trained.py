@@ -130,6 +130,15 @@ def test_a_float_model_is_calibrated(trained, tmp_path, capsys):
     assert run("evaluate", tmp_path / "c.onnx", trained / "insects") == 0
 
 
+def test_hidden_folders_hold_no_images_to_predict(trained, tmp_path, capsys):
+    (tmp_path / ".thumbnails").mkdir()
+    for target in (tmp_path / "photo.png", tmp_path / ".thumbnails" / "photo.png"):
+        target.write_bytes((trained / "insects" / "ants" / "0.png").read_bytes())
+    assert run("predict", trained / "out" / "model.onnx", tmp_path) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'photo.png'}: ")
+
+
 def test_digits_with_any_factory(capsys):
     words = ["--model-arg=in_channels=1", "--model-arg=classes=10", "--model-arg=width=4"]
     assert run("evaluate", FACTORY, "digits", *words) == 0
@@ -140,10 +149,16 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
     out, photo = trained / "out", trained / "insects" / "ants" / "0.png"
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.onnx").write_bytes(b"no model")
+    (tmp_path / "program.pt2").write_bytes(b"a program")
     for words, message in (
         (["predict", out / "best.pt", photo], f"holds no code: name its model's factory ({FACTORY} says the file)"),
         (["predict", "torch.nn:Conv2d", photo, "--checkpoint", out / "best.pt"], f"was made with {FACTORY}, not with"),
         (["predict", "torch.nn:Conv2d", photo, "--checkpoint", out / "model.int8.pt"], f"was made with {FACTORY}, not"),
+        (["predict", tmp_path / "program.pt2", photo], "program.pt2 is for torch.export.load: name the checkpoint"),
+        (
+            ["evaluate", FACTORY, trained / "insects", "--checkpoint", tmp_path / "program.pt2"],
+            "is for torch.export.load",
+        ),
         (["predict", out, photo], f"{out} is a folder: name an .onnx file, or the model's factory as module:factory"),
         (["predict", "lastpt", photo], "lastpt is no file: name an .onnx file, or the model's factory"),
         (["predict", FACTORY, photo, *ARGUMENTS], "nothing says how the model's images are scaled"),

@@ -343,9 +343,12 @@ class TestCommand:
         assert code == 2
         assert "no GPU" in captured.err
 
-    def test_threads_must_be_positive(self, run):
+    @pytest.mark.parametrize(
+        "words", [("--threads", "0"), ("--seconds", "0"), ("--seconds", "-1"), ("--seconds", "nan")]
+    )
+    def test_threads_and_seconds_must_be_positive(self, words, run):
         with pytest.raises(SystemExit):
-            run("--threads", "0")
+            run(*words)
 
 
 def test_durations_are_readable():

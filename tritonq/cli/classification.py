@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tritonq.cli.folder import LabelledImages
+from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import leave_to_parent
 from tritonq.prepare.record.structure import tensors_in
 
@@ -61,13 +62,33 @@ def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
     return right / count
 
 
+class Batches:
+    """Batches that a loader reads: pairs of images, float32 (n, channels, height, width), and labels, int64 (n,)."""
+
+    def __init__(self, loader: DataLoader[tuple[Tensor, int]]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the batches.
+
+        Raises:
+            UnreadableImageError: a file can't be read any more; the message is one line.
+        """
+        try:
+            yield from self._loader
+        except UnreadableImageError as error:
+            # From a worker process comes its traceback, whose last line begins with the class.
+            reason = str(error).strip().splitlines()[-1].rpartition(f"{UnreadableImageError.__name__}: ")[2]
+            raise UnreadableImageError(reason) from error
+
+
 def batches_of(
     images: LabelledImages,
     batches: list[list[int]],
     workers: int,
     device: torch.device | None = None,
-) -> DataLoader[tuple[Tensor, int]]:
-    """Return a loader of the images with these indices, one batch for each list.
+) -> Batches:
+    """Return the images with these indices, one batch for each list.
 
     It has a random generator of its own, so that the training's is not used.
 
@@ -77,7 +98,7 @@ def batches_of(
         workers: processes that read images; 0: this one.
         device: where the batches will go; for a GPU they are in pinned memory.
     """
-    return DataLoader(
+    loader = DataLoader(
         images,
         batch_sampler=batches,
         num_workers=workers,
@@ -85,10 +106,11 @@ def batches_of(
         generator=torch.Generator(),
         worker_init_fn=leave_to_parent,
     )
+    return Batches(loader)
 
 
-def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> DataLoader[tuple[Tensor, int]]:
-    """Return a loader of all images once; with several ``ranks``, of every ``ranks``-th image from ``rank`` on."""
+def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> Batches:
+    """Return all images once; with several ``ranks``, of every ``ranks``-th image from ``rank`` on."""
     chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
     return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)
 

@@ -12,16 +12,15 @@ from tritonq.calibration import calibrate
 from tritonq.cli.checkpoints import ModelRecipe
 from tritonq.cli.data import add_data_option, open_examples, stacked
 from tritonq.cli.deployment import metadata, write_onnx
-from tritonq.cli.model_files import ONNX_SUFFIX, Trained, add_trained_arguments, open_trained
+from tritonq.cli.model_files import ONNX_SUFFIX, PROGRAM_SUFFIX, Trained, add_trained_arguments, open_trained
 from tritonq.cli.models import add_qconfig_argument, find_qconfig, prepare
 from tritonq.cli.paths import writable_file
 from tritonq.deploy import convert, export_program, save_converted
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.targets import ONNX_FORMS
 
-_PROGRAM_SUFFIX = ".pt2"
 _INT8_SUFFIX = ".pt"
-_SUFFIXES = (ONNX_SUFFIX, _INT8_SUFFIX, _PROGRAM_SUFFIX)
+_SUFFIXES = (ONNX_SUFFIX, _INT8_SUFFIX, PROGRAM_SUFFIX)
 _CALIBRATION_BATCH = 64
 
 
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target tensorrt. The ending says the format: .onnx, .pt (int8, for tritonq.load_converted), .pt2 (for "
         "torch.export.load). A float model is calibrated first: --checkpoint float.pt --calibrate photos."
     )
-    add_trained_arguments(parser)
+    add_trained_arguments(parser, onnx=False)
     parser.add_argument("output", type=Path, metavar="FILE", help=f"file to write, ending in {', '.join(_SUFFIXES)}")
     add_qconfig_argument(parser, "for --calibrate: ")
     parser.add_argument(
@@ -64,11 +63,11 @@ def main(arguments: argparse.Namespace) -> int:
         model = convert(model)
     if path.suffix == ONNX_SUFFIX:
         write_onnx(model, made, path, target=arguments.target)
-    elif path.suffix == _PROGRAM_SUFFIX:
+    elif path.suffix == PROGRAM_SUFFIX:
         export_program(model, path, made.preprocessing.example())
     else:
         save_converted(model, path, metadata=metadata(made))
-    said = "" if path.suffix != _PROGRAM_SUFFIX else f"; it reads images {made.preprocessing}"
+    said = "" if path.suffix != PROGRAM_SUFFIX else f"; it reads images {made.preprocessing}"
     print(f"written: {path} ({path.stat().st_size / 1000:.1f} kB), from {trained.title}{said}")
     return 0
 

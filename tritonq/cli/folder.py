@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tritonq.cli.augment import Augmentation
 from tritonq.cli.image_files import SUFFIXES, UnreadableImageError, decode
+from tritonq.cli.messages import reason_of
 from tritonq.cli.preprocessing import Preprocessing
 
 _TRAIN = "train"
@@ -149,11 +150,11 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
         folder = folder / _TRAIN
         names = _folders(folder)
     if len(names) < 2:
-        raise ValueError(f"training needs folders of at least two classes, {folder} holds {', '.join(names) or 'none'}")
+        raise ValueError(f"expected folders of at least two classes, {folder} holds {', '.join(names) or 'none'}")
     if validation is not None and (foreign := sorted(set(_folders(validation)) - set(names))):
         raise ValueError(f"{validation} has a class {foreign[0]!r} that {folder} has not")
     for name in names:
-        if next(_image_paths(folder / name), None) is None:
+        if next(image_paths(folder / name), None) is None:
             raise ValueError(f"class folder {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")
     return FolderLayout(folder, validation, names)
 
@@ -182,7 +183,7 @@ def readable_images(
     Raises:
         ValueError: a class with fewer readable images.
     """
-    paths = [(path, label) for label, name in enumerate(classes) for path in _image_paths(folder / name)]
+    paths = [(path, label) for label, name in enumerate(classes) for path in image_paths(folder / name)]
     found: list[ImageFile] = []
     skipped = 0
 
@@ -238,7 +239,7 @@ def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | s
         content = path.read_bytes()
         pixels = preprocessing.pixels(decode(path, content)).long()
     except (OSError, UnreadableImageError) as error:
-        return f"skipped {path}: {error}"
+        return f"skipped {path}: {reason_of(error)}"
     digest = hashlib.sha256(content).hexdigest()
     return ImageFile(path, label, digest, pixels.numel(), int(pixels.sum()), int(pixels.square().sum()))
 
@@ -250,7 +251,8 @@ def _folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
-def _image_paths(folder: Path) -> Iterator[Path]:
+def image_paths(folder: Path) -> Iterator[Path]:
+    """Yield the image files in ``folder`` and its sub-folders, sorted, without hidden files and folders."""
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tritonq.cli.messages import reason_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -47,7 +49,7 @@ def decode(path: Path, content: bytes | None = None) -> Image:
     except UnidentifiedImageError as error:  # its message names a Python object
         raise UnreadableImageError("not an image of a kind that Pillow reads") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them for damaged files
-        raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnreadableImageError(reason_of(error)) from error
 
 
 def _in_eight_bits(image: Image) -> Image:

@@ -1,4 +1,4 @@
-"""Open any file that `train` wrote (.pt, .onnx, .pt2), or a factory with weights, as a function of images to logits."""
+"""Open any file that `train` wrote (.pt, .onnx), or a factory with weights, as a function of images to logits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tritonq.cli.preprocessing import (
 from tritonq.deploy import load_converted, load_metadata
 from tritonq.deploy.checkpoint import FORMAT as CONVERTED
 
-ONNX_SUFFIX = ".onnx"
+ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ class Trained:
         return self.classes[label] if label < len(self.classes) else str(label)
 
 
-def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a model and its file, and those for scaling images where no file holds that."""
-    parser.add_argument("model", metavar="MODEL", help="module:factory of the float model, or an .onnx file")
+def add_trained_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True) -> None:
+    """Add the options that name a model and its file, and those for scaling images where no file holds that.
+
+    ``onnx`` says whether the command takes ONNX files as well.
+    """
+    origin = "module:factory of the float model, or an .onnx file" if onnx else "module:factory of the float model"
+    parser.add_argument("model", metavar="MODEL", help=origin)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -93,6 +97,9 @@ def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trai
         if checkpoint is not None:
             raise ValueError(f"{spec} holds its weights: leave out --checkpoint")
         return _from_onnx(Path(spec), arguments, digits)
+    for path in (Path(spec), checkpoint):
+        if path is not None and path.suffix == PROGRAM_SUFFIX and path.is_file():
+            raise ValueError(f"{path} is for torch.export.load: name the checkpoint that it came from")
     if Path(spec).is_file():
         raise ValueError(
             f"{spec} holds no code: name its model's factory{_factory_in(Path(spec))}, and the file with --checkpoint"

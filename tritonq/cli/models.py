@@ -63,7 +63,9 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     try:
         factory: Any = importlib.import_module(module_name)
     except Exception as error:  # an import runs the module, which may raise anything
-        reason = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        if module_name.endswith(".py"):
+            reason = f"a module is named without its ending: {module_name.removesuffix('.py')}:{factory_name}"
         raise ValueError(f"the module {module_name!r} of {spec!r} can't be imported: {reason}") from error
     for part in factory_name.split("."):
         if not hasattr(factory, part):

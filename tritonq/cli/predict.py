@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tritonq.cli.image_files import SUFFIXES, UnreadableImageError, decode
+from tritonq.cli.folder import image_paths
+from tritonq.cli.image_files import UnreadableImageError, decode
 from tritonq.cli.model_files import Trained, add_trained_arguments, open_trained
 
 _BATCH = 64
@@ -67,7 +68,7 @@ def _print(trained: Trained, paths: Sequence[Path], images: torch.Tensor, top: i
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            found = list(image_paths(path))
             if not found:
                 raise ValueError(f"{path} holds no image")
             yield from found

@@ -31,7 +31,7 @@ from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_prepro
 from tritonq.cli.processes import Processes, join, leave
 from tritonq.cli.same_run import check_before_images
 from tritonq.cli.settings import AMP, Settings
-from tritonq.cli.training_log import TensorBoard
+from tritonq.cli.training_log import TensorBoard, check_tensorboard
 from tritonq.cli.training_loop import Run
 from tritonq.deploy.convert import why_not_deployable
 from tritonq.prepare import update_bn_stats
@@ -127,8 +127,11 @@ def _main(arguments: argparse.Namespace) -> int:
     _check_classes(model, made)
     trainable = prepare(made, copy.deepcopy(model))
     check_trains(trainable, arguments.qconfig)
+    wants_board = arguments.tensorboard and processes.is_first
+    if wants_board:
+        check_tensorboard()
     saved = _saved_run(arguments, made, settings, processes)
-    board = TensorBoard(arguments.output / "tensorboard") if arguments.tensorboard and processes.is_first else None
+    board = TensorBoard(arguments.output / "tensorboard") if wants_board else None
 
     quiet = not processes.is_first
     data = open_examples(arguments.data, preprocessing, arguments.validation, arguments.workers, quiet=quiet)

@@ -49,18 +49,20 @@ def history_from_data(data: Any) -> list[Epoch]:
     return [Epoch(**row) for row in data]
 
 
-class TensorBoard:
-    """Loss, accuracy and learning rate for TensorBoard.
+def check_tensorboard() -> None:
+    """Raise ValueError if TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--tensorboard needs tensorboard: pip install 'tritonq[tensorboard]'") from error
 
-    Raises:
-        ValueError: it is not installed.
-    """
+
+class TensorBoard:
+    """Loss, accuracy and learning rate for TensorBoard, which must be installed."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("--tensorboard needs tensorboard: pip install 'tritonq[tensorboard]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(folder)
 
     def add(self, epoch: Epoch) -> None:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tritonq.cli.augment import Augmentation
 from tritonq.cli.checkpoints import ModelRecipe, load_state, read_training, save_training
-from tritonq.cli.classification import batches_of, count_right, first_tensor, in_order, logits
+from tritonq.cli.classification import Batches, batches_of, count_right, first_tensor, in_order, logits
 from tritonq.cli.data import Examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch, check_finite
 from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import Interrupted, Interruptions
+from tritonq.cli.messages import in_one_line
 from tritonq.cli.processes import Processes
 from tritonq.cli.same_run import check_same_run, is_extended, saved_settings
 from tritonq.cli.settings import AMP, Settings
@@ -81,6 +81,8 @@ class Run:
         self.history: list[Epoch] = []
         self.stopped = False
         self.saved_step: int | None = None
+        # Reasons why files could not be written, each of which is told once.
+        self._told: set[str] = set()
         # Sum of the losses of this epoch's images, on the device.
         self.loss_sum = torch.zeros((), device=self.device)
         # A last batch of one image per process has no statistics: it is left out, another one each epoch.
@@ -106,7 +108,8 @@ class Run:
         Raises:
             DivergenceError: a loss, gradient or weight is not finite; the last checkpoint is from before.
             Interrupted: by a signal, after a step and its checkpoint.
-            UnreadableImageError: a file vanished; all steps before are in the checkpoint.
+            UnreadableImageError: a file vanished. The checkpoint holds all steps before; if the image is held out, only
+                those up to the checkpoint before.
         """
         if self.processes.is_first:
             remove_leftovers(self.path)
@@ -117,6 +120,10 @@ class Run:
             kept = self._saved()
             remains = f"{kept}, before it" if kept else "no checkpoint was written"
             raise DivergenceError(f"{error}; {remains}") from error
+        except UnreadableImageError as error:
+            kept = self._saved()
+            goes_on = f"{kept}, from which --resume goes on" if kept else "no checkpoint was written"
+            raise UnreadableImageError(f"{error}; {goes_on}") from error
 
     def _saved(self) -> str:
         """Return in words which step the last checkpoint holds; "" if there is no checkpoint."""
@@ -147,25 +154,22 @@ class Run:
 
     def _tell(self, bar: tqdm[Any], done: Epoch) -> None:
         if self.processes.is_first:
-            best = " (the best so far)" if self.best is done else ""
-            bar.write(f"{done}{best}", file=sys.stdout)
+            as_good = any(epoch.accuracy == done.accuracy for epoch in self.history[:-1])
+            best = "as good as the best so far, which it replaces" if as_good else "the best so far"
+            bar.write(f"{done} ({best})" if self.best is done else str(done), file=sys.stdout)
             sys.stdout.flush()
 
     def _until_one_vanishes(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches.
 
-        If a file can't be read any longer, write a checkpoint of the steps so far, and raise the error.
+        If a file can't be read any more, write a checkpoint of the steps so far, and raise the error.
         """
         try:
             yield from batches
-        except UnreadableImageError as error:
+        except UnreadableImageError:
             if not self.processes.together:
                 self.save(last=True)
-            # From a worker process comes its traceback, whose last line begins with the class.
-            reason = str(error).strip().splitlines()[-1].rpartition(f"{UnreadableImageError.__name__}: ")[2]
-            kept = self._saved()
-            goes_on = f"{kept}, from which --resume goes on" if kept else "no checkpoint was written"
-            raise UnreadableImageError(f"{reason}; {goes_on}") from error
+            raise
 
     def _leave(self, number: int) -> None:
         if self.step < self.steps and not self.stopped:
@@ -174,7 +178,7 @@ class Run:
                 f"interrupted after step {self.step} of {self.steps}: --resume goes on from there", number
             )
 
-    def _batches(self, epoch: int) -> DataLoader[tuple[Tensor, int]]:
+    def _batches(self, epoch: int) -> Batches:
         """Return the batches of an epoch that are still to come; of each batch the part of this process."""
         chunks = torch.split(self._order(epoch), self.settings.batch_size)[: self.steps_per_epoch]
         first, step = self.processes.rank, self.processes.count
@@ -238,13 +242,14 @@ class Run:
         self.loss_sum.zero_()
         self.stopped = self._has_waited()
         if self.processes.is_first:
-            if self.board is not None:
-                self.board.add(done)
-            _kept(lambda: write_csv(self.folder / "log.csv", self.history))
+            board = self.board
+            if board is not None:
+                self._kept(lambda: board.add(done))
+            self._kept(lambda: write_csv(self.folder / "log.csv", self.history))
             if self.best is done:
                 check_finite(self.model, self.step)
                 state = {"step": self.step, "state_dict": self.model.state_dict(), "accuracy": done.accuracy}
-                _kept(lambda: save_training(self.best_path, self.made, state))
+                self._kept(lambda: save_training(self.best_path, self.made, state))
         return done
 
     def _has_waited(self) -> bool:
@@ -280,9 +285,24 @@ class Run:
         }
         if last:
             save_training(self.path, self.made, state)
-        elif not _kept(lambda: save_training(self.path, self.made, state)):
+        elif not self._kept(lambda: save_training(self.path, self.made, state)):
             return
         self.saved_step = self.step
+
+    def _kept(self, write: Callable[[], object]) -> bool:
+        """Write a file that training can do without for now; return whether it was written.
+
+        If it was not, print a line: one for each reason, however often it is tried.
+        """
+        try:
+            write()
+        except OSError as error:
+            reason = in_one_line(error)
+            if reason not in self._told:
+                print(f"tritonq train: {reason}; training goes on", file=sys.stderr, flush=True)
+                self._told.add(reason)
+            return False
+        return True
 
     def resume(self) -> int:
         """Load the state of the checkpoint ``last.pt``; return its step. A finished run may be given more epochs.
@@ -359,13 +379,3 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def _kept(write: Callable[[], object]) -> bool:
-    """Write a file that training can do without for now; return whether it was written, and print a line if not."""
-    try:
-        write()
-    except OSError as error:
-        print(f"tritonq train: {error}; training goes on", file=sys.stderr, flush=True)
-        return False
-    return True

@@ -1,0 +1,17 @@
+"""Errors as one line for the terminal."""
+
+from __future__ import annotations
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, without the name of the file: ``No such file or directory``."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what failed and why, with the name of the file if the error has one."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return reason_of(error)
