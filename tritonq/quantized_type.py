@@ -223,7 +223,7 @@ class QuantizedType:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The quantized dtype of torch for these codes: quint8, qint8 or qint32; None for floats and groups."""
+        """The quantized dtype that torch has for these codes (quint8, qint8, qint32); None for floats and groups."""
         if self.codes != "integer" or self.group is not None or self.quant_max > torch.iinfo(torch.int32).max:
             return None
         if max(-1 - self.quant_min, self.quant_max) <= torch.iinfo(torch.int8).max and self.signed:
