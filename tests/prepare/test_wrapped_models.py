@@ -1,12 +1,13 @@
 """Models that others wrapped before or after preparation: torch.compile, accelerate's autocast."""
 
+import copy
 import threading
 import types
 import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import tritonq
 from prepared_nets import X, conv
@@ -163,6 +164,65 @@ def test_models_that_hold_activations_can_be_prepared_and_converted():
     assert tritonq.verify(prepared.eval(), tritonq.convert(prepared), X).agrees()
     with pytest.raises(ValueError, match=r"copied \(attribute 'unlucky' of the model, a lock\).*inplace=True"):
         tritonq.prepare_qat(Remembers(threading.Lock()), example_inputs=X)
+
+
+class Shortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.act, self.last = conv(), conv(), nn.ReLU(), nn.Bilinear(4, 4, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.act(self.second(x))
+
+
+class TwoGraphs(fx.GraphModule):
+    """As torchvision's ``create_feature_extractor`` makes them: ``train()`` puts one of two graphs in place."""
+
+    def __init__(self, root, train_graph, eval_graph):
+        super().__init__(root, train_graph)
+        self.train_graph, self.eval_graph = train_graph, eval_graph
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.graph = self.train_graph if mode else self.eval_graph
+        return super().train(mode)
+
+    def _deepcopy_init(self):
+        def made_anew(module, root, graph):
+            module.__init__(root, root.train_graph, root.eval_graph)
+
+        return made_anew
+
+
+def test_feature_extractors_with_a_graph_for_each_mode_keep_their_quantizers():
+    root = Shortcut()
+    graphs = fx.Tracer().trace(root), fx.Tracer().trace(root)
+    made = TwoGraphs(root, *graphs)
+    prepared = tritonq.prepare_qat(made, example_inputs=X)
+    for mode in (True, False, True, False):
+        prepared.train(mode)
+        assert "self.add" in prepared.code
+        assert torch.equal(copy.deepcopy(prepared).train(mode)(X), prepared(X))
+    assert torch.equal(tritonq.convert(prepared)(X), prepared(X))
+    (node,) = (node for node in made.train_graph.nodes if node.name == "act")
+    node.replace_all_uses_with(node.args[0])
+    with pytest.raises(ValueError, match=r"the model is a .* with one graph for training and another for eval mode"):
+        tritonq.prepare_qat(made, example_inputs=X)
+
+
+def test_a_graph_module_that_cannot_be_prepared_keeps_its_forward():
+    class Ends(Shortcut):
+        def forward(self, x):
+            y = super().forward(x).mean((2, 3))
+            return self.last(y, y)
+
+    made = fx.symbolic_trace(Ends()).eval()
+    expected, code = made(X), made.code
+    with pytest.raises(ValueError, match=r"last: Bilinear has no quantized form\. With strict=True"):
+        tritonq.prepare_qat(made, example_inputs=X, strict=True, inplace=True)
+    assert made.code == code
+    assert torch.equal(made(X), expected)
 
 
 @pytest.mark.parametrize("maker", ["torch.jit", "torch.export"])

@@ -35,6 +35,7 @@ from tritonq.prepare.driver import prepare_recorded
 from tritonq.prepare.earlier_paths import register_earlier_paths
 from tritonq.prepare.edit.eager import prepare_eager
 from tritonq.prepare.edit.fuse import fuse_known_modules, fuse_modules_qat
+from tritonq.prepare.forwards.graph_module import differs_by_mode
 from tritonq.prepare.record.example import record_examples
 from tritonq.prepare.record.snapshot import copied, undone_on_error
 from tritonq.prepare.switches import (
@@ -155,7 +156,10 @@ def prepare_qat(
 
 
 def _refuse_what_has_no_modules(model: nn.Module) -> None:
-    """Raise ValueError if torch.jit or torch.export made the model: its layers are functions of one graph."""
+    """Raise ValueError if torch.jit or torch.export made the model: its layers are functions of one graph.
+
+    Also if a part of it has one graph for training and another for eval mode.
+    """
     maker = "torch.jit" if isinstance(model, ScriptModule) else ""
     if isinstance(model, GraphModule) and type(model.graph._codegen) is not CodeGen:
         maker = "torch.export"
@@ -164,6 +168,12 @@ def _refuse_what_has_no_modules(model: nn.Module) -> None:
             f"{maker} made this {type(model).__name__}, in which layers are functions of one graph: prepare the model "
             f"itself, and hand the converted one to {maker}"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, GraphModule) and differs_by_mode(module):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} with one graph for training and another for eval "
+                "mode: prepare the model that they were made of, or a torch.fx.GraphModule with one of them"
+            )
 
 
 __all__ = [

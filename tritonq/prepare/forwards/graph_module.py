@@ -46,7 +46,23 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
         result: Any = output.args[0]
         with graph.inserting_before(output):
             output.args = (graph.call_module(data["returns"], (result,)),)
+    for name in _further_graphs(module):
+        setattr(module, name, graph)
     module.graph = graph
+
+
+def differs_by_mode(module: fx.GraphModule) -> bool:
+    """Whether a GraphModule keeps further graphs, such as one for training, which compute something else than its own.
+
+    torchvision's feature extractors are such: ``train()`` makes one of two graphs the present one.
+    """
+    code = module.graph.python_code("self").src
+    return any(graph.python_code("self").src != code for graph in _further_graphs(module).values())
+
+
+def _further_graphs(module: fx.GraphModule) -> dict[str, fx.Graph]:
+    """Return the graphs that a GraphModule keeps besides its present one, by attribute."""
+    return {name: held for name, held in vars(module).items() if isinstance(held, fx.Graph) and name != "_graph"}
 
 
 def _pass_through(graph: fx.Graph, node: fx.Node, after: fx.Node, child: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
 from tritonq.prepare.record.closures import rebind_closures
@@ -109,6 +110,8 @@ class _ModuleState:
         self.module = module
         self.training = module.training
         self.cls = type(module)
+        # A GraphModule has a class of its own, in which a new graph writes its forward.
+        self.forward = vars(self.cls).get("forward") if isinstance(module, GraphModule) else None
         self.attributes = dict(module.__dict__)
         # Registries (_modules, _parameters, hooks, …) and lists are changed in place: their contents are kept too.
         self.contents = {key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, _CONTAINERS)}
@@ -121,6 +124,8 @@ class _ModuleState:
             self.module.training = self.training  # nothing else of it is in Python's hands
             return
         self.module.__class__ = self.cls
+        if self.forward is not None:
+            self.cls.forward = self.forward
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
         for key, contents in self.contents.items():
