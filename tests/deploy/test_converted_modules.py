@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tritonq
-from tolerances import SUMS, assert_close
+from tolerances import HALF, SUMS, assert_close
+from tritonq.prepare.forwards.edited import forward_source
 
 
 class Patches(nn.Module):
@@ -83,6 +84,39 @@ def test_scales_keep_their_type_and_value_in_half_precision(models):
     converted.half().float()
     assert torch.equal(converted.head.weight_scale, scale)
     assert torch.equal(converted(x), before)
+
+
+class Tokens(Patches):
+    """Also adds a parameter of its own, which has the dtype of the model, and normalises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.layer_norm, self.middle = nn.Parameter(torch.zeros(8)), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.projection.weight.dtype).to(next(self.parameters()).device)
+        x = self.projection(x).mean((2, 3)) + self.start.to(self.dtype)
+        return self.head(self.layer_norm(x + self.middle(x)))
+
+
+@pytest.mark.filterwarnings("ignore:bfloat16 merges neighbouring codes:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["qat", "converted"])
+def test_forwards_that_ask_for_a_dtype_follow_the_model(kind, dtype):
+    x = torch.randn(4, 3, 8, 8)
+    qat = tritonq.prepare_qat(Tokens(), example_inputs=x, warn=False)
+    qat(x).sum().backward()
+    model = qat.eval() if kind == "qat" else tritonq.convert(qat.eval())
+    # An edited forward must ask, too: a constant of it would stay when the model moves.
+    source = "".join(forward_source(model).values())
+    assert "device(" not in source
+    assert "torch.float32" not in source
+    expected = model(x)
+    moved = copy.deepcopy(model).to(dtype)
+    assert moved.projection.weight.dtype == dtype
+    y = moved(x.to(dtype))
+    assert y.dtype == dtype
+    assert_close(y.float(), expected, HALF, size=10)
 
 
 def test_tables_read_as_float_values():

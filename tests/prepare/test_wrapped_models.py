@@ -143,6 +143,25 @@ def test_adapters_of_low_rank_stay_in_float_beside_a_frozen_layer(rank, frozen):
     assert tritonq.verify(prepared.eval(), tritonq.convert(prepared), x).agrees()
 
 
+def test_adapters_of_layers_with_one_input_are_told_beside_their_own_layer():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v, self.out = LowRank(nn.Linear(8, 8), 2), LowRank(nn.Linear(8, 8), 2), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.q(x)) * self.v(x))
+
+    prepared = tritonq.prepare_qat(Gate(), example_inputs=torch.randn(4, 8), warn=False)
+    reasons = {row.name: row.reason for row in tritonq.summary(prepared).in_float}
+    assert reasons == {
+        f"{layer}.lora_{part}.default": f"it belongs to an adapter of low rank beside {layer}.base_layer, "
+        "which is frozen"
+        for layer in "qv"
+        for part in "AB"
+    }
+
+
 class Remembers(nn.Module):
     def __init__(self, unlucky=None):
         super().__init__()

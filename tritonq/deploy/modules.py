@@ -66,7 +66,8 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         ValueError: tensors whose shapes don't fit the geometry.
 
     Attributes:
-        weight: the float32 values of the codes, shaped as the float weight, computed when something reads them.
+        weight: the values of the codes in the model's dtype, shaped as the float weight, computed when something reads
+            them.
         stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``types.weight``
             is None); in the state dict called ``weight``.
         weight_scale: float32 (out,), with groups (out, in/groups/group, ...), or None with a float weight.
@@ -169,11 +170,13 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         codes = self.stored_weight
         if codes.is_floating_point():
             return codes
-        return lazy_values(codes, partial(self.dequantized_weight, torch.float32))
+        return lazy_values(codes, partial(self.dequantized_weight, self.float_dtype), self.float_dtype)
 
     def _float_bias(self) -> Tensor | None:
         codes = self.stored_bias
-        return codes if codes is None or self.multiplier is None else codes.float() * self.multiplier
+        if codes is None or self.multiplier is None:
+            return codes
+        return (codes.float() * self.multiplier).to(self.float_dtype)
 
     # Properties, which mypy must take for the attributes that torch's classes have.
     weight: Tensor = property(_float_weight)  # type: ignore[assignment]

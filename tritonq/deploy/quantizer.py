@@ -36,12 +36,16 @@ class DeployedModule(FixedDtypeBuffers):
     tensor_names: ClassVar[tuple[str, ...]] = ()
     parameter_names: ClassVar[tuple[str, ...]] = ()
 
+    # The dtype that the model was given last, by ``half()`` and the like, which the module's own tensors don't take.
+    float_dtype: torch.dtype = torch.float32
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move parameters and buffers to another device; their dtypes stay."""
         before = {name: held.detach() for name, held in self._parameters.items() if held is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = cast(nn.Parameter, self._parameters[name])
+            self.float_dtype = new.dtype
             if new.dtype != old.dtype:
                 self._parameters[name] = nn.Parameter(old.to(device=new.device), requires_grad=False)
         return self

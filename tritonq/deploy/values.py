@@ -28,26 +28,26 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     raise AttributeError(f"{type(module).__name__} has no {name}")
 
 
-def lazy_values(codes: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Return the float32 tensor that ``make`` returns, with shape and device of ``codes``, without calling it yet.
+def lazy_values(codes: Tensor, make: Callable[[], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the tensor of ``dtype`` that ``make`` returns, with shape and device of ``codes``, without calling it yet.
 
     While operators are traced it is called at once: what is unused disappears from the graph.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return make()
-    return LazyValues(codes, make)
+    return LazyValues(codes, make, dtype)
 
 
 class LazyValues(Tensor):
-    """A read-only float32 tensor whose values are computed for each operator that reads them."""
+    """A read-only tensor of floats whose values are computed for each operator that reads them."""
 
     _make: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, codes: Tensor, make: Callable[[], Tensor]) -> LazyValues:
+    def __new__(cls, codes: Tensor, make: Callable[[], Tensor], dtype: torch.dtype) -> LazyValues:
         """Make a tensor that stands for the result of ``make``, with shape, strides and device of ``codes``."""
         made: LazyValues = Tensor._make_wrapper_subclass(
-            cls, codes.shape, strides=codes.stride(), dtype=torch.float32, device=codes.device
+            cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device
         )
         made._make = make
         return made
@@ -79,7 +79,7 @@ class LazyValues(Tensor):
 
 def _read_only(item: Any) -> Any:
     """Return a view as read-only values, since writes to it would reach no layer; anything but a tensor as it is."""
-    return LazyValues(item, lambda: item) if isinstance(item, Tensor) else item
+    return LazyValues(item, lambda: item, item.dtype) if isinstance(item, Tensor) else item
 
 
 def _made(item: Any) -> Any:

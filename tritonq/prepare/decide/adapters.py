@@ -9,6 +9,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; `
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from torch import nn
 
@@ -30,15 +31,24 @@ def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]
     for layer in trained if frozen else ():
         for value in _inputs(layer, analysis):
             by_input.setdefault(value, []).append(layer)
-    found: dict[str, str] = {}
+    bases: dict[str, list[str]] = {}  # for each layer of an adapter, the frozen layers that it may stand beside
     for base in frozen:
-        reason = f"it belongs to an adapter of low rank beside {base.name}, which is frozen"
         for down in (layer for value in _inputs(base, analysis) for layer in by_input.get(value, ())):
             results = [analysis.value_of(analysis.flow.calls[index]) for index in down.ends]
             for up in (layer for value in results if value is not None for layer in by_input.get(value, ())):
                 if _is_narrow(down, base, analysis) and _shapes(up, analysis) == _shapes(base, analysis):
-                    found |= {down.name: reason, up.name: reason}
-    return found
+                    for name in (down.name, up.name):
+                        bases.setdefault(name, []).append(base.name)
+    nearest = {name: max(others, key=lambda other: _shared_parts(name, other)) for name, others in bases.items()}
+    return {
+        name: f"it belongs to an adapter of low rank beside {base}, which is frozen" for name, base in nearest.items()
+    }
+
+
+def _shared_parts(name: str, other: str) -> int:
+    """Return how many modules hold both of two modules, given by name."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _trains(layer: Layer, analysis: Analysis) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.forwards.checkpointed import is_checkpointed
@@ -25,6 +25,9 @@ _NUMBERS = (int, float)
 _CONTAINERS = {dict, list, tuple, torch.Size}
 _CONTAINERS |= {fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list}
 _CONSTANTS = (type(None), bool, int, float, str)
+# What ``cuda()`` and ``half()`` change. ``self.weight.device`` is no constant of a trace, as that of
+# ``next(self.parameters())`` is.
+_CHANGED_BY_MOVES = frozenset(["device", "dtype", "get_device", "is_cpu", "is_cuda", "is_mps", "is_xpu", "type"])
 
 
 class TraceError(Exception):
@@ -121,7 +124,7 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     versions = [(buffer, tensor_version(buffer)) for buffer in module.buffers()]
     before = _random_states()
     try:
-        with _FreezeGuard(), preserved_random_state(module):
+        with preserved_random_state(module), _FreezeGuard():
             graph = _Tracer(arguments).trace(shadow)
             after = _random_states()
     except TraceError:
@@ -251,6 +254,9 @@ class _FreezeGuard(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         traced = any(issubclass(kind, fx.Proxy) for kind in types) or _holds_proxy((args, kwargs))
+        is_asked = not traced and bool(args) and isinstance(args[0], Tensor)  # not torch.device("cpu")
+        if is_asked and operation_name(func) in _CHANGED_BY_MOVES:
+            raise TraceError(f"it asks a parameter for its {operation_name(func)}, which a trace would freeze")
         if not traced and operation_name(func) not in METADATA:
             raise TraceError(
                 f"it calls {operation_name(func)} on nothing that it was given, which a trace would freeze"
