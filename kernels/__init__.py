@@ -13,13 +13,17 @@ Words of these files:
 
 Constants that many kernels take:
 
+- ROWS, COLS: rows and columns of a tile, powers of two.
 - CHANNEL: dimension of the view with the channels (0, 1 or 2); None for one channel.
 - FIRST: dimension of the view on the first axis of the launch; WIDE: whether offsets take 64 bits.
+- SAME_STRIDES: whether all tensors have equal strides, so that offsets are computed once.
 - ALIGN: a power of two that divides the strides and sizes of the view; AHEAD: tiles per dimension that are loaded at
   once.
 - SPLITS, CHANNELS: partial results, and channels, that a program of a second kernel holds at a time.
 - CEILING: upper bound of the ReLU; infinity for a plain ReLU, None without a ReLU.
 - QUANT_MIN, QUANT_MAX: smallest and largest code; ROUNDING: ``"half_even"`` or ``"half_away"``.
+- MANTISSA_BITS, LEAST_EXPONENT, LARGEST, OVERFLOW: a format of float codes: its mantissa bits, the exponent of its
+  smallest normal number, its largest finite number and the number that would follow; all None for integer codes.
 - SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE: how a range becomes scale and zero point: `tritonq.kernels.qparams`.
 - KNOWN: whether the host knows that the range holds data. Otherwise the kernel reads it, and an empty range switches
   rounding off.

@@ -78,9 +78,9 @@ def load_tile(
     Args:
         ptr: outer × rows × cols, by ``strides``.
         strides: along (outer, rows, cols).
-        outer: where the tile begins, as are the next two.
-        row_start: see ``outer``.
-        col_start: see ``outer``; 0 with a SKEW.
+        outer: index of the tile along the first dimension.
+        row_start: first row of the tile.
+        col_start: first column of the tile; 0 with a SKEW.
         end: of the share along (outer, rows, cols).
         other: what missing elements are; in the tensor's dtype, broadcasts against a tile.
         ROWS: of the tile.

@@ -2,8 +2,8 @@
 
 Forward: one pass reduces each channel to mean, sum of squares, minimum and maximum; two small kernels turn them into
 slope and shift, running statistics, the observer's state and the qparams; one pass applies. Backward: one pass reduces,
-one writes. Two stages in a fixed order, no floating-point atomics: the same input gives the same bits. Functions here
-have the names, signatures and results of `tritonq.reference.conv_bn`, their specification.
+one writes. Sums have a fixed order: the same input gives the same bits. `tritonq.reference.conv_bn` specifies names,
+signatures and results of the functions here. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

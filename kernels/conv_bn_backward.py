@@ -2,7 +2,7 @@
 
 ``c`` is the convolution's output, ``dy`` the gradient of the tail's result, and ``g`` the part of ``dy`` that ReLU and
 quantizer let pass. Nothing but ``c`` and vectors per channel is stored for this: each pass computes ``slope · c +
-shift``, the values before ReLU and clip, again.
+shift``, the values before ReLU and clip, again. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Fake quantization: one read and one write forward, two reads and one write backward.
 
 Functions here have the names, signatures and results of `tritonq.reference.fake_quant`, their specification.
+`tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations
@@ -98,15 +99,24 @@ def fake_quantize_backward_kernel(
     ROUNDING: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,  # of float codes; None: codes are integers
     LEAST_EXPONENT: tl.constexpr,
-    LARGEST: tl.constexpr,  # from here on, the gradient is blocked
-    OVERFLOW: tl.constexpr,
+    LARGEST: tl.constexpr,  # rounded magnitudes from here on block the gradient; not the format's largest number
+    OVERFLOW: tl.constexpr,  # number that would follow the format's largest; larger magnitudes become this one
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
-    """Write ``dx`` of one tile: ``dy`` where the code, computed from ``x`` again, lies in the code range, else 0."""
+    """Write ``dx`` of one tile: ``dy`` where ``x`` lies in the range of the codes, else 0; 0 at NaN.
+
+    It is computed from ``v = x / scale`` again:
+
+    - integer codes: ``round(v) + zero_point``, not clipped, lies in QUANT_MIN..QUANT_MAX;
+    - float codes: the magnitude of v, rounded to the format (at most OVERFLOW), is below LARGEST.
+
+    If the first and the last code block the gradient, too, the launcher gives narrower bounds. While the switch is
+    off, ``dx`` is ``dy``.
+    """
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x_offsets = tile_offsets(place, x_strides)
@@ -211,9 +221,14 @@ def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool, mask: Tensor | None 
 
 
 def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, Any]:
-    """Return the constants of a backward for float codes; the gradient is blocked from magnitude ``LARGEST`` on.
+    """Return the constants of a backward to float codes: MANTISSA_BITS, LEAST_EXPONENT, LARGEST and OVERFLOW.
 
-    That is the number after the largest one, or with ``blocks_ends`` the largest one. All are None for integer codes.
+    The gradient is blocked from magnitude LARGEST on: here the number after the largest one, or with ``blocks_ends``
+    the largest one itself. All are None for integer codes.
+
+    Args:
+        number: the float format of the codes; None: they are integers.
+        blocks_ends: whether the first and the last code block the gradient, too.
     """
     constants = float_constants(number)
     if number is not None and not blocks_ends:

@@ -1,7 +1,8 @@
 """Blocks of small floats with a scale each: one read and one write; the scales are computed in the same pass.
 
 A *block* is a run of elements along one axis that share a scale (MXFP8, NVFP4 and the like). Functions here have the
-names, signatures and results of `tritonq.reference.float_blocks`, their specification.
+names, signatures and results of `tritonq.reference.float_blocks`, their specification. `tritonq.kernels` explains the
+constants that have no comment.
 """
 
 from __future__ import annotations

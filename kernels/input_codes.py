@@ -2,7 +2,7 @@
 
 The byte holds ``round(x / scale) + shift``; the shift moves the middle of the code range to 0, so that codes of 8 bits
 fit an int8. Functions here have the names, signatures and results of `tritonq.reference.input_codes`, their
-specification.
+specification. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -106,7 +106,16 @@ class View(NamedTuple):
         return self._replace(sizes=(outer, rows * cols // piece, piece), strides=strides), cols
 
     def constants(self, tile: Tile, grid: LaunchGrid) -> dict[str, Any]:
-        """Return keyword arguments (constants, ``num_warps``) of a kernel with one program per tile of this view."""
+        """Return the constants and launch options that kernels on this view take, as keyword arguments.
+
+        They are CHANNEL and WIDE (``channel`` and ``wide`` of the view), ROWS and COLS (of ``tile``), FIRST (``first``
+        of ``grid``), ``num_warps`` (of ``tile``), and ``enable_fp_fusion=False``: the compiler must not fuse a product
+        with the addition behind it, which would round once instead of twice.
+
+        Args:
+            tile: what a program reads at a time.
+            grid: how many programs the launch has: one per tile, or fewer in a reduction.
+        """
         return {
             "CHANNEL": self.channel,
             "ROWS": tile.rows,

@@ -3,7 +3,7 @@
 The *parameter* is what training learns: the scale, or the clipping level for method ``"pact"``. Each program sums its
 share per channel in registers and stores one partial result; a second, small kernel adds those in the order of their
 numbers, so the same input gives the same bits. Functions here have the names and signatures of
-`tritonq.reference.learned_scale`, their specification.
+`tritonq.reference.learned_scale`, their specification. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

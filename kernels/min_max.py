@@ -2,7 +2,8 @@
 
 Two stages in a fixed order and no floating-point atomics: the same input gives the same bits. If one program reads the
 whole of a channel, it also updates the range, in the same launch (SINGLE). Functions here have the names, signatures
-and results of `tritonq.reference.min_max`, their specification.
+and results of `tritonq.reference.min_max`, their specification. `tritonq.kernels` explains the constants that have no
+comment.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Reduction(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Constants (ROWS, COLS, CHANNEL, ...) and launch options of the first kernel, as keyword arguments."""
+        """Constants and launch options of the first kernel, as keyword arguments: those of :meth:`View.constants`."""
         return self.view.constants(self.tile, self.grid)
 
     def partial(self, results: int, device: torch.device) -> Tensor:
@@ -98,7 +98,11 @@ class Reduction(NamedTuple):
 
     @property
     def joining_constants(self) -> dict[str, Any]:
-        """Constants of the second kernel, SPLITS and CHANNELS per step of a program, and its launch options."""
+        """Constants and launch options of the second kernel, as keyword arguments.
+
+        They are SPLITS and CHANNELS, powers of two (how many partial results of how many channels a program holds at a
+        time), ``num_warps`` and ``enable_fp_fusion=False``.
+        """
         channels = min(triton.next_power_of_2(self.channels), _JOINED_CHANNELS)
         return {
             "SPLITS": min(triton.next_power_of_2(self.splits), _JOINED_ELEMENTS // channels),

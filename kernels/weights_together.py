@@ -51,7 +51,11 @@ _Quantizer = tuple[Grid, RangeStatistics | None]
 
 @triton.jit
 def address(entry, COLUMN: tl.constexpr, dtype: tl.constexpr):
-    """Return the pointer, to ``dtype``, in a column of one weight's ``entry`` in the table."""
+    """Load an address from the table, and return it as a pointer to elements of ``dtype``.
+
+    ``entry`` points to the first column of the weight's row. COLUMN is the column of the address: one from
+    ``_ROWS`` on.
+    """
     return tl.load(entry + COLUMN).to(tl.pointer_type(dtype))
 
 

@@ -129,11 +129,12 @@ def as_now(*values: Tensor) -> Sequence[Tensor]:
 
 
 def operand(number: float, like: Tensor) -> float | Tensor:
-    """Return ``number`` as the other operand of an operator on ``like``.
+    """Return ``number`` as the second operand of an operator on ``like``, in the form that costs least.
 
-    On a CPU it is a tensor of the dtype of ``like``, which is made once and kept. PyTorch would make and convert such a
-    tensor in each call, which takes twice to thrice the time of an operator on some hundred channels. The bits of the
-    result are the same.
+    For an ordinary tensor on a CPU that is a 0-d tensor of its dtype, made once for each number and dtype and kept,
+    so that PyTorch converts nothing in each call. It must not be written to. On other devices, for subclasses of
+    Tensor and while ``torch.compile`` traces it is the number itself. The bits of the operator's result are the
+    same.
     """
     if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
         return number

@@ -108,7 +108,8 @@ def refine_scales(
 
     Args:
         model: a calibrated model; its scales change in place. A PassiveObserver keeps its original scale.
-        data: as for :func:`calibrate`; a few batches are enough, and all layers' inputs are kept while this runs.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; a few batches are
+            enough, and all layers' inputs are kept while this runs.
         candidates: scales tried, equally spaced over ``span``.
         span: smallest and largest candidate, as a multiple of the scale.
 

@@ -24,7 +24,8 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
 
     Args:
         model: any module; observers are found wherever they are.
-        process_group: see :class:`~tritonq.process_group.GroupReference`; None does nothing.
+        process_group: the ranks: a group, ``"world"`` (the default group), or ``"auto"`` (the same if torch.distributed
+            is initialised); None does nothing.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a rank has gone.
@@ -77,7 +78,8 @@ def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "wo
 
     Args:
         model: any module, the same on every rank.
-        process_group: see :class:`~tritonq.process_group.GroupReference`; None does nothing.
+        process_group: the ranks: a group, ``"world"`` (the default group), or ``"auto"`` (the same if torch.distributed
+            is initialised); None does nothing.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a rank has gone.

@@ -19,6 +19,10 @@ class Factory(Generic[T]):
 
     ``Observer.with_args(dtype=torch.qint8).with_args(ch_axis=1)()`` equals ``Observer(dtype=torch.qint8, ch_axis=1)``.
 
+    Args:
+        make: the class, or a function that makes an instance.
+        arguments: named arguments that are fixed; None: none.
+
     Source: torch.ao.quantization.observer.
     """
 

@@ -42,7 +42,8 @@ class FakeQuantize(FakeQuantizeBase):
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, rounding, rule, num_channels ...).
 
     Raises:
-        ValueError: see :class:`~tritonq.observers.base.ObserverBase`.
+        ValueError: the observer refuses its arguments, such as an unknown dtype, a half-given code range, or
+            ``is_dynamic=True``.
 
     Source: torch.ao.quantization.FakeQuantize; docs/numbers.md, "Fake quantization".
 
@@ -86,7 +87,17 @@ class FakeQuantize(FakeQuantizeBase):
         return torch.full(shape, smallest, dtype=torch.int32)
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; nothing is done per tensor, or if they have it."""
+        """Give scale, zero point and the observer's buffers one element per scale of the tensor, in place.
+
+        The scale becomes 1, and the zero point the one that it begins with. Nothing is done if there is one scale for
+        the tensor, or if the buffers have this length.
+
+        Args:
+            num_channels: number of scales: channels, or all groups of all channels.
+
+        Raises:
+            ValueError: the observer keeps a range of another length.
+        """
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
             # The same objects, which others may hold: DDP lists buffers, nn.DataParallel copies from them.

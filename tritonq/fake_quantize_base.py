@@ -48,9 +48,12 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         self._switch_read: tuple[tuple[int, int], bool] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """Return a bool tensor of one element, on the device: whether scale and zero point rest on data.
+        """Return one element on the device, bool or uint8: whether scale and zero point rest on data.
 
-        Subclasses define it.
+        Until it is true, values pass through unrounded. Nothing may be read back from the device here.
+
+        Raises:
+            NotImplementedError: a subclass must define it.
         """
         raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
 

@@ -39,7 +39,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
             formats: the axis that blocks run along; None is 1 for tensors of four or five dimensions (channels), else
             the last.
         history: training batches whose largest magnitudes are kept.
-        scale_rounding: see :func:`tritonq.fake_quantize_float`.
+        scale_rounding: of block scales that are powers of two: ``"floor"`` (the largest elements of a block may
+            saturate) or ``"ceil"`` (none does).
         num_channels: length of ``ch_axis``; 0: the first batch gives it.
 
     Attributes:
@@ -135,7 +136,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return Grid(self.scale, None, self.qtype, self.fake_quant_enabled)
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; nothing is done per tensor, or if they have it."""
+        """Give per-channel buffers the length ``num_channels``; nothing is done per tensor, or if they have it.
+
+        Buffers of another length are emptied, without an error: the scale becomes 1 and the history of magnitudes 0.
+        """
         if self.blocks is None and self.ch_axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)
             self.amax_history.resize_(len(self.amax_history), num_channels).zero_()

@@ -100,9 +100,11 @@ class RangeStatistics:
         granularity: which elements share a range.
         enabled: uint8, one element; 0 leaves range and grid as they are. None: always on.
         frozen: True: the range is read, to see whether anything was observed, but not updated.
-        averaging_constant: see :func:`tritonq.reference.min_max.update_range`.
-        copy_above: see :func:`tritonq.reference.min_max.update_range`.
-        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        averaging_constant: weight of a batch in a moving average; None: the range holds the extremes of all batches.
+        copy_above: a batch whose magnitude is more than this times the running one's replaces the range, and so does
+            one far below; None: only the first batch does.
+        rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
+            :func:`tritonq.qparams.range_to_qparams`.
         eps: smallest scale.
         has_data: True: the host knows that something was observed. False: the operator finds out by ``min_val <=
             max_val``.

@@ -29,11 +29,21 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     then (after :func:`tritonq.calibrate`). Until then values pass through, with one warning; where `prepare_qat`
     recorded the model, they are rounded by what its example inputs gave.
 
+    Args:
+        observer: observer class or factory that gives the first values of the parameters.
+        quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
+        quant_max: largest code.
+        **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, num_channels, eps ...).
+
     Attributes:
         activation_post_process: the observer.
         initialized: uint8 buffer (1,).
         begins: uint8 buffer (1,), in no state dict: 1 while the parameters are those of example inputs, which the first
             training batch replaces.
+        first_values: what parameters hold until they are set, by name; 1 for names that are not in it.
+
+    Raises:
+        ValueError: the observer refuses its arguments, or rounds ties otherwise than the scheme does.
     """
 
     initialized: Tensor
@@ -112,11 +122,19 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     @abstractmethod
     def _write(self, qparams: QParams) -> None:
-        """Set the parameters so that the quantizer rounds with ``qparams``."""
+        """Set the trained parameters in place, so that the quantizer rounds with ``qparams``, as far as its scheme can.
+
+        :meth:`initialize` calls it without recording gradients, once the parameters have their final length. They must
+        stay the same objects, since optimizers hold them.
+        """
 
     @abstractmethod
     def _rounded(self, x: Tensor) -> Tensor:
-        """Return ``x`` fake quantized with the present parameters, differentiable in both."""
+        """Return ``x`` fake quantized with the present parameters; ``x`` itself while rounding is switched off.
+
+        The result has the dtype of ``x``. It is differentiable in ``x`` and in the trained parameters. :meth:`forward`
+        calls it in training and in eval mode, once the parameters are set.
+        """
 
     def allocate(self, num_channels: int) -> None:
         """Give per-channel parameters and the observer's buffers their final length; nothing is done per tensor.

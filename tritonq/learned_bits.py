@@ -113,7 +113,16 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         self._widest = widest
 
     def allocate(self, num_channels: int) -> None:
-        """Give the scale its final length, one per channel; ``bits`` stays one number."""
+        """Give scale, zero point and the observer's buffers one element per channel; ``bits`` stays one number.
+
+        Scales of another length become 1, zero points 0. Nothing is done per tensor.
+
+        Args:
+            num_channels: number of channels.
+
+        Raises:
+            ValueError: the observer keeps a range of another length.
+        """
         self.activation_post_process.allocate(num_channels)
         if self._widest.axis is not None and self.scale.numel() != num_channels:
             self.scale.data = self.scale.data.new_ones(num_channels)

@@ -259,11 +259,12 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
 class ClippedFakeQuantize(LearnedFakeQuantize):
     """Clip to ``[0, alpha]`` with a trained alpha and fake quantize to unsigned codes (PACT); for ReLU outputs.
 
-    Formula and gradient: :func:`tritonq.functional.clipped_quantize`. An alpha that an optimizer pushes below
-    ``quant_max * eps`` counts as that.
+    ``y = round(clip(x, 0, alpha) / s) * s`` with ``s = alpha / quant_max``; the gradient is that of
+    :func:`tritonq.functional.clipped_quantize`. If an optimizer pushes alpha below ``quant_max * eps``, with eps of
+    the observer, ``quant_max * eps`` takes its place, and alpha goes on receiving gradients.
 
     Args:
-        observer: observer class or factory that gives the first alpha: its largest value.
+        observer: observer class or factory; alpha begins at the largest value of the grid that it proposes.
         quant_min: 0.
         quant_max: largest code.
         **observer_kwargs: passed to the observer.
@@ -273,6 +274,9 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
 
     Raises:
         ValueError: a type that is symmetric, or whose smallest code is not 0.
+
+    Warns:
+        UserWarning: alpha is set, and the observer has seen values below zero.
 
     Source: docs/numbers.md, "Learned scales"; Choi et al. (2018).
 

@@ -48,11 +48,20 @@ class WeightScheme(FakeQuantizeBase):
 
     @abstractmethod
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Return the scale for ``weight``, which broadcasts against it: (channels, 1, …), or (1, 1, …) per tensor."""
+        """Return the scale for ``weight`` by the paper's formula; eval mode uses the last one of training.
+
+        It broadcasts against the weight: (channels, 1, …), or (1, 1, …) per tensor.
+        """
 
     @abstractmethod
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return ``weight`` on the grid of ``scale``, with the paper's gradient."""
+        """Return the values of the weight's codes, ``code * scale``, with the paper's gradient.
+
+        Args:
+            weight: the weight, in any float dtype.
+            scale: in training that of :meth:`scale_of`, else the last one of training; it broadcasts against
+                ``weight``.
+        """
 
     def allocate(self, num_channels: int) -> None:
         """Make ``scale`` (of ones) and ``zero_point`` (of zeros) ``num_channels`` long.

@@ -284,7 +284,8 @@ def type_from_arguments(
         rounding: None: "half_even", or that of the QuantizedType.
 
     Raises:
-        ValueError: see :class:`ObserverBase`.
+        ValueError: an unsupported qscheme or dtype, an empty or half-given code range, or arguments that contradict the
+            QuantizedType given.
     """
     if (quant_min is None) != (quant_max is None):
         raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")

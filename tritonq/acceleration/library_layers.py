@@ -199,9 +199,10 @@ def _quantized_weight(layer: Layer, weight: Tensor) -> Tensor:
 
 
 def _weight_state(layer: Layer, weight: Tensor) -> State | None:
-    """Return grid and range of the weight's quantizer for the fused Conv-BN operator; None: it can't take them.
+    """Return grid and range of the weight's quantizer for the fused Conv-BN operator; None if it can't take them.
 
-    It takes one scale for the weight, or one for each out channel on axis 0, of a quantizer that follows a range.
+    It takes a quantizer that follows a range, with one scale for the weight or one for each out channel on axis 0. It
+    takes no transposed convolution, no float64 weight with one scale, no quantizer that :func:`can_compute` refuses.
     """
     quantizer = layer.weight_quantizer
     if quantizer is None or not can_compute(quantizer, weight) or layer.grouping[0]:

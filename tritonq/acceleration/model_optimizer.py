@@ -40,9 +40,14 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
 
 
 def why_not(quantizer: Any) -> str | None:
-    """Return what tritonq cannot compute of ``quantizer``, such as ``"no calibrated range"``.
+    """Return the first setting of ``quantizer`` that tritonq cannot compute, in words; None if it can compute all.
 
-    None: it can compute all.
+    These settings are: floating-point codes; blocks, or a range of each batch; unsigned codes; a bias, a scale or a
+    rotation before rounding; a backend of its own, packed values or a trained range; no calibrated range; a range over
+    two axes. Whether it is switched off or being calibrated is not read.
+
+    Args:
+        quantizer: a ``TensorQuantizer``. Whether it is of a subclass is not checked.
     """
     if not isinstance(quantizer._num_bits, int):
         return f"floating-point codes {quantizer._num_bits}"

@@ -114,7 +114,12 @@ def formula_of(quantizer: nn.Module) -> QuantizerFormula:
 
 
 def unknown_reason(quantizer: nn.Module) -> str | None:
-    """Return why tritonq can't compute what ``quantizer`` does, in words; None: it can. Stores nothing."""
+    """Return the first reason why tritonq can't compute what ``quantizer`` does, in words; None: it can.
+
+    Reasons are: a class of the user's own or an unknown one; dynamic quantization; zero points that are no integers, or
+    an unknown qscheme; hooks on the quantizer or its observer; a fused quantizer over another observer than torch's
+    min-max ones; a symmetric range with a zero point that tritonq does not give it. Nothing is stored.
+    """
     formula = _formula(quantizer)
     return formula if isinstance(formula, str) else None
 

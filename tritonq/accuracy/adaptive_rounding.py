@@ -77,7 +77,8 @@ def adaptive_round(
 
     Args:
         model: a calibrated or trained model; its modes are restored.
-        data: as for :func:`tritonq.calibrate`; one or two thousand samples. The inputs of one layer are kept at a time.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; one or two thousand
+            samples. The inputs of one layer are kept at a time.
         steps: of Adam per layer: 1,000 take seconds for a layer of a small net. The paper takes 10,000.
         batch_size: samples per step.
         seed: of the order of samples.

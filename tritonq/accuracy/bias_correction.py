@@ -28,7 +28,8 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
 
     Args:
         model: a calibrated or trained model; its modes are restored.
-        data: as for :func:`tritonq.calibrate`; some hundred samples are enough. All batches run once per layer.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; some hundred samples
+            are enough. All batches run once per layer.
 
     Returns:
         By layer the shift, float32 (out,). A layer without a bias and without β is left out, with one warning.

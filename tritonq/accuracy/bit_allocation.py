@@ -50,8 +50,8 @@ def allocate_bits(
 
     Args:
         model: a float model; it is left as it is.
-        data: as for :func:`tritonq.calibrate`, of which the first batch also shows how the model runs. All of it runs
-            once per layer and width, so some hundred samples are enough.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them. The first batch also
+            shows how the model runs. All of it runs once per layer and width, so some hundred samples are enough.
         budget: for all quantized layers together, scales and biases not counted.
         unit: of ``budget``.
         widths: bits to choose from.

@@ -59,7 +59,7 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
 
     Args:
         model: a prepared model; its modes are restored.
-        data: as for :func:`tritonq.calibrate`; one batch is enough.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; one batch is enough.
 
     Returns:
         By names of first and second layer the factors s, float32 (channels,), of all sweeps together.

@@ -73,7 +73,8 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
 
     Args:
         model: a trained model, prepared or not.
-        data: as for :func:`tritonq.calibrate`; some thousand samples are enough.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; some thousand
+            samples are enough.
 
     Returns:
         ``model``.

@@ -93,13 +93,18 @@ class DivergenceWatch:
         self._noted.append(_Noted(step, images, labels, outcome, arrived))
 
     def check(self, model: nn.Module, loss: Loss, late: bool = True) -> None:
-        """Raise an error if a step failed.
+        """Raise an error if a step failed among those that :meth:`note` noted since the last call.
 
-        With ``late`` on a GPU the newest step is left out, because it may still run. ``loss`` computes the loss again,
-        to find the cause.
+        If one failed, its batch is run once more to find the cause. That overwrites gradients and resets the BatchNorm
+        statistics that are not finite.
+
+        Args:
+            model: the model that is trained; the message names its layers.
+            loss: called as ``loss(model, images, labels)`` with the batch that was noted; returns the loss.
+            late: on a GPU, leave the newest step to the next call, because it may still run. On a CPU it has no effect.
 
         Raises:
-            DivergenceError: names the first step that failed.
+            DivergenceError: names the first step that failed, and where its first value that is not finite comes from.
         """
         while len(self._noted) > int(late and self.failed.is_cuda):
             noted = self._noted.pop(0)

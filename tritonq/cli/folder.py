@@ -39,8 +39,15 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def augmented(self, augmentation: Augmentation, seed: int) -> LabelledImages:
         """Return a data set of the same images with random changes, which follow from ``seed`` and each image's index.
 
+        Subclasses whose images can be changed override it. This one returns the data set itself if ``augmentation`` is
+        empty, and else raises an error.
+
+        Args:
+            augmentation: the changes, in the order in which they are made.
+            seed: of the changes; another one for each epoch.
+
         Raises:
-            ValueError: images that can't be augmented.
+            ValueError: the class can't change its images, and ``augmentation`` is not empty.
         """
         if augmentation:
             raise ValueError(f"{type(self).__name__} can't be augmented: --augment is for folders of images")

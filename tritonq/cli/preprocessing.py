@@ -42,6 +42,10 @@ class Preprocessing:
         mean: per channel, of pixels from 0 to 1; as many as the model has channels. Empty: the training images' own.
         std: deviation per channel, as ``mean``.
         channels: 3 for colours, 1 for grey.
+
+    Raises:
+        ValueError: an empty image, a crop larger than the scaled image, an unknown crop or interpolation; mean or
+            deviation of another length than ``channels`` or not finite; a deviation that is not positive.
     """
 
     size: int

@@ -26,6 +26,10 @@ class Settings:
         amp: key of ``AMP``.
         augment: names of :class:`~tritonq.cli.augment.Augmentation`.
         begin: the epoch at which the present schedule began: 0, or where a finished run was extended.
+
+    Raises:
+        ValueError: fewer than one epoch or two images per step, a seed of more than 40 bits, a learning rate that is
+            negative or not finite, or a number of frozen epochs that is negative or not below that of epochs.
     """
 
     data: str

@@ -39,17 +39,23 @@ _WEIGHT_DECAY = 1e-4
 class Run:
     """One training run, with everything that a checkpoint must hold so that it goes on as if it had not stopped.
 
+    :meth:`train` trains the steps that are left, by SGD with momentum on the model's device, and writes the files.
+    :meth:`resume`, called before, takes up a run that was interrupted.
+
     Args:
         made: how the model was made.
-        model: the prepared model.
+        model: the prepared model, on the device of the run.
         settings: the numbers that decide the run's results.
         data: images.
         folder: where ``last.pt``, ``best.pt`` and ``log.csv`` are written.
-        workers: processes that read images.
+        workers: number of processes that read images; 0: this one reads them.
         patience: stop after so many epochs without a better accuracy; None: never.
-        processes: those that train together.
+        processes: those that train together; None: this one alone.
         board: a log for TensorBoard; None: none.
-        float_accuracy: of the model before it was prepared, which checkpoints keep.
+        float_accuracy: share of images that the model classified correctly before it was prepared; checkpoints keep it.
+
+    Raises:
+        ValueError: a batch has fewer than two images for each process, or an augmentation is unknown.
     """
 
     def __init__(

@@ -58,8 +58,8 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return :func:`fake_quantize` of ``x``, and bool: where its gradient passes.
 
     Args:
-        x: as for :func:`fake_quantize`.
-        grid: as for :func:`fake_quantize`.
+        x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
+        grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
     """
     channels = _channels_of(x, grid, adds_zero=True)
     if channels is None:

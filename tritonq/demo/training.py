@@ -32,7 +32,7 @@ class History:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median over the epochs."""
+        """Median of the seconds that an epoch took; statistics.StatisticsError without epochs."""
         return statistics.median(self.seconds)
 
 

@@ -57,8 +57,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 
     Args:
         model: a trained model with quantization-aware layers, in any mode; also the result of ``torch.compile`` of one.
-        inplace: change ``model`` itself instead of a copy. If the model itself is one layer, another module is
-            returned: use the result.
+        inplace: change ``model`` itself, not a copy. Use the result: a model of one layer becomes another module.
         allow_unquantized: whether tensors may stay in float because their quantizer has never observed anything or is
             switched off. By default that is an error: usually the model was not trained.
 
@@ -116,7 +115,11 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 
 
 def why_not_deployable(model: nn.Module) -> str | None:
-    """Return why a prepared model has no deployed form, however it is trained, as a sentence; None if it has one."""
+    """Return why :func:`convert` refuses a prepared model, however it is trained, as a sentence; None: no such reason.
+
+    The sentence names a quantizer that rounds activations in blocks of floats (``"mxfp8"``, ``"nvfp4"``), whose blocks
+    find their scales while the model runs. For other reasons, such as missing training, :func:`convert` may refuse too.
+    """
     for name, module in model.named_modules():
         if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
             return (

@@ -19,6 +19,11 @@ TABLE_TENSOR_NAMES = ("weight", "weight_scale", "weight_zero_point")
 class QuantizedTable(DeployedModule):
     """A table of integer rows, each with its scale and zero point; base of the two classes below.
 
+    Args:
+        geometry: arguments of the float layer's constructor, by name.
+        qtype: the quantized type of the codes.
+        tensors: ``weight`` (the codes), ``weight_scale`` and ``weight_zero_point``.
+
     Attributes:
         weight: the float32 values of the codes, (rows, embedding_dim), computed when something reads them.
         stored_weight: the codes, which the state dict has as ``weight``.
@@ -27,6 +32,9 @@ class QuantizedTable(DeployedModule):
         qtype: the quantized type of the codes.
         target: name of the engine that the model was prepared for, one of :data:`tritonq.targets.TARGETS`; None:
             unknown.
+
+    Raises:
+        ValueError: a tensor whose shape doesn't fit the geometry.
     """
 
     weight_scale: Tensor

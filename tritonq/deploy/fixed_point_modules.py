@@ -88,6 +88,15 @@ class IntegerModule(DeployedModule):
 class IntegerLayer(IntegerModule):
     """A convolution or product of 8-bit codes: ``clamp(round_half_even((Σ x w + bias) · 2^-shift), lo, hi)``.
 
+    Args:
+        tensors: ``weight``, ``bias`` and ``frac_len`` (int32, (out,): fractional lengths of the accumulators).
+        geometry: ``stride``, ``padding`` and ``dilation``, each (vertical, horizontal), and ``groups``.
+        input: format of the input's codes.
+        output: format of the codes that it returns; None: it returns int32 accumulators.
+        encodes: whether the input is real and becomes codes here.
+        decodes: whether it returns real values.
+        linear: whether it is a linear layer, with inputs (..., in); else a convolution.
+
     Attributes:
         weight: int8 buffer, (out, in/groups, kh, kw); for a linear layer (out, in, 1, 1).
         bias: int32 buffer (out,).
@@ -186,6 +195,11 @@ class IntegerAdd(IntegerModule):
     ``(a << left0) + (b << left1)``. With an output format the sum is then shifted right to 8-bit codes and clipped;
     without one (``output`` None) it is returned as an int32 accumulator, clamped to ±(2^31 - 1).
 
+    Args:
+        frac_lens: fractional lengths of the two summands, int32 (channels,) or (1,) each.
+        bounds: upper bounds of the magnitudes of both summands.
+        output: format of the codes that it returns; None: it returns int32 accumulators.
+
     Attributes:
         bounds: upper bounds of the magnitudes of both summands, two ints.
         left0: int32 buffer (channels,) or (1,): how many bits the first summand is shifted; ``left1`` for the second.
@@ -235,7 +249,16 @@ class PoolingWindow:
 
 
 class IntegerAvgPool2d(IntegerModule):
-    """The average of windows of codes: their sum. Its fractional length includes the division by a power of two."""
+    """The average of windows of codes: their sum, whose fractional length includes the division by a power of two.
+
+    A sum S stands for the average ``S · 2^-frac_len``.
+
+    Args:
+        window: the elements of each average.
+        frac_len: fractional length of the sums, int32 (channels,) or (1,).
+        input: format of the input's codes.
+        output: format of the codes that it returns; None: it returns int32 accumulators.
+    """
 
     def __init__(
         self, window: PoolingWindow, frac_len: Tensor, input: FixedPointFormat, output: FixedPointFormat | None
@@ -247,7 +270,11 @@ class IntegerAvgPool2d(IntegerModule):
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the averages of codes (n, c, h, w), as codes or accumulators."""
+        """Return the averages of codes (n, c, h, w), as codes or accumulators.
+
+        Raises:
+            ValueError: the window is the whole image, and the image has not ``area`` values.
+        """
         window = self.window
         if window.kernel_size is None:
             if input.shape[-1] * input.shape[-2] != window.area:

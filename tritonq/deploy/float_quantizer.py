@@ -17,6 +17,10 @@ class FloatQuantizer(DeployedModule):
     No operation computes on its codes: modules that read its result compute in float, as with a
     :class:`tritonq.FloatFakeQuantize`.
 
+    Args:
+        qtype: the quantized type, with the float format.
+        scale: float32, one element or one per channel.
+
     Attributes:
         scale: float32, (1,) or (channels,).
         qtype: the quantized type, with the float format.

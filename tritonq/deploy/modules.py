@@ -62,6 +62,13 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
     the output quantizer. If the input's grid is unknown: ``relu?(op(x, (w_code - w_zero) * w_scale) + bias)``.
 
+    Args:
+        geometry: arguments of the float layer's constructor without ``bias``, by name.
+        types: the quantized types of weight and input.
+        tensors: by the names in ``TENSOR_NAMES``, with codes under ``weight`` and ``bias``; None for what is absent.
+        ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
+        output: the output's :class:`Quantizer`; None: an Identity.
+
     Raises:
         ValueError: tensors whose shapes don't fit the geometry.
 

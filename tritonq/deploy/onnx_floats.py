@@ -91,7 +91,12 @@ def float_codes(entry: dict[str, Any], values: Tensor) -> Tensor:
 
 
 def float_values(entry: dict[str, Any], codes: Tensor) -> Tensor:
-    """Return the values of codes: the inverse of :func:`float_codes`."""
+    """Return the float32 values ``number · scale`` that codes stand for: the inverse of :func:`float_codes`.
+
+    Args:
+        entry: the quantizer's description, from :func:`describe_floats`.
+        codes: whole numbers, of the shape of the quantized tensor, as :func:`float_codes` returns them.
+    """
     return floats_of_codes(codes, FLOAT_FORMATS[entry["format"]]) * _scale(entry, codes.dim())
 
 

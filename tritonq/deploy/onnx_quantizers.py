@@ -18,8 +18,17 @@ from tritonq.reference.fake_quant import quantize
 class TracedQuantizer(nn.Module):
     """A quantizer that traces to one operator, which the file has as QuantizeLinear and DequantizeLinear.
 
-    Its codes run from ``quant_min`` to ``quant_max`` in the dtype of ``zero_point``. ``exact`` says that the quotient
-    is computed as in training, before a QuantizeLinear of scale 1; ``clamp`` limits the values before it.
+    Args:
+        source: the converted model's quantizer, which gives scale, axis and rounding.
+        name: name of the quantizer.
+        zero_point: one element, or one per channel; the codes have its dtype.
+        quant_min: smallest code.
+        quant_max: largest code.
+        exact: whether the quotient is computed as in training, before a QuantizeLinear of scale 1. Per channel it never
+            is.
+
+    Attributes:
+        clamp: smallest and largest value, to which values are limited before they are rounded; None: no limit.
     """
 
     scale: Tensor

@@ -57,6 +57,10 @@ def register_pt2e_operators() -> Any:
 class PairQuantizer(nn.Module):
     """A quantizer that traces to one ``quantize`` and one ``dequantize`` of the trained grid, float32.
 
+    Args:
+        source: the converted model's quantizer.
+        name: its name in the converted model, which the traced nodes carry.
+
     Attributes:
         name: of the quantizer in the converted model.
 

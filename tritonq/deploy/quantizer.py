@@ -98,6 +98,11 @@ class DeployedModule(FixedDtypeBuffers):
 class Quantizer(DeployedModule):
     """Rounds values to one fixed grid: a fake quantizer in a converted model.
 
+    Args:
+        qtype: the quantized type: range of codes, axis and rounding.
+        scale: float32, one element or one per channel.
+        zero_point: int32, as many as there are scales.
+
     Attributes:
         scale: float32, (1,) or (channels,).
         zero_point: int32, as ``scale``.

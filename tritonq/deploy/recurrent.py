@@ -21,10 +21,24 @@ _SCALE, _ZERO_POINT = "_scale", "_zero_point"
 
 
 class QuantizedRecurrent(DeployedModule):
-    """A recurrent layer or cell with integer weights; gates and states are float, as in the layer that was trained.
+    """A recurrent layer or cell with integer weights: the base of :class:`QuantizedLSTM` and the five classes like it.
 
-    The state dict has the codes of ``weight_hh_l0`` under its name, ``weight_hh_l0_scale`` (rows,) and, unless all are
-    0, ``weight_hh_l0_zero_point``; biases are float.
+    The forward takes and returns what torch's class does. Each weight becomes float32, ``(code - zero_point) · scale``;
+    gates and states are float, as in the layer that was trained. Children round the input (``input_fake_quant``, if
+    there is one), what one layer hands to the next (``layer_fake_quant_0``, ...) and the returned sequence or hidden
+    state (``activation_post_process``). The constructor makes Identities of the latter two; :func:`deployed_recurrent`
+    replaces them.
+
+    The state dict has the codes of ``weight_hh_l0`` under its name, ``weight_hh_l0_scale``, (rows,) or (rows, groups),
+    and, unless all are 0, ``weight_hh_l0_zero_point``; biases are float. Codes of a float format have no zero point.
+
+    Args:
+        geometry: arguments of the float layer's constructor, by name.
+        types: the quantized type of each weight, by name; None: the weight stays in float.
+        tensors: weights (codes, or floats), biases, scales and zero points, by their names in the state dict.
+
+    Raises:
+        ValueError: a weight or bias whose shape doesn't fit the geometry.
 
     Attributes:
         types: the quantized type of each weight, by name; None: the weight stayed in float.
@@ -61,9 +75,10 @@ class QuantizedRecurrent(DeployedModule):
         return {name: getattr(self, name) for name in self.geometry_names}
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return the input, quantized by the layer's own input quantizer if it has one, as ordinary float values.
+        """Return the input, rounded by the child ``input_fake_quant`` if there is one, as an ordinary float tensor.
 
-        torch's functions choose their algorithm by the class of the tensor.
+        A :class:`CodedTensor` is turned into its float values, since torch's functions for recurrent layers choose
+        their algorithm by the class of the tensor.
         """
         x = cast(Tensor, cast(Any, super()).quantized_input(x))
         return x.to_float() if type(x) is CodedTensor else x

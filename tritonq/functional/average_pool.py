@@ -16,11 +16,11 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
     """Return the means of quantized values as integer runtimes compute them: on the output's grid, before clipping.
 
     ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, N the number
-    that the mean divides by, and fl rounding to float32. The order of the terms changes nothing, nor does the memory
-    format.
+    that the mean divides by, and fl rounding to float32. ``output.qtype.rounding`` says how ties are rounded. The order
+    of the terms changes nothing, nor does the memory format.
 
     Args:
-        x: float tensor of values ``(code - zero_point) * s_in``.
+        x: float tensor of values ``(code - zero_point) * s_in``; other values are rounded to the nearest of these.
         averaging: which elements each mean takes: a window, axes, or adaptive windows.
         source: the input's grid, per tensor.
         output: grid of the quantizer behind the operation, per tensor.

@@ -92,8 +92,10 @@ def fake_quantize_per_channel_affine(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        ValueError: as :func:`fake_quantize_per_tensor_affine`; also for an axis out of range, or qparams of another
-            length.
+        TypeError: ``x``, scale or zero point of the wrong kind.
+        ValueError: empty code range, zero point outside it, scale not positive and finite, qparams of another length or
+            device, an axis out of range, or groups that don't divide ``x``.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Fake quantization".
 
@@ -116,13 +118,19 @@ def fake_quantize_per_channel_affine(
 
 
 def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends: bool = False) -> Tensor:
-    """Round ``x`` to a grid without checking it: what both public functions and the modules call; differentiable.
+    """Round ``x`` to a grid: what both public functions and the modules call; differentiable.
+
+    :func:`tritonq.reference.fake_quant.fake_quantize` has the formula. Nothing is checked: scales must be positive and
+    finite, and as many as the grid's type asks for.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
         grid: any granularity. Its switch is read on ``x``'s device: while it is 0, values and gradients pass unchanged.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         blocks_ends: whether the first and the last code block the gradient, too.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype. The gradient passes to ``x`` where the rounded code is not clipped.
     """
     rows = group_rows(x, grid.granularity)
     if rows is not None:

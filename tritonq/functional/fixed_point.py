@@ -198,7 +198,8 @@ def _check_frac_len(frac_len: float | Tensor, x: Tensor, word_len: int, signed: 
     """Return ``frac_len`` as an int32 tensor on ``x``'s device, (1,) or (x.shape[axis],).
 
     Raises:
-        ValueError: as :func:`fixed_point_quantize` lists them.
+        ValueError: a word length or fractional length out of range or not a whole number, or a tensor of another shape
+            or on another device.
     """
     fixed_point_range(word_len, signed)
     largest = largest_frac_len(word_len, signed)

@@ -97,15 +97,21 @@ def fake_quantize_blocks(
     backend: Backend = "auto",
     enabled: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x`` to a block format without checking: what the public function and the modules call; differentiable.
+    """Round ``x`` to a block format: what the public function and the modules call; differentiable.
+
+    :func:`tritonq.reference.float_blocks.fake_quantize_blocks` has the formula. Nothing is checked.
 
     Args:
-        x: see :func:`tritonq.reference.float_blocks.fake_quantize_blocks`.
+        x: any shape; float16, bfloat16, float32 or float64.
         blocks: the format of elements and scales, and the block size.
-        axis: that blocks run along.
-        tensor_scale: scale of the whole tensor, float32 0-d; None: computed from ``x`` if block scales are e4m3.
+        axis: the axis that blocks run along; not negative.
+        tensor_scale: scale of the whole tensor, float32 of one element; None: computed from ``x`` if block scales are
+            e4m3. Block scales in e8m0 take none.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         enabled: the switch, bool or uint8 of one element; None: on.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
     """
     if blocks.scale == "e4m3" and tensor_scale is None:
         tensor_scale = float_tensor_scale(x.detach(), blocks, backend)
@@ -125,7 +131,7 @@ def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto"
     Args:
         x: any shape; values that are not finite don't count. If all values are zero, the scale is 1.
         blocks: a format with e4m3 scales.
-        backend: see :func:`fake_quantize_float`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         0-d float32 tensor.

@@ -40,7 +40,7 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
             (:func:`integer_multiply`), ``"matmul"`` (:func:`integer_matmul`), ``"minimum"`` or ``"maximum"``, which
             engines compute in float32 (:func:`divided`).
         a: float tensor of values on ``grid_a``.
-        b: the same for ``grid_b``; broadcasts against ``a`` except for ``"matmul"``.
+        b: float tensor of values on ``grid_b``; broadcasts against ``a`` except for ``"matmul"``.
         grid_a: grid of ``a``, per tensor.
         grid_b: grid of ``b``, per tensor.
         output: grid of the quantizer behind the operation (a ReLU between them keeps values on it).
@@ -53,12 +53,22 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
 
 
 def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
+    """Return ``a + b`` on the output's grid, before clipping.
 
     With ratios ``r = scale / output scale``, all in float32:
     ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. u, v are codes counted from 0 and z zero
     points counted likewise. If one summand is broadcast to the other's shape, it counts as the second; of two summands
     with one element the first does.
+
+    Args:
+        a: float tensor of values on ``grid_a``.
+        b: float tensor of values on ``grid_b`` that broadcasts against ``a``.
+        grid_a: grid of ``a``, per tensor.
+        grid_b: grid of ``b``, per tensor.
+        output: grid of the quantizer behind the operation.
+
+    Returns:
+        float32.
 
     Source: QLinearAdd of ONNX Runtime.
     """
@@ -75,16 +85,36 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
 def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b`` with a negative scale.
 
+    Args:
+        a: float tensor of values on ``grid_a``.
+        b: float tensor of values on ``grid_b`` that broadcasts against ``a``.
+        grid_a: grid of ``a``, per tensor.
+        grid_b: grid of ``b``, per tensor.
+        output: grid of the quantizer behind the operation.
+
+    Returns:
+        float32.
+
     Source: QLinearAdd of ONNX Runtime, which has no subtraction and takes negative scales.
     """
     return integer_add(a, -b, grid_a, grid_b.with_scale(-grid_b.scale), output)
 
 
 def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a * b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
+    """Return ``a * b`` on the output's grid, before clipping.
 
     With u, v the codes minus zero points and z the output's zero point counted from its smallest code, all float32:
     ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
+
+    Args:
+        a: float tensor of values on ``grid_a``.
+        b: float tensor of values on ``grid_b`` that broadcasts against ``a``.
+        grid_a: grid of ``a``, per tensor.
+        grid_b: grid of ``b``, per tensor.
+        output: grid of the quantizer behind the operation.
+
+    Returns:
+        float32.
 
     Source: QLinearMul of ONNX Runtime.
 

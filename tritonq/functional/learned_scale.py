@@ -196,13 +196,28 @@ def learned_fake_quantize(
 ) -> Tensor:
     """Round ``x`` to a grid whose scale receives a gradient, without checks: for the public functions and the modules.
 
+    :mod:`tritonq.reference.learned_scale` has the formulas. While the grid is switched off, ``x`` and its gradient pass
+    unchanged, and the other gradients are 0.
+
     Args:
-        x: any float dtype.
-        grid: its scale is the trained tensor: the scale, or for ``"pact"`` the clipping level.
-        method: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``: formulas in `tritonq.reference.learned_scale`.
-        grad_factor: multiplies the gradients of scale and zero point.
-        shift: the trained zero point, a float tensor, of which the grid has the int32 value; None: it is not trained.
+        x: any shape; float32, float16, bfloat16 or float64.
+        grid: its scale is the tensor that receives the gradient:
+
+            - ``"torch"``: the scale.
+            - ``"megengine"``: the scale, to which the caller has added MegEngine's floor, ``abs(s) + 1e-5``.
+            - ``"tqt"``: the scale, which the caller has computed as ``2^t`` from the trained t.
+            - ``"pact"``: the clipping level; the scale is this level divided by the largest code.
+
+            The grid's type rounds ties away from zero for ``"megengine"`` and ``"tqt"``, and either way for the others.
+            ``"tqt"`` and ``"pact"`` have no zero point; the codes of ``"pact"`` begin at 0.
+        method: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``.
+        grad_factor: multiplies the gradients of ``grid.scale`` and ``shift``, not that of ``x``.
+        shift: the trained zero point, a float tensor. The grid has it rounded, clamped to the codes, as int32. None:
+            the zero point is not trained.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
     """
     rows = group_rows(x, grid.granularity)
     if rows is not None:

@@ -156,7 +156,7 @@ class Convolution:
         return dx, dw, dy.sum((0, *range(2, dy.dim()))) if needs_bias else None
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` as (out, in/groups, ...): with its channel axes swapped, if transposed."""
+        """Return ``weight`` as (out, in/groups, ...): if transposed, with the channel axes of each group swapped."""
         return self._swapped(weight) if self.transposed else weight
 
     def from_rows(self, rows: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def rounded_map(
 
     Args:
         x: (batch, in, ...), or without a batch; under autocast it is cast to autocast's dtype.
-        weight: as ``op`` takes it.
+        weight: float, shaped as the layer's parameter, such as (out, in/groups, kh, kw) or (out, in).
         bias: (out,) or None.
         op: the convolution or matrix product, without weight and bias.
         input_grid: grid of the quantizer that rounded ``x``; None: unknown.

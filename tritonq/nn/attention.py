@@ -109,7 +109,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
     """Return the mask to add to the scores, which broadcasts to (batch, heads, queries, keys); None: no mask.
 
-    Keys that were appended to the given ones have 0 in it. Arguments as in :meth:`MultiheadAttention.forward`.
+    Keys that were appended to the given ones have 0 in it.
+
+    Args:
+        attn_mask: (queries, keys) or (batch * heads, queries, keys): True, or -inf, for keys that do not count; None:
+            all do.
+        key_padding_mask: (batch, keys), in the same way; None: all count.
+        is_causal: says that ``attn_mask`` is causal.
+        scores: (batch, heads, queries, keys).
 
     Raises:
         ValueError: ``is_causal`` without a mask, as in torch.

@@ -36,7 +36,10 @@ class AverageLayer(UnaryLayer):
     @property
     @abstractmethod
     def averaging(self) -> Averaging:
-        """The mean that the layer computes, without quantizers."""
+        """The mean that the layer computes, as plain data: which elements each mean takes.
+
+        All of the layer's results follow from it; it has no state.
+        """
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the mean in float, as torch computes it."""

@@ -74,7 +74,9 @@ class QATBatchNormLayer(QATLayer):
     def attach_batch_norm(
         self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str | None = None
     ) -> None:
-        """Create the child ``bn``.
+        """Create the child ``bn``, of the kind that the class names, and choose the mode of folding.
+
+        :meth:`attach_quantizers` comes before it: the qconfig may name the mode, and the weight's type may forbid it.
 
         Args:
             features: number of out channels.
@@ -82,6 +84,9 @@ class QATBatchNormLayer(QATLayer):
             momentum: of the BatchNorm; None: running statistics are plain averages.
             freeze_bn: whether to begin with frozen statistics.
             mode: how training folds it; None: the qconfig's mode, or "approximate".
+
+        Raises:
+            ValueError: an unknown mode, or ``"scale"`` for a weight whose type is not symmetric and signed.
         """
         self.bn = self._bn_type(features, eps=eps, momentum=momentum)
         self.mode = check_mode(mode or self.qconfig.folding or "approximate")

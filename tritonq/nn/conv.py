@@ -21,6 +21,11 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
     FQ_w and FQ_a are fake quantization of weight and output. ``relu?`` is a ReLU if :attr:`QATLayer.ceiling` is a
     number, its upper bound; nothing if that is None. The constructor is the float convolution's, plus ``qconfig=``.
 
+    Args:
+        *args: arguments of the float convolution.
+        qconfig: makes the quantizers of weight and output.
+        **kwargs: named arguments of the float convolution.
+
     Raises:
         TypeError: no QConfig given.
         ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.

@@ -280,10 +280,16 @@ class ConvTransposeBnReLU3d(ConvTransposeBn3d):
 
 
 class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
-    """Quantization-aware Linear and BatchNorm1d as one layer.
+    """Quantization-aware Linear and BatchNorm1d as one layer; formulas in :class:`QATBatchNormLayer`.
 
-    The constructor is that of ``nn.Linear``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    Args:
+        *args: arguments of ``nn.Linear``, which eps, momentum and freeze_bn may follow.
+        eps: of the BatchNorm.
+        momentum: of the BatchNorm; None: running statistics are plain averages.
+        freeze_bn: whether to begin with frozen statistics.
+        qconfig: makes the quantizers of weight and output.
+        mode: how training folds the BatchNorm; None: the qconfig's mode, or "approximate".
+        **kwargs: named arguments of ``nn.Linear``.
 
     Examples:
         >>> import torch, tritonq
@@ -353,7 +359,11 @@ class LinearBnReLU1d(LinearBn1d):
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:
-    """Return ``bn`` if it is a BatchNorm with running statistics; raise ValueError if not."""
+    """Return ``bn``, typed as a BatchNorm. Its class is not checked: callers have done that.
+
+    Raises:
+        ValueError: it keeps no running statistics (``track_running_stats=False``).
+    """
     if getattr(bn, "running_var", None) is None:
         raise ValueError("a BatchNorm with track_running_stats=False has no statistics to fold into a convolution")
     return cast(nn.modules.batchnorm._BatchNorm, bn)

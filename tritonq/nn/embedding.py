@@ -46,6 +46,11 @@ class Embedding(_QATTable, nn.Embedding):
 
     torch.ao uses float zero points here; tritonq's are integers, so that zero is on the grid of every row.
 
+    Args:
+        *args: arguments of ``nn.Embedding``.
+        qconfig: makes the quantizer of the table (its ``weight``).
+        **kwargs: named arguments of ``nn.Embedding``.
+
     Raises:
         TypeError: no QConfig given.
 
@@ -92,6 +97,11 @@ class Embedding(_QATTable, nn.Embedding):
 
 class EmbeddingBag(_QATTable, nn.EmbeddingBag):
     """``nn.EmbeddingBag`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
+
+    Args:
+        *args: arguments of ``nn.EmbeddingBag``.
+        qconfig: makes the quantizer of the table (its ``weight``).
+        **kwargs: named arguments of ``nn.EmbeddingBag``.
 
     Raises:
         TypeError: no QConfig given.

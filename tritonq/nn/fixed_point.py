@@ -42,7 +42,15 @@ class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
 class FixedPointConv2d(_FixedPointConvolution):
     """``y = conv(xq, FQ(W η/η_next)) + b/η_next``: a convolution in fixed point.
 
-    The constructor is ``nn.Conv2d``'s, plus qconfig, signed_input and bias_word_len of :class:`FixedPointConvBn2d`.
+    Args:
+        *args: arguments of ``nn.Conv2d``.
+        qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
+        signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
+        bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
+        **kwargs: named arguments of ``nn.Conv2d``.
+
+    Raises:
+        ValueError: grouped but not depthwise, unequal or non-zero padding, or a qconfig that isn't fixed point.
 
     Examples:
         >>> import torch, tritonq
@@ -129,7 +137,11 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def float_forward(self, x: Tensor) -> Tensor:
-        """Return ``BN(conv(x, weight) + bias)`` in float for real values ``x``, without rounding and factors."""
+        """Return ``BN(conv(x, weight) + bias)`` in float for real values ``x``, without rounding and factors.
+
+        It runs while the input's format is in the phase "floating_wo_clip". In training mode the BatchNorm uses this
+        batch's statistics and updates the running ones. ``input_factor`` is not used.
+        """
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -198,7 +210,15 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
     """``y = xq FQ(W η/η_next)^T + b/η_next``: a linear layer in fixed point.
 
-    The constructor is ``nn.Linear``'s, plus qconfig, signed_input and bias_word_len of :class:`FixedPointConvBn2d`.
+    Args:
+        *args: arguments of ``nn.Linear``.
+        qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
+        signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
+        bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
+        **kwargs: named arguments of ``nn.Linear``.
+
+    Raises:
+        ValueError: a qconfig that isn't fixed point.
 
     Examples:
         >>> import torch, tritonq

@@ -66,7 +66,11 @@ class FixedPointAdd(ReferringModule):
 
     @property
     def sources(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The modules that make the two summands; None for a summand that has a format of its own."""
+        """The modules that make the two summands; None for a summand that has a format of its own.
+
+        Deployment reads the fractional lengths of their results. Both are None until :meth:`set_sources` was called; an
+        addition with a summand without a format has no deployed form before that.
+        """
         a, b = self._sources
         return a.module, b.module
 
@@ -171,7 +175,13 @@ class FixedPointAvgPool2d(ReferringModule):
         return remaining_factor(self.area)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``."""
+        """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``.
+
+        If there is a following format, the divided mean is multiplied by ``η/η_following`` as well.
+
+        Raises:
+            ValueError: the window is the whole image, and the image has not ``area`` values.
+        """
         rounded = self.input_format.read(input, self.observes)
         height, width = input.shape[-2:]
         if self.kernel_size is None and width * height != self.area:

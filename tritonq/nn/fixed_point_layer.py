@@ -185,7 +185,7 @@ class FixedPointLayer(ReferringModule):
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (not rounded) and bias (or None) for an input divided by η and an output divided by η_next.
 
-        In eval mode they have the running statistics of a BatchNorm folded in.
+        Both are differentiable. In eval mode they have the running statistics of a BatchNorm folded in.
         """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ BATCH_NORM_NAMES = frozenset((*_STATE_NAMES, "num_features", "eps", "momentum", 
 class FoldedBatchNorm(nn.Identity):
     """Return the input unchanged, in the place of a BatchNorm that is part of a layer now.
 
+    Args:
+        kind: class name of the BatchNorm.
+        layer: name of the layer that it is part of.
+
     Attributes:
         kind: class name of the BatchNorm.
         layer: name of the layer that it is part of.

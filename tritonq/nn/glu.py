@@ -15,6 +15,11 @@ from tritonq.reference.functions import Function
 class GLU(Mul):
     """``FQ(relu?(a * FQ(sigmoid(b))))`` for the halves a and b of a tensor: :func:`torch.nn.functional.glu`.
 
+    Args:
+        dim: the axis that is halved.
+        ceiling: upper bound of a ReLU behind the product: infinity for a plain one, 6 for ReLU6; None: no ReLU.
+        qconfig: makes the quantizers of the sigmoid and of the output; None: both stay in float.
+
     Attributes:
         dim: the axis that is halved.
         gate: the sigmoid.

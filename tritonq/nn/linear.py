@@ -19,6 +19,11 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
     FQ_w and FQ_a are fake quantization of weight and output; ``relu?`` is a ReLU in the classes that are named so.
 
+    Args:
+        *args: arguments of ``nn.Linear``.
+        qconfig: makes the quantizers of weight and output.
+        **kwargs: named arguments of ``nn.Linear``.
+
     Raises:
         TypeError: no QConfig given.
 

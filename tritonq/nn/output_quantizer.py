@@ -21,7 +21,11 @@ from tritonq.quantized_type import QuantizedType
 
 
 class WithOutputQuantizer(ReferringModule):
-    """A module with an output quantizer, its child ``activation_post_process``; an Identity if ``qconfig`` is None."""
+    """A module with an output quantizer, its child ``activation_post_process``.
+
+    Args:
+        qconfig: makes the quantizer of the output; None: an Identity.
+    """
 
     def __init__(self, qconfig: QConfig | None = None) -> None:
         super().__init__()
@@ -58,7 +62,11 @@ def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
 
 
 def ends_in_relu(producer: nn.Module | None) -> bool:
-    """Whether a producer computes a ReLU before its quantizer; False for None."""
+    """Whether a producer computes a ReLU before its quantizer; False for None.
+
+    That is so for a module with a ``ceiling`` (infinity for a plain ReLU, 6 for ReLU6), and for a ReLU, ReLU6 or
+    ``Hardtanh(0, b)`` module with a quantizer of its own.
+    """
     ceiling = getattr(producer, "ceiling", None)
     return ceiling is not None or ceiling_of(producer) is not None
 

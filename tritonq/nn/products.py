@@ -43,7 +43,11 @@ class MatMul(Joint):
 class AddMatMul(Add):
     """``FQ(relu?(c + FQ(a @ b)))``: what :func:`torch.addmm` and :func:`torch.baddbmm` compute of activations.
 
-    Called with (c, a, b). Arguments as :class:`Joint`; the ReLU is that of the sum.
+    Called with (c, a, b).
+
+    Args:
+        ceiling: upper bound of the ReLU behind the sum: infinity for a plain one, 6 for ReLU6; None: no ReLU.
+        qconfig: makes the quantizers of product and sum; None: both stay in float.
 
     Attributes:
         product: the matrix product ``FQ(a @ b)``.

@@ -131,9 +131,10 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         self.activation_post_process.to(device)
 
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | Reference[FakeQuantizeBase] | None) -> None:
-        """Set the quantizer on whose grid this layer's input lies; None: unknown.
+        """Set the quantizer on whose grid this layer's input lies, or a Reference to it; None: unknown. It is no child.
 
-        With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does; else in float.
+        Eval mode computes in exact integers with an int32 bias, as the deployed layer does, if it (one scale) and the
+        weight's (no groups) are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
         """
         self._input_quantizer = Reference.to(quantizer)
 

@@ -54,9 +54,11 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
     activation_post_process: nn.Module
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return weights and biases of one layer in the order of torch's functions.
+        """Return weights and biases of one layer as the forward uses them, in the order of torch's functions.
 
-        These are all of one direction, then all of the other.
+        Weights are rounded: by their fake quantizers before conversion; after it they are the values of their codes.
+        Biases are not rounded. The order is ``weight_ih, weight_hh``, both biases if there are any, ``weight_hr`` of an
+        LSTM with projections; all of one direction, then all of the other.
 
         Raises:
             NotImplementedError: a subclass must define it.
@@ -74,7 +76,11 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
         return [cast(nn.Module, self._modules[_BETWEEN.format(index)]) for index in range(self.num_layers - 1)]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """Return ``(sequence, states)``; arguments, shapes and packed sequences as in torch's class."""
+        """Return ``(sequence, states)``; arguments, shapes and packed sequences as in torch's class.
+
+        Raises:
+            ValueError: an input of other than 2 or 3 axes.
+        """
         packed = input if isinstance(input, PackedSequence) else None
         x: Tensor = input if packed is None else packed.data
         y: Any
@@ -174,7 +180,10 @@ class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
     activation_post_process: nn.Module
 
     def cell_weights(self) -> list[Tensor]:
-        """Return ``weight_ih`` and ``weight_hh`` as the cell multiplies by them.
+        """Return ``[weight_ih, weight_hh]`` as the cell multiplies by them: rounded, as floats.
+
+        Before conversion fake quantizers round them; after it they are the values of their codes. Biases are not among
+        them.
 
         Raises:
             NotImplementedError: a subclass must define it.
@@ -185,6 +194,9 @@ class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
         """Return the next hidden state, or (hidden state, cell state) of an LSTM.
 
         Arguments and shapes as in torch's class.
+
+        Raises:
+            ValueError: an input of other than 1 or 2 axes.
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__} takes 1 or 2 axes, got the shape {tuple(input.shape)}")

@@ -178,6 +178,11 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     FQ_a are fake quantization of weight, bias and output. Gradients reach every branch. The BatchNorms use the running
     statistics of float training, which are not updated.
 
+    Args:
+        *args: arguments of :class:`RepVGGBlock`.
+        qconfig: makes the quantizers of the merged weight and of the output.
+        **kwargs: named arguments of :class:`RepVGGBlock`.
+
     Raises:
         TypeError: no QConfig given.
         ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.

@@ -90,11 +90,18 @@ class UnaryLayer(nn.Module):
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
-        """Return the operation's result in float, as torch computes it."""
+        """Return the operation's result in float, as torch computes it: differentiable, and not rounded.
+
+        Training calls it, and so does eval mode while a grid is unknown or off, or for the gradient of the exact
+        result.
+        """
 
     @abstractmethod
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the result as integer runtimes compute it: float32 on the output's grid, before clipping.
+        """Return the result as integer runtimes compute it: float32 on the output's grid, before clipping; no gradient.
+
+        The output's quantizer clips it. Eval mode calls it while both grids are known and switched on, unless
+        :meth:`exact_codes` gave the result.
 
         Args:
             x: float tensor of values on the grid of ``source``.
@@ -104,9 +111,10 @@ class UnaryLayer(nn.Module):
 
     @abstractmethod
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the result for ``torch.compile``.
+        """Return the result for ``torch.compile`` in eval mode, in the dtype of ``x``, without gradient.
 
-        It is computed as by :meth:`exact` while both grids are switched on, else as by :meth:`compute`.
+        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, else
+        that of :meth:`compute`. Arguments are those of :meth:`exact`.
         """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -121,7 +129,7 @@ class UnaryLayer(nn.Module):
         return y
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the result, clipped; None if only :meth:`exact` can compute it.
+        """Return the codes of the result, clipped; None if only :meth:`exact` can compute it, as is the case here.
 
         Args:
             codes: uint8 codes of the input, counted from 0.

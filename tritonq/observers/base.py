@@ -58,8 +58,10 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
         eps: floor under the scale; None takes the rule's own (torch 1.19e-7, MegEngine 1e-5).
         is_dynamic: accepted for torch.ao's sake; only False is supported.
         ch_axis: channel axis for per-channel schemes; None means 0, or the axis of a QuantizedType.
-        rounding: see QuantizedType; None means ``"half_even"``, or what a QuantizedType says.
-        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        rounding: how ties are rounded: ``"half_even"`` or ``"half_away"``; None: the former, or what a QuantizedType
+            says.
+        rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
+            :func:`tritonq.qparams.range_to_qparams`.
         num_channels: length of the per-channel buffers, when known; else it is taken from the first tensor.
 
     Raises:
@@ -145,21 +147,32 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Observe ``x`` and return it unchanged."""
+        """Observe ``x``, a float tensor of any shape, and return ``x`` itself.
+
+        An implementation updates the observer's buffers in place, without gradient; per channel the first tensor gives
+        their length (:meth:`allocate`) if it isn't known. Values that are not finite don't count.
+        """
 
     @abstractmethod
     def calculate_qparams(self) -> QParams:
-        """Return scale (float32) and zero point (int32) for what was observed so far: (1,) or (channels,)."""
+        """Return scale (float32) and zero point (int32) for what was observed so far: (1,) or (channels,).
+
+        Before anything was observed they are a valid scale and zero point without meaning; :meth:`has_observed` tells
+        so.
+        """
 
     @abstractmethod
     def has_observed(self) -> Tensor:
         """Return a 0-d bool tensor: whether anything was observed, so that :meth:`calculate_qparams` rests on data."""
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; nothing is done per tensor.
+        """Give per-channel buffers their final length, in subclasses that have such buffers; here nothing is done.
+
+        Args:
+            num_channels: number of ranges: channels, or all groups of all channels.
 
         Raises:
-            ValueError: they already have another length.
+            ValueError: in subclasses: the buffers have another length already.
         """
 
 
@@ -215,7 +228,11 @@ class RangeObserver(ObserverBase):
         self.max_val.resize_(num_channels).fill_(-torch.inf)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Update the range with ``x`` and return ``x``."""
+        """Update the range with ``x`` by :meth:`observe`, and return ``x`` itself.
+
+        The range is updated in training and in eval mode, and whatever the switches of a quantizer say: a FakeQuantize
+        calls :meth:`observe` instead. Nothing is observed while activation checkpointing runs a forward again.
+        """
         if not is_recomputing():
             self.observe(x, None, None)
         return x
@@ -223,6 +240,8 @@ class RangeObserver(ObserverBase):
     @abstractmethod
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Update the range with ``x``, and then scale and zero point. Nothing is read back from the device.
+
+        Buffers are updated in place, without gradient. Values that are not finite are counted and left out.
 
         Args:
             x: float tensor.

@@ -140,7 +140,13 @@ class HistogramObserver(RangeObserver):
             self.histogram.add_(other.histogram)
 
     def allocate(self, num_channels: int) -> None:
-        """Give range and histogram their final number of channels; nothing is done per tensor."""
+        """Give range and histogram their final number of channels; nothing is done per tensor.
+
+        Counts become 0 with the new length.
+
+        Raises:
+            ValueError: they have another number of channels already.
+        """
         super().allocate(num_channels)
         if self.histogram.shape[:-1] != self.min_val.shape:
             self.histogram = self._empty_histogram(self.min_val)

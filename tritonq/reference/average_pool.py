@@ -240,9 +240,16 @@ def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: i
 def requantize_sums(
     sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: int | Tensor, rounding: Rounding
 ) -> Tensor:
-    """Return the means on the output's grid, float32, before clipping to its codes.
+    """Return the means on the output's grid, ``round(steps) · s_out``, float32, before clipping to its codes.
 
-    Arguments as for :func:`average_steps`; ``rounding`` is the grid's.
+    The steps are those of :func:`average_steps`.
+
+    Args:
+        sums: Σ, the exact sums of codes minus zero point, float32 or float64.
+        scale: s_in, the scale of the input, float32, one element.
+        output_scale: s_out, the scale of the output, float32, one element.
+        divisors: N, what each sum is divided by: one number, or a float32 tensor that broadcasts against ``sums``.
+        rounding: how ties are rounded: ``"half_even"`` or ``"half_away"``.
     """
     if isinstance(divisors, Tensor):
         divisors = divisors.to(sums.device)

@@ -61,10 +61,10 @@ def integer_conv2d(
 
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
-        weight: (out, c/groups, kh, kw), the same. No partial sum may reach 2^24.
-        bias: int32 (out,), or None; see :func:`requantize`, as for the next two.
-        multiplier: (out,).
-        onto: the grid that sums are rounded to, per tensor, or None.
+        weight: (out, c/groups, kh, kw), integers minus their zero points. No partial sum may reach 2^24.
+        bias: int32 (out,), which is added to the sums; None: none.
+        multiplier: float32 (out,), by which the sums are multiplied: values per unit of the sums, or steps of ``onto``.
+        onto: grid per tensor, to which the products are rounded (``round(v) · scale``, not clipped); None: no rounding.
         dtype: of the result.
         stride: (vertical, horizontal), as are padding and dilation.
         padding: zeros on each side.

@@ -258,10 +258,10 @@ def backward(
 
     Args:
         dy: gradient of the result.
-        c: as in the forward.
+        c: output of the convolution, as the forward got it.
         result: from the forward.
-        grid: as it was in the forward.
-        ceiling: as in the forward.
+        grid: of the result, with scale, zero point and switch as the forward used them; None: it did not round.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
         out: where the gradient may be written: like ``c``, in the dtype of ``result``.
     """
     c = dense(c)

@@ -61,8 +61,8 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return :func:`fake_quantize` of ``x``, and where its gradient passes, for a backward that keeps no ``x``.
 
     Args:
-        x: as for :func:`fake_quantize`.
-        grid: as for :func:`fake_quantize`.
+        x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
+        grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
 
     Returns:
         ``(y, mask)``: ``x.dtype``, and bool: whether the rounded, unclipped code lies in the range; False at NaN. While
@@ -133,8 +133,8 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     For a float format the result is its numbers, ``x / s`` rounded.
 
     Args:
-        x: as for :func:`fake_quantize`.
-        grid: as for :func:`fake_quantize`.
+        x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
+        grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
 
     Returns:
         float32 tensor of ``x``'s shape; float64 for a float64 ``x``.

@@ -91,8 +91,16 @@ def _sum_rows(block: Tensor) -> Tensor:
 
 @operator(returns=New(lambda of: of["qtype"].granularity.scale_shape(of["x"].shape), "x", torch.int32))
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return which of the fractional lengths 0 to ``candidates - 1`` has least squared error; of equals the smallest.
+    """Return which of the fractional lengths 0 to ``candidates - 1`` has the least squared rounding error.
 
-    int32: 0-d, or (channels,) if ``qtype`` has an axis. Arguments as for :func:`frac_len_errors`.
+    Of equal errors the smallest length counts. Values that are not finite are left out.
+
+    Args:
+        x: any shape; float16, bfloat16, float32 or float64.
+        qtype: the range of codes, and the channel axis or None.
+        candidates: how many fractional lengths are tried.
+
+    Returns:
+        int32: 0-d, or (channels,) if ``qtype`` has an axis.
     """
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)

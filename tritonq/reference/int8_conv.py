@@ -89,11 +89,17 @@ def _dilated(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
 def requantize(accumulator: Tensor, shift: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Return ``clamp(round_half_even(accumulator * 2^-shift), quant_min, quant_max)`` by shifts of integers.
 
+    The result is exact for codes of up to 8 bits: values are limited to ±2^14 before they are shifted to the left, so
+    that 32 bits hold them.
+
     Args:
         accumulator: int32 or int64, any shape.
-        shift: int32 that broadcasts against it; a negative shift multiplies by up to 2^16.
-        quant_min: smallest code.
-        quant_max: largest code.
+        shift: int32 that broadcasts against it: -16..30 (-16..62 for int64); a negative shift multiplies.
+        quant_min: smallest code, at least -2^14.
+        quant_max: largest code, at most 2^14.
+
+    Returns:
+        Codes in the dtype of ``accumulator``, in the shape that it and ``shift`` broadcast to.
     """
     right, left = shift.clamp(min=0).to(accumulator.dtype), (-shift).clamp(min=0).to(accumulator.dtype)
     code = accumulator >> right

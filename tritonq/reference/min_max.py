@@ -48,8 +48,8 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor
     """Compute :func:`min_max`; the count is None if all values are known to be finite, and there are some.
 
     Args:
-        x: as for :func:`min_max`.
-        axis: as for :func:`min_max`.
+        x: any shape, any float dtype; may be empty.
+        axis: keep one range per index of this axis; None for one range.
     """
     channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:
@@ -90,7 +90,8 @@ def update_range(
         min_val: of the running range; more than ``max_val`` before the first batch.
         max_val: of the running range.
         averaging_constant: ``c``, the weight of the batch; None: no average.
-        copy_above: see above; None: no batch but the first replaces the range.
+        copy_above: a batch whose magnitude is more than this times the running one's replaces the range, and so does
+            one far below; None: only the first batch does.
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)

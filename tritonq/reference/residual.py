@@ -60,9 +60,17 @@ def forward(
 
 
 def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """Return ``FQ(relu?(y))`` and its mask; observes ``relu?(y)``.
+    """Return ``FQ(relu?(y))``, in ``y``'s dtype, and its mask (:class:`RoundedResult`).
 
-    ``y`` is dense, float32 or float64, and overwritten. Arguments as for :func:`forward`.
+    If there is a grid, ``relu?(y)`` is observed first: it updates the range in ``statistics``, and the grid's scale and
+    zero point follow, in place. Then values are rounded to the new grid. While the grid is switched off, or its range
+    has no data, the result is ``relu?(y)``.
+
+    Args:
+        y: any shape, dense, float32 or float64; overwritten.
+        grid: per tensor; None: nothing is observed, and the result stays in float.
+        statistics: the running range of the grid; None observes nothing.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     finite = False
     if grid is not None:

@@ -62,11 +62,12 @@ def search_range(
     Args:
         counts: int64, (bins.count,) or (channels, bins.count).
         low: float32, 0-d or (channels,): exact smallest value, above ``high`` where nothing was counted.
-        high: as ``low``, the largest value.
+        high: float32, shaped as ``low``: exact largest value.
         bins: the bins of ``counts``.
         qtype: the codes that the range will be quantized to.
         search: which of the measures above.
-        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
+            :func:`tritonq.qparams.range_to_qparams`.
         eps: smallest scale; None: no minimum.
         percentile: percent of the values inside, for ``"percentile"``; in (50, 100].
 

@@ -97,7 +97,7 @@ def folded_codes(
         rows: (out, ...).
         fold: (out,).
         grid: the snapshot that the forward made.
-        out: as for :func:`quantize_folded`.
+        out: memory for the codes: shaped as ``rows``, in the dtype of ``fold``; None: new memory.
         extremes: smallest and largest folded value per channel, from which it follows whether anything is clipped;
             None: not known.
     """

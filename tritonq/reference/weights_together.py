@@ -20,7 +20,7 @@ def quantize_all(
         rows: one (out, ...) per weight, float32.
         fold: (all out channels,) float32, in the order of ``rows``.
         grids: one per weight, per channel.
-        statistics: one running range or None per weight, as for :func:`~tritonq.reference.weight.quantize_folded`.
+        statistics: per weight the running range of its grid, which the folded weight updates; None observes nothing.
     """
     folds = torch.split(fold, [len(weight) for weight in rows])
     return [quantize_folded(*of_one) for of_one in zip(rows, folds, grids, statistics, strict=True)]

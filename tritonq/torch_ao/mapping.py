@@ -97,7 +97,14 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         return self._become(super().set_module_name_regex(module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> Self:
-        """Set the qconfig of the module at a path, and of what is inside of it, in place; return the mapping itself."""
+        """Set the qconfig of the module at a path such as ``"layer1.0"``, and of what is inside of it, in place.
+
+        Return the mapping itself. None leaves these modules in float. A rule with the same path is replaced.
+
+        Raises:
+            ValueError: ``module_name`` is empty or no string.
+            TypeError: ``qconfig`` is neither None nor a QConfig with two factories of quantizers.
+        """
         return self._become(super().set_module_name(module_name, qconfig))
 
     def set_first_layer(self, qconfig: Choice) -> Self:

@@ -67,7 +67,7 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
     Args:
         kind: one of :data:`tritonq.functional.integer_joins.JoinKind`.
         a: float tensor on ``grid_a``.
-        b: the same for ``grid_b``; broadcasts against ``a``.
+        b: float tensor on ``grid_b`` that broadcasts against ``a``.
         grid_a: grid of ``a``, per tensor.
         grid_b: grid of ``b``, per tensor.
         output: grid of the quantizer behind the operation.

@@ -44,7 +44,14 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
 def why_between(call: Call, analysis: Analysis) -> str:
     """Return the text for :attr:`LayerRecord.reason` of a call that computes in float between quantized tensors.
 
-    For some operations, and for calls that can't be edited, it also says why or what to use instead.
+    :func:`float_operations` finds such calls; this is not checked here. The text is ``BETWEEN_GRIDS``. Four kinds of
+    calls have more behind a colon, the first that fits:
+
+    - ``batch_norm``: that an ``nn.BatchNorm`` in its place would become part of the layer before it.
+    - A call that could be a join: that one of its operands is a constant.
+    - A call that changes a tensor in place, and can't be edited: that it changes a tensor in place.
+    - A call whose result is that of its forward, if the forward keeps its branches: that the result is rounded behind
+      the forward.
     """
     made = analysis.value_of(call)
     if call.name in _INSTEAD:

@@ -47,11 +47,20 @@ class InputPlace:
 
 
 class InputFakeQuants(nn.ModuleDict):
-    """The quantizers of a model's inputs by parameter name, with the places of these inputs.
+    """Hold the quantizers of a model's inputs, as version 0.1.0 did, by the keys of their places.
+
+    It has no forward of its own: the model's forward quantizes its arguments by ``places``.
 
     Args:
-        places: where the inputs are.
+        places: where the inputs are. :attr:`InputPlace.key` is the name of each quantizer: ``"x"`` for a parameter x,
+            ``"x_0"`` for the first tensor of a list x, ``"input_0"`` for a first argument without a name.
         quantizers: one for each place, in this order.
+
+    Attributes:
+        places: as the argument, a tuple.
+
+    Raises:
+        ValueError: more places than quantizers, or fewer.
     """
 
     def __init__(self, places: Iterable[InputPlace], quantizers: Iterable[nn.Module]) -> None:
@@ -60,12 +69,16 @@ class InputFakeQuants(nn.ModuleDict):
 
 
 def input_place(forward: Any, path: Path, taken: Iterable[str]) -> InputPlace:
-    """Return the place of an input, and a name for its quantizer that is not among ``taken``.
+    """Return the place of an input, with the key that version 0.1.0 gave to the input's quantizer.
+
+    The key joins the parameter's name (``input_<position>`` without one) and the keys of the path by ``_``, with ``_``
+    for every other sign; it ends in as many more ``_`` as keep it apart from ``taken`` and from attributes of
+    ``nn.ModuleDict``.
 
     Args:
         forward: the model's forward, whose signature is read.
         path: a position or parameter name first, then keys that lead to the tensor inside of the argument.
-        taken: names of other quantizers.
+        taken: keys of other quantizers.
     """
     names = list(inspect.signature(forward).parameters.values())
     position: int | None = None

@@ -54,7 +54,7 @@ class ModelEditor:
             self.undo()
 
     def undo(self) -> None:
-        """Put the model back as it was when the editor was made."""
+        """Undo all edits since the editor was made; :meth:`ModelSnapshot.restore` says what is put back."""
         self._snapshot.restore()
 
     def replace(self, name: str, new: nn.Module) -> None:

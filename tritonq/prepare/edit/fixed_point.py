@@ -1,4 +1,4 @@
-"""Build a fixed-point network: layers, additions and poolings with the formats that were found for their tensors.
+"""Build a fixed-point network: layers, additions and poolings, and a format for each group of tensors between them.
 
 A *format* says how a fixed-point tensor is stored: its bits, its sign and its fractional length. Values are divided by
 the factor η of the format in which they are read.
@@ -32,16 +32,23 @@ def build_fixed_point(
     qconfigs: Mapping[nn.Module, QConfig | None],
     inputs: Mapping[str, Tensor],
 ) -> None:
-    """Build a fixed-point network with an editor.
+    """Put the fixed-point forms of a network's layers, additions and poolings into the model, with an editor.
+
+    Each group of tensors that something rounds gets one format, made here. A BatchNorm becomes part of its layer.
+    Clipped ReLUs such as ReLU6 become plain ones, since a format clips at its learned level, and max poolings become
+    ones that take integers. After an error the model may be half edited: the editor undoes that.
 
     Args:
         editor: edits the model.
-        links: the network's layers and the groups of tensors between them.
-        qconfigs: the qconfig of each module of the float model.
-        inputs: for each layer that reads no other layer's output, by name, its input in the run on the example inputs.
+        links: the network's layers, additions and poolings, and the groups of tensors between them.
+        qconfigs: the qconfig of each module of the float model. Those of layers must be fixed point.
+        inputs: for each layer that reads an input of the network, by the layer's name, that tensor in the run on the
+            example inputs. It decides whether the input's format is signed, and with which fractional length it begins.
+            Other formats are signed unless all their readers come after a ReLU.
 
     Raises:
-        ValueError: a part without a fixed-point form, or a forward that can't be edited. The message names the layer.
+        ValueError: a layer without a fixed-point qconfig, a part without a fixed-point form, an average pooling whose
+            factor no single layer can take, or a forward that can't be edited. The message names the module.
     """
     _Builder(editor, links, qconfigs, inputs).build()
 

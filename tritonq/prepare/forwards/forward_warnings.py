@@ -13,7 +13,7 @@ _TOLD = "_tritonq_told_missing"
 
 
 def tell_once(owner: nn.Module, message: str) -> None:
-    """Warn with ``message``, once per module ``owner``.
+    """Give the UserWarning ``message``, unless this function warned of the module ``owner`` before, by any message.
 
     Under ``torch.compile`` the warning comes while it traces, each time, since a compiled graph can't warn.
     """

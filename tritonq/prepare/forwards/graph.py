@@ -116,7 +116,11 @@ class ForwardGraph:
         return self._train_graph is None or node in self._train_names
 
     def has_constant_arguments(self, node: str) -> bool:
-        """Whether a node reads exactly one other node, so that all its further arguments are constants."""
+        """Whether a node reads only one other node, in the graph of each mode, so that nothing else is computed.
+
+        Numbers, texts and flags are constants. Parameters, buffers and the forward's arguments are nodes. A node that
+        is read twice, as in ``x + x``, counts once. ``node`` is a name in the eval graph.
+        """
         return all(len(found.all_input_nodes) == 1 for _, found in self._find(node))
 
     def check_geometry(self, node: str, recorded: Mapping[str, Any]) -> None:

@@ -23,7 +23,11 @@ _GONE = object()
 
 
 class GuardedGraph(ForwardGraph):
-    """The forward of one module as a graph, with the forward itself beside it; every edit is made to both.
+    """The forward of one module as a graph, with the forward itself beside it.
+
+    Every edit is made to both. If a node has no known place in the source, the forward itself cannot be edited as
+    the graph is, and is dropped: once one of the values has changed, the prepared module then raises ValueError.
+    (Attributes stay as they are.)
 
     Attributes:
         values: the values for which the graph was traced, by the paths of attributes, such as ``{"config.depth": 4}``.
@@ -53,6 +57,7 @@ class GuardedGraph(ForwardGraph):
         """Replace a node in the graph, and its calls in the forward itself, by calls of the child ``child``.
 
         ``operands``, ``in_place`` and ``joined`` are those of ``ForwardGraph.replace`` and ``AnsweredForward.replace``.
+        A node without a known place drops the forward itself; see the class.
         """
         super().replace(node, child, operands, in_place, joined)
         self._edit_forward(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
@@ -60,13 +65,23 @@ class GuardedGraph(ForwardGraph):
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
         """Pass a node's result through a child, in the graph and in the forward itself.
 
-        With ``in_place`` later readers of the node's first operand get the child's result, too.
+        All readers of the node then get the child's result. A node without a known place drops the forward itself; see
+        the class.
+
+        Args:
+            node: name of the node in the eval graph.
+            child: name of the child.
+            in_place: whether the node overwrites its first operand; later readers of that operand in the graph then get
+                the child's result, too.
         """
         super().insert_after(node, child, in_place)
         self._edit_forward(node, lambda forward, place: forward.insert_after(place, child, in_place))
 
     def erase(self, node: str) -> None:
-        """Remove a node from the graph, and its calls from the forward itself."""
+        """Remove a node from the graph, and its calls from the forward itself; readers get its first operand.
+
+        A node without a known place drops the forward itself; see the class.
+        """
         super().erase(node)
         self._edit_forward(node, lambda forward, place: forward.erase(place))
 

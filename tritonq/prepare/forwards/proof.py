@@ -20,8 +20,9 @@ class Site:
     """The node of a graph, or the place in a forward, that makes a recorded call.
 
     Attributes:
-        node: name of the node in the eval graph; for a forward without a graph the place of the call.
-        in_place: whether the call overwrites its first operand.
+        node: name of the node in the eval graph; for a forward without a graph ``Call.place`` of the call, such as
+            ``"module:function:position#occurrence"``.
+        in_place: whether the call overwrites its first operand; False for a forward without a graph.
         label: what a child that is added for the call is named after, such as "add"; "" if not set.
     """
 

@@ -40,7 +40,12 @@ def rebind_closures(original: nn.Module, copied: nn.Module) -> None:
 
 
 def error_text(error: BaseException) -> str:
-    """Return an error's class and message; of a failed look-up of a module what to do instead."""
+    """Return the text of an error for a message: its class and its own message, such as ``"ValueError: no batch"``.
+
+    A KeyError whose key is a module has another text. It comes from a forward that looks a module up in a dict with
+    modules as keys: the dict holds the original modules, and the model that runs has copies. The text names the
+    function and line that did so, and advises to use names as keys.
+    """
     if not isinstance(error, KeyError) or not error.args or not isinstance(error.args[0], nn.Module):
         return f"{type(error).__name__}: {error}"
     frames = [] if error.__traceback__ is None else traceback.extract_tb(error.__traceback__)

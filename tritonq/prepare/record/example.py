@@ -144,7 +144,7 @@ def _with_training(model: nn.Module, in_eval: Run, passing: frozenset[str]) -> R
     Args:
         model: the model.
         in_eval: the recorded run in eval mode.
-        passing: as in :func:`_run`.
+        passing: qualified names of modules that returned their input unchanged in the eval run.
     """
     modes, names = training_modes(model), {module: name for name, module in model.named_modules()}
     held: set[str] = set()

@@ -34,8 +34,7 @@ from tritonq.prepare.record.structure import (
     unique_tensors,
 )
 
-# Runs that are compared draw the same random numbers.
-SEED = 0
+SEED = 0  # runs that are compared draw the same random numbers
 
 
 def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Dataflow:
@@ -78,10 +77,8 @@ class _OpenFrame:
     inputs: list[Tensor]
     events: list[tuple[Literal["call", "frame"], int]] = field(default_factory=list)
     functions: int = 0
-    # How often each place in the source has called a function.
-    places: dict[str, int] = field(default_factory=dict)
-    # Whether this stands for a leaf: nothing inside is recorded.
-    leaf: bool = False
+    places: dict[str, int] = field(default_factory=dict)  # how often each place in the source called a function
+    leaf: bool = False  # whether this stands for a leaf: nothing inside is recorded
 
 
 @dataclass
@@ -106,6 +103,9 @@ class Recorder:
 
     Attributes:
         result: what the model returned; None before :meth:`run`.
+
+    Raises:
+        ValueError: the model has lazy parameters, whose shapes a first run would decide.
     """
 
     def __init__(

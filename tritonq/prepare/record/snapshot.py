@@ -1,4 +1,4 @@
-"""Put a model back exactly as it was: its modules, parameters, buffers, hooks, attributes, modes and random state."""
+"""Undo edits of a model (modules, hooks, attributes, modes, buffers), copy a model, and preserve the random state."""
 
 from __future__ import annotations
 
@@ -25,21 +25,31 @@ class ModelSnapshot:
     """Remember what every module of a model holds, so that :meth:`restore` can undo any edit.
 
     Modules, parameters and attributes are remembered by identity; buffers also by value, since a forward may write into
-    them. ``restore`` undoes replaced children, added hooks, changed classes, modes and attributes.
+    them. Values of parameters are not remembered: training steps are not undone.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [_ModuleState(module) for module in model.modules()]
 
     def restore(self) -> None:
-        """Undo everything that happened to the model since the snapshot was taken."""
+        """Undo every edit of the model since the snapshot was taken. It may be called more than once.
+
+        For each module that the model had then, it puts back:
+
+        - class, mode and attributes, by identity;
+        - the entries of attributes that are dicts, lists or sets, among them children, parameters and hooks;
+        - values and shapes of buffers.
+
+        Of a module that torch.jit made it puts back mode and buffers only. Values and gradients of parameters, what
+        lies deeper inside of attributes, and the random state (see :func:`preserved_random_state`) stay as they are.
+        """
         for state in self._modules:
             state.restore()
 
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the model back as it was if the block raises; the error is raised again."""
+    """Undo edits of the model by :meth:`ModelSnapshot.restore` if the block raises; the error is raised again."""
     snapshot = ModelSnapshot(model)
     try:
         yield
