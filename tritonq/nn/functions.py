@@ -74,6 +74,7 @@ class FunctionLayer(ElementwiseLayer):
         source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
 
     Examples:
+        >>> import torch
         >>> FunctionLayer(Function("hardswish"))(torch.tensor([-4.0, 1.0, 3.0]))
         tensor([-0.0000, 0.6667, 3.0000])
     """
@@ -127,7 +128,7 @@ class PReLU(UnaryLayer, nn.PReLU):
     In eval mode, if the grids of input and output are known, it is computed in float32 as ONNX Runtime does it.
 
     Args:
-        num_parameters: as ``nn.PReLU``.
+        num_parameters: number of slopes: 1, or the number of channels on axis 1.
         qconfig: makes the quantizer of the output; None: the layer has none of its own.
     """
 
