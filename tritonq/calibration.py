@@ -68,7 +68,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     """Let a prepared model observe what runs in the block, as :func:`calibrate` does, and fix its ranges afterwards.
 
     Raises:
-        ValueError: as :func:`calibrate`; the switches are as before then, and so they are where the block raises.
+        ValueError: the model has no fake quantizer, or ones of fixed point; or a quantizer has seen no finite value.
+            The switches are as before then, and so they are if the block raises.
     """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchedQuantizer)}
     if not quantizers:

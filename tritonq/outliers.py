@@ -68,7 +68,11 @@ def _magnitude(observer: MinMaxObserver) -> float | None:
 
 
 class LateReading:
-    """The largest magnitude in a device's range, copied to the host without waiting and read by a later call."""
+    """The largest magnitude in a device's range, copied to the host without waiting and read by a later call.
+
+    Args:
+        period: begin a copy in one of so many calls.
+    """
 
     def __init__(self, period: int = _PERIOD) -> None:
         self._period, self._calls = period, 0

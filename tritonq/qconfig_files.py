@@ -134,7 +134,11 @@ def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
 
 
 def mapping_from_data(data: Any) -> QConfigMapping:
-    """Return the mapping that :func:`mapping_to_data` turned into ``data``; errors as :func:`load_qconfig_mapping`."""
+    """Return the mapping that :func:`mapping_to_data` turned into ``data``.
+
+    Raises:
+        ValueError: not such data, a newer version, an unknown preset, class or field; the message says where.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a qconfig mapping: it has no format {FORMAT!r}")
     version = data.get("version")

@@ -108,7 +108,12 @@ class QConfigMapping:
         return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the module at path ``"layer1.0"`` and all in it."""
+        """Return a copy of the mapping with a qconfig for the module at path ``"layer1.0"`` and all in it.
+
+        Raises:
+            ValueError: ``module_name`` is empty or no string.
+            TypeError: ``qconfig`` is neither None nor a QConfig.
+        """
         if not isinstance(module_name, str) or not module_name:
             raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
         return replace(self, names=_added(self.names, module_name, qconfig))

@@ -41,6 +41,10 @@ _BATCHES = 3
 class QuantizerCheckError(AssertionError):
     """A quantizer breaks its contract.
 
+    Args:
+        name: of the class or function that makes the quantizer.
+        failed: what went wrong, by name of the check.
+
     Attributes:
         failed: what went wrong, by name of the check.
 

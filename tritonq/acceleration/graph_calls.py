@@ -23,8 +23,8 @@ def convolution(stride: Any, padding: Any, dilation: Any, groups: int, dimension
 
     Args:
         stride: one number for all dimensions, or one for each.
-        padding: as ``stride``.
-        dilation: as ``stride``.
+        padding: zeros on each side, one number for all dimensions, or one for each.
+        dilation: distance of taps, one number for all dimensions, or one for each.
         groups: number of groups.
         dimensions: 1, 2 or 3.
     """

@@ -248,6 +248,9 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
     """Observe and round ``x`` as ``quantizer`` does; the result has the shape and dtype of ``x``.
 
     The backward needs ``x`` alone. If :func:`can_compute` is false, the quantizer runs by itself.
+
+    Raises:
+        RuntimeError: the quantizer has buffers that no operator takes.
     """
     if not can_compute(quantizer, x):
         return cast(Tensor, quantizer(x))

@@ -39,6 +39,10 @@ class SoftRounding:
     """The trained variables V of one layer: ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...).
 
     ``s`` and ``z`` are scale and zero point of the weight's grid; ``h(V)`` is :meth:`share`.
+
+    Args:
+        rows: the weight, (out, ...), float.
+        grid: its grid.
     """
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:

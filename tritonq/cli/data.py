@@ -113,7 +113,8 @@ def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
     """Return the classes that :func:`open_examples` will find for the same arguments; no image is read.
 
     Raises:
-        ValueError: see :func:`~tritonq.cli.folder.find_layout`.
+        ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
+            training has not.
     """
     folder, _ = _validation(validation)
     return tuple(map(str, range(10))) if source == DIGITS else find_layout(Path(source), folder).classes
@@ -134,7 +135,8 @@ def open_examples(
         quiet: print nothing, because another process does.
 
     Raises:
-        ValueError: see :func:`~tritonq.cli.folder.readable_images`; or channels that can't be made.
+        ValueError: no such folder, fewer than two classes, a class with too few readable images, validation classes
+            that training has not, or channels that can't be made.
     """
     folder, share = _validation(validation)
     if source == DIGITS:

@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Write the file and print its path and size; return the exit status 0."""
+    """Write the file and print its path and size; return the exit status 0.
+
+    Raises:
+        ValueError: an argument that makes no sense, or a model that can't be exported; the command shows the message.
+    """
     path = arguments.output
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path} ends in none of {', '.join(_SUFFIXES)}, which say the format")

@@ -11,6 +11,10 @@ from typing import Any
 class Interrupted(KeyboardInterrupt):
     """Raised when a run was told to stop, and stopped after a whole step.
 
+    Args:
+        message: what the user is told.
+        number: of the signal.
+
     Attributes:
         status: the exit status that shells expect of a process that this signal ended.
     """

@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print one line per image; return 0 if all could be read, else 1."""
+    """Print one line per image; return 0 if all could be read, else 1.
+
+    Raises:
+        ValueError: an argument that makes no sense, or nothing says how images are scaled; the command shows the
+            message.
+    """
     if arguments.top < 1:
         raise ValueError(f"at least one class is shown, got --top {arguments.top}")
     paths = list(_files(arguments.images))

@@ -58,7 +58,11 @@ def check_tensorboard() -> None:
 
 
 class TensorBoard:
-    """Loss, accuracy and learning rate for TensorBoard, which must be installed."""
+    """Loss, accuracy and learning rate for TensorBoard, which must be installed.
+
+    Args:
+        folder: where the log's files are written.
+    """
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -101,7 +101,7 @@ def backward(
 
     Args:
         dy: gradient of the result.
-        c: as in the forward.
+        c: output of the convolution, as the forward got it.
         result: the vectors of the forward, such as mean and ``1/std``.
         grid: the copy of the grid that :func:`forward` returned; None without a quantizer.
         ceiling: of the ReLU; None without one.

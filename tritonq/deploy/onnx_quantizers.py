@@ -154,6 +154,9 @@ def quantize_twice(layer: nn.Module) -> None:
     The layer's forward runs both. ONNX Runtime computes a layer in integers if a quantizer follows directly. Operations
     that move the results stand between the first and the second quantizer, whose codes have the trained shape; the
     second changes no code.
+
+    Raises:
+        TypeError: the layer has no traced quantizer.
     """
     output = layer.activation_post_process
     if not isinstance(output, TracedQuantizer):

@@ -97,13 +97,13 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     statistics, and computes in exact integers with a 32-bit bias. The convolution's bias has no effect in training.
 
     Args:
-        *args: as ``nn.Conv2d``.
+        *args: arguments of ``nn.Conv2d``.
         eps: of the BatchNorm.
         momentum: of the BatchNorm; None: running statistics are plain averages.
         qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
         signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
         bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
-        **kwargs: as ``nn.Conv2d``.
+        **kwargs: named arguments of ``nn.Conv2d``.
 
     Shapes: as ``nn.Conv2d``. The child ``bn`` holds γ, β and the running statistics.
 

@@ -110,8 +110,8 @@ class FixedPointAvgPool2d(ReferringModule):
 
     Args:
         kernel_size: window, (height, width); None: the whole image, whose area must then be given.
-        stride: as ``nn.AvgPool2d``; None: the window.
-        padding: as ``nn.AvgPool2d`` with ``count_include_pad=True``.
+        stride: distance of windows, (vertical, horizontal) or one number; None: the window.
+        padding: zeros on each side, (vertical, horizontal) or one number; they count in the average.
         input_format: format of the input.
         area: values per window; needed only for the whole image.
         observes: whether this layer is the first reader of its input, and so observes it.

@@ -182,10 +182,10 @@ class RangeObserver(ObserverBase):
     ``nonfinite_count`` counts the NaN and infinities that were skipped: one overflowed batch must not poison a range.
 
     Args:
-        *args: see :class:`ObserverBase`.
+        *args: arguments of :class:`ObserverBase`.
         process_group: the ranks whose batches make up one observation: None (this rank alone), ``"world"``, ``"auto"``
             (the world where torch.distributed is initialised), or a group.
-        **kwargs: see :class:`ObserverBase`.
+        **kwargs: named arguments of :class:`ObserverBase`.
 
     Examples:
         >>> class LastBatch(RangeObserver):

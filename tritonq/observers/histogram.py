@@ -24,12 +24,12 @@ class HistogramObserver(RangeObserver):
 
     Args:
         bins: bins on both sides of zero together, a power of two in 128..32768; 2048 tells 16 steps per octave apart.
-        *args: see :class:`~tritonq.observers.base.ObserverBase`.
+        *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
         search: ``"mse"`` (least rounding error), ``"l2"`` (torch's and MegEngine's measure), ``"percentile"`` or
             ``"kl"`` (TensorRT's calibration); see :func:`tritonq.reference.search.search_range`.
         percentile: percent of the values inside the range, for ``search="percentile"``.
         mantissa_bits: the resolution, in place of ``bins``: ``2^mantissa_bits`` steps per octave, 0..8.
-        **kwargs: see :class:`~tritonq.observers.base.RangeObserver`.
+        **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 
     Attributes:
         histogram: int64 buffer, (prefix_bins.count,) or (channels, prefix_bins.count).

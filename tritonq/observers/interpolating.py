@@ -26,11 +26,11 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     Args:
         bins: number of bins, at least 2.
-        *args: see :class:`~tritonq.observers.base.ObserverBase`.
+        *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
         interpolation: ``"torch"``: slices of old bins are put where their middles are; ``"megengine"``: the range is
             widened until they fit the new bins.
         upsample_rate: slices that an old bin is cut into; None: 16 with ``"torch"``, 128 with ``"megengine"``.
-        **kwargs: see :class:`~tritonq.observers.base.RangeObserver`.
+        **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 
     Attributes:
         histogram: float64 buffer (bins,) over ``min_val`` .. ``max_val``.

@@ -105,8 +105,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
             range would lag behind for hundreds of steps and clip what the branch learns. With it a batch whose largest
             magnitude is less than a hundredth of the running one's is copied as well, unless it is all zeros: such an
             outlier is forgotten at once, where an average keeps it for hundreds of batches. None (torch.ao): never.
-        *args: see :class:`~tritonq.observers.base.ObserverBase`.
-        **kwargs: see :class:`~tritonq.observers.base.ObserverBase`.
+        *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
+        **kwargs: named arguments of :class:`~tritonq.observers.base.ObserverBase`.
 
     Raises:
         ValueError: averaging constant outside (0, 1], or ``copy_above`` below 1.
@@ -138,6 +138,9 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1).
 
         With ``rule="megengine"`` it may also be 1, which keeps the range, and takes effect one update later, as there.
+
+        Raises:
+            ValueError: a momentum outside of these bounds.
         """
         if self.rule != "megengine":
             self._set_averaging_constant(1.0 - momentum)
@@ -180,6 +183,14 @@ def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dic
 class PerChannelMinMaxObserver(MinMaxObserver):
     """:class:`MinMaxObserver` with one range per index of ``ch_axis``.
 
+    Args:
+        ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
+        dtype: a torch dtype, or a QuantizedType with an axis.
+        **kwargs: named arguments of :class:`MinMaxObserver`; ``qscheme`` is ``torch.per_channel_affine`` if not given.
+
+    Raises:
+        ValueError: a scheme or type per tensor.
+
     Examples:
         >>> observer = PerChannelMinMaxObserver(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
         >>> _ = observer(torch.tensor([[-1.0, 0.5], [2.0, 4.0]]))
@@ -193,6 +204,16 @@ class PerChannelMinMaxObserver(MinMaxObserver):
 
 class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
     """:class:`MovingAverageMinMaxObserver` with one range per index of ``ch_axis``.
+
+    Args:
+        averaging_constant: weight of the new batch, in (0, 1].
+        ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
+        dtype: a torch dtype, or a QuantizedType with an axis.
+        **kwargs: named arguments of :class:`MovingAverageMinMaxObserver`; ``qscheme`` is ``torch.per_channel_affine``
+            if not given.
+
+    Raises:
+        ValueError: a scheme or type per tensor.
 
     Examples:
         >>> observer = MovingAveragePerChannelMinMaxObserver(averaging_constant=0.5, qscheme=torch.per_channel_affine)

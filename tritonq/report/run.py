@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the command: measure, write the page, print the worst layers; return the exit status 0."""
+    """Run the command: measure, write the page, print the worst layers; return the exit status 0.
+
+    Raises:
+        ValueError: fewer than one image.
+    """
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")
     writable_file(arguments.output)

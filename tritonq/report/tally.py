@@ -56,6 +56,9 @@ class Tally:
     """Sums over the batches of values that one quantizer rounds.
 
     :meth:`measure` turns them into a :class:`TensorMeasure`.
+
+    Args:
+        quantizer: rounds the values.
     """
 
     def __init__(self, quantizer: FakeQuantizeBase) -> None:

@@ -246,6 +246,9 @@ def fold_known_modules(
         mod_list: such as ``[conv, bn, relu]``.
         is_qat: False.
         additional_fuser_method_mapping: for types of modules in a row, the function that fuses them.
+
+    Raises:
+        ValueError: a module in training mode, or a row that has no fused form.
     """
     if any(module.training for module in mod_list):
         raise ValueError("fuse_modules folds BatchNorms, in eval mode: call model.eval(), or fuse_modules_qat")

@@ -49,7 +49,7 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
 
         Raises:
             ValueError: a key that has no counterpart.
-            TypeError: see the ``set_`` methods.
+            TypeError: a qconfig that is neither None nor a QConfig, or a type or path of another kind.
 
         Source: torch.ao.quantization.QConfigMapping.from_dict.
 

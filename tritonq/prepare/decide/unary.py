@@ -50,6 +50,9 @@ def layer_for(operation: Operation, earlier: Clipping | None) -> UnaryLayer:
     Args:
         operation: the operation; a PReLU is refused, since it is a module already.
         earlier: for a clip, the bounds of the clips before it that it replaces; None: there are none.
+
+    Raises:
+        TypeError: the operation is a PReLU.
     """
     if isinstance(operation, Function):
         return FunctionLayer(operation)

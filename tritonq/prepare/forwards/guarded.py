@@ -29,6 +29,10 @@ class GuardedGraph(ForwardGraph):
     the graph is, and is dropped: once one of the values has changed, the prepared module then raises ValueError.
     (Attributes stay as they are.)
 
+    Args:
+        eval_graph: the graph of eval mode.
+        train_graph: the graph of training mode; None if it is the same.
+
     Attributes:
         values: the values for which the graph was traced, by the paths of attributes, such as ``{"config.depth": 4}``.
         places: for each node the places in the source that made its recorded calls.

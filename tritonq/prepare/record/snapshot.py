@@ -26,6 +26,9 @@ class ModelSnapshot:
 
     Modules, parameters and attributes are remembered by identity; buffers also by value, since a forward may write into
     them. Values of parameters are not remembered: training steps are not undone.
+
+    Args:
+        model: the model; what its modules hold now is remembered.
     """
 
     def __init__(self, model: nn.Module) -> None:
