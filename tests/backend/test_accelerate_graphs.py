@@ -208,6 +208,14 @@ def test_a_compiled_step_is_the_eager_one():
     assert_same_state(eager, model)
 
 
+def test_a_graph_compiles_before_its_first_step():
+    """Quantizers per channel get their lengths in it, at which the compiler breaks the graph and goes on behind it."""
+    models = [tritonq.accelerate(fx(0)) for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(models[1], backend="aot_eager")
+    assert_close(compiled(images()), models[0](images()), SUMS)
+
+
 def test_a_version_that_is_not_known_is_refused(monkeypatch):
     model = pt2e()
     monkeypatch.setattr("torchao.__version__", "0.31.2")

@@ -44,7 +44,10 @@ class _FusedCode:
         fused.output(fused.graph_copy(nodes.graph, {}))
         fused.set_codegen(plain)
         fuse(fused, self._tritonq_known)
-        return fused.python_code(root_module, **options)
+        code = fused.python_code(root_module, **options)
+        # Which node each line came from: numbers of the copy's nodes, which torch.compile would look up in the graph.
+        code._lineno_map = {}
+        return code
 
     def _tell(self, changed: list[str]) -> None:
         """Warn of each change once; torchao compiles a graph several times in each switch."""
