@@ -6,6 +6,8 @@ magnitude faster than torch's own scalar fake-quantize operator, and rounds iden
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -111,18 +113,20 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
     if number is not None:
         values = _steps(x, scale, grid.qtype).nan_to_num_(torch.inf)
         bound = number.largest if blocks_ends else number.overflow
-        bounds = (-bound, bound)
+        bounds, out = (-bound, bound), values
     elif grid.qtype.axis is None and not isinstance(offset, Tensor) and is_readable(scale):
-        values = x.to(scale.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
-        zero = int(offset)
+        values, zero = x.to(scale.dtype), int(offset)
+        if not math.isfinite(values.sum()):
+            values = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
         bounds = open_bounds(float(scale), low - zero, high - zero, grid.qtype.rounding, scale.dtype)
+        out = torch.empty_like(values)
     else:
         values = _steps(x, scale, grid.qtype)
         if isinstance(offset, Tensor) or offset:
             values.add_(offset)
         values.nan_to_num_(torch.inf, torch.inf, -torch.inf)
-        bounds = open_bounds_of_codes(low, high, scale.dtype)
-    dx = between(dy.to(values.dtype), values, *bounds, out=values).to(x.dtype)
+        bounds, out = open_bounds_of_codes(low, high, scale.dtype), values
+    dx = between(dy.to(values.dtype), values, *bounds, out=out).to(x.dtype)
     return dx if enabled is True else torch.where(enabled, dx, dy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from tritonq.quantized_type import Rounding
 _Float: TypeAlias = "np.floating[Any]"
 
 
+@lru_cache(maxsize=4096)
 def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dtype: torch.dtype) -> tuple[float, float]:
     """Return ``(low, high)`` such that ``lowest <= round(x / scale) <= highest`` exactly if ``low < x < high``.
 
