@@ -301,6 +301,31 @@ def test_frozen_norms_are_folded_and_stay_frozen(norm):
     assert all(torch.equal(tensor, before[name]) for name, tensor in prepared[0].bn.state_dict().items())
 
 
+class WithActivation(ByFactor):
+    """Calls its children afterwards, as timm's FrozenBatchNormAct2d does."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class WithLaterArithmetic(WithActivation):
+    def forward(self, x):
+        return super().forward(x) * self.weight.reshape(1, -1, 1, 1)
+
+
+def test_a_frozen_norm_with_an_activation_is_folded():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), WithActivation(8), nn.Conv2d(8, 4, 1))
+    prepared, _ = trained(model)
+    assert type(prepared[0]) is qnn.ConvBnReLU2d
+    assert not {"mul", "add"} & set(rows(prepared))
+    later, _ = trained(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), WithLaterArithmetic(8), nn.Conv2d(8, 4, 1)))
+    assert type(later[0]) is qnn.Conv2d
+
+
 class Trainable(nn.Module):
     """A factor per channel that trains is no frozen norm."""
 

@@ -50,6 +50,7 @@ class FrozenNorm:
         steps: the operations, in order.
         starts: for each run of the module its first operation.
         ends: for each run of the module its last operation.
+        remainder: names of its children that it calls behind these, one after the other, such as an activation.
     """
 
     channels: int
@@ -57,41 +58,46 @@ class FrozenNorm:
     steps: tuple[AffineStep, ...]
     starts: tuple[Call, ...]
     ends: tuple[Call, ...]
+    remainder: tuple[str, ...] = ()
 
 
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
     """Return the frozen norm that a module computes.
 
-    None if it computes something else, has children, or has parameters that train.
+    None if it computes something else, or has parameters that train. Children may follow, such as an activation.
 
     Args:
         owner: qualified name of the module.
         analysis: the model and its record.
     """
     frames = analysis.flow.frames_of(owner)
-    if not frames or next(analysis.modules[owner].children(), None) is not None:
+    chains = [_chain(frame, analysis) for frame in frames]
+    found = [chain[0] for chain in chains if chain is not None and chain[0]]
+    remainders = {chain[1] for chain in chains if chain is not None}
+    if not found or len(found) < len(frames) or len(remainders) > 1:
         return None
-    found = [chain for chain in (_chain(frame, analysis) for frame in frames) if chain]
-    if len(found) < len(frames) or len({tuple(call.name for call in chain) for chain in found}) > 1:
+    if len({tuple(call.name for call in chain) for chain in found}) > 1:
         return None
     shape = analysis.flow.values[found[0][0].inputs[0]].shape if found[0][0].inputs else ()
     steps = [_step(call, analysis) for call in found[0] if call.name not in _PASSING]
     if len(shape) < 2 or any(step is None for step in steps) or not any(step and step.operands for step in steps):
         return None
     starts, ends = tuple(chain[0] for chain in found), tuple(chain[-1] for chain in found)
-    return FrozenNorm(shape[1], len(shape), tuple(step for step in steps if step is not None), starts, ends)
+    known = tuple(step for step in steps if step is not None)
+    return FrozenNorm(shape[1], len(shape), known, starts, ends, remainders.pop())
 
 
-def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
-    """Return the calls that lead from the only input of a forward to its result, without those that compute constants.
+def _chain(frame: Frame, analysis: Analysis) -> tuple[list[Call], tuple[str, ...]] | None:
+    """Return the functions that lead from the only input of a forward on, and the names of the children behind them.
 
+    The last child, or the last function, gives the forward's result. Functions that compute constants are left out.
     None if the forward does anything else. ``frame`` is one recorded run of it.
     """
     flow, constants = analysis.flow, analysis.constants.values
     given = set(refs_in((*frame.args, *frame.kwargs.values()))) - constants
     if len(given) != 1:
         return None
-    value, chain = given.pop(), list[Call]()
+    value, chain, children = given.pop(), list[Call](), list[str]()
     for kind, index in frame.events:
         if kind != "call":
             return None
@@ -99,11 +105,16 @@ def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
         if constants.issuperset(call.outputs):
             continue
         result = analysis.value_of(call)
-        if set(call.inputs) - constants != {value} or result is None or call.writes or call.kind != "function":
+        if set(call.inputs) - constants != {value} or result is None:
             return None
-        chain.append(call)
+        if call.kind == "module" and call.module_name is not None:
+            children.append(call.module_name)  # activations may work in place
+        elif call.kind == "function" and not children and not call.writes:
+            chain.append(call)
+        else:
+            return None
         value = result
-    return chain if analysis.value_of(frame) == value else None
+    return (chain, tuple(children)) if analysis.value_of(frame) == value else None
 
 
 def _step(call: Call, analysis: Analysis) -> AffineStep | None:

@@ -218,7 +218,9 @@ def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
     if not kinds:
         frozen = find_frozen_norm(call.owner, analysis)
         kind = None if frozen is None else _NORM_OF_DIMENSIONS.get(frozen.dimensions)
-        return None if frozen is None or kind is None else _Norm(call.owner, kind, frozen.starts, (), frozen)
+        return (
+            None if frozen is None or kind is None else _Norm(call.owner, kind, frozen.starts, frozen.remainder, frozen)
+        )
     if call.name != "batch_norm":
         return None
     return _norm_with_activation(call.owner, kinds[0], analysis)
