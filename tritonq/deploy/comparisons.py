@@ -36,7 +36,7 @@ class LayerComparison:
 
     @property
     def fraction(self) -> float:
-        """Fraction of the codes that differ: ``differing / codes``, or 0 if no code was compared."""
+        """Fraction of the codes that differ, which is ``differing / codes``, or 0 if no code was compared."""
         return self.differing / max(self.codes, 1)
 
     def is_within(self, max_fraction: float, max_step: int) -> bool:
