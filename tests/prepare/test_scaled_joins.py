@@ -74,7 +74,8 @@ def test_the_sum_is_quantized_and_the_constant_is_not(build):
     joins = [row for row in prepared.tritonq_report if row.kind in ("add", "cat")]
     in_float = {row.name: row.reason for row in joins if row.status != "quantized"}
     assert len(joins) > len(in_float)
-    assert in_float == ({"add": BETWEEN_GRIDS} if build is ClassToken else {})  # of positions
+    of_positions = {"add": f"{BETWEEN_GRIDS}: one of its operands is a constant"}
+    assert in_float == (of_positions if build is ClassToken else {})
     assert_same_when_not_rounding(model, prepared, X)
     prepared.train()(X).square().sum().backward()
     assert prepared.gamma.grad is not None or build is WeightedFeatures

@@ -126,7 +126,7 @@ class Joint(WithOutputQuantizer):
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the result of :meth:`forward`; tracing for a file replaces this method by another function."""
-        meet_hooks(self._producers, (a, b))
+        meet_hooks(self._producers, (a, b), self.training)
         if not self.training and can_use_codes(a) and can_use_codes(b) and (y := self._on_codes(a, b)) is not None:
             return y
         exact = None if self.training else self._exact(a, b)

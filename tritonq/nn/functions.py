@@ -34,7 +34,7 @@ class ElementwiseLayer(UnaryLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the fake-quantized function of ``input``, in its shape."""
-        self._source.meet(input, lies_on_grid)
+        self._source.meet(input, None if self.training else lies_on_grid)
         quantizer = self.output_quantizer
         if quantizer is None:
             return self.compute(input)

@@ -82,10 +82,13 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
     return Grid(grid.scale, grid.zero_point, replace(grid.qtype, quant_min=zero, symmetric=False), grid.enabled)
 
 
-def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor]) -> None:
-    """Find out whether hooks that are new on the ways of operands change them; each Reference is to what rounds one."""
+def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor], training: bool) -> None:
+    """Watch hooks that are new on the ways of operands; outside of training find out whether they changed one.
+
+    Each Reference is to what rounds one operand.
+    """
     for reference, operand in zip(references, operands, strict=True):
-        reference.meet(operand, lies_on_grid)
+        reference.meet(operand, None if training else lies_on_grid)
 
 
 def lies_on_grid(producer: nn.Module, x: Tensor) -> bool:

@@ -267,7 +267,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         The forward has switched torch function modes off.
         """
         input = self.quantized_input(input)
-        self._input_quantizer.meet(input, lies_on_grid)
+        self._input_quantizer.meet(input, None if self.training else lies_on_grid)
         return self.paths[choose_path(self.path_state())](self, input, weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:

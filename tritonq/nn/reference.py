@@ -203,13 +203,14 @@ class Reference(Generic[M]):
         """What has changed on the route, as text; None: nothing."""
         return None if self.route is None else self.route.change()
 
-    def meet(self, x: Tensor, lies_on_grid: Callable[[M, Tensor], bool]) -> None:
-        """Find out whether hooks that are new on the route have changed a tensor.
+    def meet(self, x: Tensor, lies_on_grid: Callable[[M, Tensor], bool] | None) -> None:
+        """Watch hooks that are new on the route, and find out whether they have changed a tensor.
 
-        They have run before anybody watched them. ``lies_on_grid(module, x)`` says whether x is as the module rounds.
+        They have run before anybody watched them. ``lies_on_grid(module, x)`` says whether x is as the module rounds;
+        None: that can't be told, as in training mode, where dropout may stand between.
         """
         new = [] if self.route is None else self.route.new_hooks()
-        if new and self._module is not None and not lies_on_grid(self._module, x):
+        if new and lies_on_grid is not None and self._module is not None and not lies_on_grid(self._module, x):
             for hook in new:
                 hook.changes = True
 

@@ -119,7 +119,7 @@ class UnaryLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the fake-quantized result; shapes as torch's operation has them."""
-        self._source.meet(input, lies_on_grid)
+        self._source.meet(input, None if self.training else lies_on_grid)
         own = self.activation_post_process
         observed = observed_grid(own, input) if self.training else None
         if observed is None or observed[0].qtype.axis is not None or not input.is_floating_point():

@@ -126,7 +126,10 @@ def layer_records(
             function = plan.float_functions.get(name)
             first = math.inf if function is None else function.index
             kind = name.rpartition(".")[2] if function is None else function.name
-            note(first, name, kind, reason, "layer" if kind in FUNCTIONS_WITH_WEIGHTS else "other")
+            has_weights = kind in FUNCTIONS_WITH_WEIGHTS
+            if function is None and name in analysis.modules:
+                has_weights = part_of_module(analysis.modules[name]) == "layer"
+            note(first, name, kind, reason, "layer" if has_weights else "other")
             names.add(name)
     for join, reason in plan.float_joins:
         free = _free_name(f"{join.owner}.{join.kind}".lstrip("."), names)
