@@ -81,6 +81,12 @@ def operator_test_files(tests: Path) -> list[Path]:
     return sorted(path for path in tests.rglob("test_*.py") if _USES_OP_TESTER.search(path.read_text()))
 
 
+def pytest_configure() -> None:
+    """Let an interrupt end this process, also below a shell's background job, where interrupts are ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write a failed test to the results at once, and count the others."""
     if "PYTEST_XDIST_WORKER" in os.environ or (report.outcome == "passed" and report.when != "call"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -298,8 +299,9 @@ class TestOperatorTests:
         assert name.endswith("test_cuda_two")
         assert "not equal" in found[name]["message"]
 
-    def test_cut_off(self, visit, monkeypatch):
-        """The time is over as soon as the slow test has begun."""
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_cut_off(self, visit, monkeypatch, ignored):
+        """The time is over as soon as the slow test has begun; a shell's background jobs ignore interrupts."""
         begun = visit.out / "begun"
 
         def left():
@@ -313,7 +315,11 @@ class TestOperatorTests:
         slow = (
             f"\n\ndef test_cuda_slow():\n    import time\n    open({str(begun)!r}, 'w').close()\n    time.sleep(100)\n"
         )
-        found = self.run(visit, test_a=self.PASSING + slow)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+        try:
+            found = self.run(visit, test_a=self.PASSING + slow)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert found["pytest"]["status"] == "cut off"
         assert found["counts"]["passed"] == 1
 
