@@ -12,12 +12,12 @@ from torch import Tensor
 from tritonq.grid import Grid
 from tritonq.observers import ObserverBase
 from tritonq.qparams import QParams
-from tritonq.quantized_type import QuantizedType
+from tritonq.quantized_type import QuantizedType, WithQuantizedType
 from tritonq.saved_grid import SavesGrid
 from tritonq.switched_quantizer import SwitchedQuantizer
 
 
-class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
+class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     """Base class of fake quantizers to integers, with their switches, scale and zero point.
 
     Attributes:
@@ -124,30 +124,10 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
     # What torch.ao and torchao ask of a quantizer when they convert a model.
 
     @property
-    def quant_min(self) -> int:
-        """Smallest code."""
-        return self.qtype.quant_min
-
-    @property
-    def quant_max(self) -> int:
-        """Largest code."""
-        return self.qtype.quant_max
-
-    @property
     def dtype(self) -> torch.dtype | QuantizedType | str:
         """The dtype that the observer was made for, or without an observer that of the type, as torch names it."""
         observer = getattr(self, "activation_post_process", None)
         return observer.dtype if isinstance(observer, ObserverBase) else self.qtype.torch_dtype or self.qtype
-
-    @property
-    def qscheme(self) -> torch.qscheme:
-        """Symmetric or affine, per tensor or per channel, as torch names it."""
-        return self.qtype.qscheme
-
-    @property
-    def ch_axis(self) -> int:
-        """The axis of the channels; -1 if there is one scale for the tensor."""
-        return -1 if self.qtype.axis is None else self.qtype.axis
 
     @property
     def is_per_channel(self) -> bool:

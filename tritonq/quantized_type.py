@@ -239,6 +239,36 @@ class QuantizedType:
         return replace(self, quant_min=quant_min, quant_max=quant_max)
 
 
+class WithQuantizedType:
+    """What torch.ao and torchao ask of an observer or a quantizer about its codes, as they name it.
+
+    Attributes:
+        qtype: the quantized type.
+    """
+
+    qtype: QuantizedType
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest code."""
+        return self.qtype.quant_min
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return self.qtype.quant_max
+
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """Symmetric or affine, per tensor or per channel, as torch names it."""
+        return self.qtype.qscheme
+
+    @property
+    def ch_axis(self) -> int:
+        """The axis of the channels; -1 if there is one range or scale for the tensor."""
+        return -1 if self.qtype.axis is None else self.qtype.axis
+
+
 QINT8 = QuantizedType.of(8)
 QINT8_NARROW = QuantizedType.of(8, narrow=True)
 QUINT8 = QuantizedType.of(8, signed=False, symmetric=False)

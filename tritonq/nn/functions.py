@@ -17,7 +17,7 @@ from tritonq.functional.functions import function_codes, integer_function, integ
 from tritonq.functional.host_grid import HostGrid
 from tritonq.grid import Grid
 from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
-from tritonq.nn.output_quantizer import lies_on_grid
+from tritonq.nn.output_quantizer import meet_hooks
 from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.functions import Function
@@ -34,7 +34,7 @@ class ElementwiseLayer(UnaryLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the fake-quantized function of ``input``, in its shape."""
-        self._source.meet(input, None if self.training else lies_on_grid)
+        meet_hooks((self._source,), (input,), self.training)
         quantizer = self.output_quantizer
         if quantizer is None:
             return self.compute(input)

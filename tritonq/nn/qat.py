@@ -26,7 +26,7 @@ from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
 from tritonq.nn.fusable import describe_relu, has_observed_grid, input_grid, observed_grid, warn_if_unobserved
-from tritonq.nn.output_quantizer import lies_on_grid
+from tritonq.nn.output_quantizer import meet_hooks
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
@@ -267,7 +267,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         The forward has switched torch function modes off.
         """
         input = self.quantized_input(input)
-        self._input_quantizer.meet(input, None if self.training else lies_on_grid)
+        meet_hooks((self._input_quantizer,), (input,), self.training)
         return self.paths[choose_path(self.path_state())](self, input, weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:

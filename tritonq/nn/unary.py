@@ -21,7 +21,7 @@ from tritonq.functional.memo import Memo
 from tritonq.functional.residual import rounded_result
 from tritonq.grid import Grid
 from tritonq.nn.fusable import observed_grid, warn_if_unobserved
-from tritonq.nn.output_quantizer import is_grid_source, lies_on_grid
+from tritonq.nn.output_quantizer import is_grid_source, meet_hooks
 from tritonq.nn.reference import Reference, Referred
 from tritonq.qconfig import QConfig
 
@@ -119,7 +119,7 @@ class UnaryLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the fake-quantized result; shapes as torch's operation has them."""
-        self._source.meet(input, None if self.training else lies_on_grid)
+        meet_hooks((self._source,), (input,), self.training)
         own = self.activation_post_process
         observed = observed_grid(own, input) if self.training else None
         if observed is None or observed[0].qtype.axis is not None or not input.is_floating_point():

@@ -24,7 +24,7 @@ from tritonq.qparams import (
     is_readable,
     range_to_qparams,
 )
-from tritonq.quantized_type import QuantizedType, Rounding, type_from_arguments
+from tritonq.quantized_type import QuantizedType, Rounding, WithQuantizedType, type_from_arguments
 
 
 class FixedDtypeBuffers(nn.Module):
@@ -43,7 +43,7 @@ class FixedDtypeBuffers(nn.Module):
         return self
 
 
-class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
+class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
     """Watches tensors and proposes scale and zero point for them.
 
     Args:
@@ -113,26 +113,6 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
             raise ValueError(f"num_channels must not be negative, got {num_channels}")
         self.num_channels = num_channels if self.qtype.axis is not None else None
         self.device = (factory_kwargs or {}).get("device")
-
-    @property
-    def quant_min(self) -> int:
-        """Smallest code."""
-        return self.qtype.quant_min
-
-    @property
-    def quant_max(self) -> int:
-        """Largest code."""
-        return self.qtype.quant_max
-
-    @property
-    def ch_axis(self) -> int:
-        """The axis of the channels; -1 if there is one range for the tensor (torch.ao's convention)."""
-        return -1 if self.qtype.axis is None else self.qtype.axis
-
-    @property
-    def qscheme(self) -> torch.qscheme:
-        """Symmetric or affine, per tensor or per channel, as torch names it."""
-        return self.qtype.qscheme
 
     @property
     def zero_point_is_zero(self) -> bool:
