@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from tritonq.acceleration.library_layers import BatchNorm, Layer, add, affine, normalized
 from tritonq.acceleration.quantizers import quantize, quantize_rectified
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
-from tritonq.functional.recomputation import StepMemory
-
-_MEMORY = "_tritonq_memory"
+from tritonq.functional.recomputation import step_memory_of
 
 
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int, dimensions: int) -> LinearMap:
@@ -86,5 +84,5 @@ def _layer(
 ) -> Layer:
     op = MatrixProduct() if geometry is None else convolution(*geometry)
     # A weight's quantizer belongs to one layer, which remembers there what a recomputation of its step needs.
-    memory = weight_quantizer.__dict__.setdefault(_MEMORY, StepMemory())
+    memory = step_memory_of(weight_quantizer)
     return Layer(op, weight_quantizer, output_quantizer, ceiling, memory=memory)

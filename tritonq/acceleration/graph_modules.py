@@ -20,11 +20,11 @@ from tritonq.acceleration.graph_patterns import KnownParts, Match, constants, fu
 from tritonq.acceleration.library_layers import MARK
 from tritonq.acceleration.quantizers import forget_formula, has_formula, is_fake_quantizer, remember_formula
 from tritonq.acceleration.report import AccelerationReport, Row
+from tritonq.functional.recomputation import forget_step_memory
 from tritonq.nn.fusable import ceiling_of
 
 _KNOWN = "_tritonq_known"
 _TOLD = "_tritonq_told"
-_MEMORY = "_tritonq_memory"
 
 
 class _FusedCode:
@@ -160,7 +160,7 @@ def restore(model: nn.Module) -> None:
     for held in model.modules():
         if type(held).__module__.startswith("torchao."):
             forget_formula(held)
-        vars(held).pop(_MEMORY, None)
+        forget_step_memory(held)
 
 
 def is_accelerated(model: nn.Module) -> bool:

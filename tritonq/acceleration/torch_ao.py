@@ -27,11 +27,10 @@ from torch.ao.quantization.fake_quantize import (
 
 from tritonq.acceleration.library_layers import HOOK, MARK, RELU, BatchNorm, Layer, add, affine, normalized
 from tritonq.acceleration.quantizers import can_compute, has_formula, quantize
-from tritonq.functional.recomputation import StepMemory
+from tritonq.functional.recomputation import forget_step_memory, step_memory_of
 from tritonq.nn.batch_norm import batch_norm_state, is_plain
 from tritonq.nn.qat import linear_map_of
 
-_MEMORY = "_tritonq_memory"
 _QUANTIZERS = (FakeQuantize, FusedMovingAvgObsFakeQuantize, FixedQParamsFakeQuantize, _LearnableFakeQuantize)
 # The ceiling of the ReLU in each class of layers.
 _LAYERS: dict[type[nn.Module], float | None] = {
@@ -67,8 +66,8 @@ def mark(module: nn.Module) -> None:
 
 def unmark(module: nn.Module) -> None:
     """Undo :func:`mark`."""
-    for name in (MARK, _MEMORY):
-        module.__dict__.pop(name, None)
+    module.__dict__.pop(MARK, None)
+    forget_step_memory(module)
 
 
 def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
@@ -77,7 +76,7 @@ def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) ->
     if "bn" in held._modules and not is_plain(held.bn):
         y = _PLAIN[type(layer)](layer, x)
         return y if output_quantizer is None else cast(Tensor, output_quantizer(y))
-    memory = held.__dict__.setdefault(_MEMORY, StepMemory())
+    memory = step_memory_of(layer)
     grouping = (getattr(held, "transposed", False), getattr(held, "groups", 1))
     ceiling = _LAYERS[type(layer)]
     computed = Layer(linear_map_of(held), held.weight_fake_quant, output_quantizer, ceiling, grouping, memory)

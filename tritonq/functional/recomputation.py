@@ -7,6 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+# Where `step_memory_of` keeps a module's memory.
+_ATTRIBUTE = "_tritonq_memory"
+
 
 def is_recomputing() -> bool:
     """Whether this runs inside a backward pass, where ``torch.utils.checkpoint`` runs a forward again.
@@ -36,6 +39,22 @@ class StepMemory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepMemory, ()
+
+
+def step_memory_of(module: nn.Module) -> StepMemory:
+    """Return the memory that lies on a module which is no layer of tritonq; made at the first call.
+
+    While ``torch.compile`` traces, nothing is remembered: the memory is a new one.
+    """
+    if torch.compiler.is_compiling():
+        return StepMemory()
+    memory: StepMemory = module.__dict__.setdefault(_ATTRIBUTE, StepMemory())
+    return memory
+
+
+def forget_step_memory(module: nn.Module) -> None:
+    """Delete what :func:`step_memory_of` left on ``module``."""
+    module.__dict__.pop(_ATTRIBUTE, None)
 
 
 def normalize_once(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
