@@ -28,9 +28,10 @@ class Command:
     """A sub-command: its module offers ``add_arguments(parser)`` and ``main(arguments) -> int``.
 
     Attributes:
-        module: imported when the command is chosen, so that others work without what it needs.
+        module: its name, such as ``"tritonq.cli.train"``. It is imported when the command is chosen, so that others
+            work without the packages that it needs.
         summary: one line for the list of commands.
-        extra: the optional dependencies that it needs.
+        extra: the extra of tritonq that installs these packages, as in ``pip install 'tritonq[demo]'``.
     """
 
     module: str
@@ -61,7 +62,7 @@ COMMANDS = {
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every option that has one worth showing."""
+    """Show the default of every option in its help, unless it is None, False or an empty list."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, []):
@@ -70,17 +71,18 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; the options are listed by ``--help`` alone."""
+    """A parser whose errors are one line, without argparse's list of options."""
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` in one line and leave with exit status 2."""
+        """Print ``PROGRAM: message; see PROGRAM --help`` to stderr and leave with exit status 2 (SystemExit)."""
         joint = " See" if message.endswith("?") else "; see"
         self.exit(_USAGE, f"{self.prog}: {message}{joint} {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Return the options and ``[]``.
 
-        An unknown option is an error of the command that got it, not of the whole program.
+        An unknown option ends the program by :meth:`error`, in the name of the command that got it, with the known
+        options that it may have been meant for.
         """
         chosen, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -92,10 +94,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argparse.ArgumentParser:
-    """Return a parser with the options of the command that ``words`` begin with, or of every importable command.
+    """Return the parser of ``python -m tritonq``, which has a sub-command for each entry of ``COMMANDS``.
+
+    Args:
+        words: what the command line holds behind ``tritonq``. The command that they begin with gets its options; for
+            others only their names and summaries are known.
+        every_command: give all commands their options; those whose packages are missing go without.
 
     Raises:
-        SystemExit: what that command needs is not installed.
+        SystemExit: the module of the command in ``words`` needs a package that is not installed; the message has the
+            ``pip install`` that helps.
     """
     parser = _Parser(prog="tritonq", description="Quantization-aware training for PyTorch.")
     parser.add_argument("--version", action="version", version=f"tritonq {tritonq.__version__}")
@@ -115,7 +123,11 @@ def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argp
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments`` (None: those of the process) and return its exit status.
 
-    0 is success, 2 a usage error, 1 a failure that is reported in one line, 130 an interruption.
+    0 is success; 1 a ValueError, TypeError, OSError, RuntimeError or MemoryError, which is told in one line on stderr;
+    130 Ctrl-C, or the ``status`` of the KeyboardInterrupt. Warnings are printed in one line, too.
+
+    Raises:
+        SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words[:1] and words[0] in COMMANDS else ""
@@ -142,12 +154,12 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _warn_in_one_line(message: Warning | str, *where: object, **further: object) -> None:
-    """Print a warning in one line, without the source line that raised it, which says nothing to a user."""
+    """Print a warning in one line to stderr, without the source line that raised it, which says nothing to a user."""
     print(f"tritonq: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _in_one_line(error: Exception) -> str:
-    """Return the line for an error; where memory is short, what helps against it."""
+    """Return the text of an error in one line; if memory was short, smaller batches and images are recommended."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         first_line = next(iter(str(error).splitlines()), "")
         return f"too little memory; smaller batches and images need less: {first_line}".removesuffix(": ")

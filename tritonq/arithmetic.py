@@ -46,7 +46,10 @@ class TensorArithmetic:
     """:class:`Arithmetic` of float tensors, elementwise; ``TENSORS`` is the one instance."""
 
     def constant(self, value: float, like: Tensor) -> float | Tensor:
-        """Return ``value`` as a number, or as a tensor that is kept; see :func:`operand`."""
+        """Return ``value`` as a 0-d tensor of the dtype of ``like`` if that is a tensor on a CPU, else as a number.
+
+        The tensor is shared by all calls (:func:`operand` has the exceptions): do not write to it.
+        """
         return operand(value, like)
 
     def larger(self, x: Tensor, y: Tensor) -> Tensor:
@@ -164,9 +167,9 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def round_steps_(steps: Tensor, rounding: str) -> Tensor:
-    """Round ``steps`` in place to the nearest integers and return it.
+    """Return ``steps`` rounded to the nearest integers; ``steps`` itself may be overwritten.
 
-    ``rounding`` says where ties go ("half_even", "half_away").
+    ``rounding`` says where ties go: ``"half_even"`` to the even neighbour, ``"half_away"`` away from zero.
 
     Examples:
         >>> round_steps_(torch.tensor([-2.5, 0.5]), "half_even"), round_steps_(torch.tensor([-2.5, 0.5]), "half_away")
@@ -198,7 +201,10 @@ def whole_number(value: object, *, of_floats: bool = False) -> int | None:
 
 
 def keep_whole_numbers(record: object, **fields: int | None) -> None:
-    """Write fields of a frozen dataclass that are NumPy's integers as ints; nothing is done if all are ints or None."""
+    """Write fields of the frozen dataclass ``record`` that are NumPy's integers as ints, in place.
+
+    Ints and None stay as they are. The caller has checked that ``fields``, values by name, are whole numbers or None.
+    """
     for name, value in fields.items():
         if value is not None and type(value) is not int:
             object.__setattr__(record, name, whole_number(value))

@@ -95,9 +95,9 @@ def is_interpreting() -> bool:
 def select(x: Tensor, backend: Backend = "auto") -> Chosen:
     """Return the backend for a call on ``x``: ``"triton"``, ``"torch"`` or ``"compiled"``.
 
-    CUDA and HIP tensors run kernels if triton is installed. With ``TRITON_INTERPRET=1`` CPU tensors run the same
-    kernels in Triton's interpreter. Everything else runs PyTorch, as float64 always does. ``"compiled"`` is chosen only
-    if it is asked for.
+    ``"auto"`` is what :func:`use_backend` says. If that is ``"auto"``, too, CUDA and HIP tensors run kernels if triton
+    is installed, and with ``TRITON_INTERPRET=1`` CPU tensors run the same kernels in Triton's interpreter. All else
+    runs PyTorch, float64 among it. ``"compiled"`` is chosen only if it is asked for.
 
     Raises:
         ValueError: an unknown backend.
@@ -122,18 +122,18 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
     """Return the module of family ``name``, such as ``"fake_quant"``, that computes on ``x``.
 
-    It is of ``tritonq.kernels``, ``tritonq.reference`` or ``tritonq.compiled``; a family that has no C++ takes the
-    reference instead. While torch's profiler runs, each call of a function in it is recorded as a range such as
-    ``"tritonq.fake_quant.fake_quantize (triton)"``.
+    It is of ``tritonq.kernels``, ``tritonq.reference`` or ``tritonq.compiled``, as :func:`select` says for ``x`` and
+    ``backend``, with its errors; a family that has no C++ takes the reference instead. While torch's profiler runs,
+    each call of a function in it is recorded as a range such as ``"tritonq.fake_quant.fake_quantize (triton)"``.
     """
     return _module(select(x, backend), name)
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """Return the module of a family for which no kernel exists.
+    """Return the module of family ``name``, which has no Triton kernel, that computes on ``x``.
 
-    It is that of ``tritonq.compiled`` if ``use_backend("compiled")`` is active and ``x`` is on a CPU, else that of
-    ``tritonq.reference``.
+    It is that of ``tritonq.compiled`` if ``use_backend("compiled")`` is active, ``x`` is on a CPU and the family has
+    C++ code; else that of ``tritonq.reference``.
     """
     return _module("compiled" if _preferred.get() == "compiled" and x.is_cpu else "torch", name)
 

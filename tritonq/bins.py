@@ -94,7 +94,7 @@ class FloatPrefixBins:
         return (self.min_exponent + _EXPONENT_BIAS) << self.mantissa_bits
 
     def edges(self, device: torch.device | str) -> Tensor:
-        """Return the ``count + 1`` edges, ascending, float64; cached, so do not write to it."""
+        """Return the edges of all bins on ``device``, ascending: float64 (count + 1,); cached: do not write to it."""
         return _edges(self, torch.device(device))
 
 

@@ -65,7 +65,10 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Let a prepared model observe what runs in the block, as :func:`calibrate` does, and fix its ranges afterwards.
+    """Let a prepared model observe what the caller runs in the block, and fix its ranges afterwards.
+
+    Inside, the model is in eval mode, its observers are on and its fake quantizers off. Afterwards scales and zero
+    points are set from what was seen, observers are off and fake quantizers on, and the training mode is as before.
 
     Raises:
         ValueError: the model has no fake quantizer, or ones of fixed point; or a quantizer has seen no finite value.
@@ -151,9 +154,11 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Yield positional and keyword arguments of ``model`` for each batch of ``data``, as :func:`calibrate` takes them.
+    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``: a tensor, or an iterable of batches.
 
-    For a tensor: ``((tensor,), {})`` once; for a batch that is a dict: ``((), batch)``.
+    A batch that is a dict gives ``((), batch)``. Of a tuple or list the first items are taken, as many as
+    ``model.forward`` has positional parameters without default, at least one: ``((x,), {})`` of ``(x, labels)``.
+    Anything else is the one argument.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable.

@@ -19,6 +19,9 @@ _PRECISIONS = {torch.bfloat16: 8, torch.float16: 11}
 def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
     """Whether each value of a grid of type ``qtype``, rounded to ``dtype``, is still nearest to its own code.
 
+    True for float32, float64 and float formats. For bfloat16 (p = 8) and float16 (p = 11) the codes may lie up to
+    ``2^(p - 1)`` from the zero point; where that is not fixed, from any code to any other.
+
     Examples:
         >>> from tritonq.quantized_type import QINT8, QUINT8
         >>> tells_codes(torch.bfloat16, QINT8), tells_codes(torch.bfloat16, QUINT8), tells_codes(torch.float16, QUINT8)
@@ -33,10 +36,15 @@ def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
 
 
 def to_hold_codes(x: Tensor, qtype: QuantizedType, quantizer: nn.Module) -> Tensor:
-    """Return the input ``x`` of a quantizer in eval mode, in float32 if its dtype can't hold the codes apart.
+    """Return the input ``x`` of a quantizer in eval mode, as float32 if it is bfloat16 or float16 under autocast.
 
-    That is done under autocast alone, whose layers take any dtype. Elsewhere ``x`` stays as it is, and ``quantizer``
-    warns once if its dtype merges codes.
+    Layers under autocast take any dtype. Elsewhere ``x`` itself is returned; if :func:`tells_codes` is False for its
+    dtype, a UserWarning says so.
+
+    Args:
+        x: any float tensor.
+        qtype: the codes to which ``quantizer`` rounds.
+        quantizer: the module that is called; it warns once.
     """
     if x.dtype not in _PRECISIONS:
         return x

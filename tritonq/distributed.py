@@ -70,7 +70,7 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
 
 @torch.no_grad()
 def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "world") -> None:
-    """Give every rank the BatchNorm statistics of the group's first rank, in one collective per dtype.
+    """Overwrite the BatchNorm buffers of every rank with those of the group's first rank, by one collective per dtype.
 
     DistributedDataParallel does so by itself before each forward. Sharded training (FSDP2) leaves each rank its own,
     for float models too; but weights that are folded with them then differ in scale and codes from rank to rank. Call
@@ -108,7 +108,7 @@ def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "wo
 
 
 def _has_range_observer(quantizer: SharesRange) -> bool:
-    """Whether ``quantizer`` is a FakeQuantize whose observer of minimum and maximum decides its scale at all times."""
+    """Whether ``quantizer`` is a FakeQuantize with a RangeObserver, from whose range its scale is computed."""
     return isinstance(quantizer, FakeQuantize) and isinstance(quantizer.activation_post_process, RangeObserver)
 
 

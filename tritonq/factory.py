@@ -40,7 +40,10 @@ class Factory(Generic[T]):
 
     @property
     def __name__(self) -> str:
-        """The names of the class and of the observer in it, which torchao searches for "PerChannel"."""
+        """The name of the class, followed by that of the argument ``observer`` in brackets if there is one.
+
+        torchao searches it for "PerChannel".
+        """
         observer = self.arguments.get("observer")
         name = getattr(self.make, "__name__", type(self.make).__name__)
         return name if observer is None else f"{name}({getattr(observer, '__name__', observer)})"
@@ -85,10 +88,10 @@ class WithArgs:
 
 
 def make_observer(observer: Callable[..., T], **arguments: Any) -> T:
-    """Return ``observer(**arguments)``.
+    """Return ``observer(**arguments)``, with ``observer`` a class of observers or a factory of one.
 
     Raises:
-        TypeError: the result is no observer of tritonq, but for example torch.ao's of the same name.
+        TypeError: the result is no observer of tritonq (it has no ``qtype``), but for example torch.ao's of that name.
     """
     made = observer(**arguments) if callable(observer) else observer
     if not isinstance(getattr(made, "qtype", None), QuantizedType):
