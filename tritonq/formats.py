@@ -115,7 +115,7 @@ class BlockFormat:
 
     @property
     def element_format(self) -> FloatFormat:
-        """The elements' format."""
+        """The :class:`FloatFormat` of the elements."""
         return FLOAT_FORMATS[self.elements]
 
 

@@ -72,7 +72,7 @@ class Granularity:
         return prod(self.scale_shape(shape))
 
     def align(self, values: Tensor, dimensions: int) -> Tensor:
-        """Return a view of ``values``, one per scale, that broadcasts against a tensor of so many dimensions.
+        """Return a view of ``values``, 1-d with one per scale, that broadcasts against a tensor of so many dimensions.
 
         Raises:
             ValueError: groups, whose scales no view broadcasts.

@@ -47,7 +47,7 @@ class Grid:
         return self.qtype.granularity
 
     def is_enabled_on_host(self) -> bool:
-        """Read the switch on the host. Synchronises with the device where the switch is not on the CPU."""
+        """Return the switch as a bool; True without one. Synchronises with the device if the switch is not on a CPU."""
         switch = self.enabled
         return switch is None or switch is SWITCH[True] or (switch is not SWITCH[False] and bool(switch))
 
@@ -58,7 +58,10 @@ class Grid:
         return self.enabled.view(()) != 0
 
     def enabled_flag(self) -> bool | Tensor:
-        """Return the switch as a bool where reading it is free, else as :meth:`enabled_on_device`."""
+        """Return the switch as a bool if there is none or it is on a CPU, else as a 0-d bool tensor.
+
+        While ``torch.compile`` traces, a switch is a tensor on a CPU, too.
+        """
         if self.enabled is None or is_readable(self.enabled):
             return self.is_enabled_on_host()
         return self.enabled_on_device()
@@ -101,13 +104,13 @@ class RangeStatistics:
         enabled: uint8, one element; 0 leaves range and grid as they are. None: always on.
         frozen: True: the range is read, to see whether anything was observed, but not updated.
         averaging_constant: weight of a batch in a moving average; None: the range holds the extremes of all batches.
-        copy_above: a batch whose magnitude is more than this times the running one's replaces the range, and so does
-            one far below; None: only the first batch does.
+        copy_above: a batch whose magnitude ``max(-low, high)`` is more than this times the running one's replaces the
+            range of a moving average, and so does one below 1/100 of it that is not 0; None: only the first batch does.
         rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
             :func:`tritonq.qparams.range_to_qparams`.
         eps: smallest scale.
-        has_data: True: the host knows that something was observed. False: the operator finds out by ``min_val <=
-            max_val``.
+        has_data: True: whoever built this has found on the host that something was observed (``min_val <= max_val``),
+            so that the operator need not check it. False: nobody looked, and the operator decides on the device.
     """
 
     min_val: Tensor
@@ -123,5 +126,5 @@ class RangeStatistics:
     has_data: bool = False
 
     def with_data(self) -> RangeStatistics:
-        """Return a copy with ``has_data=True``, for operators after the first observation."""
+        """Return a copy with ``has_data=True`` (the same tensors), for operators after the first observation."""
         return self if self.has_data else replace(self, has_data=True)

@@ -32,14 +32,15 @@ def tells_range(x: Tensor, observer: ObserverBase) -> bool:
 
 
 def tell_outlier(observer: ObserverBase, before: float) -> float:
-    """Warn, once per observer, if the last batch made the running range much larger; return its largest magnitude.
+    """Return the largest magnitude of an observer's running range, ``max(-min_val, max_val)``; warn if it leapt up.
 
-    A GPU is not waited for: every 16th range is copied to the host, and compared in a later step, when it has arrived.
-    A range that becomes smaller before may cause no warning there.
+    If it is more than 100 times ``before``, and ``before`` is positive, a UserWarning says so, once per observer. A GPU
+    is not waited for: every 16th range is copied to the host, and compared in a later step, when it has arrived. A
+    range that becomes smaller before may cause no warning there.
 
     Args:
-        observer: one with a running range per tensor; for others ``before`` is returned.
-        before: what the call before returned; minus infinity at first.
+        observer: a MinMaxObserver with one range for the tensor; for others ``before`` is returned.
+        before: what the call before returned; minus infinity at first. It is returned if no range has arrived.
     """
     if not isinstance(observer, MinMaxObserver) or observer.min_val.dim():
         return before

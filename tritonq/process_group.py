@@ -60,14 +60,20 @@ class GroupReference:
 
 
 def reduce_range(low: Tensor, high: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return the smallest ``low`` and the largest ``high`` over all ranks, elementwise, by one collective."""
+    """Return the smallest ``low`` and the largest ``high`` over all ranks, elementwise, by one collective.
+
+    Both have one shape and dtype, the same on every rank; they stay as they are.
+    """
     both = torch.stack((low, -high))
     dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
     return both[0], -both[1]
 
 
 def reduce_sums(tensors: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return the sum of each tensor over all ranks, by one collective; all tensors have one dtype."""
+    """Return the sum of each tensor over all ranks, by one collective; the tensors stay as they are.
+
+    All have one dtype and device; shapes are the same on every rank.
+    """
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, dist.ReduceOp.SUM, group=group)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])

@@ -27,16 +27,16 @@ MEGENGINE_EPS = 1e-5
 
 
 def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:
-    """Return the zero point if it does not depend on the range, else None.
+    """Return the zero point of a symmetric type, which does not depend on the range; None for an affine type.
 
-    It does not for symmetric types: 0, or the middle of unsigned codes such as 128, which is 0 in MegEngine.
+    It is 0 for signed codes, and the middle of unsigned ones (128 of 0..255); 0 for both by the rule ``"megengine"``.
     """
     fixed = qtype.fixed_zero_point
     return 0 if rule == "megengine" and fixed is not None else fixed
 
 
 class QParams(NamedTuple):
-    """Scale and zero point of a grid; 0-d per tensor, or (channels,).
+    """Scale and zero point of a grid; 0-d or (1,) per tensor, or (channels,).
 
     Attributes:
         scale: float32.
@@ -120,10 +120,17 @@ def range_to_qparams(
 def number_to_qparams(
     min_val: float, max_val: float, qtype: QuantizedType, rule: Literal["torch", "megengine"], eps: float
 ) -> tuple[float, int]:
-    """Compute :func:`range_to_qparams` of one range in Python numbers, bit for bit, and return scale and zero point.
+    """Return ``(scale, zero_point)`` of one range in Python numbers, bit for bit as :func:`range_to_qparams`.
 
     The range must be finite and have ``min_val <= max_val``. On a CPU this is faster than operators on tensors of one
     element.
+
+    Args:
+        min_val: smallest value seen.
+        max_val: largest value seen.
+        qtype: the type of the codes.
+        rule: ``"torch"`` or ``"megengine"``: the formula.
+        eps: the smallest scale.
     """
     with np.errstate(over="ignore"):
         scale, zero_point = _linear_qparams(np.float32(min_val), np.float32(max_val), qtype, rule, eps)

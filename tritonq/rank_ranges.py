@@ -143,7 +143,10 @@ def share_ranges(parallel: DistributedDataParallel, inputs: Any, output: Any) ->
 
 @torch.no_grad()
 def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None:
-    """Give all ranks the smallest minimum and the largest maximum of each range, in one collective.
+    """Merge what each quantizer's :meth:`SharesRange.rank_state` names over all ranks, in place, in one collective.
+
+    All ranks take the smallest of ``lowest``, the largest of ``highest`` and the first rank's of ``first``. Where a
+    range moved, scale and zero point in ``grid`` follow from it. Then each ``follow_ranks`` is called.
 
     From equal ranges, the moving averages of the ranks' batches become that of the joint batch: ``min(m + c (a - m),
     m + c (b - m)) = m + c (min(a, b) - m)``. Merging again changes nothing. Nothing is read back from the device.

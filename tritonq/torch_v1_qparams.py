@@ -15,10 +15,22 @@ def torch_v1_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point as torch's fused moving-average operator computes them, in double precision.
 
-    With m and M the ends of the range, widened to contain 0, and q the number of codes less one. A symmetric type has
-    ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves if the range has values of both signs; otherwise it is taken
-    as affine. An empty range gives scale 0.1. The zero point follows from the end of the range that is represented with
-    the smaller error.
+    With m and M the ends of the range and ``q = quant_max - quant_min``: affine ``s = (M - m)/q``. A symmetric type
+    whose range has values of both signs takes ``-w (q//2 + 1)`` and ``w (q//2)`` for m and M, with
+    ``w = max(|m|/(q//2 + 1), M/(q//2))``, and the middle code as zero point; otherwise it is taken as affine. A scale
+    of 0, or so small that its reciprocal is infinite, becomes 0.1; one below 6.1e-5 becomes 6.1e-5, and the range is
+    widened to it. The zero point is ``quant_min - m/s`` if ``|quant_min| + |m/s| < |quant_max| + |M/s|``, else
+    ``quant_max - M/s``, rounded (ties to even) and clamped to the codes.
+
+    Args:
+        low: m, float, at most 0.
+        high: M, of ``low``'s shape, at least 0.
+        quant_min: smallest code.
+        quant_max: largest code.
+        symmetric: whether the type is symmetric.
+
+    Returns:
+        ``(scale, zero_point)`` in ``low``'s shape: float32, and whole numbers in float64.
     """
     low, high = low.double(), high.double()
     codes = quant_max - quant_min

@@ -191,7 +191,7 @@ class RangeObserver(ObserverBase):
         self.register_buffer("nonfinite_count", torch.zeros((), dtype=torch.int64, device=self.device))
 
     def allocate(self, num_channels: int) -> None:
-        """Give ``min_val`` and ``max_val`` their final length; nothing is done per tensor.
+        """Give ``min_val`` and ``max_val`` the length ``num_channels``, with +inf and -inf; nothing is done per tensor.
 
         Raises:
             ValueError: they already have another length.
@@ -230,7 +230,9 @@ class RangeObserver(ObserverBase):
         """
 
     def merge(self, other: RangeObserver) -> None:
-        """Add to this observer what ``other`` observed.
+        """Widen this range to contain that of ``other``, and add its ``nonfinite_count``.
+
+        ``other`` stays as it is. Moving averages take the extremes of both, too. Subclasses merge their counts as well.
 
         Raises:
             TypeError: ``other`` is of another class.

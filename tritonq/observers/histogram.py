@@ -25,15 +25,17 @@ class HistogramObserver(RangeObserver):
     Args:
         bins: bins on both sides of zero together, a power of two in 128..32768; 2048 tells 16 steps per octave apart.
         *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
-        search: ``"mse"`` (least rounding error), ``"l2"`` (torch's and MegEngine's measure), ``"percentile"`` or
-            ``"kl"`` (TensorRT's calibration); see :func:`tritonq.reference.search.search_range`.
+        search: what the range is chosen by. ``"mse"``: the least expected squared error of fake quantization; ``"l2"``:
+            the least squared distance to the centres of equal cells, one per code (torch's and MegEngine's measure);
+            ``"percentile"``; ``"kl"``: the least Kullback-Leibler divergence between the clipped histogram and its
+            quantized form (TensorRT). :func:`tritonq.reference.search.search_range` computes them.
         percentile: percent of the values inside the range, for ``search="percentile"``.
         mantissa_bits: the resolution, in place of ``bins``: ``2^mantissa_bits`` steps per octave, 0..8.
         **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 
     Attributes:
         histogram: int64 buffer, (prefix_bins.count,) or (channels, prefix_bins.count).
-        prefix_bins: the resolution.
+        prefix_bins: the :class:`~tritonq.bins.FloatPrefixBins` that are counted over.
 
     Raises:
         ValueError: bins or mantissa bits out of range, an unknown search, a percentile outside (50, 100], or
@@ -106,9 +108,9 @@ class HistogramObserver(RangeObserver):
             write_if(enabled, qparams.zero_point, zero_point)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range that the search proposes: float32, 0-d or (channels,).
+        """Return the range ``(lo, hi)`` within ``min_val..max_val`` that is best by the argument ``search``.
 
-        If nothing was seen it is the unset range, +inf and -inf.
+        Both are float32, 0-d or (channels,). If nothing was seen they are +inf and -inf.
         """
         find = search_range
         if torch.compiler.is_compiling():
@@ -158,11 +160,14 @@ class HistogramObserver(RangeObserver):
         return [*super().empty_state(), *((count, 0) for count in counts)]
 
     def own_counts(self) -> list[Tensor]:
-        """Return the histogram counts and the number of skipped values that this rank has not shared yet."""
+        """Return ``[counts, nonfinite]``, int64, that this rank has not shared yet.
+
+        They are the counts of its histogram and the number of values that were not finite, in the buffers' shapes.
+        """
         return [self.histogram - self.common_histogram, self.nonfinite_count - self.common_nonfinite]
 
     def add_shared(self, counts: Tensor, nonfinite: Tensor) -> None:
-        """Replace this rank's :meth:`own_counts` by their sums over all ranks."""
+        """Replace this rank's :meth:`own_counts` by ``counts`` and ``nonfinite``, their sums over all ranks."""
         self.common_histogram.add_(counts)
         self.common_nonfinite.add_(nonfinite)
         self.histogram.copy_(self.common_histogram)

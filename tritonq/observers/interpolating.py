@@ -165,11 +165,17 @@ class InterpolatingHistogramObserver(RangeObserver):
         return rebin(histogram.cpu(), before, after, self.upsample_rate)
 
     def own_counts(self, limits: Range) -> Tensor:
-        """Return the counts, over the range ``limits``, that this rank has not shared with others yet."""
+        """Return the counts that this rank has not shared yet, over the range ``limits``: float64 (bins,), on the CPU.
+
+        ``limits`` contains the running range.
+        """
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
-        """Replace this rank's :meth:`own_counts` by their sum over all ranks."""
+        """Replace this rank's :meth:`own_counts` by ``counts``, their sum over all ranks.
+
+        The range becomes ``limits``, over which they are counted.
+        """
         self._adopt(self._common_over(limits) + counts, limits)
         self.mark_common()
 

@@ -47,7 +47,9 @@ class PassiveObserver(ObserverBase):
         self.revision = 0
 
     def set_qparams(self, scale: ArrayLike, zero_point: ArrayLike | None = None) -> None:
-        """Set scale and zero point: tensors, NumPy arrays or numbers.
+        """Set scale and zero point: tensors, NumPy arrays or numbers, one each or one per channel.
+
+        Without ``zero_point`` it is the type's fixed one, or 0 for an affine type.
 
         Raises:
             ValueError: a scale that is not positive and finite, a zero point outside the code range, or one
@@ -90,10 +92,10 @@ class PassiveObserver(ObserverBase):
         return QParams(self.current_scale, self.zero_point)
 
     def has_observed(self) -> Tensor:
-        """Return a 0-d bool tensor: whether a scale was given."""
+        """Return a 0-d bool tensor: whether :meth:`set_qparams` was called, here or before the state dict was saved."""
         return self.is_set
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict; its scale counts as given."""
+        """Load a state dict, and let the quantizer that holds this observer take its scale over."""
         self.revision += 1
         super()._load_from_state_dict(state_dict, prefix, *args)
