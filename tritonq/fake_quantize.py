@@ -41,6 +41,13 @@ class FakeQuantize(FakeQuantizeBase):
         is_dynamic: only False is supported.
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, rounding, rule, num_channels ...).
 
+    Attributes:
+        activation_post_process: the observer.
+        scale: float32 buffer, (1,), (channels,) or (groups,).
+        zero_point: int32 buffer, as ``scale``.
+        begins: uint8 buffer (1,), in no state dict: 1 while scale and range are those of the example inputs of
+            ``prepare_qat``, which the first training batch replaces.
+
     Raises:
         ValueError: the observer refuses its arguments, such as an unknown dtype, a half-given code range, or
             ``is_dynamic=True``.
@@ -133,7 +140,9 @@ class FakeQuantize(FakeQuantizeBase):
     def begin_anew(self) -> None:
         """Forget the range that ``prepare_qat`` took from example inputs, before the first training batch is observed.
 
-        Nothing is done once training has begun, or while the observer is off.
+        :meth:`observe` calls it for each batch. Once training has begun, or while the observer is off, it forgets
+        nothing. It warns if the last batch made the range more than a hundred times larger, and lets the ranks of a
+        DistributedDataParallel agree on their ranges.
         """
         observer = self.activation_post_process
         join_ranks()
@@ -159,10 +168,13 @@ class FakeQuantize(FakeQuantizeBase):
         self._beginning = None
 
     def rank_state(self) -> RankState:
-        """Return the tensors on which ranks agree: smallest minimum, largest maximum, and the scale that follows.
+        """Return the tensors on which ranks agree.
 
-        Observers with a process group of their own share already: nothing then. Histograms are not shared here; scale
-        and zero point are those of the first rank, until :func:`tritonq.sync_observers` adds the counts up.
+        - An observer of minimum and maximum: the smallest minimum and the largest maximum of all ranks, and the grid
+          whose scale and zero point follow from them.
+        - An observer with a process group of its own, which shares already: nothing.
+        - Any other: scale and zero point, of which all ranks take the first rank's. Histograms are not shared here;
+          :func:`tritonq.sync_observers` adds their counts up.
         """
         observer = self.activation_post_process
         if isinstance(observer, RangeObserver) and observer.process_group.process_group is not None:
@@ -173,15 +185,18 @@ class FakeQuantize(FakeQuantizeBase):
         return RankState(first=[self.scale, self.zero_point])
 
     def has_qparams(self) -> bool:
-        """Whether scale and zero point rest on data.
+        """Whether scale and zero point rest on data: something was observed, loaded or set.
 
-        If a PassiveObserver was given others since the last call, they are taken over first.
+        If the observer is a PassiveObserver that was given others since the last call, they are taken over first.
         """
         self._take_given_qparams()
         return super().has_qparams()
 
     def enabled_on_device(self) -> Tensor:
-        """Return a uint8 tensor (1,): 1 if :meth:`forward` rounds. What a PassiveObserver was given is taken first."""
+        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds.
+
+        If the observer is a PassiveObserver, scale and zero point that it was given are taken over first.
+        """
         self._take_given_qparams()
         return super().enabled_on_device()
 
@@ -196,9 +211,8 @@ class FakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor, observe: bool = True) -> Tensor:
         """Observe ``x`` (training only) and fake quantize it; the result has the same shape and memory format.
 
-        The dtype is that of ``x``. In eval mode under autocast it is float32 if the dtype of ``x`` can't hold the codes
-        apart. With ``observe=False`` the range stays as it is, because another call of this quantizer observes the same
-        tensor.
+        The dtype is that of ``x``; in eval mode under autocast bfloat16 and float16 become float32. With
+        ``observe=False`` the range stays as it is, because another call of this quantizer observes the same tensor.
         """
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
@@ -207,15 +221,19 @@ class FakeQuantize(FakeQuantizeBase):
         return self.quantize(x)
 
     def observe_in_training(self, x: Tensor) -> None:
-        """Observe ``x`` in training mode.
+        """Call :meth:`observe` with ``x`` in training mode.
 
-        Nothing is observed if ``x`` is empty, or if activation checkpointing runs the forward again.
+        Nothing is done in eval mode, if activation checkpointing runs the forward again, or if ``x`` is empty and no
+        other ranks share the range.
         """
         if self.training and not is_recomputing() and tells_range(x, self.activation_post_process):
             self.observe(x)
 
     def observe(self, x: Tensor) -> None:
-        """Update range, scale and zero point from ``x`` unless ``observer_enabled`` is 0."""
+        """Update range, scale and zero point from ``x`` in place, in any mode, unless ``observer_enabled`` is 0.
+
+        A PassiveObserver takes nothing from ``x``.
+        """
         observer = self.activation_post_process
         if self.qtype.axis is not None and self.scale.numel() == 0:
             self.allocate(self.qtype.granularity.count(x.shape))
@@ -258,7 +276,7 @@ class FakeQuantize(FakeQuantizeBase):
         self._averages_read = tuple((tensor.data_ptr(), tensor._version) for tensor in held)
 
     def refresh_qparams(self) -> None:
-        """Recompute scale and zero point from the observer's state."""
+        """Overwrite scale and zero point with those that the observer's range gives (``calculate_qparams``)."""
         scale, zero_point = self.activation_post_process.calculate_qparams()
         self.scale.copy_(scale.view_as(self.scale))
         self.zero_point.copy_(zero_point.view_as(self.zero_point))
@@ -277,7 +295,10 @@ class FakeQuantize(FakeQuantizeBase):
         return y
 
     def grid_or_warning(self) -> Grid | None:
-        """Return the grid that :meth:`forward` rounds to. If nothing was observed yet, warn once and return None."""
+        """Return the grid that :meth:`forward` rounds to, with its switch; None if nothing was observed yet.
+
+        Then a UserWarning says so once. While ``torch.compile`` traces, there is always a grid: its switch is 0 then.
+        """
         if torch.compiler.is_compiling():
             active = self.enabled_on_device()
         elif self.has_qparams():
@@ -290,7 +311,7 @@ class FakeQuantize(FakeQuantizeBase):
         return Grid(self.scale, zero_point, self.qtype, active)
 
     def warn_unobserved(self) -> None:
-        """Warn, the first time, that values pass unrounded because nothing was observed."""
+        """Warn (UserWarning), the first time, that values pass unrounded because nothing was observed."""
         warn_once(
             self,
             "a FakeQuantize that has observed nothing passes its input through; run it in training mode with its "

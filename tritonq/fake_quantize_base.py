@@ -93,11 +93,11 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         return self._beginning is not None
 
     def is_active(self) -> bool:
-        """Return :meth:`is_enabled_on_host`, whose older name this is."""
+        """Return whether :meth:`forward` rounds: the older name of :meth:`is_enabled_on_host`."""
         return self.is_enabled_on_host()
 
     def active_switch(self) -> Tensor:
-        """Return :meth:`enabled_on_device`, whose older name this is."""
+        """Return a uint8 tensor (1,), 1 if :meth:`forward` rounds: the older name of :meth:`enabled_on_device`."""
         return self.enabled_on_device()
 
     def grid(self) -> Grid:
@@ -125,7 +125,7 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
 
     @property
     def dtype(self) -> torch.dtype | QuantizedType | str:
-        """The dtype that the observer was made for, or without an observer that of the type, as torch names it."""
+        """The dtype that the observer was made for. Without one, torch's dtype of the codes; ``qtype`` if none fits."""
         observer = getattr(self, "activation_post_process", None)
         return observer.dtype if isinstance(observer, ObserverBase) else self.qtype.torch_dtype or self.qtype
 

@@ -40,7 +40,9 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         signed: codes ``±(2^(word_len-1) - 1)``; else ``0..2^word_len - 1``, and the clamp at 0 is a ReLU.
         axis: one fractional length per index of this axis; None: one for the tensor.
         momentum: share of the batch in the running fractional length.
-        choice: ``"search"`` (least squared error) or the statistic to decide by: ``"std"``, ``"mean_abs"``, ``"rms"``.
+        choice: how a batch's ``fl`` is found. ``"search"``: the one of ``0..word_len - signed`` that rounds the batch
+            with the least squared error, of equals the smallest. ``"std"``, ``"mean_abs"``, ``"rms"``: from that
+            statistic of the batch, by the formula of :func:`tritonq.statistic_frac_len`.
         num_channels: length of ``axis``, when known; else it is taken from the first tensor.
 
     Attributes:
@@ -97,7 +99,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
     @property
     def largest(self) -> int:
-        """The largest fractional length."""
+        """The largest fractional length, ``word_len - signed``."""
         return largest_frac_len(self.word_len, self.signed)
 
     @property
@@ -106,7 +108,9 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.qtype.quant_min, self.qtype.quant_max
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; nothing is done per tensor, or if they have it.
+        """Give per-channel buffers the length ``num_channels``; nothing is done per tensor, or if they have it.
+
+        Fractional lengths begin as ``word_len - signed``.
 
         Raises:
             ValueError: they have another length already.
@@ -154,7 +158,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.quantize(x)
 
     def choose(self, x: Tensor) -> Tensor:
-        """Return the fractional length that ``choice`` finds for ``x``: int32, (1,) or (channels,)."""
+        """Return the fractional length that ``choice`` finds for ``x``: int32, (1,) or (channels,).
+
+        Buffers per channel get their length; the running fractional length stays as it is.
+        """
         axis = self.qtype.axis
         self.allocate(1 if axis is None else x.shape[check_axis(x, axis)])
         if self.choice == "search":
@@ -164,7 +171,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Choose a fractional length for this batch and move the running one, unless ``observer_enabled`` is 0."""
+        """Write the fractional length of this batch to ``batch_frac_len``, and move the running one towards it.
+
+        While ``observer_enabled`` is 0, the running one stays and is rounded into ``batch_frac_len``.
+        """
         join_ranks()
         batch, enabled = self.choose(x), self.observer_enabled != 0
         running = self.momentum * batch.double() + (1 - self.momentum) * self.frac_len
@@ -174,7 +184,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.scale.copy_(power_of_two(-self.rounded_frac_len()))
 
     def rank_state(self) -> RankState:
-        """Return the running fractional length, of which all ranks take the first rank's."""
+        """Return the running fractional length and its scale, of which all ranks take the first rank's."""
         return RankState(first=[self.frac_len, self.scale])
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
     their scales in each tensor. Until a finite value was observed, values pass through, with one warning.
 
     Args:
-        format: a format of :func:`tritonq.fake_quantize_float`.
+        format: of single elements: ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"fp6_e2m3"``, ``"fp6_e3m2"``, ``"fp4_e2m1"``; of
+            blocks: ``"mxfp8"``, ``"mxfp4"`` and other keys of :data:`tritonq.formats.BLOCK_FORMATS` (scales are powers
+            of two), or ``"nvfp4"``.
         ch_axis: formats of single elements: one scale per index of this axis, or None, one for the tensor. Block
             formats: the axis that blocks run along; None is 1 for tensors of four or five dimensions (channels), else
             the last.
@@ -116,7 +118,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def reach(self) -> float:
-        """The largest magnitude that the format holds at a scale of 1."""
+        """The largest magnitude that the format holds at a scale of 1: 448 for FP8 E4M3, 6 · 448 for ``"nvfp4"``."""
         largest = self.element_format.largest
         return largest if self.blocks is None else largest * FLOAT_FORMATS["e4m3"].largest
 
@@ -166,7 +168,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Put the largest finite magnitudes of ``x`` into the history, unless ``observer_enabled`` is 0."""
+        """Put the largest finite magnitudes of ``x`` in front of the history, and compute the scale from it.
+
+        The oldest batch drops out. Nothing changes while ``observer_enabled`` is 0.
+        """
         join_ranks()
         history = torch.cat([self._largest(x), self.amax_history[:-1]])
         self.amax_history.copy_(torch.where(self.observer_enabled != 0, history, self.amax_history))
@@ -186,7 +191,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         self._follow_history()
 
     def _largest(self, x: Tensor) -> Tensor:
-        """Return the largest finite magnitudes in ``x``: (1, 1), or (1, channels)."""
+        """Return the largest finite magnitudes in ``x``: (1, 1), or (1, channels).
+
+        It is 0 without a finite value, and ``_LEAST`` if all are zeros.
+        """
         axis = None if self.blocks is not None else self.ch_axis
         low, high, _ = implementation("min_max", x).min_max(x, axis)
         largest = torch.maximum(-low, high).view(1, -1)
@@ -210,7 +218,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         self.scale.copy_(torch.where(self.observer_enabled != 0, scale, self.scale))
 
     def block_axis(self, x: Tensor) -> int:
-        """Return the axis of ``x`` that blocks run along."""
+        """Return the axis of ``x`` that blocks run along: ``ch_axis``; if that is None, 1 of 4 or 5, else the last."""
         return check_axis(x, self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1))
 
     def rounded(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tritonq.warn_once import warn_once
 
 
 class LearnedFakeQuantize(FakeQuantizeBase):
-    """What trained quantizers share: float32 parameters, and an observer that gives them their first values.
+    """Base class of trained quantizers: float32 parameters, and an observer that gives them their first values.
 
     The parameters are set from the first training batch, or by :meth:`initialize` from what the observer has seen by
     then (after :func:`tritonq.calibrate`). Until then values pass through, with one warning; where `prepare_qat`
@@ -159,7 +159,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return self.initialized
 
     def rank_state(self) -> RankState:
-        """Return the tensors on which ranks agree: parameters and flag, of which all take the first rank's."""
+        """Return the trained parameters and the buffer ``zero_point``, if any; all ranks take the first rank's."""
         own = self.parameters(recurse=False)
         zero_point = self._buffers.get("zero_point")
         return RankState(first=[*own, *([] if zero_point is None else [zero_point])])
@@ -189,7 +189,13 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self._beginning = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake quantize ``x`` by the trained parameters; the first training batch sets them."""
+        """Fake quantize ``x`` by the trained parameters; the first training batch sets them before it is rounded.
+
+        While they are not set, ``x`` is returned, and a UserWarning says so once.
+
+        Raises:
+            NotImplementedError: ``torch.compile`` traces, and the parameters are not known to be set.
+        """
         if torch.compiler.is_compiling() and not self._qparams_known:
             raise NotImplementedError(
                 f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
@@ -221,7 +227,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     def _top(self, qparams: QParams) -> Tensor:
         """Return the largest value of the grid that ``qparams`` give, at least one step.
 
-        Warn if values below zero were seen.
+        Warn (UserWarning) if the zero point says that values below zero were seen, which the scheme sets to 0.
         """
         if bool((qparams.zero_point > self.qtype.quant_min).any()):
             lowest = float((qparams.scale * (self.qtype.quant_min - qparams.zero_point)).min())
@@ -265,9 +271,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
 
 def floored(parameter: Tensor, floor: float) -> Tensor:
-    """Return ``max(parameter, floor)``.
+    """Return ``max(parameter, floor)``, elementwise.
 
-    The gradient is that of ``parameter``, so that one below its floor can recover.
+    The gradient is 1 everywhere, also below the floor, so that an optimizer can lift the parameter again.
     """
     fixed = parameter.detach()
     return fixed.clamp(min=floor) + (parameter - fixed)

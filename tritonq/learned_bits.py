@@ -153,7 +153,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         return floored(self.scale, self.activation_post_process.eps) * self._relative_step(bits)
 
     def _relative_step(self, bits: Tensor) -> Tensor:
-        """Return the step of the grid with so many bits, divided by that of the grid with ``max_bits``."""
+        """Return ``t_n / t_max``: the step of the grid with so many bits, divided by that with ``max_bits``."""
         return self.relative_steps.take(bits.long() - _FEWEST_BITS)
 
     def _rounded(self, x: Tensor) -> Tensor:

@@ -24,8 +24,10 @@ Initialization = Literal["observer", "lsq"]
 class LearnedStepFakeQuantize(LearnedFakeQuantize):
     """Fake quantization whose scale is a parameter: LSQ, and with a trained zero point LSQ+.
 
-    Formula and gradients: :func:`tritonq.functional.fake_quantize_learnable`. A scale that an optimizer pushes below
-    ``eps`` counts as ``eps`` and goes on receiving gradients.
+    ``y = (clip(round(x/s) + z, quant_min, quant_max) - z) s``. Where the unclipped code is in range, ``dx = dy`` and
+    the scale gets ``f Σ dy (y - x)/s``; elsewhere ``dx = 0`` and it gets ``f Σ dy (code - z)``
+    (:func:`tritonq.functional.fake_quantize_learnable` has the formulas of both methods). A scale that an optimizer
+    pushes below ``eps`` counts as ``eps`` and goes on receiving gradients.
 
     Args:
         observer: observer class or factory that gives the first scale.
@@ -128,7 +130,10 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; with ``init="lsq"`` the mean of ``|x|`` is updated as well."""
+        """Let the observer see ``x``; with ``init="lsq"`` the mean of ``|x|`` is updated as well.
+
+        The parameters stay as they are until :meth:`initialize`.
+        """
         super().observe(x)
         if self.init == "lsq":
             rows = group_rows(x, self.qtype.granularity)
@@ -194,7 +199,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
     """Fake quantization with scale ``2^t``, where t is trained (TQT): signed, or unsigned behind a ReLU.
 
-    Formula and gradient: :func:`tritonq.functional.trained_threshold_quantize`.
+    ``code = clip(round(x/s), quant_min, quant_max)``, ties away from zero, and ``y = code · s`` with ``s = 2^t``. A
+    value is inside if ``x/s`` is in ``[quant_min - 0.5, quant_max + 0.5]``: there ``dx = dy``, elsewhere 0;
+    ``dt = Σ dy s ln2 {code - x/s inside | code outside}``.
 
     Args:
         observer: observer class or factory that gives the first scale.
@@ -259,9 +266,9 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
 class ClippedFakeQuantize(LearnedFakeQuantize):
     """Clip to ``[0, alpha]`` with a trained alpha and fake quantize to unsigned codes (PACT); for ReLU outputs.
 
-    ``y = round(clip(x, 0, alpha) / s) * s`` with ``s = alpha / quant_max``; the gradient is that of
-    :func:`tritonq.functional.clipped_quantize`. If an optimizer pushes alpha below ``quant_max * eps``, with eps of
-    the observer, ``quant_max * eps`` takes its place, and alpha goes on receiving gradients.
+    ``y = round(clip(x, 0, alpha) / s) * s`` with ``s = alpha / quant_max``; ``dx = dy`` where ``0 <= x < alpha``, else
+    0; ``dalpha = Σ dy`` over ``x >= alpha``. If an optimizer pushes alpha below ``quant_max * eps``, with eps of the
+    observer, ``quant_max * eps`` takes its place, and alpha goes on receiving gradients.
 
     Args:
         observer: observer class or factory; alpha begins at the largest value of the grid that it proposes.

@@ -77,7 +77,9 @@ class WeightScheme(FakeQuantizeBase):
         return self.initialized
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fake quantize ``weight``; in training mode its scale is found first. An empty weight is returned as it is.
+        """Fake quantize ``weight``; in training mode its scale is found first, unless ``observer_enabled`` is 0.
+
+        An empty weight is returned as it is, and so is any weight while rounding is off or no scale is set.
 
         Raises:
             TypeError: a weight that is no floating point tensor.
@@ -188,7 +190,7 @@ class DoReFaActivation(FakeQuantize):
 
 
 class BinaryWeight(WeightScheme):
-    """XNOR-Net's weights: ``a sign(w)`` with ``a = mean|w|`` of each output channel.
+    """XNOR-Net's weights: ``a sign(w)`` with ``a = mean|w|`` of each output channel, and ``sign(0) = 1``.
 
     Gradient: ``dw = dy (1/n + a [|w| < 1])``, with n the weights of a channel, as the paper has it.
 

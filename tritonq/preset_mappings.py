@@ -22,6 +22,9 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     there, and rounding them costs most. For a preset of groups (``"w4_g32"``) the first layer's weight has 8 bits and a
     scale per channel: images have three channels. Any other preset holds for every layer.
 
+    Args:
+        name: a preset of :func:`tritonq.get_qconfig`.
+
     Raises:
         ValueError: an unknown name; the message lists the known ones.
 

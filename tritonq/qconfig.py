@@ -91,7 +91,8 @@ _PER_TENSOR: dict[type[nn.Module], type[nn.Module]] = {
 def with_one_weight_scale(qconfig: QConfig) -> QConfig:
     """Return a copy of ``qconfig`` whose weights have one scale instead of one per channel.
 
-    If its factory of weights does not tell the type, as a user's own function, ``qconfig`` itself is returned.
+    ``qconfig`` itself is returned if its factory of weights is not made by ``with_args``, as a user's own function, or
+    has no observer of minimum and maximum per channel.
     """
     factory = qconfig.weight
     observer = _PER_TENSOR.get(factory.arguments.get("observer")) if isinstance(factory, Factory) else None  # type: ignore[arg-type]
@@ -217,8 +218,9 @@ _UNSIGNED_ACTIVATION = FakeQuantize.with_args(
 def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
     """Return the qconfig of LSQ for weights and activations of so many bits.
 
-    Scales are trained: one per output channel of a weight, one per activation. Weights are rounded before they are
-    multiplied by their BatchNorm's factor.
+    Scales are trained, and begin by LSQ's formula: one per output channel of a weight (signed, symmetric), one per
+    activation (unsigned, with a zero point). Weights are rounded before they are multiplied by their BatchNorm's
+    factor; summands are not rounded, but their sum is.
     """
     step = LearnedStepFakeQuantize.with_args(init="lsq")
     return QConfig(

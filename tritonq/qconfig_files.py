@@ -120,7 +120,13 @@ def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
 def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
     """Return ``mapping`` as dicts, lists, strings and numbers that JSON can hold.
 
-    Errors are those of :func:`save_qconfig_mapping`.
+    The dict has ``"format"`` and ``"version"``; a qconfig each under ``"global"``, ``"first"``, ``"last"`` and
+    ``"inputs"``, as far as there is such a rule; and lists of ``[key, qconfig]`` under ``"types"``, ``"patterns"`` and
+    ``"names"``. A qconfig is None, ``{"preset": name}``, or a dict with ``"activation"``, ``"weight"`` and the options
+    that are not the default.
+
+    Raises:
+        ValueError: a qconfig with a factory or an argument that JSON can't hold; the message says which.
     """
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for field in _KEYS:

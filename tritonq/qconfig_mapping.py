@@ -119,11 +119,17 @@ class QConfigMapping:
         return replace(self, names=_added(self.names, module_name, qconfig))
 
     def set_first_layer(self, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the first quantizable layer in order of execution."""
+        """Return a copy of the mapping with a qconfig for the first quantizable layer that the model runs.
+
+        None leaves it in float.
+        """
         return replace(self, first=Place(_checked(qconfig)))
 
     def set_last_layer(self, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the last quantizable layer in order of execution."""
+        """Return a copy of the mapping with a qconfig for the last quantizable layer that the model runs.
+
+        None leaves it in float.
+        """
         return replace(self, last=Place(_checked(qconfig)))
 
     def set_input(self, qconfig: Choice) -> QConfigMapping:
@@ -151,11 +157,11 @@ class QConfigMapping:
         yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
 
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
-        """Return the qconfig of every module of ``model``.
+        """Return the qconfig of every module of ``model``; None leaves it in float.
 
         Args:
             model: the float model.
-            order: names of its first and last quantizable layer.
+            order: paths of the first and the last quantizable layer that it runs; None: unknown.
 
         Raises:
             ValueError: a rule that fits no module (the message names near misses), a mapping without rules, or one that
