@@ -42,7 +42,8 @@ def graph_layer(
 ) -> Tensor:
     """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``; the result is not rounded if ``output_quantizer`` is None.
 
-    ``geometry`` holds the arguments of :func:`convolution`; None: ``op`` is a matrix product.
+    ``geometry`` holds stride, padding, dilation, groups and dimensions, as :func:`convolution` takes them; None: ``op``
+    is a matrix product. Quantizers that observe update their ranges.
     """
     return affine(_layer(weight_quantizer, output_quantizer, ceiling, geometry), x, weight, bias)
 
@@ -59,8 +60,9 @@ def graph_conv_bn(
 ) -> Tensor:
     """Return ``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))`` with ``s = γ/sqrt(running_var + eps)``.
 
-    ``norm`` holds γ, β, running mean, running variance, momentum, eps, and whether the BatchNorm trains; ``geometry``
-    the arguments of :func:`convolution`. The result is not rounded if ``output_quantizer`` is None.
+    ``norm`` holds γ, β, running mean, running variance, momentum, eps, and whether the BatchNorm trains: then it
+    normalizes by its batch, and updates the running statistics in place. ``geometry`` holds stride, padding, dilation,
+    groups and dimensions, as :func:`convolution` takes them. The result is not rounded if ``output_quantizer`` is None.
     """
     layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
     return normalized(layer, x, weight, bias, BatchNorm(*norm))

@@ -93,14 +93,32 @@ class Layer:
 
 
 def affine(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))`` of a layer without BatchNorm."""
+    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))`` of a layer without BatchNorm; quantizers observe, as they are set.
+
+    Args:
+        layer: the operation, its ReLU and its quantizers.
+        x: its input.
+        weight: the float weight, as ``layer.op`` takes it.
+        bias: (out,) or None.
+    """
     return _finish(layer, layer.op(x, _quantized_weight(layer, weight), bias))
 
 
 def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Return ``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))`` with ``s = γ/σ(running_var)``, as torch.ao's ConvBn computes it.
+    """Return the result of a layer with BatchNorm, as torch.ao's ConvBn computes it, with ``s = γ/σ(running_var)``.
 
-    A channel with γ = 0 takes 1/σ for s in training, where the libraries divide by zero.
+    - ``norm.training``: ``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))``; BN normalizes by the batch and updates the running
+      statistics in place. A channel with γ = 0 takes 1/σ for s, where the libraries divide by zero.
+    - ``norm.corrected`` as well: the running variance is updated first, and BN works on
+      ``op(x, FQ(W s)) · σ(running_var)/σ(batch)``, with the mean and variance of ``op(x, W)``.
+    - Not training: ``FQ(relu?(op(x, FQ(W s)) + β + (b - running_mean) s))``.
+
+    Args:
+        layer: the operation, its ReLU and its quantizers, which observe, as they are set.
+        x: its input.
+        weight: W in float, as ``layer.op`` takes it, not folded.
+        bias: b, (out,) or None.
+        norm: the BatchNorm.
     """
     if not norm.training:
         scale = fold_scale(norm.running_var, norm.gamma, norm.eps)

@@ -190,12 +190,12 @@ def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
 
 
 def state(quantizer: nn.Module, x: Tensor) -> State | None:
-    """Return grid and range of ``quantizer``, for an operator that rounds ``x`` as a part of it.
+    """Return grid and range of ``quantizer``, for an operator that rounds ``x`` as a part of it; nothing is observed.
+
+    Buffers per channel that have no length yet get that of ``x``, as in the library with its first batch.
 
     Returns:
-        None if no operator can do that: the buffers have other dtypes, or the kind of the formula is "learned" or
-        "observed". Buffers per channel that have no length yet get that of ``x``, as in the library with its first
-        batch.
+        None if :func:`can_compute` is false, or the kind of the formula is "learned" or "observed".
     """
     if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None
@@ -245,9 +245,9 @@ def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
 
 
 def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """Observe and round ``x`` as ``quantizer`` does; the result has the shape and dtype of ``x``.
+    """Observe and round ``x`` as ``quantizer`` does, by its switches; the result has the shape and dtype of ``x``.
 
-    The backward needs ``x`` alone. If :func:`can_compute` is false, the quantizer runs by itself.
+    The backward needs only ``x``. If :func:`can_compute` is false, the quantizer's own forward runs.
 
     Raises:
         RuntimeError: the quantizer has buffers that no operator takes.
@@ -269,11 +269,13 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
 
 
 def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -> Tensor:
-    """Observe and round ``relu?(y)``. Where possible, one bit per element is kept for the backward instead of a tensor.
+    """Observe and round ``relu?(y)``, as ``quantizer`` does with it; the result has the shape and dtype of ``y``.
+
+    With gradients, and one scale for the tensor, one bit per element is kept for the backward instead of a tensor.
 
     Args:
         quantizer: any fake quantizer of torch.ao or torchao.
-        y: a tensor that was just computed and that nothing else reads.
+        y: a tensor that was just computed and that nothing else reads, so that it may be overwritten.
         ceiling: of the ReLU: infinity for a plain one, 6.0 for ReLU6, None for none.
     """
     known = state(quantizer, y)

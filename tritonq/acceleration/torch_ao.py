@@ -71,7 +71,11 @@ def unmark(module: nn.Module) -> None:
 
 
 def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
-    """Return the result of a marked layer for the input ``x``; rounded by ``output_quantizer`` unless that is None."""
+    """Return the result of a marked layer for ``x``; rounded by ``output_quantizer`` unless that is None.
+
+    Without BatchNorm it is ``relu?(op(x, FQ(W)) + b)``, else what :func:`normalized` has. A layer whose BatchNorm is
+    of another class than torch's, or has hooks, is computed by the library's forward.
+    """
     held = cast(Any, layer)
     if "bn" in held._modules and not is_plain(held.bn):
         y = _PLAIN[type(layer)](layer, x)

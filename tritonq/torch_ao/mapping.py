@@ -78,7 +78,10 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         return mapping
 
     def set_global(self, global_qconfig: Choice) -> Self:
-        """Set the qconfig of modules that no other rule fits, in place, and return the mapping itself."""
+        """Set the qconfig of modules that no other rule fits, in place, and return the mapping itself.
+
+        None leaves them in float.
+        """
         return self._become(super().set_global(global_qconfig))
 
     def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> Self:
@@ -92,7 +95,7 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> Self:
         """Set the qconfig of modules whose path the pattern matches (``re.match``), in place.
 
-        Return the mapping itself.
+        Return the mapping itself. None leaves these modules in float.
         """
         return self._become(super().set_module_name_regex(module_name_regex, qconfig))
 
@@ -108,15 +111,24 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         return self._become(super().set_module_name(module_name, qconfig))
 
     def set_first_layer(self, qconfig: Choice) -> Self:
-        """Set the qconfig of the first quantizable layer that runs, in place; return the mapping itself."""
+        """Set the qconfig of the first quantizable layer that runs, in place; return the mapping itself.
+
+        None leaves it in float.
+        """
         return self._become(super().set_first_layer(qconfig))
 
     def set_last_layer(self, qconfig: Choice) -> Self:
-        """Set the qconfig of the last quantizable layer that runs, in place; return the mapping itself."""
+        """Set the qconfig of the last quantizable layer that runs, in place; return the mapping itself.
+
+        None leaves it in float.
+        """
         return self._become(super().set_last_layer(qconfig))
 
     def set_input(self, qconfig: Choice) -> Self:
-        """Set the qconfig of the model's inputs, in place; return the mapping itself."""
+        """Set the qconfig of the model's inputs, in place; return the mapping itself.
+
+        None leaves them in float, and with them the layers that read them.
+        """
         return self._become(super().set_input(qconfig))
 
     def __setattr__(self, name: str, value: Any) -> None:
