@@ -32,7 +32,7 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
             are enough. All batches run once per layer.
 
     Returns:
-        By layer the shift, float32 (out,). A layer without a bias and without β is left out, with one warning.
+        By layer the shift, float32 (out,). A layer without a bias and without β is left out; one UserWarning names all.
 
     Raises:
         ValueError: no quantized layer, or no batch.

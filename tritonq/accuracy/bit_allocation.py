@@ -107,7 +107,10 @@ def _prepared(model: nn.Module, qconfig: QConfig, batches: Sequence[Batch]) -> n
 
 
 def _size(model: nn.Module, layer: QATLayer, batch: Batch, unit: Unit) -> float:
-    """Return how many weights the layer has (unit "bytes"), or multiplications for one sample of ``batch``."""
+    """Return how many weights the layer has (unit "bytes"), or its multiplications for one sample of ``batch``.
+
+    The latter are weights · results of all its calls / out channels; ``model`` runs once.
+    """
     weights = layer.weight.numel()
     if unit == "bytes":
         return weights

@@ -21,6 +21,10 @@ from tritonq.nn.qat import QATLayer
 def read_batches(model: nn.Module, data: Any) -> list[Batch]:
     """Return the arguments ``(args, kwargs)`` of ``model`` for every batch of ``data``, as a list.
 
+    Args:
+        model: the model; its forward says how many items of a batch that is a tuple it takes.
+        data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple.
+
     Raises:
         ValueError: ``data`` has no batch.
     """

@@ -34,7 +34,13 @@ class Advice:
 
 
 def advise(measured: ModelMeasure) -> Advice:
-    """Return advice about the layer whose rounding costs most; or that nothing needs to be done."""
+    """Return advice about the layer whose rounding costs most; or that nothing needs to be done.
+
+    All is well without an error, with one of at most 1 % of the output's norm, or with one of at most 10 % if at least
+    99 % of the predictions and all but 0.5 % of accuracy stay. No layer stands out if the worst one alone makes less
+    than half of the error. A layer that does gets wider ranges if these leave less than 80 % of its error, and else to
+    be left in float or to have its range searched.
+    """
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")
     accuracies = f"{percent(measured.float_accuracy)} without rounding, {percent(measured.quantized_accuracy)} with it"

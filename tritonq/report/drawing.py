@@ -53,7 +53,10 @@ def histogram(tensor: TensorMeasure) -> str:
 
 
 def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
-    """Return an SVG of the noise ratio of weights and outputs, layer by layer in order of execution."""
+    """Return an SVG of the SQNR of each tensor in dB, layer by layer in order of execution; a remark if there is none.
+
+    Tensors that are exact or have no signal are left out.
+    """
     width, height, left, bottom = 560, 236, 34, 22
     points = [
         (layer, tensor.role, tensor.sqnr) for layer in layers for tensor in layer.tensors if math.isfinite(tensor.sqnr)

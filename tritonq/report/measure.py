@@ -38,8 +38,9 @@ class LayerMeasure:
         name: qualified name.
         kind: class name.
         position: place in order of execution, from 1.
-        sensitivity: norm of the output's error over the norm of the output, with this layer alone quantized.
-        tensors: its quantizers.
+        sensitivity: norm of the error of the model's output over the norm of that output, with this layer alone
+            quantized.
+        tensors: a measure for each of its quantizers.
         has_float_form: whether a qconfig of None leaves it in float; not so in a fixed-point network.
         unclipped: its sensitivity with ranges that hold every value; None: not tried.
     """
@@ -53,7 +54,7 @@ class LayerMeasure:
     unclipped: float | None = None
 
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
-        """Return its noisiest tensor, of one role ("weight", "output", "input") or of all; None: it has none."""
+        """Return its tensor with the lowest SQNR, of one role ("weight", "output", "input") or of all; None: none."""
         found = [tensor for tensor in self.tensors if role in (None, tensor.role)]
         return min(found, key=lambda tensor: tensor.sqnr, default=None)
 

@@ -75,7 +75,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def write(measured: ModelMeasure, data_name: str, origin: str, path: Path) -> None:
-    """Write the page to ``path``, as a whole file or not at all; the arguments are those of :func:`render`."""
+    """Write the page to ``path``, as a whole file or not at all.
+
+    Args:
+        measured: what :func:`~tritonq.report.measure.measure` found.
+        data_name: where the images come from.
+        origin: what the model is and where its ranges come from, for the line below the title.
+        path: the HTML file; one that exists is replaced.
+    """
     with atomic_file(path) as file:
         file.write(render(measured, data_name, origin).encode())
 

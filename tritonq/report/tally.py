@@ -32,7 +32,7 @@ class TensorMeasure:
         grid: its codes, in words.
         scale: smallest and largest scale.
         sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB.
-        clipped: fraction of values outside the grid.
+        clipped: fraction of values more than half a step outside of the grid.
         low: smallest value.
         high: largest value.
         quant_min: smallest code.
@@ -73,7 +73,11 @@ class Tally:
         self._counts = torch.zeros(BINS + 2 * MARGIN, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
-        """Add a batch of values; the quantizer rounds them to find the error, and observes nothing."""
+        """Add a batch of values, a float tensor as the quantizer reads it; values that are not finite do not count.
+
+        The quantizer rounds them to find the error, and is switched off afterwards. It must be in eval mode, in which
+        it observes nothing.
+        """
         x, qtype = self._signal_in(x), self._quantizer.qtype
         rounded = self._rounded(x)
         finite = torch.isfinite(x)
@@ -104,9 +108,9 @@ class Tally:
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
     def widest_qparams(self) -> QParams | None:
-        """Return scale and zero point with which no value so far is clipped, in the shape of the quantizer's.
+        """Return scale and zero point of the range of all values so far, with which none is clipped.
 
-        None: there was no value.
+        They follow by the rule ``"torch"``, in the shape of the quantizer's. None: there was no value.
         """
         if self._low is None or self._high is None:
             return None
