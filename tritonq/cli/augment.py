@@ -62,7 +62,11 @@ class Augmentation:
     def pixels(self, image: Image, preprocessing: Preprocessing, seed: tuple[int, int]) -> Tensor:
         """Return the changed and scaled image: uint8 (channels, size, size).
 
-        Random numbers follow from ``seed`` alone, and no other random generator is used or changed.
+        Args:
+            image: the image, in any of Pillow's modes of 8 bits.
+            preprocessing: size, crop and channels of the result; ``"crop"`` among the changes takes their place.
+            seed: of the data set, another one in each epoch, and index of the image. Random numbers follow from it
+                alone, and no other random generator is used or changed.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1)

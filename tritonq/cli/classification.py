@@ -30,7 +30,15 @@ def first_tensor(output: Any) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATION) -> Tensor:
-    """Return the model's outputs for ``images`` in eval mode, on the CPU; batches are moved to the model's device."""
+    """Return the model's outputs for ``images`` on the CPU; of several outputs the first tensor.
+
+    The model is switched to eval mode and stays in it. Batches are moved to its device.
+
+    Args:
+        model: the model.
+        images: float32 (n, channels, height, width).
+        batch_size: images in each call.
+    """
     model.eval()
     device = device_of(model)
     outputs = (first_tensor(model(batch.to(device))).cpu() for batch in torch.split(images, batch_size))
@@ -110,7 +118,10 @@ def batches_of(
 
 
 def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> Batches:
-    """Return all images once; with several ``ranks``, of every ``ranks``-th image from ``rank`` on."""
+    """Return batches of all images in order, 256 in each; with several ``ranks`` of every ``ranks``-th, from ``rank``.
+
+    ``workers`` processes read the images; 0: this one.
+    """
     chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
     return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)
 

@@ -112,6 +112,10 @@ _DATA_HELP = (
 def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
     """Return the classes that :func:`open_examples` will find for the same arguments; no image is read.
 
+    Args:
+        source: ``"digits"``, or a folder with one sub-folder per class, whose sorted names are the classes.
+        validation: a folder of the same classes, or the share that is held out.
+
     Raises:
         ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
             training has not.

@@ -78,7 +78,10 @@ def _widest_codes(converted: nn.Module) -> str:
 
 
 def metadata(made: ModelRecipe) -> dict[str, Any]:
-    """Return what is needed to use the model, as a dict for its files: its factory, preprocessing and class names."""
+    """Return what is needed to use the model, as plain data for its files.
+
+    Keys are ``"model"`` (the factory), ``"model_arguments"``, ``"preprocessing"`` and ``"classes"`` (names by label).
+    """
     return {
         "model": made.model,
         "model_arguments": list(made.model_arguments),

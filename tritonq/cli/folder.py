@@ -228,9 +228,12 @@ def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
 
 
 def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Return indices to train with and to hold out: int64 tensors.
+    """Return indices to train with and to hold out: int64 tensors, sorted by class and shuffled within each.
 
-    Images are shuffled within each class, and a ``share`` of each class is held out.
+    Args:
+        labels: int64 (n,).
+        seed: of the order; the same gives the same indices.
+        share: of each class that is held out, to one image.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]

@@ -48,7 +48,7 @@ class Trained:
         classes: names by label; empty if no file tells them.
         recipe: how the model was made.
         model: the module, in eval mode; None for an ONNX file.
-        form: which form of the model it is.
+        form: ``"qat"`` (a checkpoint of `train`), ``"int8"`` (converted), ``"float"`` or ``"onnx"``.
     """
 
     title: str

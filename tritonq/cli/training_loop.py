@@ -100,7 +100,11 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Number of steps of the whole run."""
+        """Number of optimizer steps of the whole run, those before a resume included: epochs · steps per epoch.
+
+        An epoch has a step for each full batch of all processes together, and one more for the rest if that gives each
+        process two images. ``patience`` may end the run earlier.
+        """
         return self.settings.epochs * self.steps_per_epoch
 
     @property
@@ -363,9 +367,10 @@ class Run:
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = False) -> torch.optim.Optimizer:
-    """Return SGD with momentum for ``model``. It is fused, because a fused optimizer can skip a step on the device.
+    """Return SGD for ``model`` with Nesterov momentum 0.9 and weight decay 1e-4, in the groups of `parameter_groups`.
 
-    ``one_group``: all parameters decay, as in version 0.1.0, whose runs are resumed so.
+    It is fused, because a fused optimizer can skip a step on the device. ``one_group``: all parameters decay, as in
+    version 0.1.0, whose runs are resumed so.
     """
     groups = parameter_groups(model, learning_rate, _WEIGHT_DECAY)
     if one_group:

@@ -33,7 +33,15 @@ class ChannelOnGrid:
 
 
 def draw(path: Path, float_run: History, qat_run: History, layer_name: str, channel: ChannelOnGrid) -> None:
-    """Write a PNG with the two loss curves and the weight histogram of one out channel; each bar is one code."""
+    """Write a PNG with the two loss curves and the weight histogram of one out channel; each bar is one code.
+
+    Args:
+        path: the file.
+        float_run: losses of float training, one per epoch.
+        qat_run: those of fine-tuning, which are drawn behind.
+        layer_name: for the title.
+        channel: the weights.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

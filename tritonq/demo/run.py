@@ -130,7 +130,10 @@ def demo_recipe(qconfig: QConfig, data: Images) -> ModelRecipe:
 
 
 def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, seed: int) -> History:
-    """Train with fake quantization; ranges and BatchNorm statistics are frozen for the last epochs."""
+    """Train ``qat`` in place with fake quantization for ``epochs`` epochs, and return losses and times.
+
+    Ranges and BatchNorm statistics are frozen in the last ``training.frozen_epochs`` epochs, never in the first one.
+    """
 
     def freeze(epoch: int) -> None:
         if training.frozen_epochs and epoch == max(epochs - training.frozen_epochs, 1):
