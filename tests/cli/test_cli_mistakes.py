@@ -60,7 +60,7 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
 
 
 def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert train(*DIGITS, "--tensorboard", "--output", tmp_path / "out") == 1
     assert one_line(capsys) == "tritonq train: --tensorboard needs tensorboard: pip install 'tritonq[tensorboard]'"
     assert not (tmp_path / "out").exists()

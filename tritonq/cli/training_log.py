@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ def history_from_data(data: Any) -> list[Epoch]:
 def check_tensorboard() -> None:
     """Raise ValueError if TensorBoard is not installed."""
     try:
-        import torch.utils.tensorboard  # noqa: F401
+        import tensorboard  # noqa: F401
     except ImportError as error:
         raise ValueError("--tensorboard needs tensorboard: pip install 'tritonq[tensorboard]'") from error
 
@@ -60,17 +63,40 @@ def check_tensorboard() -> None:
 class TensorBoard:
     """Loss, accuracy and learning rate for TensorBoard, which must be installed.
 
+    Its own writer works in a thread that ends with the first error. Here an epoch is written at once, and what could
+    not be written, such as on a full disk, is written with a later epoch.
+
     Args:
-        folder: where the log's files are written.
+        folder: where the log's file is written.
+
+    Raises:
+        OSError: it can't be written; the error names it.
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(folder)
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        # All that the file should hold. Nobody else writes to it, so that it holds the beginning of this.
+        self._records = BytesIO()
+        self._append(file_version="brain.Event:2")
 
     def add(self, epoch: Epoch) -> None:
-        """Write the values of one epoch."""
-        for name in ("loss", "accuracy", "learning_rate"):
-            self._writer.add_scalar(name, getattr(epoch, name), epoch.epoch)
-        self._writer.flush()
+        """Write the values of one epoch, and those of earlier ones that could not be written.
+
+        Raises:
+            OSError: the file can't be written; the error names it.
+        """
+        values = [{"tag": name, "simple_value": getattr(epoch, name)} for name in ("loss", "accuracy", "learning_rate")]
+        self._append(step=epoch.epoch, summary={"value": values})
+
+    def _append(self, **fields_of_event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event = Event(wall_time=time.time(), **fields_of_event)
+        RecordWriter(self._records).write(event.SerializeToString())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._path.open("ab") as file:
+                file.write(self._records.getvalue()[file.tell() :])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
