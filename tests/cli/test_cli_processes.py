@@ -10,17 +10,28 @@ import pytest
 import torch
 
 from image_folders import image_folder
-from tritonq.cli.checkpoints import read_training
+from tritonq.__main__ import main
+from tritonq.cli.checkpoints import ModelRecipe, read_training, save_training
 from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits, open_examples
-from tritonq.cli.models import prepare
+from tritonq.cli.models import find_qconfig, prepare
 from tritonq.cli.preprocessing import Preprocessing
+from tritonq.cli.same_run import step_among
+from tritonq.cli.settings import Settings
+from tritonq.cli.training_loop import Run
+from tritonq.qconfig_files import mapping_to_data
 
 MODEL = ["tritonq.demo.model:SmallResNet", "digits"]
 SIZES = ["--model-arg=in_channels=1", "--model-arg=classes=10", "--model-arg=width=4"]
 SHORT = ["--batch-size=128", "--epochs=2", "--frozen-epochs=1", "--learning-rate=0.05", "--no-onnx"]
 FILES = ["best.pt", "last.pt", "log.csv", "model.int8.pt"]
 
+RECIPE = ModelRecipe(
+    "tritonq.demo.model:SmallResNet",
+    ("in_channels=1", "classes=10", "width=4"),
+    mapping_to_data(find_qconfig("onnxruntime")),
+    Preprocessing(8, 8, channels=1),
+)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
@@ -43,6 +54,37 @@ def test_two_processes_train_one_model(tmp_path):
     data = load_digits()
     score = accuracy(logits(trained, data.test_images), data.test_labels)
     assert score == pytest.approx(best["accuracy"])  # every process measured one model
+    # One process goes on, whose epochs have a step more.
+    assert main([*words[1:], "--epochs=3", "--resume"]) == 0
+    more = read_training(tmp_path / "last.pt")[1]
+    assert (more["step"], len(more["random"])) == (3 * 8, 1)
+    assert more["history"][:2] == state["history"]
+    assert [(epoch["epoch"], epoch["step"]) for epoch in more["history"]] == [(1, 7), (2, 14), (3, 24)]
+
+
+def test_steps_where_another_number_of_processes_goes_on():
+    settings = Settings("", 3, 0, 128, 0.05, 0, "off")
+    assert (settings.steps_per_epoch(898), settings.steps_per_epoch(898, 2)) == (8, 7)
+    assert [step_among(step, 8, 7) for step in (0, 6, 8, 14, 24)] == [0, 6, 7, 13, 21]
+    assert [step_among(step, 7, 8) for step in (0, 6, 7, 13, 21)] == [0, 6, 8, 14, 24]
+    with pytest.raises(ValueError, match="step 15 is followed by a batch that is too small for so many processes"):
+        step_among(15, 8, 7)
+
+
+def test_the_loss_of_an_epoch_goes_on_in_one_process(tmp_path):
+    """A checkpoint of two processes, three steps into an epoch, holds each one's part of the sum."""
+    data = open_examples("digits", RECIPE.preprocessing)
+    settings = Settings("", 1, 0, 128, 0.01, 0, "off")
+    run = Run(RECIPE, prepare(RECIPE), settings, data, tmp_path)
+    run.step = 3
+    run.save()
+    made, content = read_training(run.path)
+    (state,) = content["random"]
+    content["random"] = [{**state, "loss_sum": part} for part in (100.0, 23.0)]
+    save_training(run.path, made, content)
+    again = Run(RECIPE, prepare(RECIPE), settings, data, tmp_path)
+    assert again.resume() == 3
+    assert float(again.loss_sum) == 123.0
 
 
 def test_one_process_alone_names_what_is_skipped(tmp_path, capsys):

@@ -37,6 +37,31 @@ def saved_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
+def processes_of(content: Mapping[str, Any]) -> int:
+    """Return how many processes wrote the checkpoint ``content`` together."""
+    random = content["random"]
+    return len(random) if isinstance(random, list) else 1
+
+
+def step_among(step: int, steps_per_epoch: int, now: int) -> int:
+    """Return the number of a step where epochs have another number of steps now.
+
+    More processes leave out a last batch that is too small for them; all other batches are the same.
+
+    Args:
+        step: how many steps were done.
+        steps_per_epoch: of those.
+        now: steps per epoch from here on.
+
+    Raises:
+        ValueError: the next step is one that is left out now.
+    """
+    epoch, within = divmod(step, steps_per_epoch)
+    if within >= now:
+        raise ValueError(f"step {step} is followed by a batch that is too small for so many processes: start fewer")
+    return epoch * now + within
+
+
 def check_before_images(
     path: Path, made: ModelRecipe, settings: Settings, saved: ModelRecipe, content: Mapping[str, Any]
 ) -> None:

@@ -53,6 +53,13 @@ class Settings:
         if self.frozen_epochs >= self.epochs:
             raise ValueError(f"of {self.epochs} epochs fewer can be frozen, got {self.frozen_epochs}")
 
+    def steps_per_epoch(self, images: int, processes: int = 1) -> int:
+        """Return how many steps an epoch of ``images`` images has.
+
+        A last batch of one image per process has no statistics: it is left out, another one each epoch.
+        """
+        return max(1, images // self.batch_size + (images % self.batch_size >= 2 * processes))
+
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of ``step`` (from 0): half a cosine from ``learning_rate`` at the start to 0."""
         first, last = self.begin * steps_per_epoch, self.epochs * steps_per_epoch

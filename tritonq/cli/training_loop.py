@@ -23,7 +23,7 @@ from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import Interrupted, Interruptions
 from tritonq.cli.messages import in_one_line
 from tritonq.cli.processes import Processes
-from tritonq.cli.same_run import check_same_run, is_extended, saved_settings
+from tritonq.cli.same_run import check_same_run, is_extended, processes_of, saved_settings, step_among
 from tritonq.cli.settings import AMP, Settings
 from tritonq.cli.training_log import Epoch, TensorBoard, history_from_data, write_csv
 from tritonq.deploy.files import remove_leftovers
@@ -91,11 +91,10 @@ class Run:
         self._told: set[str] = set()
         # Sum of the losses of this epoch's images, on the device.
         self.loss_sum = torch.zeros((), device=self.device)
-        # A last batch of one image per process has no statistics: it is left out, another one each epoch.
-        count, size = len(data.train), settings.batch_size
-        if size < 2 * self.processes.count:
-            raise ValueError(f"batch size {size} gives {self.processes.count} processes less than two images each")
-        self.steps_per_epoch = max(1, count // size + (count % size >= 2 * self.processes.count))
+        size, count = settings.batch_size, self.processes.count
+        if size < 2 * count:
+            raise ValueError(f"batch size {size} gives {count} processes less than two images each")
+        self.steps_per_epoch = settings.steps_per_epoch(len(data.train), count)
         self._parallel = self._wrapped()
 
     @property
@@ -318,18 +317,20 @@ class Run:
         """Load the state of the checkpoint ``last.pt``; return its step. A finished run may be given more epochs.
 
         Raises:
-            ValueError: a damaged checkpoint, one of another run or of another architecture.
+            ValueError: a damaged checkpoint, one of another run or of another architecture, or one before a step that
+                so many processes leave out.
         """
         made, content = read_training(self.path)
         saved = saved_settings(content)
         step, finished = int(content["step"]), int(saved.get("epochs", 0))
-        extends = is_extended(content, self.settings.epochs, self.steps_per_epoch)
+        begun = self.settings.steps_per_epoch(len(self.data.train), processes_of(content))
+        extends = is_extended(content, self.settings.epochs, begun)
         self.settings = replace(self.settings, begin=finished if extends else saved.get("begin", 0))
         check_same_run(self.path, self.made, self.settings, made, content, extends=extends)
         if extends and self.settings.epochs - self.settings.frozen_epochs < finished:
             raise ValueError(f"{finished} epochs are done: of {self.settings.epochs} fewer can be frozen")
+        self.step = step_among(step, begun, self.steps_per_epoch)
         load_state(self.model, content["state_dict"], str(self.path))
-        self.saved_step = step
         if len(content["optimizer"]["param_groups"]) < len(self.optimizer.param_groups):
             self.optimizer = make_optimizer(self.model, self.settings.learning_rate, one_group=True)
         self.optimizer.load_state_dict(content["optimizer"])
@@ -338,7 +339,7 @@ class Run:
         self._resume_random(content["random"])
         self.history = history_from_data(content.get("history", []))
         self.float_accuracy = content.get("float_accuracy", self.float_accuracy)
-        self.step = self.saved_step = step
+        self.saved_step = step
         self.stopped = self._has_waited()
         if extends:
             enable_observer(self.model)
@@ -350,6 +351,8 @@ class Run:
         states = [states] if isinstance(states, dict) else states
         if len(states) != self.processes.count:
             torch.manual_seed(self._epoch_seed(self.step) + self.processes.rank)
+            if self.processes.is_first:
+                self.loss_sum.fill_(sum(state.get("loss_sum", 0.0) for state in states))
             return
         state = states[self.processes.rank]
         torch.set_rng_state(state["cpu"])
