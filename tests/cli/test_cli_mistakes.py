@@ -91,6 +91,8 @@ def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch, capsys):
         ([*DIGITS, f"--seed={10**23}"], "seed must have at most 40 bits"),
         ([*DIGITS, "--learning-rate=nan"], "learning rate must be a number from 0"),
         ([*DIGITS, "--validation=1.5"], "lies between 0 and 1, got 1.5"),
+        ([*DIGITS, "--validation=photos"], "of the digits a share is held out, such as --validation 0.5, got 'photos'"),
+        ([*DIGITS, "--validation=0.9999"], "no image of class '0' is left to train with"),
         ([*DIGITS, "--augment=flop"], "unknown augmentation 'flop'; known: none, flip, crop"),
         ([*DIGITS, "--augment=flip"], "can't be augmented"),
         ([*DIGITS, "--device=gpu"], "'gpu' is no device that torch knows"),
@@ -124,6 +126,7 @@ def test_a_factory_that_raises(tmp_path, capsys):
     "words",
     [
         ["nowhere:f"],
+        [*FOLDER_MODEL[:-4], f"--validation={Path(__file__).parent}"],
         [*FOLDER_MODEL[:-4], "--qconfig=tensort"],
         [*FOLDER_MODEL[:-4], "--model-arg=width=no"],
         [*FOLDER_MODEL[:-4], "--weights=none.pt"],

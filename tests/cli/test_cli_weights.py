@@ -64,6 +64,7 @@ def test_a_prefix_of_some_names_alone_is_none(tmp_path):
         (lambda path: torch.jit.script(model()).save(path), "a TorchScript program"),
         (lambda path: path.write_text("epoch,loss"), "damaged, or no file that torch.save wrote"),
         (lambda path: path.write_bytes(saved_bytes()[:-99]), "damaged, or no file that torch.save wrote"),
+        (lambda path: path.write_bytes(long_bytes()[:5000]), "damaged, or no file that torch.save wrote"),
         (lambda path: path.mkdir(), "Is a directory"),
     ],
 )
@@ -81,3 +82,10 @@ def saved_bytes():
     buffer = io.BytesIO()
     torch.save(model().state_dict(), buffer)
     return buffer.getvalue()
+
+
+def long_bytes():
+    """Return a file of which torch looks for the end where a cut one has none."""
+    stream = io.BytesIO()
+    torch.save({str(k): torch.zeros(100) for k in range(200)}, stream)
+    return stream.getvalue()

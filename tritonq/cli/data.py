@@ -22,6 +22,7 @@ DIGITS = "digits"
 _DIGITS_NAME = "scikit-learn's digits"
 # Digits have 17 grey levels, 0 to 16.
 _DARKEST_DIGIT = 16
+_CLASSES_OF_DIGITS = tuple(map(str, range(10)))
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
         ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
             training has not.
     """
-    folder, _ = _validation(validation)
-    return tuple(map(str, range(10))) if source == DIGITS else find_layout(Path(source), folder).classes
+    folder, _ = _validation(validation, source)
+    return _CLASSES_OF_DIGITS if source == DIGITS else find_layout(Path(source), folder).classes
 
 
 def open_examples(
@@ -142,7 +143,7 @@ def open_examples(
         ValueError: no such folder, fewer than two classes, a class with too few readable images, validation classes
             that training has not, or channels that can't be made.
     """
-    folder, share = _validation(validation)
+    folder, share = _validation(validation, source)
     if source == DIGITS:
         return _digits(preprocessing, share)
     layout = find_layout(Path(source), folder)
@@ -156,7 +157,7 @@ def open_examples(
     else:
         train = files
         test = readable_images(layout.validation, layout.classes, preprocessing, workers, 0, quiet=quiet)
-    _check_parts(layout.classes, train, test)
+    _check_parts(layout.classes, *([file.label for file in part] for part in (train, test)))
     preprocessing = preprocessing.with_moments(*moments(train))
     trained, held_out = (
         FileImages([file.path for file in part], [file.label for file in part], preprocessing) for part in (train, test)
@@ -192,28 +193,36 @@ def _digits(preprocessing: Preprocessing, share: float) -> Examples:
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / _DARKEST_DIGIT
     labels = torch.tensor(digits.target, dtype=torch.int64)
     train, test = deal(labels, 0, share)
+    _check_parts(_CLASSES_OF_DIGITS, labels[train].tolist(), labels[test].tolist())
     preprocessing = preprocessing.with_moments(float(images[train].mean()), float(images[train].std()))
     images = preprocessing.normalised(images.expand(-1, preprocessing.channels, -1, -1))
     if images.shape[-1] != preprocessing.size:
         images = F.interpolate(images, (preprocessing.size, preprocessing.size), mode="bilinear")
-    classes = tuple(map(str, range(10)))
     fingerprint = f"{_DIGITS_NAME}, {len(test)} held out"
     trained, held_out = (TensorImages(images[part].contiguous(), labels[part]) for part in (train, test))
-    return Examples(_DIGITS_NAME, classes, preprocessing, trained, held_out, fingerprint)
+    return Examples(_DIGITS_NAME, _CLASSES_OF_DIGITS, preprocessing, trained, held_out, fingerprint)
 
 
-def _validation(text: str) -> tuple[Path | None, float]:
+def _validation(text: str, source: str) -> tuple[Path | None, float]:
+    """Return the folder of images held out, or the share of ``source`` that is, from what the user said.
+
+    Raises:
+        ValueError: a share outside of 0 to 1, or a folder beside the digits.
+    """
     try:
         share = float(text)
     except ValueError:
+        if source == DIGITS:
+            raise ValueError(f"of the digits a share is held out, such as --validation 0.5, got {text!r}") from None
         return Path(text), 0.0
     if not 0 < share < 1:
         raise ValueError(f"the share of images that is held out lies between 0 and 1, got {text}")
     return None, share
 
 
-def _check_parts(classes: Sequence[str], train: Sequence[ImageFile], test: Sequence[ImageFile]) -> None:
-    have = {file.label for file in train}
+def _check_parts(classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
+    """Raise ValueError if a class has no label in ``train``, or ``test`` no label at all."""
+    have = set(train)
     without = [name for label, name in enumerate(classes) if label not in have]
     if without:
         raise ValueError(f"no image of class {without[0]!r} is left to train with: hold fewer out with --validation")

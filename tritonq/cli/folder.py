@@ -146,8 +146,8 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
             one, else none (the caller then holds images out from training).
 
     Raises:
-        ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
-            training has not.
+        ValueError: no such folder, fewer than two classes, a class without image files, or a validation folder without
+            images or with classes that training has not.
     """
     names = _folders(folder)
     held_out = [name for name in _VALIDATION if name in names]
@@ -160,6 +160,8 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
         raise ValueError(f"expected folders of at least two classes, {folder} holds {', '.join(names) or 'none'}")
     if validation is not None and (foreign := sorted(set(_folders(validation)) - set(names))):
         raise ValueError(f"{validation} has a class {foreign[0]!r} that {folder} has not")
+    if validation is not None and all(next(image_paths(validation / name), None) is None for name in names):
+        raise ValueError(f"{validation} holds no images in a folder per class, such as {validation / names[0]}")
     for name in names:
         if next(image_paths(folder / name), None) is None:
             raise ValueError(f"class folder {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")

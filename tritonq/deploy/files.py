@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -73,7 +74,8 @@ def why_unread(error: BaseException) -> str:
 
     torch's own text advises to load the file without ``weights_only``, which would run the code in it.
     """
-    if isinstance(error, OSError) and error.strerror:
+    # A position outside of the file, for which a cut file asks, is no fault of the system.
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
         return error.strerror
     text = str(error)
     refused = re.search(r"GLOBAL (\S+)", text)
