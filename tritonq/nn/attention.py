@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class MultiheadAttention(nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` computed as linear layers, two matrix products and a softmax.
 
-    `prepare_qat` gives this class to attention modules, which keep their parameters: torch's own forward is one call
-    whose parts can't be quantized. Results agree with torch's to rounding errors of float32.
+    Per head: ``softmax(q kᵀ / sqrt(head_dim) + mask) v`` with q, k, v the projections of query, key and value; a linear
+    layer follows. `prepare_qat` gives this class to attention modules, which keep their parameters: torch's own forward
+    is one call whose parts can't be quantized. Results agree with torch's to rounding errors of float32.
 
     Examples:
         >>> import torch, tritonq
@@ -59,11 +60,21 @@ class MultiheadAttention(nn.MultiheadAttention):
                 axes.
             key: as ``query``, with the number of sources for that of targets.
             value: as ``key``.
-            key_padding_mask: (batch, sources): True, or -inf, for keys that do not count; None: all do.
+            key_padding_mask: (batch, sources), or (sources,) without a batch: bool, True for keys that do not count, or
+                numbers to add to the scores; None: all keys count.
             need_weights: whether to return the weights; if not, None stands for them.
-            attn_mask: (targets, sources) or (batch * heads, targets, sources), as ``key_padding_mask``; None: no mask.
+            attn_mask: (targets, sources) or (batch * heads, targets, sources): bool or numbers, as
+                ``key_padding_mask``; None: no mask.
             average_attn_weights: whether the returned weights are averaged over the heads.
             is_causal: says that ``attn_mask`` is causal; needs that mask, as in torch.
+
+        Returns:
+            The output, in the axes of ``query``, and the softmax after dropout, (batch, targets, sources) or (batch,
+                heads,
+            targets, sources); without a batch both lack that axis.
+
+        Raises:
+            ValueError: ``is_causal`` without ``attn_mask``.
         """
         is_batched = query.dim() == 3
         if not is_batched:
@@ -134,7 +145,13 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: 
 
 
 def _added(mask: Tensor, scores: Tensor) -> Tensor:
-    """Return a mask in the scores' dtype, with -inf where a bool mask is True, and with 0 for appended keys."""
+    """Return a mask as numbers to add to the scores: in their dtype, with one column for each of their keys.
+
+    Args:
+        mask: (..., keys): bool, where True becomes -inf and False 0; or numbers, which stay as they are. Keys that
+            attention appended behind the given ones have no column in it and get 0.
+        scores: (batch, heads, queries, keys).
+    """
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, float("-inf"))
     return F.pad(mask.to(scores.dtype), (0, scores.shape[-1] - mask.shape[-1]))

@@ -1,6 +1,9 @@
 """Average pools and means over axes whose output lies on a grid of its own.
 
-An ``Averaging`` (`tritonq.reference.average_pool`) describes the mean itself: its windows, output size or axes.
+An ``Averaging`` (`tritonq.reference.average_pool`) describes the mean itself: an ``AxesAverage`` has axes, a
+``WindowAverage`` windows and an ``AdaptiveAverage`` an output size. FQ in formulas is fake quantization of the output.
+*Exact* is ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the sum of codes minus zero point, N the number
+that torch divides by, s the scales, and fl rounding to float32.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from tritonq.reference.average_pool import AdaptiveAverage, Averaging, WindowAve
 class AverageLayer(UnaryLayer):
     """``FQ(mean(x))``, where every result is the mean of some elements of the input; FQ is fake quantization.
 
-    In eval mode, if the grids of input and output are known, the codes of the input are added in integers:
-    :func:`tritonq.functional.average_pool.integer_average`. Otherwise torch computes the mean.
+    In eval mode, if the grids of input and output are known and on, it is computed from integer codes (:meth:`exact`).
+    Otherwise torch computes the mean.
 
     Examples:
         >>> import torch, tritonq
@@ -36,9 +39,9 @@ class AverageLayer(UnaryLayer):
     @property
     @abstractmethod
     def averaging(self) -> Averaging:
-        """The mean that the layer computes, as plain data: which elements each mean takes.
+        """The mean that the layer computes: which elements each mean takes, and what it divides by; no tensors.
 
-        All of the layer's results follow from it; it has no state.
+        All of the layer's results follow from it.
         """
 
     def compute(self, x: Tensor) -> Tensor:
@@ -46,24 +49,26 @@ class AverageLayer(UnaryLayer):
         return self.averaging.mean(x)
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the mean as integer runtimes compute it, from codes of ``x``: on the output's grid, before clipping.
+        """Return the mean as integer runtimes compute it: float32 on the output's grid, not clipped, without gradient.
 
-        ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
+        ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, and N the
+        number that torch divides by. ``x`` has values of the grid ``source``; ``output`` is the grid of the quantizer
+        behind the layer. Both grids are per tensor.
         """
         return integer_average(x, self.averaging, source, output)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the mean, uint8, on the grid ``output``; None if codes can't be used.
+        """Return the codes of the mean as :meth:`exact` has it, clipped to the grid ``output``; never None here.
 
-        ``codes`` are those of the input, uint8, on the grid ``source``.
+        ``codes`` are those of the input, on the grid ``source``. Both are uint8 and counted from the smallest code.
         """
         return average_codes(codes, self.averaging, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the mean for ``torch.compile``.
+        """Return the mean for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        It is computed as by :meth:`exact`, with its arguments, while both grids are switched on, else as by
-        :meth:`compute`.
+        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
+        the same arguments; else the mean in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -72,10 +77,10 @@ class AverageLayer(UnaryLayer):
 
 
 class Average(AverageLayer):
-    """A mean as a module: what `prepare_qat` makes of ``x.mean((2, 3))`` or ``F.avg_pool2d(x, 2)`` in a forward.
+    """``FQ(mean(x))``: what `prepare_qat` makes of ``x.mean((2, 3))`` or ``F.avg_pool2d(x, 2)`` in a forward.
 
     Args:
-        averaging: the mean, an object of `tritonq.reference.average_pool`.
+        averaging: the mean: an ``AxesAverage``, ``WindowAverage`` or ``AdaptiveAverage``.
         qconfig: makes the quantizer of the output; None: the module has none of its own.
 
     Examples:
@@ -92,7 +97,7 @@ class Average(AverageLayer):
 
     @property
     def averaging(self) -> Averaging:
-        """The mean that the module computes, without quantizers."""
+        """The mean that the module computes, as it was given to the constructor."""
         return self._averaging
 
     def extra_repr(self) -> str:
@@ -109,10 +114,10 @@ class _Pool(AverageLayer):
 
     @classmethod
     def from_float(cls, pool: nn.Module, qconfig: QConfig | None = None) -> AverageLayer:
-        """Return the quantized form of a float pool, in its mode; hooks are not moved.
+        """Return the quantized form of a float pool, with its attributes and mode; its hooks stay with the pool.
 
         Args:
-            pool: the float pool.
+            pool: the float pool, of the class of torch.nn that this class derives from.
             qconfig: makes the quantizer of the output; None: the pool has none of its own.
         """
         made: Any = cls.__new__(cls)
@@ -129,7 +134,7 @@ class _WindowPool(_Pool):
 
     @property
     def averaging(self) -> Averaging:
-        """The mean that the pool computes, without quantizers."""
+        """The mean that the pool computes: a ``WindowAverage`` with its kernel, stride, padding and other arguments."""
         return window_average(self)
 
 
@@ -138,7 +143,7 @@ class _AdaptivePool(_Pool):
 
     @property
     def averaging(self) -> Averaging:
-        """The mean that the pool computes, without quantizers."""
+        """The mean that the pool computes: an ``AdaptiveAverage`` with its output size."""
         return adaptive_average(self)
 
 
@@ -215,7 +220,11 @@ _RANKS = {cls: int(cls.__name__[-2]) for cls in POOL_TYPES}
 
 
 def averaging_of(pool: nn.Module) -> Averaging | None:
-    """Return the mean that an average pool of torch.nn computes; None for any other module."""
+    """Return the mean that an average pool of torch.nn computes, as data.
+
+    A ``WindowAverage`` for ``AvgPool``, an ``AdaptiveAverage`` for ``AdaptiveAvgPool`` (1d, 2d, 3d, and subclasses);
+    None for any other module.
+    """
     if isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         return window_average(pool)
     if isinstance(pool, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
@@ -224,7 +233,11 @@ def averaging_of(pool: nn.Module) -> Averaging | None:
 
 
 def window_average(pool: Any) -> WindowAverage:
-    """Return the mean that an ``nn.AvgPool1d``, ``2d`` or ``3d`` computes, as data: its window, per axis."""
+    """Return the mean of an ``nn.AvgPool1d``, ``2d`` or ``3d`` as data.
+
+    It has kernel, stride and padding as tuples with a number per axis, and the flags ``ceil_mode`` and
+    ``count_include_pad`` and the ``divisor_override`` (None: the number of elements) of the pool.
+    """
     rank = _rank(pool)
     kernel, stride, padding = (per_axis(value, rank) for value in (pool.kernel_size, pool.stride, pool.padding))
     divisor = getattr(pool, "divisor_override", None)
@@ -232,7 +245,7 @@ def window_average(pool: Any) -> WindowAverage:
 
 
 def adaptive_average(pool: Any) -> AdaptiveAverage:
-    """Return the mean that an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` computes, as data: its output size."""
+    """Return the mean of an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` as data: its output size, a number per axis."""
     return AdaptiveAverage(per_axis(pool.output_size, _rank(pool)))
 
 

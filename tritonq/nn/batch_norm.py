@@ -49,7 +49,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``input`` normalised by channel, in its shape and dtype."""
+        """Return ``γ (x - μ) / sqrt(var + eps) + β`` per channel (axis 1), in the shape and dtype of ``input``.
+
+        In training μ and the biased variance are those of all ranks of the process group, and the running statistics
+        are updated by ``momentum``, with the unbiased variance. In eval mode they are the running statistics.
+        """
         group = self._group() if self.training and input.device.type == "cpu" else None
         if group is None:
             return super().forward(input)
@@ -63,7 +67,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return cast(Tensor, result)
 
     def _group(self) -> Any:
-        """Return the process group to share statistics with; None if this rank is alone."""
+        """Return the process group to share statistics with, the module's or the default one.
+
+        None if ``torch.distributed`` is not initialized, or if the group has one rank.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group or dist.group.WORLD
@@ -73,7 +80,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 class _Synchronized(torch.autograd.Function):
     """``γ (x - μ) / sqrt(var + eps) + β`` with the mean μ and biased variance of all ranks.
 
-    It updates running statistics.
+    The forward updates the running statistics in place: ``r += momentum (v - r)``, with the unbiased variance.
     """
 
     @staticmethod
@@ -147,9 +154,11 @@ class _Synchronized(torch.autograd.Function):
 
 
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Return running statistics and constants of ``bn`` for one training step, and count the step.
+    """Return running mean, running variance, momentum and eps of ``bn`` for one training step, and count the step.
 
-    In a step that is recomputed for a checkpoint nothing is counted, and the statistics are copies, with momentum 0.
+    The running statistics are the module's own tensors, for the step to update. To count is to add 1 to
+    ``num_batches_tracked``; a ``bn.momentum`` of None becomes 1 over that count, a float64 tensor. In a step that is
+    recomputed for a checkpoint nothing is counted, and the statistics are copies, with momentum 0.
     """
     running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
     if is_recomputing():
@@ -163,7 +172,10 @@ def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
 
 
 def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether ``bn`` is a BatchNorm of torch without hooks that shares no statistics with other ranks."""
+    """Whether ``bn`` is exactly an ``nn.BatchNorm1d``, ``2d`` or ``3d`` without hooks.
+
+    An ``nn.SyncBatchNorm`` without hooks counts too while ``torch.distributed`` is not initialized.
+    """
     alone = isinstance(bn, nn.SyncBatchNorm) and not (dist.is_available() and dist.is_initialized())
     return (alone or type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not has_hooks(bn)
 

@@ -1,6 +1,6 @@
 """Clips that are not the ReLU of a layer or join: Hardtanh, clamps, or a ReLU6 that became part of nothing.
 
-FQ in formulas is fake quantization: rounding to a grid, as a float tensor.
+FQ in formulas is fake quantization: rounding to a grid, as a float tensor. A *join* is an operation of two tensors.
 """
 
 from __future__ import annotations
@@ -39,24 +39,28 @@ class Clipping:
         return self.high if self.low == 0 and self.high > 0 else None
 
     def then(self, other: Clipping) -> Clipping:
-        """Return the one clip that computes this clip and then ``other``."""
+        """Return the one clip that computes this clip and then ``other``.
+
+        Its bounds are those of this clip, each clipped by ``other``.
+        """
         return Clipping(*(min(max(bound, other.low), other.high) for bound in (self.low, self.high)))
 
     @property
     def function(self) -> Function:
-        """The clip as a ``Function`` of one tensor."""
+        """The clip as ``Function("clip", (low, high))`` of `tritonq.reference.functions`, which clips when called."""
         return Function("clip", (self.low, self.high))
 
 
 class Clip(ElementwiseLayer):
     """``FQ(min(max(x, low), high))``: what `prepare_qat` makes of ``nn.Hardtanh(-1, 1)`` or ``x.clamp(-1, 1)``.
 
-    Behind a layer without an output quantizer, the clip's quantizer serves the layer, too: in eval mode the layer's
-    sums are rounded to its grid at once, and the clip changes codes.
+    ``low`` and ``high`` are those of ``earlier`` followed by ``own``, see :meth:`Clipping.then`. Behind a layer without
+    an output quantizer, the clip's quantizer serves the layer, too: in eval mode the layer's sums are rounded to its
+    grid at once, and the clip changes codes.
 
     Args:
-        own: the bounds.
-        earlier: bounds of the clips before it that it replaces; None: there are none.
+        own: the bounds of the clip that the module replaces.
+        earlier: bounds of a clip before it, which is applied first; None: there is none.
         qconfig: makes the quantizer of the output; None: the module has none of its own.
         source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
 
@@ -80,7 +84,7 @@ class Clip(ElementwiseLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> Clip:
-        """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; hooks are not moved.
+        """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; its hooks stay with it.
 
         Args:
             module: the float module.
@@ -95,9 +99,10 @@ class Clip(ElementwiseLayer):
         return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
     def absorb(self, earlier: Clipping | None) -> None:
-        """Let the clip compute the clip that stood before it, too.
+        """Let the module compute an earlier clip, too: its bounds are those of ``earlier`` followed by ``own``.
 
-        ``earlier`` has the bounds of that clip; None if there was none.
+        ``earlier`` has the bounds of the clip that stood before it; None: there was none. An ``earlier`` from before is
+        replaced.
         """
         self.earlier = earlier
         self.clipping = self.own if earlier is None else earlier.then(self.own)
@@ -109,14 +114,20 @@ class Clip(ElementwiseLayer):
         return self.clipping.ceiling
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the result as integer runtimes compute it: ``x`` is rounded to the output's grid, then clipped."""
+        """Return the clip as integer runtimes do: ``clip(round(x / s_out) · s_out)``, float32, without gradient.
+
+        ``x`` has values of the grid ``source``, to which it is rounded first in float32; ``output`` is the grid of the
+        quantizer behind the clip, s_out its scale. Both grids are per tensor. Values are not clipped to the grid's
+        range.
+        """
         with torch.no_grad():
             return self.function(requantized(x, source, output))
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        It is computed as by :meth:`exact` while both grids are on, else as by :meth:`compute`.
+        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
+        the same arguments; else ``min(max(x, low), high)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

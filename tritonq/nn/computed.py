@@ -1,6 +1,8 @@
 """Weights that are computed from other parameters, as a *program*: calls that can be run outside of any forward.
 
-While a program runs, each tensor is kept under a number, its *slot*.
+While a program runs, each tensor is kept under a number, its *slot*. A program (:class:`ComputedParameters`) reads
+parameters and buffers into slots (:class:`StateSlot`) and makes its calls one after the other (:class:`Step`). In the
+recorded arguments and results of a call a :class:`Slot` stands for each tensor. `prepare_qat` records the program.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Step:
         args: positional arguments, with a :class:`Slot` for each tensor.
         kwargs: named arguments, with a :class:`Slot` for each tensor.
         output: the structure of its result, with a :class:`Slot` for each tensor.
-        writes: for each tensor that the call changes in place, the pair (slot before, slot after).
+        writes: for each tensor that the call changes in place, the pair (slot before, slot after): the tensor is kept
+            under the second number, too.
     """
 
     call: Callable[..., Any] | Reference[nn.Module]
@@ -61,11 +64,13 @@ class Step:
 class ComputedParameters:
     """The program that computes weight and bias of a layer from parameters and buffers, as in eval mode.
 
+    Calling the object runs it and returns ``(weight, bias)``, differentiable.
+
     Attributes:
-        state: the parameters and buffers that it reads.
+        state: the parameters and buffers that it reads, each with its slot.
         steps: the calls, in order.
-        weight: the slot of the weight.
-        bias: the slot of the bias; None if the layer has none.
+        weight: the slot that has the weight at the end.
+        bias: the slot that has the bias at the end; None if the layer has none.
     """
 
     state: Sequence[StateSlot]
@@ -95,7 +100,10 @@ class ComputedParameters:
 
 
 def _filled(item: Any, held: Mapping[int, Any]) -> Any:
-    """Return recorded arguments with tensors in place of their slots; ``held`` has the tensors by number."""
+    """Return recorded arguments with tensors in place of their slots; ``held`` has the tensors by number.
+
+    ``item`` may nest tuples and dicts; other values stay as they are.
+    """
     if isinstance(item, Slot):
         return held[item.index]
     if isinstance(item, tuple):
@@ -106,7 +114,11 @@ def _filled(item: Any, held: Mapping[int, Any]) -> Any:
 
 
 def _store(output: Any, result: Any, held: dict[int, Any]) -> None:
-    """Put the tensors of ``result`` into ``held``, under the numbers that ``output`` gives them."""
+    """Put the tensors of ``result`` into ``held``, in place, under the numbers that ``output`` gives them.
+
+    ``output`` has the structure of ``result`` (tuples, dicts) with a :class:`Slot` for each tensor; the rest is not
+    kept.
+    """
     if isinstance(output, Slot):
         held[output.index] = result
     elif isinstance(output, tuple):

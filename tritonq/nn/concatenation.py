@@ -1,6 +1,8 @@
 """Concatenations and stacks with a quantizer of their own.
 
-FQ in formulas is fake quantization: rounding to a grid, as a float tensor.
+FQ in formulas is fake quantization: rounding to a grid, as a float tensor. In eval mode integer runtimes are followed,
+which round ``round(x / s) · s`` with the output's scale s; training multiplies by ``1 / s``, which rounds some ties to
+the other side.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ class Cat(WithOutputQuantizer):
 
     Without a qconfig nothing is rounded.
 
-    In eval mode the values are rounded to the grid as integer runtimes do it:
-    :func:`tritonq.functional.integer_joins.integer_concatenation`.
+    In training the quantizer observes the result. In eval mode values are rounded as ``round(x / s) · s`` and clipped.
 
     Args:
         dim: the axis along which to concatenate; for ``"stack"`` the place of the new axis; not used by ``"hstack"``
@@ -53,7 +54,7 @@ class Cat(WithOutputQuantizer):
         self.dim, self.arrangement = dim, arrangement
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the fake-quantized concatenation of a sequence of tensors."""
+        """Return the fake-quantized concatenation of a sequence of tensors, in the shape of torch's function."""
         tensors, dim = _arranged(tuple(tensors), self.dim, self.arrangement)
         exact = None if self.training else self._exact(tensors, dim)
         if exact is not None:
@@ -70,10 +71,11 @@ class Cat(WithOutputQuantizer):
 
     @torch.no_grad()
     def _exact(self, tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
-        """Return the concatenation rounded to the output's grid as integer runtimes do it, without gradient.
+        """Return ``round(cat(tensors, dim) / s) · s`` with the output's scale s, before clipping, without gradient.
 
-        None without a per-tensor grid that is switched on. In a traced graph, which can't ask, the values stay as they
-        are if the grid is off when the graph runs.
+        Tensors that carry codes are joined as codes, with the same values, then clipped. None without a per-tensor grid
+        that is switched on. A graph of ``torch.compile`` reads the switch when it runs; values then stay as they are if
+        it is off.
         """
         output = self.activation_post_process
         if not is_grid_source(output) or output.qtype.axis is not None:
@@ -97,7 +99,7 @@ class Cat(WithOutputQuantizer):
 
 
 def _columns(x: Tensor) -> Tensor:
-    """Return a vector as a matrix of one column, any other tensor as it is."""
+    """Return a vector (n,) as a matrix (n, 1) and a 0-d tensor as (1, 1); any other tensor as it is."""
     return x.reshape(-1, 1) if x.dim() < 2 else x
 
 
@@ -113,7 +115,8 @@ _ARRANGED: Mapping[str, tuple[Callable[..., Tensor], int]] = {
 def _arranged(tensors: tuple[Tensor, ...], dim: int, arrangement: Arrangement) -> tuple[tuple[Tensor, ...], int]:
     """Return ``(tensors, axis)`` to concatenate: tensors are reshaped as ``stack``, ``hstack`` and the like do.
 
-    ``arrangement`` names that function; ``dim`` is its argument.
+    ``arrangement`` names torch's function, and ``torch.cat`` of the result is what it returns. ``dim`` is the argument
+    of "cat" and "stack"; the others have a fixed axis.
     """
     if arrangement == "cat":
         return tensors, dim

@@ -1,4 +1,10 @@
-"""Quantization-aware convolutions, with and without ReLU."""
+"""Quantization-aware convolutions: ``y = FQ_a(relu?(conv(x, FQ_w(W)) + b))``, all tensors float.
+
+FQ_w and FQ_a are fake quantization by the child quantizers ``weight_fake_quant`` and ``activation_post_process``, which
+observe in training. ``relu?`` is a ReLU in classes with "ReLU" in their names, and nothing in others. Constructors take
+the arguments of the float convolution of torch.nn, and ``qconfig=``, which makes both quantizers. In eval mode, if the
+input lies on a known grid, sums are computed in exact integers.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +50,10 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
-        """Return the quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+        """Return the quantization-aware form of ``mod``, in its mode, with its parameters and by its ``qconfig``.
 
         Args:
-            mod: the float convolution, or the fused row with ReLU.
+            mod: the float convolution; for a class with ReLU the row of both in `tritonq.nn.intrinsic`.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
@@ -161,7 +167,9 @@ class TakesOutputSize(nn.Module):
         return nn.Module.__call__(layer, input, *others, **named)
 
     def _padding_for(self, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
-        """Return the output padding, one number per axis, that gives the result a size.
+        """Return the output padding, one number per axis, that gives the result the size ``output_size``.
+
+        ``output_size`` has a number per axis of the image, or all axes of the result, as in torch.
 
         Raises:
             ValueError: no output padding does.
@@ -171,7 +179,9 @@ class TakesOutputSize(nn.Module):
         return tuple(conv._output_padding(input, list(output_size), *sizes))
 
     def _padded(self, padding: tuple[int, ...]) -> TakesOutputSize:
-        """Return a copy of this layer with another output padding that shares all else; threads don't see each other's.
+        """Return a copy with another output padding (a number per axis) that shares parameters and children.
+
+        The layer itself does not change, so that threads do not see each other's padding.
 
         Raises:
             ValueError: the layer is being exported, with one padding.
@@ -202,7 +212,7 @@ class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ig
 
 
 class ConvTransposeReLU2d(ConvTranspose2d):
-    """Quantization-aware ConvTranspose2d and ReLU: arguments and formulas as :class:`ConvTranspose2d`.
+    """Quantization-aware ConvTranspose2d and ReLU: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -276,7 +286,11 @@ def check_float_type(cls: type[nn.Module], mod: nn.Module, expected: type[nn.Mod
 
 
 def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
-    """Return constructor arguments for a convolution like ``conv``, on the device "meta" (no memory for parameters)."""
+    """Return constructor arguments by name for a convolution like ``conv``, on the device "meta" (no memory is used).
+
+    They are the channels, ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``groups``, ``padding_mode``,
+    ``bias`` (a bool), ``device``, and ``output_padding`` of a transposed one.
+    """
     arguments = {
         name: getattr(conv, name)
         for name in (
@@ -290,7 +304,9 @@ def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
 
 
 def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
-    """Give ``qat``, if it has a ReLU, the upper bound of the activation at the end of the float ``row``.
+    """Set ``qat.ceiling`` to the upper bound of the activation at the end of the float ``row``, in place.
+
+    A plain ReLU has infinity. Nothing happens if the class of ``qat`` has no ReLU (its ceiling is None).
 
     Raises:
         TypeError: the row ends in something that is no ReLU, ReLU6 or ``Hardtanh(0, b)``.
@@ -304,7 +320,10 @@ def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
 
 
 def share_parameters(qat: QATLayer, source: nn.Module) -> None:
-    """Give ``qat``, built on the meta device, the weight and bias of ``source``, and move its buffers there."""
+    """Give ``qat``, built on the meta device, the weight and bias of ``source``: the same parameters, not copies.
+
+    A bias that is None is left out. The buffers of the quantizers move to the weight's device.
+    """
     for name in ("weight", "bias"):
         parameter = getattr(source, name)
         if parameter is not None:

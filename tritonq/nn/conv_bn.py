@@ -1,6 +1,10 @@
 """Quantization-aware convolution + BatchNorm, with and without ReLU, and the same for linear layers.
 
-:class:`QATBatchNormLayer` describes what they compute.
+``op`` is the convolution or product with weight W and bias b, t is ``γ/σ``, and FQ is fake quantization. In eval mode
+each class computes ``FQ_a(relu?(op(x, FQ_w(W t)) + β + t (b - mean)))`` with the running statistics. In training the
+argument ``mode`` says how the BatchNorm is folded: "approximate" (the default), "exact", "corrected" or "scale";
+:class:`QATBatchNormLayer` has a formula for each. Without FQ all are ``relu?(BN(op(x, W) + b))``, where BN normalises
+by the batch. Constructors take the float layer's arguments, eps, momentum, freeze_bn, qconfig (required) and mode.
 """
 
 from __future__ import annotations
@@ -36,9 +40,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class _ConvBn(QATBatchNormLayer):
-    """The constructor and `from_float` of the convolutions with BatchNorm.
+    """The constructor and `from_float` of the convolutions with BatchNorm; positional arguments as torch.ao's.
 
-    The arguments are those of torch.ao's classes: the float convolution's, then eps, momentum, freeze_bn and qconfig.
     The convolution has no bias by default; a transposed one, which torch.ao lacks, has one.
     """
 
@@ -69,7 +72,8 @@ class _ConvBn(QATBatchNormLayer):
         """Return the quantization-aware form of the fused row ``mod``; it shares convolution parameters and BatchNorm.
 
         Args:
-            mod: convolution and BatchNorm, with ReLU for classes that have one.
+            mod: the row of `tritonq.nn.intrinsic` with this class's name: convolution and BatchNorm, with ReLU for
+                classes that have one.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
@@ -327,7 +331,8 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         """Return the quantization-aware form of the fused row ``mod``; it shares linear parameters and BatchNorm.
 
         Args:
-            mod: linear layer and BatchNorm, with ReLU for the class that has one.
+            mod: the row of `tritonq.nn.intrinsic` with this class's name: linear layer and BatchNorm, with ReLU for the
+                class that has one.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:

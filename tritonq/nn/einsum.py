@@ -1,6 +1,7 @@
 """Einsums of two activations, computed as one product of batches of matrices.
 
-FQ in formulas is fake quantization, and ``relu?`` a ReLU if there is one.
+FQ in formulas is fake quantization, and ``relu?`` a ReLU if there is one. In eval mode, if both operands lie on known
+grids, the products are summed in exact integers and rounded once.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class Einsum(MatMul):
         self._contraction = Contraction.of(equation)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the fake-quantized einsum of two tensors."""
+        """Return ``FQ(relu?(einsum(equation, a, b)))`` for two float tensors, in the axes of the equation's result.
+
+        Raises:
+            ValueError: operands that do not fit the equation.
+        """
         contraction = self._contraction.without_ellipsis(a.dim(), b.dim())
         sizes = contraction.sizes(a, b)
         first, second = contraction.matrices(a, b, sizes)
@@ -125,10 +130,11 @@ class Contraction:
         return cls(a, b, out).checked(equation)
 
     def checked(self, equation: str) -> Contraction:
-        """Return the contraction itself; ``equation`` appears in the message of the error.
+        """Return the contraction itself if it is one product of batches of matrices; errors name ``equation``.
 
         Raises:
-            ValueError: it is no product of batches of matrices.
+            ValueError: an index is repeated within an operand or the result, is in one operand alone and not in the
+                result, or is in the result alone.
         """
         repeated = any(len(set(part)) < len(part) for part in (self.a, self.b, self.out))
         lone = {*self.a} ^ {*self.b}
@@ -172,7 +178,10 @@ class Contraction:
         return "".join(index for index in self.a if index in self.b and index not in self.out)
 
     def sizes(self, a: Tensor, b: Tensor) -> dict[str, int]:
-        """Return the size of each index by name; an axis of size 1 broadcasts to the other operand's.
+        """Return the size of each index by its letter, for the operands ``a`` and ``b``.
+
+        An axis of size 1 broadcasts to the other operand's. Ellipses must have been replaced
+        (:meth:`without_ellipsis`).
 
         Raises:
             ValueError: an operand has another number of axes than the equation, or sizes differ.
@@ -189,13 +198,20 @@ class Contraction:
         return found
 
     def matrices(self, a: Tensor, b: Tensor, sizes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-        """Return the operands as matrices (batch..., m, k) and (batch..., k, n); ``sizes`` is from :meth:`sizes`."""
+        """Return the operands as matrices (batch..., m, k) and (batch..., k, n), for a product by ``torch.matmul``.
+
+        The batch axes are those of :attr:`batch`; k is the product of the sizes of :attr:`summed`, m and n those of the
+        indices that only ``a`` or only ``b`` has. ``sizes`` is from :meth:`sizes`.
+        """
         rows, columns = self._free(self.a), self._free(self.b)
         first = self._arranged(a, self.a, (rows, self.summed), sizes)
         return first, self._arranged(b, self.b, (self.summed, columns), sizes)
 
     def result(self, y: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Return the product (batch..., m, n) of the matrices with the axes that the equation gives the result."""
+        """Return the product of the matrices in the axes of the equation's result.
+
+        ``y`` is (batch..., m, n), the product of what :meth:`matrices` returned; ``sizes`` is from :meth:`sizes`.
+        """
         order = self.batch + self._free(self.a) + self._free(self.b)
         return y.reshape([sizes[index] for index in order]).permute([order.index(index) for index in self.out])
 

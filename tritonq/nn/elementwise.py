@@ -1,4 +1,8 @@
-"""Sums, differences, products, minima and maxima with a quantizer of their own, and torch.ao's stubs."""
+"""Sums, differences, products, minima and maxima with a quantizer of their own, and torch.ao's stubs.
+
+FQ is fake quantization by the child ``activation_post_process``, which ``qconfig=`` makes; without it nothing is
+rounded. ``relu?`` is a ReLU up to the argument ``ceiling`` (infinity: a plain one); None, the default: no ReLU.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +41,10 @@ from tritonq.reference.activation import rectify
 class Joint(WithOutputQuantizer):
     """``FQ(relu?(f(a, b)))`` for an operation f of two tensors.
 
-    FQ is fake quantization, ``relu?`` a ReLU if there is one.
-
-    In eval mode, if both operands lie on known grids, it computes as integer runtimes do:
-    :func:`tritonq.functional.integer_joins.integer_join`. A *producer* of an operand is the module that puts it on its
-    grid: a module with an output quantizer ``activation_post_process``, or a quantizer.
+    In eval mode, if both operands lie on known grids, it computes as integer runtimes do, on codes u, v minus zero
+    points: ``round(u v · (s_a s_b / s_out) + z)`` for a product, ``round(u s_a/s_out ± v s_b/s_out + z)`` for a sum
+    (order of operations: :mod:`tritonq.functional.integer_joins`). A *producer* is the module that puts an operand on
+    its grid: a quantizer, or a module with an output quantizer ``activation_post_process``.
 
     Args:
         ceiling: upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None: no ReLU.
@@ -74,11 +77,11 @@ class Joint(WithOutputQuantizer):
         self._producers, self._pickled_after_relu = (Reference.to(a), Reference.to(b)), None
 
     def set_operand_producers(self, *producers: Referred) -> None:
-        """Set the modules (producers) that put the forward's arguments on their grids; None: unknown."""
+        """Set the modules (producers) that put the forward's arguments on their grids, one for each; None: unknown."""
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers on whose grids a and b lie (None: unknown), for operands that are not behind a ReLU."""
+        """Set the quantizers on whose grids a and b lie (None: unknown); neither operand is behind a ReLU."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -121,7 +124,7 @@ class Joint(WithOutputQuantizer):
         super().__setstate__(state)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the fake-quantized result for two tensors, which broadcast."""
+        """Return ``FQ(relu?(f(a, b)))`` of two float tensors, which broadcast; the quantizer observes in training."""
         return self.joined(a, b)
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
@@ -142,13 +145,13 @@ class Joint(WithOutputQuantizer):
         return cast(Tensor, self.activation_post_process(rectify(float_join(self.kind, a, b), self.ceiling)))
 
     def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        """Return ``FQ(relu?(f(a, b)))`` of a training step by one operator; FQ rounds to ``grid``, after observing."""
+        """Return ``FQ(relu?(f(a, b)))`` of a training step by one operator that updates ``statistics`` and ``grid``."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
 
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """Return the quantized result, computed from the operands' codes; None if these can't be used."""
+        """Return the result of eval mode from 8-bit codes of a and b (carried or nearest); None if it can't be."""
         own, producers = self.activation_post_process, self.producers
         quantizers = [*map(quantizer_of, producers), own]
         if own._forward_pre_hooks or not a.numel():
@@ -191,9 +194,9 @@ class Joint(WithOutputQuantizer):
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """Return the result as integer runtimes do, before the ReLU, without gradient; None if a grid is unknown.
+        """Return ``f(a, b)`` on the output's grid as integer runtimes do, not rectified or clipped, without gradient.
 
-        In a traced graph it is the float result if a grid is off when the graph runs.
+        None if a grid is unknown. In a traced graph it is the float result if a grid is off when the graph runs.
         """
         quantizers = (*self.input_quantizers, self.activation_post_process)
         relus = (*self.after_relu, self.ceiling is not None)
@@ -220,7 +223,7 @@ class Joint(WithOutputQuantizer):
 
 
 class Add(Joint):
-    """``FQ(relu?(a + b))``, such as the sum of a residual block; arguments as :class:`Joint`.
+    """``FQ(relu?(a + b))``, such as the sum of a residual block. Arguments: ``ceiling=None``, ``qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -233,7 +236,7 @@ class Add(Joint):
 
 
 class Sub(Joint):
-    """``FQ(relu?(a - b))``; arguments as :class:`Joint`.
+    """``FQ(relu?(a - b))``. Arguments: ``ceiling=None``, ``qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -245,7 +248,7 @@ class Sub(Joint):
 
 
 class Mul(Joint):
-    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; arguments as :class:`Joint`.
+    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation. Arguments: ``ceiling=None``, ``qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -264,7 +267,7 @@ class Mul(Joint):
 
 
 class Extremum(Joint):
-    """The base of Minimum and Maximum: the smaller or larger of two tensors, with ReLU and quantizer as :class:`Joint`.
+    """The base of Minimum and Maximum: ``FQ(relu?(f(a, b)))`` with f the smaller or larger of two values.
 
     Engines compare values in float32, and only rounding the result to its grid makes codes of it. So the operands need
     no grid: one may be a constant.
@@ -295,7 +298,7 @@ class Extremum(Joint):
 
 
 class Minimum(Extremum):
-    """``FQ(relu?(min(a, b)))``; arguments as :class:`Joint`.
+    """``FQ(relu?(min(a, b)))``. Arguments: ``ceiling=None``, ``qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -307,7 +310,7 @@ class Minimum(Extremum):
 
 
 class Maximum(Extremum):
-    """``FQ(relu?(max(a, b)))``; arguments as :class:`Joint`.
+    """``FQ(relu?(max(a, b)))``. Arguments: ``ceiling=None``, ``qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -319,14 +322,12 @@ class Maximum(Extremum):
 
 
 def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
-    """Whether one operator can compute a step: two float tensors on one device, one scale for the output."""
+    """Whether one operator can do a training step: float tensors on one device, one scale for the output."""
     return a.device == b.device and a.is_floating_point() and b.is_floating_point() and grid.qtype.axis is None
 
 
 class QuantStub(nn.Module):
-    """Mark where a tensor enters the quantized part of a model; source: torch.ao. The forward returns its input.
-
-    `prepare_qat` without ``example_inputs`` (torch.ao's flow) puts a quantizer here. With them it finds places itself.
+    """Return the input. torch.ao's flow (`prepare_qat` without ``example_inputs``) puts a quantizer here.
 
     Examples:
         >>> QuantStub()(torch.ones(1))
@@ -353,7 +354,7 @@ class DeQuantStub(QuantStub):
 
 
 class FloatFunctional(WithOutputQuantizer):
-    """torch.ao's module form of tensor arithmetic: most methods pass their result through ``activation_post_process``.
+    """torch.ao's module form of tensor arithmetic; FQ in its methods is the child ``activation_post_process``.
 
     Source: torch.ao.nn.quantized.FloatFunctional.
 
@@ -363,11 +364,7 @@ class FloatFunctional(WithOutputQuantizer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raise an error: the module is used by its methods.
-
-        Raises:
-            RuntimeError: always.
-        """
+        """Raise RuntimeError: the module is used by its methods, such as :meth:`add`."""
         raise RuntimeError("FloatFunctional has no forward; call its methods, such as add()")
 
     def add(self, x: Tensor, y: Tensor | float) -> Tensor:

@@ -1,4 +1,8 @@
-"""Quantization-aware embeddings: the table is fake-quantized, by default with one scale and zero point per row."""
+"""Quantization-aware embeddings: ``embedding(indices, FQ(table))``, where FQ is fake quantization of the table.
+
+The table's quantizer is the child ``weight_fake_quant``, made by the qconfig's ``weight``; by default it has one scale
+and zero point per row.
+"""
 
 from __future__ import annotations
 
@@ -121,12 +125,12 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return (bags, embedding_dim): for each bag the sum, mean or maximum of its rows. Arguments as in torch.
+        """Return (bags, embedding_dim): for each bag the sum, mean or maximum of its rows of the quantized table.
 
         Args:
             input: integer indices: (bags, size), or all bags one after the other.
             offsets: where each bag begins, if ``input`` has one axis; None if it has two.
-            per_sample_weights: a factor for each index; None: 1.
+            per_sample_weights: a factor for each index, for mode "sum"; None: 1.
         """
         return embedding_bag(self, self.weight_fake_quant(self.weight), input, offsets, per_sample_weights)
 
@@ -148,9 +152,10 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 def embedding_bag(
     bag: nn.EmbeddingBag, table: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> Tensor:
-    """Return the result of ``bag`` with ``table``, (rows, embedding_dim), in place of its weight.
+    """Return the result (bags, embedding_dim) of ``bag`` with ``table``, (rows, embedding_dim), in place of its weight.
 
-    ``input``, ``offsets`` and ``per_sample_weights`` are the arguments of the bag's forward.
+    ``input`` has indices, (bags, size) or one axis with all bags; then ``offsets`` says where each begins. With
+    ``per_sample_weights`` each row is multiplied by a number; None: by 1.
     """
     return F.embedding_bag(
         input,

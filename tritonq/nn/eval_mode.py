@@ -1,7 +1,9 @@
 """The computations of a quantization-aware layer in eval mode, and in training without a BatchNorm.
 
-`tritonq.nn.paths` chooses among them. Each takes the layer, its input, and its weight and bias, and returns the layer's
-output.
+`tritonq.nn.paths` chooses among them. Each takes the layer, its float input, and its weight and bias (None without
+one), neither folded nor rounded, and returns the layer's float output. ``op`` is the layer's convolution or product;
+FQ_w and FQ_a are fake quantization of weight and output, ``relu?`` is the layer's activation. W and b are weight and
+bias with the BatchNorm folded in by its running statistics, if there is one.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ from tritonq.nn.qat import QATLayer
 
 
 def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``FQ_a(relu?(op(x, FQ_w(weight)) + bias))``, computed in float: a training step without a BatchNorm."""
+    """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))``, computed in float: a training step without a BatchNorm.
+
+    Both quantizers observe.
+    """
     weight, bias = layer.folded_parameters(weight, bias)
     weight, grid = layer.weight_to_map(weight)
     return layer.quantized_output(layer.mapped(x, weight, bias, grid))
 
 
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's output in eval mode, computed in float, with its BatchNorm folded in.
+    """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, computed in float; differentiable.
 
     On a GPU one kernel does it if the table of launch sizes prefers that.
     """
@@ -47,9 +52,10 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's output in eval mode, computed in exact integers.
+    """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, with sums in integers and the bias as int32 codes.
 
-    Its gradient is that of the layer in float.
+    ``x`` lies on the grid of the layer's input quantizer; the layer must know the grids of input and weight. The
+    gradient is that of :func:`eval_float`.
     """
     if can_use_codes(x):
         packed = _run_packed(layer, x, weight, bias)
@@ -73,7 +79,8 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
 def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Return the result of :func:`eval_integers`, computed by torch's integer kernels.
 
-    None if these can't run the layer, or if a gradient is needed.
+    The layer in the form of these kernels is kept until a tensor or setting of it changes. None if the kernels can't
+    run the layer, or if a gradient is needed.
     """
     source, quantizer = cast(FakeQuantizeBase, layer.input_quantizer), layer.activation_post_process
     output = layer.output_quantizer()
@@ -104,9 +111,11 @@ def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's output in a graph of ``torch.compile``, in integers or in float.
+    """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode in a graph of ``torch.compile``.
 
-    The graph decides on the device, when it runs: integers if the grids are switched on.
+    The graph reads the switches when it runs: sums are computed in integers if the grids of input and weight are on,
+    else in float. Without a per-tensor input grid, or for groups in the weight, the graph has the float computation
+    alone.
     """
     weight, bias = layer.folded_parameters(weight, bias)
     op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant

@@ -1,7 +1,10 @@
 """Fixed-point layers, as in F8Net: they multiply only 8-bit numbers, and scaling factors go from layer to layer.
 
-In formulas η is the scaling factor of a layer's input, and η_next that of the layer that reads its output; ``xq`` is
-the rounded input.
+In formulas η is the scaling factor of a layer's input, ``2^fl · |α| / levels`` of its child ``input_format`` (fl:
+fractional length, α: learned clipping level, levels: largest code). η_next is that of the layer given to
+``set_following``; without one it is 1, and the output is real. ``xq`` is the input, which comes divided by η, rounded
+to its format. FQ rounds the weight to fixed point. A qconfig makes both by :class:`FixedPointFakeQuantize` factories:
+``activation`` for the input, ``weight`` for the weight.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
     """The base of both fixed-point convolutions."""
 
     def _check_geometry(self) -> None:
-        """Raise ValueError unless groups and padding have a fixed-point form; write the padding as numbers."""
+        """Raise ValueError unless groups and padding have a fixed-point form; set ``padding`` to numbers, one per axis.
+
+        Allowed are one group or a depthwise convolution, and zeros as padding, as many on either side of an axis.
+        """
         if self.groups not in (1, self.in_channels):
             raise ValueError(
                 f"a fixed-point convolution has 1 group or is depthwise ({self.in_channels} groups), got {self.groups}"
@@ -46,11 +52,12 @@ class FixedPointConv2d(_FixedPointConvolution):
         *args: arguments of ``nn.Conv2d``.
         qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
         signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
-        bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
+        bias_word_len: bits of the bias in eval, 2 to 32; None: a float bias, which can't be deployed.
         **kwargs: named arguments of ``nn.Conv2d``.
 
     Raises:
-        ValueError: grouped but not depthwise, unequal or non-zero padding, or a qconfig that isn't fixed point.
+        ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, or a
+            qconfig that isn't fixed point.
 
     Examples:
         >>> import torch, tritonq
@@ -102,13 +109,14 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         momentum: of the BatchNorm; None: running statistics are plain averages.
         qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
         signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
-        bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
+        bias_word_len: bits of the bias in eval, 2 to 32; None: a float bias, which can't be deployed.
         **kwargs: named arguments of ``nn.Conv2d``.
 
     Shapes: as ``nn.Conv2d``. The child ``bn`` holds γ, β and the running statistics.
 
     Raises:
-        ValueError: grouped but not depthwise, unequal or non-zero padding, a qconfig that isn't fixed point.
+        ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, or a
+            qconfig that isn't fixed point.
 
     Source: docs/fixed-point.md.
 
@@ -145,13 +153,21 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias (never None), not rounded, with the BatchNorm folded in by its running statistics."""
+        """Return ``γ/σ · W η/η_next`` and ``(β + γ(b - mean)/σ) / η_next`` with the running statistics; not rounded.
+
+        The bias is never None; b is 0 without one.
+        """
         return self._normalised_parameters(self.bn.running_mean, self.bn.running_var)
 
     def fixed_forward(self, x: Tensor) -> Tensor:
-        """Return the layer on rounded input with a rounded weight.
+        """Return ``conv(x, FQ(γ/σ · W η/η_next)) + (β + γ(b - mean)/σ) / η_next``; differentiable.
 
-        In training the BatchNorm uses this batch's statistics.
+        ``x`` is the input after rounding, xq, in units of η. In training mean and variance are those of this batch's
+        ``conv(η x, W) + b``, and the running statistics are updated; in eval mode, or with ``bn`` in eval mode, they
+        are the running ones. Exact integers are not used here.
+
+        Raises:
+            ValueError: in training, fewer than two values per channel.
         """
         if not (self.training and self.bn.training):
             return super().fixed_forward(x)
@@ -165,7 +181,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     def _normalised_parameters(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``.
 
-        Mean and var are (out channels,).
+        Mean and var (biased) are (out channels,); b is 0 without a bias. Neither result is rounded.
         """
         bn = self.bn
         scale = bn.weight * torch.rsqrt(var + bn.eps)
@@ -176,7 +192,14 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Update the running statistics by mean and biased variance of a batch with ``count`` values per channel."""
+        """Update the running statistics by mean and biased variance of a batch with ``count`` values per channel.
+
+        ``r += factor (v - r)`` with the unbiased variance, and ``bn.momentum`` or 1 over the number of batches as
+        factor. A step that is recomputed for a checkpoint updates nothing.
+
+        Raises:
+            ValueError: fewer than two values per channel.
+        """
         bn = self.bn
         if count < 2:
             raise ValueError(f"training needs more than 1 value per channel for its statistics, got {count}")

@@ -77,7 +77,7 @@ class FixedPointAdd(ReferringModule):
     def set_sources(self, a: nn.Module | None, b: nn.Module | None) -> None:
         """Set the modules that make the summands a and b, for deployment, which reads the scaling of their results.
 
-        None for a summand that has a format of its own.
+        None for a summand that has a format of its own. They do not become children.
         """
         self._sources = (Reference(a), Reference(b))
 
@@ -86,7 +86,10 @@ class FixedPointAdd(ReferringModule):
         return cast(ActivationFormat, self.formats[str(summand)]) if str(summand) in self.formats else None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sum of two tensors of one shape."""
+        """Return the sum of two tensors of one shape, in units of the sum's η (real if no format follows).
+
+        A summand with a format of its own is rounded to it first.
+        """
         left, right = self._read(0, a), self._read(1, b)
         return left + right
 

@@ -68,10 +68,12 @@ class ActivationFormat(FixedPointFakeQuantize):
         return power_of_two(self.rounded_frac_len() - following.rounded_frac_len(), torch.float64)
 
     def read(self, x: Tensor, observes: bool) -> Tensor:
-        """Return ``x`` rounded to the format.
+        """Return ``x`` rounded to the format: ``clamp(round(x * 2^fl), lo, hi) * 2^-fl``.
+
+        In phase ``"floating_wo_clip"`` it is only a ReLU, if the format is unsigned, or ``x`` itself.
 
         Args:
-            x: the tensor.
+            x: the tensor, divided by η.
             observes: whether this reader of the tensor is the first, and so observes it; later readers round with the
                 fractional length that the first one found.
         """
@@ -102,7 +104,10 @@ class FixedPointIntegers(NamedTuple):
 
 
 class FixedPointLayer(ReferringModule):
-    """A convolution or linear layer on fixed-point input with a fixed-point weight.
+    """A convolution or linear layer ``op`` on fixed-point input with a fixed-point weight.
+
+    ``op(xq, FQ(W η/η_next)) + b/η_next`` with xq the rounded input, FQ rounding to fixed point, and η_next the scaling
+    factor of the layer that follows (1: none follows).
 
     Attributes:
         input_format: format of the input, with α and η of this layer.
@@ -191,6 +196,9 @@ class FixedPointLayer(ReferringModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return the output, divided by the next layer's η, for an input that is divided by this layer's η.
 
+        The input is rounded first. Training computes :meth:`fixed_forward`; eval mode :meth:`exact_forward` if both
+        formats round, with the gradient of :meth:`fixed_forward`; phase "floating_wo_clip" :meth:`float_forward`.
+
         In eval mode outputs between layers are float64: a 32-bit accumulator must not be rounded before the next layer
         rounds it to 8 bits.
         """
@@ -217,12 +225,18 @@ class FixedPointLayer(ReferringModule):
         return self.linear_map(x, self.weight, self.bias)
 
     def fixed_forward(self, x: Tensor) -> Tensor:
-        """Return the layer on rounded input ``x`` with its weight rounded; differentiable."""
+        """Return ``op(x, FQ(weight)) + bias`` with weight and bias of :meth:`effective_parameters`; differentiable.
+
+        ``x`` is the input after rounding, in units of η. FQ rounds to fixed point; the bias is not rounded.
+        """
         weight, bias = self.effective_parameters()
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` in fixed point, with the fractional length that suits it best now."""
+        """Return ``weight`` in fixed point, with the fractional length that suits it best now; differentiable (STE).
+
+        "Best" is the ``choice`` of ``weight_fake_quant``. In training the length is noted in its ``batch_frac_len``.
+        """
         quantizer = self.weight_fake_quant
         frac_len = quantizer.choose(weight)
         if self.training:
@@ -248,7 +262,8 @@ class FixedPointLayer(ReferringModule):
     def integers(self) -> FixedPointIntegers:
         """Return the integers that eval mode and the deployed layer compute with: codes of weight and bias.
 
-        With them comes the fractional length of the accumulator, see :class:`FixedPointIntegers`.
+        They are ``round(w 2^fl_w)`` and ``round(b 2^(fl_x + fl_w))``, clamped to their bits, of the effective
+        parameters; the fractional length of the accumulator is ``fl_x + fl_w``.
         """
         weight, bias = self.effective_parameters()
         weight = weight if weight.dtype == torch.float64 else weight.float()
@@ -266,7 +281,11 @@ class FixedPointLayer(ReferringModule):
 
     @torch.no_grad()
     def exact_forward(self, x: Tensor) -> Tensor:
-        """Return the layer on rounded input, computed exactly in integers of float64, which saturate at ±(2^31 - 1)."""
+        """Return ``clamp(Σ input code · weight code + bias code, ±(2^31 - 1)) · 2^-frac_len``, exact in float64.
+
+        ``x`` is the input after rounding, in units of η. The result is float64, without gradient; if no layer follows,
+        it has the weight's dtype.
+        """
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)
         shape = [1] * codes.dim()

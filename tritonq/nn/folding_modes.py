@@ -1,10 +1,12 @@
 """The training steps of a layer with BatchNorm: one function for each mode of folding.
 
-To *fold* a BatchNorm is to multiply the weight by γ/σ. Each function takes the layer, its input, and its weight and
-bias, and returns the layer's output. ``op`` is the convolution or product, FQ_w and FQ_b are fake quantization of
-weight and bias. Most modes are compositions of differentiable operators. The approximate mode has an operator of its
-own, `tritonq.functional.conv_bn`; its composition here serves quantizers that the operator can't take over. Formulas:
-docs/conv-bn.md.
+To *fold* a BatchNorm is to multiply the weight by γ/σ. Each function takes the layer, its float input, and its weight W
+and bias b (or None), neither folded nor rounded, and returns the layer's output: ReLU (if it has one) and fake
+quantization of the output follow the formulas here. ``op`` is the convolution or product, FQ_w and FQ_b are fake
+quantization of weight and bias (:func:`bias_on_grid`), BN is the BatchNorm, which normalises by the batch and updates
+the running statistics. Most modes are compositions of differentiable operators. The approximate mode has an operator of
+its own, `tritonq.functional.conv_bn`; its composition here serves quantizers that the operator can't take over.
+Formulas: docs/conv-bn.md.
 """
 
 from __future__ import annotations
@@ -86,8 +88,9 @@ def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tenso
 def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
 
-    Mean and variance are those of ``op(x, W)``, and gradients flow through them: the layer runs twice. The second time
-    one kernel computes it with its bias and ReLU, if the kernel is faster.
+    Mean and biased variance are those of ``op(x, W)``, and gradients flow through them: the layer runs twice. They also
+    update the running statistics. The second time one kernel computes it with its bias and ReLU, if the kernel is
+    faster.
     """
     mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
@@ -103,7 +106,8 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
 def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the updated running variance rv, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + bias``.
 
-    ``t = γ/σ(rv)`` and ``bias = β - γ/σ(var) · mean``; the layer runs twice.
+    ``t = γ/σ(rv)`` and ``bias = β - γ/σ(var) · mean``, not rounded. Mean and biased variance var are those of ``op(x,
+    W)``; they update rv first, and gradients flow through them: the layer runs twice.
     """
     mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
@@ -118,7 +122,8 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
 def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
-    One kernel computes it with its ReLU, if the kernel is faster.
+    ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with u the sign of γ. One kernel computes
+    it with its ReLU, if the kernel is faster.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
     kernel = find_kernel(x, folded, layer.linear_map)
@@ -196,7 +201,13 @@ def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
 def _batch_statistics(
     layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, ``1/σ`` and variance of ``op(x, W)`` per channel, differentiable; update the running statistics."""
+    """Return mean, ``1/σ`` and biased variance of ``op(x, W)`` per channel, differentiable; update running statistics.
+
+    ``σ = sqrt(variance + eps)``. The bias counts only in the running mean.
+
+    Raises:
+        ValueError: a BatchNorm of another class than torch's, with hooks, or synchronized over ranks.
+    """
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
     c = layer.mapped(x, weight)
@@ -208,7 +219,10 @@ def _batch_statistics(
 
 
 def _batch_bias(layer: QATBatchNormLayer, bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return ``β + scale (b - (mean + b))``: the convolution's bias b cancels, and gets a gradient of zero."""
+    """Return ``β + scale (b - (mean + b))``: the convolution's bias b cancels, and gets a gradient of zero.
+
+    β and b are 0 where there are none; ``mean`` is that of ``op(x, W)``; all are (out channels,).
+    """
     shift = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
     return shift if bias is None else shift + (bias - bias)
 

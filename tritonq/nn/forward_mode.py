@@ -1,6 +1,7 @@
 """A torch function mode for the calls of one forward, and a way to switch it off while a layer inside computes.
 
-A layer makes hundreds of calls that do not concern the mode.
+A *torch function mode* (``torch.overrides.TorchFunctionMode``) is called in place of each torch function. A layer makes
+hundreds of calls that do not concern the mode.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 
 class ForwardMode(TorchFunctionMode):
-    """Base of torch function modes that need not see the calls of modules inside of the watched forward."""
+    """Base of torch function modes that watch the calls of one forward, but not those inside of quantized layers."""
 
 
 class RestingModes:
-    """Switch off, in the block, the innermost torch function modes that are of :class:`ForwardMode`."""
+    """Context manager that switches off each :class:`ForwardMode` at the top of torch's stack of function modes.
+
+    It removes them down to the first mode of another class, and puts them back, in order, behind the block.
+    """
 
     __slots__ = ("_modes",)
 

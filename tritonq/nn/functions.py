@@ -52,9 +52,10 @@ class ElementwiseLayer(UnaryLayer):
         return self.function(x)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the result, from a table with one entry per code; None if codes can't be used.
+        """Return the codes of f, rounded and clipped, from a table with one entry per code; never None here.
 
-        ``codes`` are those of the input, uint8, on the grid ``source``; the result's are uint8 on the grid ``output``.
+        ``codes`` are those of the input on the grid ``source``, the result's are on the grid ``output``. Both are uint8
+        and counted from the smallest code.
         """
         return function_codes(codes, self.function, source, output)
 
@@ -62,8 +63,8 @@ class ElementwiseLayer(UnaryLayer):
 class FunctionLayer(ElementwiseLayer):
     """``FQ(f(x))`` for a function f of one tensor: what `prepare_qat` makes of ``nn.SiLU()`` or ``F.hardswish(x)``.
 
-    In eval mode, if the grids of input and output are known, a table gives the result of each code:
-    :func:`tritonq.functional.functions.integer_function`. Otherwise torch computes the function.
+    In eval mode, if the grids of input and output are known, a table gives the result of each code (:meth:`exact`).
+    Otherwise torch computes the function.
 
     A layer without a quantizer of its own uses the one given to :meth:`set_quantizers`: the quantizer of a function in
     a forward is a child of the forward's module, under the name that it had before functions were modules.
@@ -86,7 +87,7 @@ class FunctionLayer(ElementwiseLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> FunctionLayer:
-        """Return the quantized form of a module of torch.nn, in its mode; hooks are not moved.
+        """Return the quantized form of a module of torch.nn, in its mode; its hooks stay with it.
 
         Args:
             module: the float module.
@@ -101,16 +102,18 @@ class FunctionLayer(ElementwiseLayer):
         return cls(function, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the function as integer runtimes compute it, on the output's grid.
+        """Return ``round(f(x) / s) · s`` as integer runtimes compute it, with s the output's scale; not clipped.
 
-        ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
+        f is computed in float32, in ONNX Runtime's order. ``x`` has values of the grid ``source``, ``output`` is the
+        grid of the quantizer behind the layer; both per tensor. float32, without gradient.
         """
         return integer_function(x, self.function, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the function for ``torch.compile``.
+        """Return the function for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        It is computed as by :meth:`exact` while both grids are on, else as by :meth:`compute`.
+        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
+        the same arguments; else ``f(x)`` in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -138,7 +141,7 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     @classmethod
     def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
-        """Return the quantized form of an ``nn.PReLU``, whose weight it shares, in its mode; hooks are not moved.
+        """Return the quantized form of an ``nn.PReLU``, whose weight it shares, in its mode; its hooks stay with it.
 
         ``qconfig`` makes the quantizer of the output; None: the layer has none of its own.
         """
@@ -151,16 +154,18 @@ class PReLU(UnaryLayer, nn.PReLU):
         return F.prelu(x, self.weight.to(x.dtype))
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return the result as ONNX Runtime computes it, on the output's grid.
+        """Return ``round((max(0, x) + weight · min(0, x)) / s) · s``, with s the output's scale; not clipped.
 
-        ``source`` is the grid that ``x`` lies on, ``output`` that of the quantizer behind the layer; both per tensor.
+        It is computed in float32 as ONNX Runtime does. ``x`` has values of the grid ``source``, ``output`` is the grid
+        of the quantizer behind the layer; both per tensor. float32, without gradient.
         """
         return integer_prelu(x, self.weight, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        It is computed as by :meth:`exact` while both grids are on, else as by :meth:`compute`.
+        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
+        the same arguments; else ``max(0, x) + weight · min(0, x)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

@@ -1,4 +1,4 @@
-"""Gated linear units."""
+"""Gated linear units. FQ in formulas is fake quantization, and ``relu?`` a ReLU if there is one."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ class GLU(Mul):
         self.set_producers(None, self.gate)
 
     def set_operand_producers(self, *producers: Referred) -> None:
-        """Set the module that puts the tensor on its grid (None: unknown)."""
+        """Set the module that puts the forward's argument on its grid: the one element of ``producers``; None: unknown.
+
+        It is a module with an output quantizer, a quantizer, or a Reference to either; eval mode computes by its grid.
+        """
         source = Reference.to(producers[0])
         self.gate.set_quantizers(Reference(quantizer_of(source.module), source.route))
         self.set_producers(source, self.gate)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """Halve a tensor and multiply one half by the gate that the other one makes."""
+        """Return ``FQ(relu?(a * FQ(sigmoid(b))))`` with a the first half of ``input`` along ``dim``, b the second."""
         a, b = input.chunk(2, self.dim)
         return self.joined(a, self.gate(b))

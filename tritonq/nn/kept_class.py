@@ -22,7 +22,7 @@ class KeepsClass(nn.Module):
     _tritonq_joined: tuple[type[nn.Module], type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Name the two classes instead of the class itself, so that pickles and deep copies can make it again."""
+        """Return what ``pickle`` and ``copy`` take, with the two classes for this one, which they can't import."""
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
             return (new_joined, self._tritonq_joined, *reduced[2:])

@@ -1,4 +1,8 @@
-"""Quantization-aware linear layers, with and without ReLU."""
+"""Quantization-aware linear layers, with and without ReLU.
+
+FQ_w and FQ_a are fake quantization by the child quantizers ``weight_fake_quant`` and ``activation_post_process``, which
+``qconfig=`` makes and which observe in training.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
 
 class LinearReLU(Linear):
-    """Quantization-aware Linear and ReLU: arguments of ``nn.Linear`` and ``qconfig=``. ``FQ_a(relu(x FQ_w(W)ᵀ + b))``.
+    """``FQ_a(relu(x FQ_w(W)ᵀ + b))``, Linear and ReLU as one layer: arguments of ``nn.Linear``, plus ``qconfig=``.
 
     Examples:
         >>> import torch, tritonq

@@ -39,7 +39,7 @@ class GridSource(Protocol):
     qtype: QuantizedType
 
     def is_enabled_on_host(self) -> bool:
-        """Whether it rounds; may synchronise with the device."""
+        """Whether its switch is on, so that it rounds; reading the switch may synchronise with the device."""
 
     def grid(self) -> Grid:
         """Return the grid, with the switch that turns rounding on and off on the device."""
@@ -74,7 +74,8 @@ def ends_in_relu(producer: nn.Module | None) -> bool:
 def deployed_grid(grid: Grid, relu: bool) -> Grid:
     """Return the grid with the codes that deployment uses: behind a ReLU only those from the code of zero on.
 
-    The grid stays as it is without ``relu``, and if its type does not fix the zero point.
+    ``relu`` says whether a ReLU comes before the quantizer. Then, if the type fixes the zero point, it becomes
+    ``quant_min``; else the grid is returned as it is.
     """
     zero = grid.qtype.fixed_zero_point
     if zero is None or not relu:
@@ -83,18 +84,25 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
 
 
 def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor], training: bool) -> None:
-    """Watch hooks that are new on the ways of operands; outside of training find out whether they changed one.
+    """Watch hooks that users put, since preparation, on modules between each operand's quantizer and its reader.
 
-    Each Reference is to what rounds one operand.
+    Outside of training also find out whether such a hook has changed the operand: whether it is off its quantizer's
+    grid. The Reference to the quantizer is then empty, so that the reader computes in float.
+
+    Args:
+        references: for each operand the Reference to the module that rounds it.
+        operands: the tensors that the reader was given.
+        training: whether the reader is in training mode.
     """
     for reference, operand in zip(references, operands, strict=True):
         reference.meet(operand, None if training else lies_on_grid)
 
 
 def lies_on_grid(producer: nn.Module, x: Tensor) -> bool:
-    """Whether float32 values are such as the quantizer of ``producer`` returns; True where that rounds to no one grid.
+    """Whether the float32 tensor ``x`` has only values that the quantizer of ``producer`` can return.
 
-    A hundredth of a step off is on the grid: 16 bits are less exact in float32 than their codes.
+    Values up to a hundredth of a step off count: 16 bits are less exact in float32 than their codes. True without a
+    per-tensor grid of integers that is on, for other dtypes, and for an empty ``x``.
     """
     quantizer = quantizer_of(producer)
     if not is_grid_source(quantizer) or quantizer.qtype.axis is not None or x.dtype != torch.float32 or not x.numel():

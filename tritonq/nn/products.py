@@ -1,7 +1,8 @@
 """Matrix products of two activations with a quantizer of their own: single ones, in a sum, and in attention.
 
-FQ in formulas is fake quantization, and ``relu?`` a ReLU if there is one. A *producer* is the module that puts an
-operand on its grid.
+FQ in formulas is fake quantization. ``relu?`` is a ReLU up to the argument ``ceiling`` (infinity: a plain one); None,
+the default: no ReLU. ``qconfig=`` makes the quantizer; without it the output stays in float. A *producer* is the module
+that puts an operand on its grid.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from tritonq.qconfig import QConfig
 
 
 class MatMul(Joint):
-    """``FQ(relu?(a @ b))`` of matrices or batches of them, as :func:`torch.matmul`; arguments as :class:`Joint`.
+    """``FQ(relu?(a @ b))`` of matrices or batches of them, as :func:`torch.matmul` takes them.
 
-    In eval mode, if both operands lie on known grids, the products are summed in integers and rounded once:
-    :func:`tritonq.functional.integer_joins.integer_matmul`.
+    In eval mode, if both operands lie on known grids, the products are summed in integers and rounded once: ``code =
+    round(Σ u v · (s_a s_b / s_out)) + z`` with u, v the codes minus zero points.
 
     Examples:
         >>> import torch, tritonq
@@ -161,7 +162,11 @@ class ScaledDotProductAttention(MatMul):
 
 
 def attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of a call of ``F.scaled_dot_product_attention`` by position, with defaults filled in."""
+    """Return the arguments of a call of ``F.scaled_dot_product_attention`` by position, with defaults filled in.
+
+    The order is ``query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa``; ``args`` and ``kwargs`` are
+    those of the call.
+    """
     defaults: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
     defaults["enable_gqa"] = False
     names = ("query", "key", "value", *defaults)

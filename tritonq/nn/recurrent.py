@@ -1,4 +1,10 @@
-"""Quantization-aware LSTM, GRU and RNN: every weight matrix is fake-quantized, and so is the input of each layer."""
+"""Quantization-aware LSTM, GRU and RNN: every weight matrix is fake-quantized, and so is the input of each layer.
+
+The weight's quantizer is the child with ``_fake_quant`` behind its name, such as ``weight_hh_l0_fake_quant``. The input
+is rounded by ``input_fake_quant``, if no quantized module makes it, what layer i hands to the next by
+``layer_fake_quant_i``, and the returned sequence, or a cell's hidden state, by ``activation_post_process``. Biases,
+gates and other states stay in float; the arithmetic is torch's, in float.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +44,10 @@ class QATRecurrent(nn.Module):
     geometry_names: ClassVar[tuple[str, ...]]
 
     def attach_quantizers(self, qconfig: QConfig | None, layers: int) -> None:
-        """Create the quantizers of ``qconfig``, with buffers in their final shapes, for so many layers.
+        """Create the quantizers of ``qconfig``: one per weight, one between layers, one for the output.
+
+        Their buffers get their final shapes. ``layers`` is the number of layers that the module runs one after the
+        other.
 
         Raises:
             TypeError: no QConfig.
@@ -114,7 +123,11 @@ class _QATSequence(QATRecurrent, RecurrentForward):
         self.attach_quantizers(qconfig, self.num_layers)
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return weights (rounded) and biases of one layer, all of one direction, then those of the other."""
+        """Return weights (fake-quantized) and biases of one layer, all of one direction, then those of the other.
+
+        The order within a direction is ``weight_ih, weight_hh``, ``bias_ih, bias_hh`` if there are any, ``weight_hr``
+        if there are projections. ``layer`` counts from 0.
+        """
         directions = 2 if self.bidirectional else 1
         names = self._all_weights[layer * directions : (layer + 1) * directions]
         return [self.quantized(name) for part in names for name in part]
@@ -123,8 +136,8 @@ class _QATSequence(QATRecurrent, RecurrentForward):
 class LSTM(_QATSequence, nn.LSTM):
     """``nn.LSTM`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
 
-    The input of each layer and the returned sequence are fake-quantized too; see :class:`QATRecurrent`. ``h_n`` and
-    ``c_n`` are returned in float: modules that read them round them.
+    The input of each layer and the returned sequence are fake-quantized too. ``h_n`` and ``c_n`` are returned in float:
+    modules that read them round them.
 
     Raises:
         TypeError: no QConfig given.
@@ -144,7 +157,9 @@ class LSTM(_QATSequence, nn.LSTM):
 
 
 class GRU(_QATSequence, nn.GRU):
-    """``nn.GRU`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``. See :class:`LSTM`.
+    """``nn.GRU`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
+
+    The input of each layer and the returned sequence are fake-quantized too; ``h_n`` is returned in float.
 
     Examples:
         >>> import torch, tritonq
@@ -157,7 +172,9 @@ class GRU(_QATSequence, nn.GRU):
 
 
 class RNN(_QATSequence, nn.RNN):
-    """``nn.RNN`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``. See :class:`LSTM`.
+    """``nn.RNN`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
+
+    The input of each layer and the returned sequence are fake-quantized too; ``h_n`` is returned in float.
 
     Examples:
         >>> import torch, tritonq

@@ -1,6 +1,7 @@
-"""The forwards of recurrent layers, on weights that a subclass provides.
+"""The forwards of recurrent layers, on weights that a subclass provides: those of QAT and those of converted models.
 
-Training, eval mode and deployment run them.
+Training, eval mode and deployment run them. A *packed sequence* is torch's ``PackedSequence``: the rows of all time
+steps in one tensor, and the batch size of each step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether a module is recurrent and one of its weights is computed (by weight_norm or a parametrization)."""
+    """Whether ``module`` is recurrent and one of its weights is no parameter of its own.
+
+    That is so if ``weight_norm`` or a parametrization computes the weight.
+    """
     if isinstance(module, nn.RNNCellBase):
         names = ["weight_ih", "weight_hh"]
     else:
@@ -77,6 +81,13 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Return ``(sequence, states)``; arguments, shapes and packed sequences as in torch's class.
+
+        The sequence is rounded by ``activation_post_process``; the states, ``h_n`` or ``(h_n, c_n)``, are not.
+
+        Args:
+            input: the sequence, a tensor or a ``PackedSequence``; it is rounded by the input's quantizer, if there is
+                one.
+            hx: the states to begin with; None: zeros.
 
         Raises:
             ValueError: an input of other than 2 or 3 axes.
@@ -191,9 +202,11 @@ class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Return the next hidden state, or (hidden state, cell state) of an LSTM.
+        """Return the next hidden state, rounded; of an LSTM (hidden state, cell state), the latter not rounded.
 
-        Arguments and shapes as in torch's class.
+        Args:
+            input: (batch, features) or (features,); it is rounded by the input's quantizer, if there is one.
+            hx: the state to begin with, (batch, hidden_size) or (hidden_size,), for an LSTM a pair; None: zeros.
 
         Raises:
             ValueError: an input of other than 1 or 2 axes.

@@ -1,7 +1,9 @@
 """References from a module to modules that other modules own.
 
 A *place* is an attribute of a module under which a child stood when `prepare_qat` made the reference. A user may put
-another module there later.
+another module there later. A *route* is all that a tensor passes between the module that rounds it and the module that
+reads it: places, and modules' hooks. A hook is *watched* if it was replaced by one that notes whether it changes
+tensors.
 """
 
 from __future__ import annotations
@@ -143,7 +145,11 @@ class Route:
         return None
 
     def new_hooks(self) -> list[WatchedHook]:
-        """Begin to watch the hooks that were put on the way since the last call, and return them."""
+        """Watch the users' hooks that were put on the way since the last call, and return the watched forms.
+
+        To watch is to put a :class:`WatchedHook` in the hook's place, in the module's own dict. Under ``torch.compile``
+        nothing is done.
+        """
         found = []
         if any(self._dicts) and not torch.compiler.is_compiling():
             for place in self.hooks:
@@ -153,7 +159,10 @@ class Route:
         return found
 
     def tell(self, change: str) -> None:
-        """Warn, once per model, of a change on the way: the tensor there lies on no known grid."""
+        """Warn (UserWarning), once per model, of a change on the way: the tensor there lies on no known grid.
+
+        ``change`` is the text of :meth:`change`. Nothing is said under ``torch.compile``.
+        """
         if self.told[0] or torch.compiler.is_compiling():
             return
         self.told[0] = True
@@ -204,10 +213,15 @@ class Reference(Generic[M]):
         return None if self.route is None else self.route.change()
 
     def meet(self, x: Tensor, lies_on_grid: Callable[[M, Tensor], bool] | None) -> None:
-        """Watch hooks that are new on the route, and find out whether they have changed a tensor.
+        """Watch users' hooks that are new on the route, and find out whether they have changed a tensor.
 
-        They have run before anybody watched them. ``lies_on_grid(module, x)`` says whether x is as the module rounds;
-        None: that can't be told, as in training mode, where dropout may stand between.
+        They have run before anybody watched them: if x is off the grid, all new hooks count as hooks that change
+        tensors.
+
+        Args:
+            x: the tensor as it arrived.
+            lies_on_grid: called as ``lies_on_grid(module, x)``, it says whether x is as the module rounds; None: that
+                can't be told, as in training mode, where dropout may stand between.
         """
         new = [] if self.route is None else self.route.new_hooks()
         if new and lies_on_grid is not None and self._module is not None and not lies_on_grid(self._module, x):
@@ -228,7 +242,7 @@ Referred: TypeAlias = nn.Module | Reference[nn.Module] | None
 
 
 def references_of(module: nn.Module) -> list[Reference[nn.Module]]:
-    """Return the References that a module holds."""
+    """Return the References that a module holds as attributes, alone or in a tuple; not those of its children."""
     held = (item if isinstance(item, tuple) else (item,) for item in vars(module).values())
     return [item for items in held for item in items if isinstance(item, Reference)]
 

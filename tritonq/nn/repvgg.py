@@ -1,4 +1,7 @@
-"""RepVGG blocks: three branches in training, one convolution in deployment, and QAT of that convolution."""
+"""RepVGG blocks: three branches in training, one convolution in deployment, and QAT of that convolution.
+
+To *fold* a BatchNorm is to multiply the kernel before it by γ/σ, with ``σ = sqrt(running_var + eps)``.
+"""
 
 from __future__ import annotations
 
@@ -160,9 +163,10 @@ class RepVGGBlock(nn.Module):
 
 
 def _train(block: QATRepVGGBlock, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the merged convolution in a training step, with its bias rounded to the grid of its accumulator.
+    """Return ``FQ_a(act(conv(x, FQ_w(weight)) + FQ_b(bias)))``: a training step; both quantizers observe.
 
-    ``weight`` and ``bias`` are the merged ones. That grid has the step input scale × weight scale.
+    ``weight`` and ``bias`` are the merged ones. FQ_b rounds the bias to multiples of input scale × weight scale, if
+    both are symmetric 8-bit grids that are on.
     """
     kernel = find_kernel(x, weight, block.linear_map)
     weight, grid = (block.quantized_weight(weight), None) if kernel else block.weight_to_map(weight)
@@ -213,7 +217,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 
     def float_parameters(self) -> tuple[Tensor, Tensor]:
-        """Return the parameters of :meth:`RepVGGBlock.merged_parameters`.
+        """Return the merged kernel (out, in/groups, 3, 3) and bias (out,) of the branches, not rounded.
 
         In eval mode without gradients they are kept until a branch changes.
         """
@@ -228,7 +232,10 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return memo.get(tuple(held), self._merged_outside_of_inference, (sums, self.eval_key()))
 
     def _merged_outside_of_inference(self) -> tuple[Tensor, Tensor]:
-        """Return the merged parameters as ordinary tensors: those made in inference mode have no version to compare."""
+        """Return merged kernel and bias, without gradient, as ordinary tensors.
+
+        Tensors made in inference mode have no version by which a change could be noticed.
+        """
         with torch.inference_mode(False), torch.no_grad():
             return self.merged_parameters()
 
@@ -328,6 +335,6 @@ def _activation(given: nn.Module | str | None) -> nn.Module | None:
 
 
 def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return kernel and bias of a branch with its BatchNorm folded in by its running statistics."""
+    """Return ``W t`` and ``β - running_mean t``: kernel and bias of a branch, with ``t = γ/σ(running_var)``."""
     scale = fold_scale(cast(Tensor, bn.running_var), bn.weight, bn.eps)
     return scale_out_channels(weight, scale), fold_bias(None, cast(Tensor, bn.running_mean), scale, bn.bias)

@@ -114,11 +114,16 @@ class UnaryLayer(nn.Module):
         """Return the result for ``torch.compile`` in eval mode, in the dtype of ``x``, without gradient.
 
         While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, else
-        that of :meth:`compute`. Arguments are those of :meth:`exact`.
+        that of :meth:`compute`.
+
+        Args:
+            x: float tensor of values on the grid of ``source``.
+            source: the input's grid, with one scale for the tensor.
+            output: the grid of the quantizer behind the operation, with one scale for the tensor.
         """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the fake-quantized result; shapes as torch's operation has them."""
+        """Return ``FQ(f(input))``; shapes as torch's operation has them. In training FQ observes ``f(input)`` first."""
         meet_hooks((self._source,), (input,), self.training)
         own = self.activation_post_process
         observed = observed_grid(own, input) if self.training else None
@@ -171,7 +176,11 @@ class UnaryLayer(nn.Module):
         return self.exact(x, *grids)
 
     def _on_codes(self, x: Tensor, source: Grid, output: Grid) -> Tensor | None:
-        """Return the result computed from the codes of ``x``; None if these can't be used."""
+        """Return the result, quantized, from 8-bit codes of ``x``: those it carries, else each value's nearest.
+
+        None if a grid has more than 256 codes, if a value lies beyond the grid's ends, or if the class can't compute on
+        codes (:meth:`exact_codes`).
+        """
         held = (source.scale, source.zero_point, output.scale, output.zero_point)
         memo: Memo[tuple[HostGrid | None, HostGrid | None]] = self.__dict__.setdefault("_host_grids", Memo())
         one, other = memo.get(held, lambda: (host_grid(source), host_grid(output)), (source.qtype, output.qtype))
