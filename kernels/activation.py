@@ -1,11 +1,13 @@
 """The end of an operator that computes an activation: observe its range, then ReLU and fake quantization.
 
-The ReLU is one constant, CEILING: infinity for a plain ReLU, 6 for ReLU6, None for no ReLU. See
+The ReLU is one constant, CEILING: infinity for a plain ReLU, 6 for ReLU6, None for no ReLU. Fake quantization is
+``FQ(y) = (clip(round(y / scale) + zero_point) - zero_point) · scale``, with the clip to QUANT_MIN..QUANT_MAX. See
 `tritonq.reference.activation`.
 
 The range kernel is one program. It merges the ranges that other programs found, updates the quantizer's state, and
 writes a snapshot (a copy of scale, zero point and switch) for the passes that follow and for the backward. The host
-therefore never waits for the device.
+therefore never waits for the device. To *merge* is to take the extremes of all batches, or with an averaging constant
+``running + constant · (batch - running)``; the first batch replaces the empty range.
 """
 
 from __future__ import annotations
@@ -169,7 +171,8 @@ def range_kernel(
 ):
     """Merge the ranges of all parts into the quantizer's running range, and write a snapshot of its qparams.
 
-    One program does it all. The ReLU is applied to the ends of the merged range, if there is one.
+    One program does it all. The ReLU, if there is one, is applied to the ends of the batch's range before that is
+    merged.
     """
     if observing_ptr is not None and tl.load(observing_ptr) != 0:
         lows = tl.full([BLOCK], INF, tl.float32)
@@ -212,15 +215,17 @@ def merge_range(
 ) -> Grid:
     """Merge the ranges of parts of a tensor into a running range, update the grid, and return a snapshot of it.
 
-    All on the device. The snapshot is a grid with copies of scale, zero point and switch: later updates don't change
-    it.
+    All on the device. The ranges become one, the ReLU is applied to its ends, the running range takes it in, and scale
+    and zero point follow from that. The snapshot is a grid with copies of scale, zero point and switch (off if nothing
+    was ever observed): later updates don't change it.
 
     Args:
         low: (parts,) float32, smallest value of each part; NaN or infinite for a part that is left out.
         high: (parts,) float32, largest values.
         weight: number of values in a part; a part that is left out adds it to the count of values that are not finite.
         grid: of the quantizer, one scale per tensor; updated in place.
-        statistics: the running range, updated in place; None observes nothing.
+        statistics: the running range, updated in place while its switch is on; None observes nothing, and the grid
+            stays.
         ceiling: upper bound of the ReLU between the values and the quantizer; None without a ReLU.
     """
     device = low.device

@@ -11,7 +11,7 @@ TESTED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 @cache
 def warn_if_untested(architecture: str) -> None:
-    """Warn, once per process and architecture, if tests don't compile the kernels for ``architecture``.
+    """Warn (UserWarning), once per process and architecture, if no test compiles the kernels for ``architecture``.
 
     ``"cuda:90"`` is NVIDIA's compute capability 9.0, ``"hip:gfx942"`` an AMD GPU.
     """

@@ -55,6 +55,10 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Grid | None]:
     """Fold a weight with its BatchNorm, observe its range, and quantize it, in one launch.
 
+    ``codes = clip(round(rows · γ/σ / scale) + zero_point) - zero_point``, ``unit = scale``. In float16 codes are
+    multiplied by the power of two nearest to their unit, and the unit divided by it. While the grid's switch is off,
+    codes are ``rows · γ/σ`` and the unit is 1.
+
     Args:
         rows: the weight, (out, ...), any float dtype.
         running_var: (out,), from before this step's update.
@@ -70,7 +74,8 @@ def quantize(
     Returns:
         ``(codes, unit, ratio, γ/σ, 1/σ, clips, snapshot)``: ``codes · unit`` is the rounded folded weight, ``ratio`` is
         ``(γ/σ) / unit``, ``clips`` whether a value may lie outside the codes, ``snapshot`` a copy of the grid as this
-        step used it (None without a grid).
+        step used it (None without a grid). Codes are shaped as ``rows``; vectors are float32 (out,). γ/σ is 1/σ where
+        it would be below 1e-12 in magnitude.
     """
     if known is None:
         fold, inverse_std = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device).unbind(0)
@@ -93,7 +98,7 @@ def quantize(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the codes of :func:`quantize` once more, in ``code_dtype``; ``out`` is not used.
+    """Return the codes of :func:`quantize` once more, shaped as ``rows``, for a backward; nothing is observed.
 
     Args:
         rows: the weight, as :func:`quantize` read it.
@@ -121,6 +126,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return two gradients from that of the codes, in float32: of the weight, and of γ (without γ: of the fold).
 
+    ``q = dcodes / unit``, 0 where the code was clipped. The weight's gradient is ``fold · q``; per channel ``dfold = Σ
+    q · rows``, and γ's gradient is ``n + dfold · inverse_std - n · eps_share`` with ``n = sign(fold) · sum_gn`` (only
+    ``n`` where ``|γ/σ| < 1e-12``).
+
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.
         rows: the weight, (out, ...).
@@ -128,8 +137,8 @@ def gradients(
         fold: ``γ/σ``, as :func:`quantize` returned it.
         inverse_std: ``1/σ``.
         unit: the factor between codes and folded values.
-        eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
-        sum_gn: see :class:`tritonq.reference.conv_bn.TailGradients`.
+        eps_share: ``eps / (var + eps)``, with the batch's variance of the convolution by the weight before folding.
+        sum_gn: ``Σ g (c - mean) / std`` over the batch, with g the gradient of the BatchNorm's result, c its input.
         grid: snapshot of the grid; None without a quantizer.
         clips: whether a value may have been clipped; if not, no gradient is blocked.
     """
@@ -138,7 +147,7 @@ def gradients(
 
 
 def _fold(fold: Tensor, running_var: Tensor, gamma: Tensor | None, eps: float, inverse_std: Tensor) -> None:
-    """Write ``fold`` (``γ/σ``) and ``inverse_std`` (``1/σ``).
+    """Write ``fold`` (``γ/σ``, or ``1/σ`` for a γ of 0) and ``inverse_std`` (``1/σ``); (out,) float32 each.
 
     Called when both are read before the weight's kernel runs.
     """

@@ -150,7 +150,8 @@ def load_block(
         AHEAD: tiles of the block along (outer, rows, cols).
         ROWS: rows of a tile.
         COLS: columns of a tile.
-        SKEW: see `load_tile`.
+        SKEW: elements to read at a time of rows that begin anywhere, as in :func:`load_tile`. 1: rows begin anywhere or
+            at multiples, and are read as they are.
     """
     OUTER: tl.constexpr = AHEAD[0]
     DOWN: tl.constexpr = AHEAD[1]

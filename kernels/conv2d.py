@@ -178,10 +178,12 @@ def conv2d(
     *,
     tile: ConvTile | None = None,
 ) -> Tensor:
-    """Convolve, add the bias, then apply ReLU and fake quantization; the result is channels_last if ``x`` is.
+    """Return ``FQ(relu?(conv(x, weight) + bias))``, (n, out, h', w') in the dtype of ``x``; channels_last if ``x`` is.
 
-    Arguments and result are those of :func:`tritonq.reference.conv2d.conv2d`. ``tile`` sets the launch size; None takes
-    a default.
+    ``x`` is (n, c, h, w), ``weight`` (out, c/groups, kh, kw) of its dtype, ``bias`` (out,) or None. Stride, padding
+    (zeros on each side) and dilation are (vertical, horizontal). ``ceiling`` is the upper bound of the ReLU, infinity
+    for a plain one; None: no ReLU. FQ rounds to ``grid``, per tensor; None: not at all. ``tile`` sets the launch size;
+    None takes a default.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
@@ -206,10 +208,11 @@ def integer_conv2d(
     tile: ConvTile | None = None,
     largest_product: int = _LARGEST_PRODUCT,
 ) -> Tensor:
-    """Convolve integer codes exactly, requantize, then apply ReLU and fake quantization.
+    """Return ``FQ(relu?(float32(conv(codes, weight) + bias) · multiplier))`` in ``dtype``; integer sums are exact.
 
-    Arguments and result are those of :func:`tritonq.reference.conv2d.integer_conv2d`. ``tile`` sets the launch size;
-    None takes a default. No product of two codes exceeds ``largest_product`` in magnitude: the smaller it is, the
+    ``codes`` and ``weight`` are integers minus their zero points in any float dtype, bias int32 and multiplier float32
+    (out,). With ``onto`` products are rounded to that grid: ``round(v) · scale``, not clipped. The other arguments are
+    those of :func:`conv2d`. No product of two codes exceeds ``largest_product`` in magnitude: the smaller it is, the
     longer are the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
@@ -232,9 +235,10 @@ def _launch(
     tile: ConvTile | None,
     exact_products: int | None,
 ) -> None:
-    """Launch the kernel, which writes ``y``; arguments as those of the two functions above.
+    """Launch the kernel, which writes ``y``: values convolved as by :func:`conv2d`, codes as by :func:`integer_conv2d`.
 
-    ``exact_products`` is how many products of codes float32 adds up exactly; None for values.
+    For values ``multiplier``, ``onto`` and ``exact_products`` are None; the latter is how many products of codes
+    float32 adds up exactly. An empty ``y`` launches nothing.
     """
     if y.numel() == 0:
         return
@@ -335,10 +339,10 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
 
 
 def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | str | None:
-    """Return what this GPU's table of launch sizes has for a convolution.
+    """Return what the table of launch sizes has for a convolution, of the GPU that ``x`` lies on.
 
     A :class:`ConvTile`: the kernel with this tile beats torch's convolution. ``"torch"``: torch's is faster. None:
-    there is no entry.
+    there is no entry, or no GPU. ``is_codes``: whether ``x`` and ``weight`` are integer codes.
     """
     index = x.device.index if x.is_cuda else None
     layout = "channels_last" if is_channels_last(x) else "channels_first"

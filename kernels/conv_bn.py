@@ -1,9 +1,8 @@
 """The tail of a convolution with BatchNorm: three passes over its output forward, five over it and dy backward.
 
-Forward: one pass reduces each channel to mean, sum of squares, minimum and maximum; two small kernels turn them into
-slope and shift, running statistics, the observer's state and the qparams; one pass applies. Backward: one pass reduces,
-one writes. Sums have a fixed order: the same input gives the same bits. `tritonq.reference.conv_bn` specifies names,
-signatures and results of the functions here. `tritonq.kernels` explains the constants that have no comment.
+One pass reduces each channel of the convolution's output c; two small kernels make slope and shift, running statistics
+and qparams of it; one pass applies them. Sums have a fixed order: the same input gives the same bits. The functions are
+specified by `tritonq.reference.conv_bn`. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations
@@ -59,7 +58,11 @@ def scan_statistics(
     COLS: tl.constexpr,
     SKEW: tl.constexpr,
 ):
-    """Return Σ (c - centre), Σ (c - centre)², minimum and maximum of a share's tiles: four (ROWS, COLS) blocks."""
+    """Return Σ (c - centre), Σ (c - centre)², min c and max c over a share: four (ROWS, COLS) float32 blocks.
+
+    Place (i, j) of each takes in element (i, j) of all ``blocks`` · AHEAD tiles; missing elements count as ``centre``.
+    NaN is in both sums, and may be lost from minimum and maximum.
+    """
     about = centre.to(tl.float32)
     total = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
@@ -146,8 +149,8 @@ def statistics_kernel(
 def mean_from(at, step, base, mask):
     """Return ``(centre - base) + rest``, float32 (SPLITS, CHANNELS): each share's mean per channel, minus ``base``.
 
-    ``at`` points to the centres, (SPLITS, CHANNELS), and ``step`` elements further lie the rests. ``base`` is
-    (CHANNELS,), a number near the means, so that few digits are lost. Outside ``mask`` the result is ``-base``.
+    ``at`` points to the centres, (SPLITS, CHANNELS), and ``step`` elements further lie the rests. ``base`` (CHANNELS,)
+    is near the means, so that few digits are lost. Outside ``mask`` the result is ``-base``.
     """
     centre = tl.load(at, mask=mask, other=0.0)
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)
@@ -177,8 +180,7 @@ def finish_kernel(
 ):
     """Merge the partial results of CHANNELS channels, and write what follows from mean and variance of c.
 
-    c is the convolution's output. ``1/std = 1 / sqrt(var + eps ratio²)``, ``gain = |γ|``, ``slope = gain / std``,
-    ``shift = β - slope mean``.
+    ``1/std = 1 / sqrt(var + eps ratio²)``, ``gain = |γ|``, ``slope = gain / std``, ``shift = β - slope mean``.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
@@ -297,9 +299,10 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """Return the result of one training step's tail, the vectors of `Normalization`, and a snapshot of the grid.
+    """Return ``FQ(relu?(BN(c / ratio + bias)))`` of a training step, the vectors of `Normalization`, and a snapshot.
 
-    Arguments are those of :func:`tritonq.reference.conv_bn.forward`.
+    γ, β, bias (None: 1, 0, 0) and ``ratio`` are (channels,). BN normalises by the batch. ``norm``'s running statistics,
+    ``statistics`` and ``grid`` (None: no FQ) are updated in place; the snapshot is a copy of ``grid``.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
@@ -355,10 +358,7 @@ def _statistics(
     bias: Tensor | None,
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the vectors of `Normalization`, (6, channels), and the extremes of the result, (2, channels); float32.
-
-    Updates the running statistics of ``norm`` in place. ``seen`` is the view of ``c``.
-    """
+    """Return `Normalization`'s vectors, (6, channels), and the result's ends, (2, channels); updates ``norm``."""
     shares = plan_reduction(c, seen)
     channels = c.shape[1]
     count = c.numel() // channels

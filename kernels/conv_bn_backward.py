@@ -56,7 +56,8 @@ def scan_gradients(
 ):
     """Return two (ROWS, COLS) blocks of sums over the tiles of a share: ``Σ g`` and ``Σ g (c - mean)``.
 
-    ``g`` is the part of ``dy`` that ReLU and quantizer let pass.
+    ``g`` is the part of ``dy`` that ReLU and quantizer let pass. Place (i, j) of each block takes in element (i, j) of
+    all ``blocks`` · AHEAD tiles; missing elements add nothing. float32.
     """
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
@@ -152,7 +153,10 @@ def finish_gradients_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add the partial results of CHANNELS channels, and write the sums and the factors of the gradient of c."""
+    """Add the partial results of CHANNELS channels, and write the sums and the factors of the gradient of c.
+
+    The factors are ``pull[0] = -slope / std · Σ g n / count`` and ``pull[1] = -slope · Σ g / count``.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     plain = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -237,12 +241,14 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dc, Σ g, Σ g (c - mean)/std)``: the gradient of ``c``, and two float32 sums per channel.
+    """Return ``(dc, Σ g, Σ g n)``: the gradient of ``c``, and two float32 sums per channel, (channels,).
+
+    ``n = (c - mean) / std`` and ``dc = slope (g - mean(g) - n · mean(g n))``, in the dtype and strides of ``c``.
 
     Args:
         dy: gradient of the tail's result; ``g`` is the part of it that ReLU and quantizer let pass.
         c: the convolution's output.
-        result: the vectors of `tritonq.reference.conv_bn.Normalization`.
+        result: the forward's vectors, (channels,) each: mean, 1/std, gain, slope, shift, eps_share.
         grid: the forward's snapshot; None without a quantizer.
         ceiling: upper bound of the ReLU; None without one.
         out: not used: a GPU's allocator hands out again what was freed.

@@ -1,6 +1,8 @@
 """Fake quantization: one read and one write forward, two reads and one write backward.
 
-Functions here have the names, signatures and results of `tritonq.reference.fake_quant`, their specification.
+``FQ(x) = (clip(round(x / s) + z) - z) · s`` with the grid's scale s and zero point z, per tensor or per channel, and
+the clip to its codes. For float codes it is ``number · s``, with number the float nearest to ``x / s`` that the format
+has. Functions here have the names, signatures and results of `tritonq.reference.fake_quant`, their specification.
 `tritonq.kernels` explains the constants that have no comment.
 """
 
@@ -139,16 +141,20 @@ def fake_quantize_backward_kernel(
 
 
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Return ``x`` rounded to the grid, in its dtype; strides as ``torch.empty_like(x)``."""
+    """Return ``FQ(x)``, in the dtype of ``x``; a copy of ``x`` while the grid's switch is off.
+
+    It is computed in float32. Strides are those of ``torch.empty_like(x)``.
+    """
     y = torch.empty_like(x)
     _forward(x, y, grid, codes=False)
     return y
 
 
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return ``x`` rounded to the grid, and a bool tensor that is True where the gradient passes.
+    """Return ``FQ(x)`` as :func:`fake_quantize`, and a bool tensor that is True where the gradient passes.
 
-    Strides of both are those of ``torch.empty_like(x)``.
+    That is where the rounded code, before the clip, is one of the grid's, and everywhere while the switch is off; not
+    at NaN. Strides of both are those of ``torch.empty_like(x)``.
     """
     y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     _forward(x, y, grid, codes=False, mask=mask)
@@ -156,7 +162,10 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of ``x`` as integer-valued float32, whatever the grid's switch says."""
+    """Return ``clip(round(x / s) + z)``, the codes of ``x``, as integer-valued float32, switch or not.
+
+    For float codes it is the number of the format, not its bits. Strides are those of ``torch.empty_like(x)``.
+    """
     codes = torch.empty_like(x, dtype=torch.float32)
     _forward(x, codes, grid, codes=True)
     return codes
@@ -165,8 +174,9 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
     """Return the straight-through gradient of :func:`fake_quantize`: ``dy`` where ``x`` lies in range, else 0.
 
-    With ``blocks_ends`` the gradient is also 0 for values that round to the first or the last code. Strides of the
-    result follow ``torch.empty_like(x)``.
+    In range: the rounded code, before the clip, is one of the grid's. With ``blocks_ends`` the first and the last code
+    block the gradient, too. While the grid's switch is off, all passes. In the dtype and strides of
+    ``torch.empty_like(x)``.
     """
     dx = torch.empty_like(x)
     if dx.numel() == 0:
@@ -239,8 +249,8 @@ def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, 
 def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:
     """Return the inputs and one view of them and of the dense tensor ``out``, with one stride triple per tensor.
 
-    If the strides allow no view, inputs are first copied to ``out``'s strides. ``axis`` is that of the channels, or
-    None.
+    If the strides allow no view, inputs are first copied to ``out``'s strides. All have one shape. ``axis`` is that of
+    the channels; None: there is one scale. The view's stride triples are in the order of the inputs, then ``out``.
     """
     seen = view(out.shape, (*(t.stride() for t in inputs), out.stride()), axis)
     if seen is not None:

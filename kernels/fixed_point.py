@@ -76,10 +76,11 @@ def frac_len_errors_kernel(
 
 
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the squared rounding errors of ``x``, added up per fractional length 0 to ``candidates - 1``.
+    """Return the squared rounding errors of ``x``, added up per fractional length f from 0 to ``candidates - 1``.
 
-    float64 (candidates,), or (candidates, channels) if ``qtype`` has an axis. ``qtype`` gives the codes' range. Values
-    that are not finite, and negative ones if codes are unsigned, are left out: they tell no candidates apart.
+    ``Σ (x - clip(round(x 2^f)) 2^-f)²``, with the clip to the codes of ``qtype``; float64 (candidates,), or
+    (candidates, channels) if ``qtype`` has an axis. Values that are not finite, and negative ones if codes are
+    unsigned, are left out: they tell no candidates apart.
     """
     axis = qtype.axis
     channels = 1 if axis is None else x.shape[axis]

@@ -126,6 +126,11 @@ def fake_quantize_blocks(
 ) -> Tensor:
     """Return ``x`` rounded in blocks along ``axis``, each with a scale of its own; strides as ``torch.empty_like(x)``.
 
+    ``y = number · scale`` with number the element format's nearest to ``x / scale``, at most its largest. With a the
+    largest magnitude of a block (infinity counts as float32's largest number) ``scale = 2^(floor(log2 a) - e)`` with e
+    the exponent of the format's largest number (doubled if a would saturate and scales are rounded up), or with
+    ``tensor_scale`` ``e4m3(a / (tensor_scale · largest)) · tensor_scale``. A block with NaN becomes NaN.
+
     Args:
         x: any float dtype.
         blocks: the format of elements and scales, and the block size.

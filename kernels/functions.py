@@ -62,13 +62,13 @@ def function_backward_kernel(
 
 
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> tuple[Tensor, Grid]:
-    """Return ``FQ(f(x))`` as a dense tensor, and the grid as this call used it.
+    """Return ``FQ(f(x))`` as a dense tensor of the shape and dtype of ``x``, and the grid as this call used it.
 
     Args:
         x: any shape, strides and float dtype.
         function: f and its numbers.
-        grid: of the result, per tensor; ``statistics`` update it.
-        statistics: the running range behind the grid, which f(x) updates; None observes nothing.
+        grid: of the result, per tensor; scale and zero point are updated in place from the range.
+        statistics: the running range behind the grid, which f(x) updates first; None observes nothing, the grid stays.
 
     Returns:
         The result, and a copy of the grid as this step used it (or the grid itself), for :func:`backward`.
@@ -88,7 +88,7 @@ def backward(
         dy: gradient of the result.
         x: the input, or its int8 codes if ``scale`` is given.
         scale: one float32: the input is ``(x - shift) · scale``; None: ``x`` holds values.
-        shift: one number, or None for zero.
+        shift: one number, in units of codes; None for zero.
         function: f and its numbers.
         grid: that :func:`forward` returned.
     """

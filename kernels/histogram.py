@@ -169,7 +169,9 @@ def linear_histogram_kernel(
 def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
     """Return how many elements lie in each of ``bins`` equal bins between the two ``limits``, both included.
 
-    int64 (bins,), or (x.shape[axis], bins) with ``axis``. Elements outside, and NaN, are not counted.
+    int64 (bins,), or (x.shape[axis], bins) with ``axis``. ``limits`` is (2,): lower and upper end. An element's bin is
+    ``floor((x - low) · bins / (high - low))``, and the last one for the upper end. Elements outside, and NaN, are not
+    counted.
     """
     channels = 1 if axis is None else x.shape[axis]
     rows = x if axis is None else x.movedim(axis, 0)
@@ -203,7 +205,8 @@ def prefix_histogram(x: Tensor, bins: Any, axis: int | None = None) -> tuple[Ten
         axis: that of the channels, which are counted apart; None: all values together.
 
     Returns:
-        int64 (bins.count,) or (channels, bins.count); float32 0-d or (channels,), twice; int64 0-d.
+        int64 (bins.count,) or (channels, bins.count); float32 0-d or (channels,), twice; int64 0-d. Without a finite
+        value the ends are +inf and -inf.
     """
     shape = () if axis is None else (x.shape[axis],)
     counts = torch.zeros((*shape, bins.count), dtype=torch.int64, device=x.device)
@@ -224,7 +227,7 @@ def observe(
     bins: Any,
     axis: int | None,
 ) -> None:
-    """Add ``x`` to a histogram and its range, in place on the device.
+    """Add ``x`` to a histogram, and merge its smallest and largest finite value into the range; in place on the device.
 
     Args:
         x: the batch.

@@ -109,7 +109,7 @@ def decode_kernel(
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return the one-byte codes of ``x``, which lies on ``grid``.
+    """Return the one-byte codes of ``x``, which lies on ``grid``, per tensor, with a copy of scale and shift.
 
     With ``trusted`` that is taken for granted. Otherwise the codes are decoded and compared (the host waits): if they
     don't give ``x`` back, bit for bit, the result is None.

@@ -171,9 +171,24 @@ def int8_conv2d(
     out_dtype: torch.dtype,
     saturated: Tensor | None = None,
 ) -> Tensor:
-    """Convolve int8 or uint8 codes, add the bias, and requantize by shifting.
+    """Return ``acc = Σ x · weight + bias``, or with ``shift`` its codes ``clamp(round_half_even(acc · 2^-shift))``.
 
-    Arguments and result are those of :func:`tritonq.reference.int8_conv.int8_conv2d`; channels_last if ``x`` is.
+    All arithmetic is on integers. The result is (n, out, h', w') of ``out_dtype``; channels_last if ``x`` is.
+
+    Args:
+        x: int8 or uint8 codes (n, c, h, w).
+        weight: int8 codes (out, c/groups, kh, kw).
+        bias: int32 (out,).
+        shift: int32 (out,), -8..16; a negative one multiplies. None returns the accumulators.
+        stride: (vertical, horizontal), as are padding and dilation.
+        padding: zeros on each side.
+        dilation: between taps.
+        groups: 1, or c (depthwise).
+        quant_min: smallest code of the result.
+        quant_max: largest code of the result.
+        out_dtype: int8, uint8, or int32 for accumulators.
+        saturated: int64 (1,), to which the number of accumulators that were clamped to ±(2^31 - 1) is added. None: the
+            caller knows that no sum passes 32 bits.
     """
     _, channels, height, width = x.shape
     outs, _, kernel_h, kernel_w = weight.shape

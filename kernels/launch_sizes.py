@@ -189,7 +189,7 @@ def gpu_file_stem(name: str) -> str:
 def load_table(path: Path) -> dict[str, dict[str, Entry]]:
     """Read a table of launch sizes and return its entries as ``{kernel: {key: entry}}``.
 
-    Without the file, or with a warning if it is damaged, the result is empty. Files are read once per process.
+    Without the file, or with a UserWarning if it is damaged, the result is empty. Files are read once per process.
     """
     if not path.exists():
         return {}
@@ -224,7 +224,10 @@ def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
 
 
 def flat_parameters(kernel: str, x: Tensor, default: Parameters) -> Parameters:
-    """Return the launch size of a ``kernel`` that reads ``x`` as one row: override, GPU's table, or ``default``."""
+    """Return the launch size of a ``kernel`` that reads ``x`` as one row: override, GPU's table, or ``default``.
+
+    ``kernel`` is its name in tables; the key there is the dtype of ``x`` and "flat". Of ``x`` dtype and device count.
+    """
     key = f"{str(x.dtype).removeprefix('torch.')}/flat"
     entry = tuned(kernel, key, x.device.index if x.device.type == "cuda" else None)
     return entry if isinstance(entry, Parameters) else default
@@ -274,7 +277,10 @@ class LaunchPlan(NamedTuple):
 
 
 def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> LaunchPlan:
-    """Return tile and number of programs for a ``kernel`` with one program per tile of ``view``."""
+    """Return tile and number of programs for a ``kernel`` with one program per tile of ``view``.
+
+    ``kernel`` is its name in tables, ``dtype`` that of the tensor that is read, ``device`` that of the tensors.
+    """
     return _plan(overridden(kernel), kernel, dtype, view, device, warp_size(device))
 
 

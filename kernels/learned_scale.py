@@ -33,7 +33,14 @@ def learned_terms(
     ROUNDING: tl.constexpr,
     METHOD: tl.constexpr,
 ):
-    """Return a mask of where the gradient of x passes, and d y / d parameter for each value, float32.
+    """Return a bool block of where the gradient of x passes, and d y / d parameter for each value, float32.
+
+    With ``v = x / parameter``, z the zero point, and code between the ends QUANT_MIN and QUANT_MAX:
+
+    - ``"torch"``: passes where ``round(v) + z`` is a code; ``code - z - v`` there, else ``end - z``.
+    - ``"megengine"``: passes where ``v + z`` lies between the ends; ``round(v + z) - (v + z)`` there, else the end.
+    - ``"tqt"``: passes where v lies within half a code of the ends; ``code - v`` there, else the end.
+    - ``"pact"``: passes where ``0 <= x < parameter``; 1 where ``x >= parameter``, else 0.
 
     Args:
         x: float32 block.
@@ -41,8 +48,8 @@ def learned_terms(
         zero_point: float32 integer, as ``parameter``, or the constant 0.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
-        ROUNDING: of ties; read by ``"torch"`` only.
-        METHOD: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``: see `tritonq.reference.learned_scale`.
+        ROUNDING: of ties, ``"half_even"`` or ``"half_away"``; read by ``"torch"`` only, others round half away.
+        METHOD: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``.
     """
     if METHOD == "pact":
         return (x >= 0) & (x < parameter), (x >= parameter).to(tl.float32)
@@ -222,10 +229,14 @@ def clip_then_round_kernel(
 
 
 def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
-    """Return ``x`` rounded to a grid with a learned parameter; strides as ``torch.empty_like(x)``.
+    """Return ``(code - z) · s`` on a grid with a learned parameter, in the dtype of ``x``, with the code by ``method``.
 
-    ``method`` is ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``, as in `tritonq.reference.learned_scale`.
-    For ``"pact"`` ``grid.scale`` holds the clipping level, which is the scale times the largest code.
+    - ``"torch"``: ``clip(round(x/s) + z)``, rounded as the grid's type rounds.
+    - ``"megengine"``: ``round_half_away(clip(x/s + z))``.
+    - ``"tqt"``: ``clip(round_half_away(x/s))``.
+    - ``"pact"``: ``clip(round_half_even(x/s))``; ``grid.scale`` holds the clipping level ``s · quant_max``.
+
+    Strides are those of ``torch.empty_like(x)``. While the grid's switch is off, values stay as they are.
     """
     if method == "megengine" and grid.zero_point is not None:
         return _clip_then_round(x, grid)
@@ -237,7 +248,10 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
 def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, of the learned parameter and of the zero point, from ``dy``, that of the result.
 
-    The last two are float32, shaped as ``grid.scale``; that of the zero point is of use for method ``"torch"`` only.
+    That of ``x`` is ``dy`` where it passes, else 0; that of the parameter is ``Σ dy · d y/d parameter``, both by
+    :func:`learned_terms`; that of the zero point is ``-s Σ dy`` over values where it does not pass, for method
+    ``"torch"`` with a zero point (0 for others). Where x is NaN all are 0. While the grid's switch is off, ``dy``, 0
+    and 0. The last two are float32, shaped as ``grid.scale``.
     """
     dx = torch.empty_like(x)
     of_parameter, of_shift = (torch.zeros_like(grid.scale, dtype=torch.float32) for _ in range(2))
@@ -278,7 +292,10 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
 
 
 def _clip_then_round(x: Tensor, grid: Grid) -> Tensor:
-    """Return ``x`` rounded in MegEngine's order, clip before round, which differs for ties if there is a zero point."""
+    """Return ``(round_half_away(clip(x/s + z)) - z) · s``, in MegEngine's order, with s and z of ``grid``.
+
+    It differs from rounding before clipping for ties, if there is a zero point.
+    """
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y

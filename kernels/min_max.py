@@ -161,7 +161,7 @@ def observe_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write the smallest and largest finite value of one share per channel; with SINGLE update the range instead."""
+    """Write the smallest and largest finite value of one share per channel; with SINGLE update the range by them."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -262,7 +262,9 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
 def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
     """Update a running range with ``x``, and the scale and zero point of ``grid`` that follow, in place on the device.
 
-    A frozen range (``statistics.frozen``) stays as it is; without ``grid`` only the range is updated.
+    The range takes the extremes of all batches, or with ``statistics.averaging_constant`` c ``r + c · (batch - r)``;
+    the first batch replaces the empty range. Values that are not finite are left out and counted. A frozen range
+    (``statistics.frozen``), or one whose switch is off, stays as it is; without ``grid`` only the range is updated.
     """
     if statistics.frozen:
         return

@@ -56,9 +56,11 @@ def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.const
 
 @triton.jit
 def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Return a function of float32 values, such as "sigmoid" or "silu"; NaN stays NaN.
+    """Return FUNCTION of float32 values; NaN stays NaN. FIRST and SECOND are its numbers, None if it has none.
 
-    FIRST and SECOND are its numbers: the slope of "leaky_relu", for example. None if it has none.
+    The names, with their numbers: sigmoid, tanh, silu, hardsigmoid, hardswish, gelu, tanh_gelu, mish, square, abs,
+    leaky_relu (slope), elu (alpha), softplus (beta, threshold), clip (low, high), plus (``x + a``), times (``x · a``),
+    over (``x / a``), from (``a - x``), ratio (``a / x``).
     """
     if FUNCTION == "sigmoid":
         return _sigmoid(x)

@@ -29,7 +29,15 @@ def range_to_qparams(
 ):
     """Return scale (float32) and zero point (int32) of the ranges ``min_val`` to ``max_val`` (float32 blocks).
 
-    The range is first widened to contain 0. One that is empty or not finite gives scale 1 and the type's zero point.
+    The range is first widened to contain 0. One that is empty or not finite gives scale 1 and the type's zero point, or
+    0 clipped to the codes.
+
+    - "torch", "megengine" with a fixed zero point: ``scale = max(max(-min, max) / (codes / 2), eps)``.
+    - "torch", "megengine" without: ``scale = max((max - min) / codes, eps)``, ``zero_point = QUANT_MIN - round(min /
+      scale)``; "torch" rounds ties to even and clips it to the codes, "megengine" rounds them away from zero.
+    - "torch_v1": in float64, as torch's fused moving-average operator; eps is not read.
+
+    ``codes = QUANT_MAX - QUANT_MIN``.
     """
     observed = (min_val <= max_val) & (tl.abs(min_val) < float("inf")) & (tl.abs(max_val) < float("inf"))
     low = tl.minimum(tl.where(observed, min_val, 0.0), 0.0)
@@ -83,7 +91,13 @@ def _linear_qparams(
 
 @triton.jit
 def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Return scale and zero point, float32, as torch's fused moving-average operator computes them in float64."""
+    """Return scale and zero point, float32, as torch's fused moving-average operator computes them in float64.
+
+    ``scale = (high - low) / codes`` with ``codes = QUANT_MAX - QUANT_MIN``. If SYMMETRIC and the range has values of
+    both signs, it is widened first: ``scale = max(-low / (codes // 2 + 1), high / (codes // 2))``, with the middle code
+    as zero point. An empty range has scale 0.1, a smaller scale than 6.1e-5 becomes that. The zero point follows from
+    the end of the range that is represented with the smaller error.
+    """
     low = low.to(tl.float64)
     high = high.to(tl.float64)
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN

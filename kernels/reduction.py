@@ -135,7 +135,10 @@ def plan_reduction(x: Tensor, seen: View) -> Reduction:
 
 @planned("min_max")
 def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp_size: int) -> Reduction:
-    """Compute :func:`plan_reduction` from dtype, view, device and warp size, and remember it."""
+    """Return how a reduction of a tensor with this dtype, view and device is divided among programs; remembered.
+
+    ``seen`` is the view of the tensor, ``warp_size`` the device's lanes per warp.
+    """
     chosen = parameters("min_max", dtype, seen, device)
     rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_BYTES // dtype.itemsize), chosen.max_cols)
     parts = split(seen.sizes, seen.channel, (1, rows, cols), programs_that_fill(device), _MIN_ELEMENTS_PER_PROGRAM)

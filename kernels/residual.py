@@ -50,11 +50,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return ``FQ(relu?(a + b))`` as a dense tensor, and the mask of where the gradient passes, one bit per element.
 
+    The mask is uint8 (plane,): bit b of byte i belongs to element ``b · plane + i`` in the result's memory order.
+
     Args:
         a: any shape.
         b: of ``a``'s shape and dtype.
-        grid: of the quantizer, per tensor; None: the sum is not rounded.
-        statistics: the running range of the grid, updated by the sum; None: nothing is observed.
+        grid: of the quantizer, per tensor, updated in place from the range; None: the sum is not rounded.
+        statistics: the running range of the grid, updated first by ``relu?(a + b)``; None: nothing is observed.
         ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     y = torch.empty_like(a)

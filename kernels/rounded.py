@@ -155,12 +155,12 @@ def rounded_kernel(
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> tuple[Tensor, Tensor]:
-    """Write ``FQ(relu?(y))`` over ``y``; return ``y`` and the mask of the gradient, one bit per element.
+    """Write ``FQ(relu?(y))`` over ``y``; return ``y`` and the mask of where the gradient passes, one bit per element.
 
     Args:
         y: float32, dense; overwritten.
-        grid: of the quantizer, per tensor.
-        statistics: the running range of the grid, updated by ``y``; None: nothing is observed.
+        grid: of the quantizer, per tensor, updated in place from the range.
+        statistics: the running range of the grid, updated first by ``relu?(y)``; None: nothing is observed.
         ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     mask = mask_like(y)
@@ -187,7 +187,7 @@ def write_rounded(
         operation: a name that `tritonq.kernels.pointwise.operate` knows.
         arguments: the numbers of that operation, at most two.
         grid: per tensor, updated in place; None leaves the result in float.
-        statistics: the range behind the grid, which the result updates; None observes nothing.
+        statistics: the range behind the grid, which ``relu?(f(a, b))`` updates first; None observes nothing.
         ceiling: upper bound of the ReLU between operation and quantizer; None without a ReLU.
     """
     n, plane = y.numel(), plane_length(y.numel())
@@ -245,7 +245,11 @@ def _observe(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> Grid:
-    """Update range and grid with the results of the operation, before the ReLU is applied, and return a snapshot."""
+    """Update range and grid with ``relu?(f(a, b))``, in place, and return a snapshot of the grid.
+
+    The kernel finds the ends of ``f(a, b)``; the ReLU is applied to these. Arguments are as in :func:`write_rounded`;
+    an empty operand updates nothing.
+    """
     a, n = operands[0], operands[0].numel()
     reads = sum(operand is not None for operand in operands)
     block = _RANGE_BYTES // (reads * a.element_size())

@@ -73,7 +73,10 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
 @triton.jit
 def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Return ``code - zero_point`` as float32: the steps between zero and the code of :func:`round_to_code`."""
+    """Return ``code - zero_point`` as float32: the steps between zero and the code of ``v``.
+
+    ``clamp(round(v), QUANT_MIN - zero_point, QUANT_MAX - zero_point)``; arguments as in :func:`round_to_code`.
+    """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
         v = clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point)
@@ -84,9 +87,10 @@ def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constex
 
 @triton.jit
 def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Whether ``round(v) + zero_point`` is a code, without clipping; False at NaN.
+    """Whether ``round(v) + zero_point`` lies in QUANT_MIN..QUANT_MAX, without clipping; False at NaN.
 
-    Arguments as those of :func:`round_to_code`.
+    ``v`` is float32, a value over its scale; ``zero_point`` a float32 integer that broadcasts against it, or 0;
+    ROUNDING ``"half_even"`` or ``"half_away"``. The result is a bool block.
     """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         steps = round_to_steps(v, zero_point, QUANT_MIN - 1, QUANT_MAX + 1, ROUNDING)

@@ -161,10 +161,13 @@ def folded_backward_kernel(
 def quantize_folded(
     rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Fold, observe and quantize ``rows`` (out, ...) by ``fold`` (out,); return ``(codes, unit, clips, snapshot)``.
+    """Return ``(codes, unit, clips, snapshot)`` for ``rows`` (out, ...) and ``fold`` (out,).
 
-    ``grid`` and ``statistics`` are updated in place; without a grid, codes are the folded weight; without statistics
-    nothing is observed. ``out`` is not used: a GPU's allocator hands out again what was freed.
+    ``codes = clip(round(rows · fold / s) + z) - z``.
+
+    ``unit`` is s, (out,); while the grid's switch is off, or without a grid, codes are ``rows · fold`` and the unit is
+    1. ``statistics`` are updated first, then scale s and zero point z of ``grid``; None: nothing is observed. ``out``
+    is not used.
     """
     if grid is None:
         return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None
@@ -180,7 +183,7 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return ``(codes, unit, clips, snapshot)`` of :func:`quantize_folded` once more: its codes are not kept.
+    """Return what :func:`quantize_folded` returned once more, without observing: its codes are not kept.
 
     Args:
         rows: the weight, (out, ...).
@@ -299,13 +302,8 @@ def folded_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return two gradients from that of the codes, in float32: of the weight, shaped as it, and of the fold, (out,).
 
-    Args:
-        dcodes: gradient of the codes, shaped as ``rows``.
-        rows: the weight, (out, ...).
-        fold: (out,), the factor of each row.
-        unit: (out,), what a code counts.
-        grid: the forward's snapshot, or None.
-        clips: whether a value may have been clipped; if not, no gradient is blocked.
+    ``q = dcodes / unit``, 0 where the code was clipped; ``drows = fold · q`` and ``dfold = Σ q · rows`` per row.
+    ``grid`` is the forward's snapshot, or None. If ``clips`` is False, no value was clipped and no gradient is blocked.
     """
     return gradients(dcodes, rows, fold, unit, grid if clips else None)
 
@@ -318,7 +316,7 @@ def gradients(
     grid: Grid | None,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; return the gradients of the weight and of the fold, or of γ with ``norm``.
+    """Return the gradients of :func:`folded_backward`, of the weight and of the fold; with ``norm`` of γ.
 
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.

@@ -49,7 +49,10 @@ def gamma_gradient(
     channel,  # (ROWS, 1) channel numbers
     valid,  # (ROWS, 1) which of them exist
 ):
-    """Return the gradient of γ, (ROWS, 1), from that of the fold: see `tritonq.reference.fold.gamma_gradient`."""
+    """Return the gradient of γ from that of the fold, (ROWS, 1): ``n + dfold · inverse_std - n · eps_share``.
+
+    ``n = sign(fold) · sum_gn``. Where ``|γ · inverse_std| < 1e-12`` the fold was ``1/σ``, and the gradient is ``n``.
+    """
     inverse_std = tl.load(inverse_std_ptr + channel, mask=valid, other=0.0)
     direct = tl.load(sum_gn_ptr + channel, mask=valid, other=0.0)
     direct = tl.where(fold < 0, -direct, direct)
@@ -97,9 +100,11 @@ def quantize_rows(
 ):
     """Fold, observe and quantize some rows of a weight.
 
-    ``codes = round(rows · fold / scale)``, clipped, and ``unit = scale``. With codes in float16 both are moved by a
-    power of two. If rounding is switched off, codes are ``rows · fold`` and the unit is 1. Arguments as those of the
-    kernels that call it.
+    ``codes = clip(round(rows · fold / scale) + zero_point) - zero_point``, and ``unit = scale``; what ends in ``_out``
+    is written per row. If ``observing_ptr`` is not 0, the range of each row, scale and zero point are updated first.
+    With codes in float16, codes are multiplied by the power of two nearest to the unit, which is divided by it. If
+    rounding is switched off, codes are ``rows · fold`` and the unit is 1. Arguments without a comment have those of
+    :func:`tritonq.kernels.weight.quantize_folded_kernel`.
     """
     start = channel.to(tl.int64)[:, None] * length
     col = tl.arange(0, COLS)[None, :]

@@ -134,14 +134,16 @@ def quantize_all(
 ) -> list[tuple[Tensor, Tensor, bool, Grid]]:
     """Fold, observe and quantize all weights; return ``(codes, unit, True, snapshot)`` for each, in their order.
 
+    ``codes = clip(round(rows · fold / unit) + zero_point) - zero_point``, and the unit is the scale, (out,); while a
+    switch is off, codes are ``rows · fold`` and units 1. Ranges, scales and zero points are updated first, in place.
     Weights whose quantizers differ only in their buffers share a launch. True says that something may have been
-    clipped.
+    clipped; the snapshot is a grid with copies of scale, zero point and switch.
 
     Args:
-        rows: the weights, (out, ...) each.
+        rows: the weights, (out, ...) each, float32.
         fold: the factors of all rows of all weights, one behind the other, float32.
-        grids: one per weight.
-        statistics: one running range per weight, or None to observe nothing.
+        grids: one per weight, with one scale per row and a switch (not None).
+        statistics: one running range per weight, with a switch, or None to observe nothing.
     """
     rows = [dense_rows(weight) for weight in rows]
     total, device = len(fold), fold.device

@@ -70,8 +70,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Returns:
             The output, in the axes of ``query``, and the softmax after dropout, (batch, targets, sources) or (batch,
-                heads,
-            targets, sources); without a batch both lack that axis.
+            heads, targets, sources); without a batch both lack that axis.
 
         Raises:
             ValueError: ``is_causal`` without ``attn_mask``.
