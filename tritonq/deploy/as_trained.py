@@ -21,7 +21,8 @@ def trace_as_trained(traced: nn.Module) -> None:
     nothing, where None was recorded: that is prevented, too.
 
     Args:
-        traced: a model that has just run on the arguments it will be traced with; its ``forward`` is replaced.
+        traced: a model that has just run on the arguments it will be traced with; the attribute ``forward`` of this
+            object is set to a function with the same signature.
     """
     forward = traced.forward
 

@@ -246,13 +246,13 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
 
 
 def _take_place(mine: nn.Module, made: nn.Module, entry: Description, state: Mapping[str, Tensor]) -> None:
-    """Give a deployed module the attributes, class and hooks of the float model's module that it replaces.
+    """Give a deployed module the attributes, class and hooks of the float model's module that it replaces, in place.
 
     Args:
         mine: the float model's module.
         made: the deployed module.
-        entry: its description.
-        state: the file's tensors.
+        entry: the deployed module's description, of :func:`describe_modules`.
+        state: the file's tensors, by name.
     """
     if entry["kind"] in ("sequential", "inputs"):
         return
@@ -269,7 +269,11 @@ def _take_place(mine: nn.Module, made: nn.Module, entry: Description, state: Map
 
 
 def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
-    """Raise ValueError unless each module of the file has its counterpart in the model, and the other way round."""
+    """Raise ValueError unless each module of the file has its counterpart in the model, and the other way round.
+
+    The message names the first module that is missing, differs (:func:`difference`) or is not in the file. What
+    conversion or preparation adds (:data:`ADDED`) needs no counterpart, nor does what lies inside of a replaced module.
+    """
     here = dict(model.named_modules(remove_duplicate=False))
     replaced: list[str] = []
     emptied: list[str] = []
@@ -296,7 +300,7 @@ def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
 
 
 def _counterpart(here: Mapping[str, nn.Module], name: str, entries: list[Description]) -> nn.Module | None:
-    """Return the model's module for a name in the file, or None.
+    """Return the model's module for a name in the file, or None; ``here`` has the model's modules by name.
 
     If a BatchNorm's activation was not absorbed, preparation made a Sequential of the BatchNorm's descendants, and
     joined their names with underscores.

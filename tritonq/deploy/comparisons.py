@@ -108,8 +108,8 @@ class VerificationReport:
     def agrees(self, max_fraction: float = 0.0, max_step: int = 0) -> bool:
         """Whether in every layer at most ``max_fraction`` of the codes differ, by at most ``max_step``.
 
-        Behind islands any number of codes may differ by one. The outputs are not asked: what follows from codes alone
-        is equal where these are, but for indices of equal values, which ``topk`` and ``sort`` return in any order.
+        Behind islands any number of codes may differ by one. ``outputs`` are not read: what follows from codes alone is
+        equal where these are, but for indices of equal values, which ``topk`` and ``sort`` return in any order.
         """
         return self.first_beyond(max_fraction, max_step) is None
 
@@ -143,11 +143,13 @@ class VerificationReport:
 
 
 def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...] = ()) -> LayerComparison:
-    """Compare the codes of one layer.
+    """Compare the codes of one layer: count those that differ, and find the largest difference in codes.
+
+    NaN in both is equal; NaN in one of them is a difference of 2^31.
 
     Args:
         name: of the layer.
-        one: codes of the trained model.
+        one: codes of the trained model, whole numbers as floats.
         other: codes of the deployed model. Axes of size 1 may be missing, and those of a linear layer may be a matrix.
         island: names of operators (softmax, say) before the codes for which these may differ by one; empty: none may.
 

@@ -54,7 +54,10 @@ def stand_ins(module: nn.Module) -> list[str]:
 
 
 def _drop_arguments(graph: fx.Graph, module: nn.Module) -> bool:
-    """Drop all arguments but the input from calls of converted layers; return whether any call had more."""
+    """Drop all arguments but the input from calls of converted layers, and the nodes that only they read, in place.
+
+    Return whether any call had more. ``module`` is the one whose forward ``graph`` is; it finds the called layers.
+    """
     unused: list[fx.Node] = []
     for node in graph.nodes:
         if node.op != "call_module" or len(node.args) < 2:

@@ -51,9 +51,11 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     """Return the deployed form of a quantization-aware model: integer weights, int32 biases, fixed quantizers.
 
     Every quantization-aware layer, its BatchNorm included, becomes one layer of :mod:`tritonq.deploy.modules`; every
-    fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. The result gives the same
-    codes as ``model`` in eval mode, bit for bit, and has no other mode: ``train()`` on it raises RuntimeError. A
-    fixed-point network becomes one of integers alone: :mod:`tritonq.deploy.fixed_point`.
+    fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. It warns (UserWarning) of
+    quantizers that no training step reached, of modules put into the model since, and of weight zero points that differ
+    between channels. The result gives the same codes as ``model`` in eval mode, bit for bit, and has no other mode:
+    ``train()`` on it raises RuntimeError. A fixed-point network becomes one of integers alone:
+    :mod:`tritonq.deploy.fixed_point`.
 
     Args:
         model: a trained model with quantization-aware layers, in any mode; also the result of ``torch.compile`` of one.
@@ -210,10 +212,7 @@ def _weight_dtype(layer: QATLayer | QATRecurrent | Embedding | EmbeddingBag) -> 
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raise ValueError unless weights, BatchNorm statistics and scales are finite.
-
-    The message names module and tensor.
-    """
+    """Raise ValueError, with the tensor's name, unless parameters, BatchNorm statistics and scales are finite."""
     for name, module in model.named_modules():
         held: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))
         if isinstance(module, _BatchNorm):
@@ -294,12 +293,13 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
 
 
 def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> QuantizedLayer:
-    """Return the deployed form of ``layer``.
+    """Return the deployed form of ``layer``: integer codes if the grids of input and weight are known, else float.
 
-    Args:
-        layer: the quantization-aware layer.
-        shape: the module that gives the geometry (strides and the like) and the deployed type: a Conv2d, Linear, ....
-        output: quantizer of the layer's result.
+    ``shape`` is the module that gives the geometry (strides and the like) and the deployed type: a Conv2d, Linear, ....
+    ``output`` is the deployed quantizer of the layer's result.
+
+    Raises:
+        ValueError: ``shape`` is of no class in :data:`LAYER_TYPES`, or the weight has no deployed form.
     """
     target = next((made for source, made in LAYER_TYPES.items() if isinstance(shape, source)), None)
     if target is None:

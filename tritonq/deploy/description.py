@@ -72,9 +72,11 @@ ADDED = (
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
-    """Return one description per module name of a converted model, parents first.
+    """Return one description per module name of a converted model, parents first; ready for JSON.
 
     A module with several names has one description, and entries of kind ``"alias"`` that refer to its first name.
+    Besides what its kind needs it has ``"forward"`` (the edited forward as data, or None), ``"keeps_class"`` if it is
+    also of its float class, and names of quantizers (``"operands"``, ``"quantizer_behind_clip"``).
     """
     first_names: dict[nn.Module, str] = {}
     found = []
@@ -103,11 +105,9 @@ def describe_modules(model: nn.Module) -> list[Description]:
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
     """Give rebuilt modules their references to quantizers, which a file holds by name.
 
-    Joins, means and functions know the quantizers of their operands and result, layers a quantizer behind a clip.
-
-    Args:
-        modules: of the rebuilt model, by name; changed in place.
-        entries: descriptions of its modules.
+    Joins, means and functions know the quantizers of their operands and result (``"operands"``, None: unknown), layers
+    a quantizer behind a clip (``"quantizer_behind_clip"``). ``modules`` has those of the rebuilt model by name, and is
+    changed; ``entries`` are their descriptions.
     """
     for entry in entries:
         if entry["kind"] in _JOINTS:
@@ -300,7 +300,12 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def difference(entry: Description, module: nn.Module) -> str | None:
-    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits."""
+    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
+
+    Layers, tables, pools and recurrent layers fit if class and constructor arguments (without ``bias``) are equal,
+    functions if class, name and numbers are, clips if the bounds are, and other modules if the class's name is. Kinds
+    without a counterpart in the float model, such as ``"quantizer"``, always fit. Weights are not compared.
+    """
     kind, here = entry["kind"], _class_name(module)
     if kind in ("integer_layer", "integer_maximum"):
         return integer_difference(entry, module)
@@ -335,7 +340,7 @@ def _function_here(module: nn.Module) -> Function | None:
 
 
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
-    """Return the forward of a module as ``apply_forward`` takes it; None if it is the class's own.
+    """Return the edited forward of a module, as plain data that ``apply_forward`` takes; None if it is the class's own.
 
     Files of version 0.1.0 (format 2 and earlier) have hooks in its place, which are part of the forward now.
 

@@ -1,4 +1,7 @@
-"""Embedding tables of a converted model: integer codes, and only the rows that are looked up become float values."""
+"""Embedding tables of a converted model: integer codes, and only the rows that are looked up become float values.
+
+A row's values are ``(code - zero_point) · scale``, float32, with the row's own scale and zero point.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class QuantizedTable(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor, by name."""
+        """Arguments of the float layer's constructor by name, those in ``geometry_names``."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property
@@ -85,7 +88,10 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
     float_type = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return float32 (..., embedding_dim) for integer indices (...)."""
+        """Return the float32 values (..., embedding_dim) of the rows with the integer indices ``input`` (...).
+
+        With ``max_norm`` rows are scaled as ``nn.Embedding`` does it.
+        """
         if self.max_norm is not None:
             return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)
         codes, zero = F.embedding(input, self.stored_weight), self.weight_zero_point[input].unsqueeze(-1)
@@ -93,13 +99,13 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
 
 
 class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
-    """``nn.EmbeddingBag`` over a table of integers."""
+    """``nn.EmbeddingBag`` over a table of integers, whose values are computed as float32 in each call."""
 
     float_type = nn.EmbeddingBag
     geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return float32 (bags, embedding_dim), as ``nn.EmbeddingBag`` does.
+        """Return float32 (bags, embedding_dim): the sum, mean or maximum (``mode``) of each bag's rows.
 
         Args:
             input: integer indices: (n,) with ``offsets``, else (bags, indices per bag).

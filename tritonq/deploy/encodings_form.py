@@ -40,7 +40,7 @@ class Encoding:
     Attributes:
         scale: one number per channel, or one.
         zero_point: as ``scale``.
-        qtype: range of codes, and axis of the channels; axis None for one scale.
+        qtype: range of codes and the axis that the scales lie along; axis None for one scale.
     """
 
     scale: tuple[float, ...]
@@ -66,6 +66,10 @@ class _Mark(nn.Module):
 
 def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]]:
     """Return a copy of a converted model that traces to marks and float operators, and a dict from marks to grids.
+
+    In the copy quantizers mark their input and return it; layers multiply by the float values of their codes and mark
+    weight and bias, which lie on their grids. Marks have the names of quantizers, or ``"layer.weight"``,
+    ``"layer.bias"``.
 
     Warns:
         UserWarning: embedding tables, whose rows have a scale each: they get no encoding.

@@ -1,4 +1,8 @@
-"""The example inputs of exporters, and the axes of them that stay open: the file then takes other sizes there."""
+"""The example inputs of exporters, and the axes of them that stay open: the file then takes other sizes there.
+
+An axis is *open* if the traced graph has a symbol for its size, and *fixed* if it has a number. *Arguments* are a pair
+of positional arguments and a dict of named ones. Sizes are those of the axes behind batch (0) and channels (1).
+"""
 
 from __future__ import annotations
 
@@ -89,10 +93,12 @@ def name_sizes(graph: Any) -> None:
 
 
 def tell_fixed_batch(name: str, graph: Any) -> None:
-    """Warn if the batch axis of a traced graph is fixed although it was to be open.
+    """Warn (UserWarning) if axis 0 of a traced graph's first input with a shape is fixed.
+
+    Called for graphs whose batch was to be open (``dynamic_batch``): the forward then made a number of it.
 
     Args:
-        name: of the model's class.
+        name: of the model's class, for the message.
         graph: an ``onnx_ir.Graph``.
     """
     first = next((value for value in graph.inputs if value.shape is not None and len(value.shape)), None)
@@ -128,7 +134,9 @@ def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_sizes(model: nn.Module, arguments: Arguments) -> None:
-    """Run a model on inputs of twice the height and width.
+    """Run a model, without gradient, on its example inputs with the axes behind the first two doubled.
+
+    Random state is as before. Tensors of other than 3 to 5 axes stay as they are.
 
     Raises:
         ValueError: it does not run on them.

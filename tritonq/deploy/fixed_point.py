@@ -40,7 +40,8 @@ def has_fixed_point(model: nn.Module) -> bool:
 def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Return the integer form of a fixed-point network: layers take 8-bit codes and shift their sums to codes.
 
-    Its outputs equal those of ``model`` in eval mode, and so does every code between.
+    Its outputs equal those of ``model`` in eval mode, and so does every code between. The result is a copy in eval
+    mode, or with ``inplace`` the model itself, changed (another module if the model is a single layer).
 
     Raises:
         ValueError: formats that never observed anything, are switched off, or wider than 8 bits, float biases, or a

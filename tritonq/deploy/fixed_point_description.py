@@ -1,4 +1,8 @@
-"""The integer modules of a converted fixed-point network as plain data, and back."""
+"""The integer modules of a converted fixed-point network as plain data, and back.
+
+A *description* is a module as a dict: ``"kind"`` (``"integer_layer"``, ``"integer_add"``, ``"integer_average"``,
+``"integer_maximum"``, ``"relu"``) and what that kind needs, without tensors.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +102,11 @@ def _build(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | N
 
 
 def integer_difference(entry: Description, module: nn.Module) -> str | None:
-    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits."""
+    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
+
+    It fits if it is the Conv2d, Linear or MaxPool2d that the entry stands for, with equal channels, kernel size,
+    strides and the like. Padding given as text, such as ``"same"``, is not compared.
+    """
     kinds: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
     expected = kinds[entry["type"]] if entry["kind"] == "integer_layer" else nn.MaxPool2d
     if not isinstance(module, expected):

@@ -69,9 +69,10 @@ class IntegerModule(DeployedModule):
         return None if self.output is None else self.frac_len - self.output.frac_len
 
     def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:
-        """Return accumulators ``total`` as codes of the output; without output as int32, clamped.
+        """Return accumulators as codes of the output: ``clamp(round_half_even(total · 2^-shift))``, int8 or uint8.
 
-        ``channel_axis`` is the axis of the channels.
+        Without an output format they are returned as int32, clamped to ±(2^31 - 1). ``total`` is int32 or int64, and
+        ``channel_axis`` its axis of the channels.
         """
         if self.output is None or self.shift is None:
             return total.clamp(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
@@ -130,12 +131,19 @@ class IntegerLayer(IntegerModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Compute ``bound`` from weight and bias; called after each load."""
+        """Set ``bound``, the most that an accumulator can be; called after each load.
+
+        It is the largest ``Σ |w| · largest input code + |bias|`` of a channel.
+        """
         rows = self.weight.to(torch.int64).abs().flatten(1).sum(1) * self.input.largest
         self.bound = int((rows + self.bias.to(torch.int64).abs()).max())
 
     def accumulate(self, codes: Tensor) -> Tensor:
-        """Return the result for input codes (n, c, h, w): codes, or accumulators, (n, out, h', w')."""
+        """Return the result for input codes (n, c, h, w): codes, or int32 accumulators, (n, out, h', w').
+
+        Clamped accumulators are counted in ``saturated``, if any can be; then it warns (RuntimeWarning), once per
+        layer.
+        """
         ops = implementation("int8_conv", codes)
         low, high, dtype = 0, 0, torch.int32
         if self.output is not None:
@@ -158,7 +166,10 @@ class IntegerLayer(IntegerModule):
         return result
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return codes, or accumulators, for input codes; the first layer takes, and the last returns, real values."""
+        """Return codes, or accumulators, for input codes; the first layer takes, and the last returns, real values.
+
+        ``input`` is (n, c, h, w) for a convolution, (..., in) for a linear layer.
+        """
         codes = self.input.encode(input) if self.encodes else input
         if self.linear:
             flat = codes.reshape(-1, codes.shape[-1], 1, 1)
@@ -251,7 +262,8 @@ class PoolingWindow:
 class IntegerAvgPool2d(IntegerModule):
     """The average of windows of codes: their sum, whose fractional length includes the division by a power of two.
 
-    A sum S stands for the average ``S · 2^-frac_len``.
+    A sum S stands for the average ``S · 2^-frac_len``; with an output format it becomes a code by
+    ``clamp(round_half_even(S · 2^-shift))``.
 
     Args:
         window: the elements of each average.
@@ -270,7 +282,7 @@ class IntegerAvgPool2d(IntegerModule):
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the averages of codes (n, c, h, w), as codes or accumulators.
+        """Return the averages of codes (n, c, h, w), as codes, or as int32 sums without an output format.
 
         Raises:
             ValueError: the window is the whole image, and the image has not ``area`` values.

@@ -87,7 +87,8 @@ class _Writer:
     Methods that begin with an underscore add nodes and return the name of the result's tensor.
 
     Attributes:
-        codes: for `verify`: one dict per layer with the name of the tensor of codes that it reads.
+        codes: for `verify`: one dict per layer: "quantizer" (the layer's name), "tensor" (the name of the codes that it
+            reads), "zero_point" (0) and "axis" (None).
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -229,9 +230,10 @@ class _Writer:
         return self._clipped(steps, codes)
 
     def _rounded(self, total: str, module: IntegerModule, shape: tuple[int, ...]) -> str:
-        """Add the shift of accumulators ``total`` to codes.
+        """Add the shift of accumulators to codes, ``Clip(Round(float(total) · 2^-shift))``; return the codes' name.
 
-        Return the codes' name, or ``total`` if accumulators stay.
+        If ``module`` has no output format, nothing is added and ``total`` is returned. ``shape`` is that in which its
+        shifts broadcast.
         """
         if module.output is None or module.shift is None:
             return total
@@ -249,7 +251,10 @@ class _Writer:
         return self._emit("Cast", [whole], to=types.INT8 if codes.quant_min < 0 else types.UINT8)
 
     def _unsigned(self, source: str, codes: FixedPointFormat) -> tuple[str, str]:
-        """Add the conversion of codes to unsigned bytes; return the names of the bytes and of their zero point."""
+        """Add the conversion of codes to unsigned bytes, by adding 128 to signed ones.
+
+        Return the names of the bytes and of their zero point (128, or 0 for codes that are unsigned already).
+        """
         if codes.quant_min >= 0:
             return source, self._constant(torch.tensor(0, dtype=torch.uint8))
         types = self._onnx.TensorProto

@@ -35,7 +35,7 @@ class FloatQuantizer(DeployedModule):
         self.eval()
 
     def calculate_qparams(self) -> QParams:
-        """Return the scale, and zero points, all of which are 0."""
+        """Return the scale, (1,) or (channels,), and int32 zero points of that shape, all of which are 0."""
         return QParams(self.scale, self.scale.new_zeros(self.scale.shape).int())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The deployed layers, by the float layers whose geometry they have."""
+"""The deployed layers, by the float layers whose geometry they have.
+
+``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) · multiplier)``, then the output quantizer, as
+:class:`QuantizedLayer` says it; scales of the weight are per out channel.
+"""
 
 from __future__ import annotations
 

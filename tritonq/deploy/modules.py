@@ -2,7 +2,8 @@
 
 Activations travel between modules as float tensors of values ``(code - zero_point) · scale``, so that any model
 structure survives conversion. Each layer computes by the functions that quantization-aware layers use in eval mode, and
-so gives the same bits.
+so gives the same bits: ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) · multiplier)``, then the output
+quantizer. Scales and zero points of the weight are per out channel.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor, by name."""
+        """Arguments of the float layer's constructor by name, without ``bias``; a stride given as 1 is (1, 1)."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property
@@ -201,7 +202,10 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         super().__setattr__(name, value)
 
     def along_weight(self, values: Tensor) -> Tensor:
-        """Return values of one per out channel or group (such as scales), shaped to broadcast against the weight."""
+        """Return values of one per out channel or group (such as scales), shaped to broadcast against the weight.
+
+        ``values`` is (out,), or with groups (out, in/groups/group, ...), where each is repeated for its group.
+        """
         if not self.has_groups:
             return self.along_out_channels(values)
         group = cast(int, cast(QuantizedType, self.types.weight).group)
@@ -212,9 +216,9 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
-        """Return weight codes minus zero points, in the smallest dtype that holds them.
+        """Return weight codes minus zero points, int32; without zero points the codes themselves.
 
-        Of a float format its numbers.
+        Of a float format its numbers, as float32.
         """
         number = None if self.types.weight is None else self.types.weight.float_format
         if number is not None:
@@ -269,7 +273,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return y if fused is not None else self.finish(y, relu_done=True)
 
     def _run_packed(self, x: Tensor) -> Tensor | None:
-        """Compute :meth:`forward` by torch's integer kernels; return None if they can't run this layer on ``x``."""
+        """Return :meth:`forward`'s result by torch's integer kernels; None if they can't run this layer on ``x``."""
         quantizer = cast(nn.Module, self._modules["activation_post_process"])
         if quantizer._forward_pre_hooks:
             return None
@@ -295,7 +299,10 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """Compute :meth:`forward` by PyTorch's operators. ``layer`` is the result of :meth:`integer_layer`."""
+        """Return the result of :meth:`forward` for an input that is rounded, computed by PyTorch's operators.
+
+        ``layer`` is the result of :meth:`integer_layer`; None: the layer computes in float.
+        """
         if layer is None:
             y = self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype))
         else:
@@ -322,10 +329,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """Return the grid that the integer sums are rounded to in one step.
-
-        None if a function or no such grid follows.
-        """
+        """Return the grid that integer sums are rounded to in one step; None if a function or no grid follows."""
         quantizer = self.output_quantizer
         return None if quantizer is None else quantizer.grid()
 
@@ -363,7 +367,7 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
 
 
 class QuantizedTransposed(TakesOutputSize, QuantizedLayer):
-    """A transposed convolution in integers, weight (in, out/groups, ...); see :class:`QuantizedLayer`."""
+    """A transposed convolution in integers, weight (in, out/groups, ...); :class:`QuantizedLayer` has the formula."""
 
     geometry_names = (*QuantizedLayer.geometry_names, "output_padding")
     in_channels: int

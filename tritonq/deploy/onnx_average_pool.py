@@ -44,8 +44,11 @@ def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
 def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> None:
     """Make a layer trace to a sum of codes and one requantization, for ONNX Runtime.
 
+    A mean over the whole image becomes GlobalAveragePool. Windows of open size, or of 2^14 elements and more, are
+    traced as a float mean, with a warning (UserWarning).
+
     Args:
-        layer: a pool or mean with known grids; changed in place.
+        layer: a pool or mean with known grids; its forward, buffers and children are changed in place.
         name: the layer's, for a warning.
         quantizer: the traced form of its output quantizer, a :class:`TracedQuantizer`.
     """
@@ -58,7 +61,7 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
 
 
 def rewrite_global_average(layer: AverageLayer) -> None:
-    """Make a layer trace to its float operation, without quantizers.
+    """Make a layer trace to its float operation, without quantizers; it is changed in place.
 
     A mean over all axes behind the first two becomes GlobalAveragePool: TensorRT 8 does not read the axes of a
     ReduceMean of opset 18, which are an input, and reduces over all axes.
@@ -109,7 +112,9 @@ def _is_global(averaging: Averaging, x: Tensor) -> bool:
 
 
 def _sums(averaging: Averaging, x: Tensor, scale: Tensor) -> Tensor | None:
-    """Return the sums of codes behind the means of values on a grid; None if no ONNX operators give them exactly.
+    """Return the sums of codes (minus zero points) that the means of values on a grid divide, whole numbers as floats.
+
+    None if no ONNX operators give them exactly.
 
     Args:
         averaging: which elements each mean takes.

@@ -19,6 +19,9 @@ from tritonq.prepare.forwards.edited import set_inner_forward
 def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantizer, TracedQuantizer]:
     """Make layers before clips, or else the clips themselves, round and bound codes.
 
+    The clip behind a layer then returns its input, and the layer's ReLU, if it has one, is part of the bounds. Clips
+    without a quantizer with one grid stay as they are.
+
     Args:
         model: a copy of the converted model; changed in place.
         names: of the quantizers.

@@ -2,7 +2,7 @@
 
 The code of each pixel value is computed once, at export: the value after mean and standard deviation, on the grid of
 the input's quantizer. The file looks the code up in a table, so no float value stands before the first layer and none
-is rounded twice.
+is rounded twice. What a file takes and returns is noted in its metadata, as JSON under the key ``tritonq.ends``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class Ends:
 
     @classmethod
     def of(cls, properties: dict[str, str]) -> Ends:
-        """Return the ends that a file's metadata (key to text) describe."""
+        """Return the ends that a file's metadata (key to text) describe, as :meth:`to_json` wrote them.
+
+        Without the key ``tritonq.ends``: ``Ends()``, values in and out.
+        """
         data = json.loads(properties.get(ENDS_KEY, "{}"))
         pixels = data.get("pixels")
         return cls(
@@ -77,16 +80,23 @@ class Ends:
         )
 
     def to_json(self) -> str:
-        """Return the text for a file's metadata, which :meth:`of` reads."""
+        """Return the text for a file's metadata, which :meth:`of` reads: the attributes as a JSON object."""
         pixels = None if self.pixels is None else [self.pixels.mean, self.pixels.std]
         return json.dumps({"pixels": pixels, "returned": self.returned, "grids": self.grids})
 
     def values(self, arguments: Any) -> Any:
-        """Return the trained model's arguments for those of the file: with pixels normalised."""
+        """Return the trained model's arguments for those of the file: with pixels normalised.
+
+        ``arguments`` may nest tensors in tuples, lists and dicts; without ``pixels`` they are returned as they are.
+        """
         return arguments if self.pixels is None else replace_tensors(arguments, self.pixels)
 
     def results(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Return the outputs that the file should have if the trained model returns ``outputs``."""
+        """Return the outputs that the file should have if the trained model returns ``outputs``.
+
+        For ``"argmax"`` the index of the largest value along axis 1; for ``"codes"`` ``round(output / scale) + zero``,
+        int32; else the outputs themselves.
+        """
         if self.returned == "argmax":
             return [output.argmax(1) for output in outputs]
         if self.returned == "codes":
@@ -100,7 +110,7 @@ def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
 
     Args:
         pixels: ``(mean, std)``, each a number or one per channel; None: the result is None.
-        returned: what the file returns.
+        returned: what the file returns: ``"values"``, ``"codes"`` or ``"argmax"``.
 
     Raises:
         ValueError: no two numbers or sequences of equal length, deviations that are not positive, or an unknown
@@ -120,7 +130,7 @@ def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
 
 
 def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module) -> None:
-    """Make a file take uint8 pixels, whose codes it looks up in a table.
+    """Make a file take uint8 pixels, whose codes it looks up in a table instead of quantizing its input.
 
     Args:
         proto: the file's content; changed in place.

@@ -21,6 +21,8 @@ _WEIGHT_OFFSET = 128
 def write_exact_sums(graph: Any) -> None:
     """Write convolutions of codes by ConvInteger, except those whose result QuantizeLinear alone reads.
 
+    Weights are written as uint8, 128 larger, with the zero point 128.
+
     Convolutions with input codes of other than 8 bits, or with zero points of weights, are left as they are.
 
     Args:
@@ -39,10 +41,10 @@ def _is_quantized_at_once(result: Any) -> bool:
 
 
 def _integers_of(node: Any) -> tuple[Any, Any, Any] | None:
-    """Return the DequantizeLinear nodes of a convolution's input, weight and bias.
+    """Return the DequantizeLinear nodes ``(source, weight, bias)`` of a convolution's input, weight and bias.
 
     The last is None without a bias. The result is None if one of the three is in float, or not in codes that
-    ConvInteger takes.
+    ConvInteger takes: uint8 with one scale for the input, constant int8 with zero points of 0 for the weight.
     """
     import onnx_ir as ir
 
@@ -114,7 +116,7 @@ def _replace(graph: Any, node: Any, source: Any, weight: Any, bias: Any) -> None
 
 
 def _drop(graph: Any, maker: Any) -> None:
-    """Remove a DequantizeLinear of constants that nothing reads any more, and its constants likewise."""
+    """Remove a DequantizeLinear of constants (``maker``) that nothing reads any more, and its constants likewise."""
     if maker.outputs[0].uses():
         return
     constants = [value for value in maker.inputs if value is not None]

@@ -263,9 +263,9 @@ def export_traced(
     """Return the ONNX program that ``torch.onnx.export`` makes of a model which was rewritten for it.
 
     Args:
-        model: the rewritten model.
+        model: the model, in which modules trace to operators of `onnx_ops` and `onnx_recurrent`.
         args: positional arguments to trace with.
-        kwargs: named arguments.
+        kwargs: named arguments to trace with.
         shapes: ``dynamic_shapes`` of torch.export; None: all sizes are those of the arguments.
         opset: version of the operators.
         input_names: names of the inputs, or None for torch's.
@@ -273,6 +273,9 @@ def export_traced(
 
     Raises:
         ValueError: torch can't export it.
+
+    Returns:
+        A ``torch.onnx.ONNXProgram``.
     """
     from tritonq.deploy.onnx_ops import translations
     from tritonq.deploy.onnx_recurrent import recurrent_translations
@@ -305,7 +308,11 @@ def export_traced(
 
 
 def _name_codes(model: Any) -> None:
-    """Name the tensors of codes after their quantizers, and list the names in the file's metadata, in order."""
+    """Name the tensors of codes after their quantizers, and list the names in the file's metadata, in order.
+
+    The list is JSON under :data:`CODES_KEY`: dicts with "quantizer", "tensor", "zero_point" and "axis" (None: one
+    grid); for floats also "format" and "scale". ``model`` is an ``onnx_ir.Model``, changed in place.
+    """
     from tritonq.deploy.onnx_floats import describe_floats
     from tritonq.deploy.onnx_ops import QUANTIZER_KEY
 

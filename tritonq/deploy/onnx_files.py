@@ -22,7 +22,7 @@ def require_onnx(*packages: str) -> None:
 
 
 def drop_unread(graph: Any) -> None:
-    """Delete from an ONNX graph the nodes and initialisers that neither a node nor an output of the graph reads."""
+    """Delete from an ONNX graph, in place, the nodes and initialisers that neither a node nor an output reads."""
     outputs = {output.name for output in graph.output}
     while True:
         read = {name for node in graph.node for name in node.input} | outputs
@@ -53,7 +53,7 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
 
 
 def forget_source(proto: Any) -> None:
-    """Delete the exporter's notes on nodes and values from a file: stack traces, absolute paths, source code."""
+    """Delete the exporter's notes on nodes and values of a file, in place: stack traces, paths, source code."""
     graph = proto.graph
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del item.metadata_props[:]

@@ -15,8 +15,9 @@ _LAYERS = ("Conv", "Gemm")
 def quantize_layers_at_once(graph: Any) -> None:
     """Put a QuantizeLinear that divides by the scale directly behind layers with integer input, weight and bias.
 
-    Quantizers behind clips are written with a division of their own, because ONNX Runtime would quantize a float layer
-    that QuantizeLinear follows. A layer in integers needs that QuantizeLinear.
+    Quantizers behind clips are written with a division of their own (a Mul by the reciprocal, then a QuantizeLinear of
+    scale 1), because ONNX Runtime would quantize a float layer that QuantizeLinear follows. A layer in integers needs
+    that QuantizeLinear: the Mul is removed.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.
@@ -90,7 +91,10 @@ def _has_blocks(node: Any) -> bool:
 
 
 def tell_float_convolutions(proto: Any) -> None:
-    """Warn of the convolutions of a file that ONNX Runtime will run in float, with their names."""
+    """Warn (UserWarning) of the convolutions of a file that ONNX Runtime will run in float, with their names.
+
+    ``proto`` is the file's content. Nothing happens if there are none (:func:`float_convolutions`).
+    """
     names = float_convolutions(proto)
     if names:
         warnings.warn(

@@ -1,4 +1,7 @@
-"""Quantizers and weights of eight-bit floats in ONNX files: FLOAT8E4M3FN and FLOAT8E5M2 (opset 19)."""
+"""Quantizers and weights of eight-bit floats in ONNX files: FLOAT8E4M3FN and FLOAT8E5M2 (opset 19).
+
+A *code* of a float format counts its numbers: n stands for the n-th positive number, -n for its opposite, 0 for zero.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ class TracedFloatQuantizer(nn.Module):
         self.register_buffer("one", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` rounded to the format, times the scale; same shape."""
+        """Return ``number · scale`` with number the format's nearest to ``x / scale``, at most its largest; float32.
+
+        ``x`` is float32 of any shape.
+        """
         y: Tensor
         if self.divides:
             y = quantize_dequantize_float(x, self.scale, self.zero_point, self.axis or 0, self.name)
@@ -69,9 +75,10 @@ class TracedFloatQuantizer(nn.Module):
 
 
 def describe_floats(node: Any) -> dict[str, Any]:
-    """Return format, scale and axis of a DequantizeLinear of floats, as plain data for the file's metadata.
+    """Return ``{"format", "scale", "zero_point": 0, "axis"}`` of a DequantizeLinear of floats, for the file's metadata.
 
-    `verify` computes codes from the file's values with them.
+    "format" is ``"e4m3"`` or ``"e5m2"``, "scale" a number or a list, "axis" that of the scales or None. `verify`
+    computes codes from the file's values with them.
 
     Args:
         node: an ``onnx_ir.Node``.
@@ -82,9 +89,10 @@ def describe_floats(node: Any) -> dict[str, Any]:
 
 
 def float_codes(entry: dict[str, Any], values: Tensor) -> Tensor:
-    """Return the codes of ``values`` that a float quantizer of a file made, as float32.
+    """Return the codes of ``values`` that a float quantizer of a file made: n for the format's n-th positive number.
 
-    ``entry`` is its description, from :func:`describe_floats`.
+    They are whole numbers as float32, negative for negative values. ``values`` are ``number · scale``; ``entry`` is the
+    quantizer's description, from :func:`describe_floats`.
     """
     number = FLOAT_FORMATS[entry["format"]]
     return codes_of_floats(round_to_float_(values / _scale(entry, values.dim()), number), number).float()
@@ -95,7 +103,8 @@ def float_values(entry: dict[str, Any], codes: Tensor) -> Tensor:
 
     Args:
         entry: the quantizer's description, from :func:`describe_floats`.
-        codes: whole numbers, of the shape of the quantized tensor, as :func:`float_codes` returns them.
+        codes: whole numbers in any dtype, of the shape of the quantized tensor: n for the format's n-th positive
+            number.
     """
     return floats_of_codes(codes, FLOAT_FORMATS[entry["format"]]) * _scale(entry, codes.dim())
 

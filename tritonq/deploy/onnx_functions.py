@@ -64,10 +64,12 @@ def function_grids(layer: FunctionLayer | PReLU) -> tuple[Quantizer, Quantizer] 
 
 
 def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer: nn.Module) -> None:
-    """Make a layer trace to its function in float, and then its quantizer as a QuantizeLinear that divides.
+    """Make a layer trace to its function in float, and then its quantizer.
+
+    For ONNX Runtime QuantizeLinear divides. If the grid rounds ties away from zero, the quotient is rounded before it.
 
     Args:
-        layer: a function's layer with known grids; changed in place.
+        layer: a function's layer with known grids; its forward, buffers and children are changed in place.
         output: its output quantizer.
         quantizer: the traced form of ``output``, a :class:`TracedQuantizer`.
     """
@@ -83,7 +85,11 @@ def _forward(layer: Any, half_away: bool, input: Tensor) -> Tensor:
 
 
 def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuantizer) -> CodeTable:
-    """Return the trained codes of a function, counted as the traced quantizers of its input and output count them."""
+    """Return the trained codes of a function, counted as the traced quantizers of its input and output count them.
+
+    For each code i of ``source`` from 0 up: ``clip(round(f((i - z_in) · s_in) / s_out) + z_out)`` on the grid of
+    ``output``.
+    """
     grids = []
     for end in (source, output):
         qtype = QuantizedType(0, end.quant_max, False, None, end.rounding)

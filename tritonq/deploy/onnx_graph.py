@@ -66,6 +66,10 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
 
     Raises:
         ValueError: a quantizer, weight or module that the target can't represent; the message names it.
+
+    Returns:
+        The copy, and for ONNX Runtime the trained codes of each function whose input and output have one grid each; for
+        other targets the list is empty.
     """
     for name, module in converted.named_modules():
         if isinstance(module, DeployedModule) and not isinstance(module, _KNOWN):
@@ -170,6 +174,8 @@ def _rewrite_averages(model: nn.Module, forms: dict[Quantizer, TracedQuantizer])
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
     """Replace the ReLU before a quantizer by a lower bound of its codes, and a ReLU's upper bound by an upper one.
 
+    The quantizer becomes a :class:`TracedQuantizer`, and the module's ``ceiling`` None. Those per channel stay.
+
     ``names`` has the name of each quantizer. ``model`` is changed in place.
     """
     for module in model.modules():
@@ -182,7 +188,10 @@ def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
 
 
 def _drop_ceilings(model: nn.Module) -> None:
-    """Make a plain ReLU of one with an upper bound, if the quantizer behind it saturates at that bound or below."""
+    """Make a plain ReLU (``ceiling`` infinity) of one with an upper bound, in place.
+
+    That is done if the quantizer behind it saturates at that bound or below, so that the bound changes nothing.
+    """
     for module in model.modules():
         if isinstance(module, (QuantizedLayer, Joint)) and module.ceiling is not None:
             output = module.activation_post_process
@@ -283,7 +292,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
 
 
 def _rewrite_float_weight(layer: QuantizedLayer) -> None:
-    """Make a weight of float codes a constant of 8-bit floats, which hold the numbers of smaller formats, too."""
+    """Make a weight of float codes a constant of 8-bit floats, in place; these hold smaller formats, too."""
     dtype = FLOAT_DTYPES.get(cast(QuantizedType, layer.types.weight).codes, torch.float8_e4m3fn)
     scale = cast(Tensor, layer.weight_scale)
     if layer.has_groups:

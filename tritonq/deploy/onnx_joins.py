@@ -21,6 +21,9 @@ from tritonq.reference.activation import rectify
 def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
     """Make a join trace to operators by which ONNX Runtime computes it as the join itself does in eval mode.
 
+    They are the float operation, the ReLU and the output quantizer; of a sum, the operand that is broadcast comes
+    second.
+
     Args:
         join: a sum, difference, product, minimum or maximum; changed in place.
         subtrahend: for a difference the traced quantizer of its second operand, by which it becomes a sum; None: it

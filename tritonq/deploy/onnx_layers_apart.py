@@ -1,4 +1,8 @@
-"""The layers of an ONNX file one by one: each reads given codes, and the operators between codes are known by name."""
+"""The layers of an ONNX file one by one: each reads given codes, and the operators between codes are known by name.
+
+The result of a *defined* operator follows from its inputs alone. Sums of floats are not defined, unless they add whole
+numbers or ONNX Runtime computes them in integers: their last bits depend on the order.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,8 @@ def given_name(tensor: str) -> str:
 
 def separated(model: Any, kinds: Mapping[str, tuple[Any, int]]) -> bytes:
     """Return the content of a file in which readers of codes read new inputs instead, and which returns its codes.
+
+    The inputs have the names of :func:`given_name`; the file's own inputs stay, and codes are its only outputs.
 
     Args:
         model: an ``onnx.ModelProto``; not changed.
@@ -109,7 +115,8 @@ class _Search:
     def before(self, codes: str) -> tuple[str, ...]:
         """Return the names of operators without a defined order of sums that lead to the codes named ``codes``, sorted.
 
-        ``("Softmax",)``, for example; ``()`` if nothing may differ.
+        Those between these codes and the codes, inputs and constants before them count; ``("Softmax",)``, for example;
+        ``()`` if nothing may differ.
         """
         undefined = _COMPUTING | _PRODUCTS if self._is_fine(codes) else frozenset[str]()
         nodes = self._between(codes)

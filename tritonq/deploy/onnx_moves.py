@@ -150,7 +150,11 @@ def _common_source(node: Any, pairs: dict[Any, Any]) -> Any:
 
 
 def _requantize(graph: Any, node: Any, value: Any, source: Any) -> None:
-    """Add a pair behind ``value``, a result of ``node``, for all its readers; its grid is that of ``source``."""
+    """Add a pair behind ``value``, a result of ``node``, for all its readers; its grid is that of ``source``.
+
+    A Relu behind a DequantizeLinear becomes a Clip of the codes at the zero point, or is removed if they are uint8 with
+    a zero point of 0.
+    """
     import onnx_ir as ir
 
     _, scale, zero_point = source.inputs

@@ -29,7 +29,7 @@ def quantize_dequantize(
     divided: bool,
     quantizer: str,
 ) -> Tensor:
-    """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``, rounding half to even as ONNX does.
+    """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``, float32, rounding half to even as ONNX does.
 
     Args:
         x: float32.
@@ -65,7 +65,7 @@ def _(
 def dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int | None = None
 ) -> Tensor:
-    """Return ``(codes - z) * s`` in float32.
+    """Return ``(codes - z) * s`` in float32; the file has a DequantizeLinear.
 
     Args:
         codes: int8, uint8 or int32, or numbers of a float8 dtype.

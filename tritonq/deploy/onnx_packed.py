@@ -33,7 +33,7 @@ def pack_weights(proto: Any) -> None:
     log says how many bytes that saves.
 
     Raises:
-        ValueError: there are floats of four bits, and this onnx lacks the type.
+        ValueError: numbers fit floats of four bits, and this onnx lacks the type.
     """
     import onnx
 
@@ -130,7 +130,13 @@ def _holds_e2m1(tensor: Any) -> bool:
 
 
 def _pack_floats(tensor: Any) -> None:
-    """Give a constant of 8-bit floats half a byte per number: sign, two exponent bits, one mantissa bit; in place."""
+    """Give a constant of 8-bit floats half a byte per number: sign, two exponent bits, one mantissa bit; in place.
+
+    The first number is in the low half of a byte.
+
+    Raises:
+        ValueError: this onnx lacks FLOAT4E2M1.
+    """
     import onnx
 
     kind = getattr(onnx.TensorProto, "FLOAT4E2M1", None)

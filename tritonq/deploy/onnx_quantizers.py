@@ -1,4 +1,7 @@
-"""Quantizers of a model that is traced for an ONNX file: each traces to one operator."""
+"""Quantizers of a model that is traced for an ONNX file: each traces to one operator.
+
+Their codes are those of the file: the trained ones, or for ONNX Runtime uint8, counted from the smallest.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ class TracedQuantizer(nn.Module):
         self.clamp: tuple[float, float] | None = None
 
     def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
-        """Return ``x`` rounded to the grid. With ``in_steps`` ``x`` is divided by the scale already."""
+        """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) · s``, float32; limited by :attr:`clamp` before.
+
+        With ``in_steps`` ``x`` is divided by the scale already.
+        """
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
         if self.exact and not in_steps:
@@ -149,11 +155,11 @@ def least_opset(model: nn.Module) -> int:
 
 
 def quantize_twice(layer: nn.Module) -> None:
-    """Give a layer a child ``first_quantizer``, which rounds as its output quantizer does.
+    """Give a layer a child ``first_quantizer``, which rounds as its output quantizer does, without a name.
 
-    The layer's forward runs both. ONNX Runtime computes a layer in integers if a quantizer follows directly. Operations
-    that move the results stand between the first and the second quantizer, whose codes have the trained shape; the
-    second changes no code.
+    The layer's forward must run both. ONNX Runtime computes a layer in integers if a quantizer follows directly.
+    Operations that move the results stand between the first and the second quantizer, whose codes have the trained
+    shape; the second changes no code.
 
     Raises:
         TypeError: the layer has no traced quantizer.
@@ -167,6 +173,6 @@ def quantize_twice(layer: nn.Module) -> None:
 
 
 def end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
-    """Return the codes of two values, ``bounds``, on a quantizer's grid."""
+    """Return the codes of two values, ``bounds``, on a quantizer's grid per tensor; those beyond it saturate."""
     codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())
     return int(codes[0]), int(codes[1])

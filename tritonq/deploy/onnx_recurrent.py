@@ -26,7 +26,10 @@ _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": 
 
 @torch.library.custom_op("tritonq::recurrent", mutates_args=())
 def recurrent(x: Tensor, states: list[Tensor], weights: list[Tensor], mode: str, hidden_size: int) -> list[Tensor]:
-    """Return ``[sequence, *last states]`` of one recurrent layer whose gates are in ONNX's order.
+    """Return ``[sequence, *last states]`` of one recurrent layer whose gates are in ONNX's order; all float32.
+
+    The sequence is (time, batch, directions · hidden_size), states are shaped as the given ones. The gates' order is
+    input, output, forget, cell for an LSTM; update, reset, hidden for a GRU.
 
     Args:
         x: (time, batch, features).
@@ -53,7 +56,10 @@ def _(x: Tensor, states: list[Tensor], weights: list[Tensor], mode: str, hidden_
 
 
 def _gates(x: Tensor, order: Tensor) -> Tensor:
-    """Return the rows of ``x``, one block per gate, with the blocks in another order."""
+    """Return the rows of ``x``, (gates · size, ...), one block per gate, with the blocks in another order.
+
+    Block i of the result is block ``order[i]`` of ``x``.
+    """
     return torch.unflatten(x, 0, (len(order), -1))[order].flatten(0, 1)
 
 

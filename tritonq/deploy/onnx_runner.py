@@ -65,7 +65,11 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
 
 
 class _Runner:
-    """A file, run by ONNX Runtime; a :class:`tritonq.deploy.codes.Runner`."""
+    """A file, run by ONNX Runtime; called as a :class:`tritonq.deploy.codes.Runner`.
+
+    It has three sessions: the file as it is, a copy that returns its codes, and, once codes are given, a copy that
+    reads them. An entry of the file's list of codes names their quantizer and tensor, zero point and axis.
+    """
 
     def __init__(self, model: Any, entries: list[dict[str, Any]], tensors: list[str], target: str | None) -> None:
         self._model, self._entries, self._tensors, self._target = model, entries, tensors, target
@@ -76,7 +80,7 @@ class _Runner:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
     ) -> tuple[Codes, list[Tensor]]:
-        """Return ``(codes, outputs)`` of one call: codes by quantizer, one tensor per call of it.
+        """Return ``(codes, outputs)`` of one call: codes minus zero points by quantizer, one float32 tensor per use.
 
         With ``given`` codes each layer computes on these, in place of what the layers before it made; the outputs are
         then an empty list. None: the file runs as it is.
@@ -114,7 +118,8 @@ class _Runner:
     def _raw_codes(self, given: GivenCodes, raw: dict[str, Any]) -> dict[str, Any]:
         """Return the codes to put in, as the file's tensors hold them.
 
-        They are the given ones; the file's own for calls without any, and for NaN.
+        They are the given ones, to which the zero point is added; the file's own for calls without any, and for NaN.
+        ``raw`` has the file's own codes, by the name of their tensor.
         """
         made, calls = dict(raw), Counter[str]()
         for entry in self._entries:

@@ -22,6 +22,8 @@ _LOW, _HIGH = -128, 127
 def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
     """Return a traced quantizer with int8 codes; one of float arithmetic if TensorRT's can't hold the trained codes.
 
+    They must lie in -128..127 with zero points of 0. A narrower range becomes a clamp before QuantizeLinear.
+
     Raises:
         ValueError: a grid per channel that TensorRT has no form for.
     """
@@ -59,7 +61,10 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
 
 
 def tell_float_layers(model: nn.Module) -> None:
-    """Warn of the layers of a converted model that TensorRT will run in float, with their names."""
+    """Warn (UserWarning) of the layers of a converted model that TensorRT will run in float, with their names.
+
+    Nothing happens if there are none (:func:`runs_in_float`).
+    """
     names = [
         name for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and runs_in_float(module)
     ]

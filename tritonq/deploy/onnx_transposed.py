@@ -27,10 +27,10 @@ from tritonq.reference.activation import rectify
 
 
 def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
-    """Return the phases along each axis; None where the layer is no integer one, or keeps its form.
+    """Return the phases along each axis of a transposed convolution; None for a layer that keeps its form.
 
-    That is so if it does not compute in integers, if its padding is larger than the kernel, and if no quantizer with
-    one grid follows.
+    That is so if it is no transposed convolution or does not compute in integers, if its padding is larger than the
+    kernel, and if no quantizer with one grid follows.
     """
     output = layer.activation_post_process
     if not isinstance(layer, QuantizedTransposed) or layer.multiplier is None or layer.following is not None:
@@ -42,7 +42,11 @@ def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
 
 
 def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, ...]) -> None:
-    """Let a transposed convolution be traced as a plain one and what moves its results."""
+    """Make a transposed convolution trace to a plain one and to operations that move its results; changed in place.
+
+    Weight, scales, zero points, bias and multiplier are given one out channel per phase, and the layer a first
+    quantizer behind the plain convolution. ``phases`` are those of :func:`phases_of`.
+    """
     count = math.prod(axis.stride for axis in phases)
     scale = cast(Tensor, layer.weight_scale)
     zero = layer.weight_zero_point
@@ -86,10 +90,10 @@ def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, ...]
 def _plain_weight(
     weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """Return (out · phases, in / groups, *taps) of a weight (in, out / groups, *sizes).
+    """Return the weight (out · phases, in / groups, *taps) of the plain convolution, with the same codes.
 
-    ``weight`` is (in, out / groups, height, width). With ``dilation`` the plain convolution is dilated, too, and there
-    is one phase.
+    ``weight`` is that of the transposed one, (in, out / groups, *sizes), ``zero`` its zero point, which stands for
+    places beyond the kernel. With ``dilation`` the plain convolution is dilated, too, and there is one phase.
     """
     axes = len(phases)
     taps = [-(-axis.taps // step) for axis, step in zip(phases, dilation, strict=True)]
@@ -130,7 +134,11 @@ def _forward(layer: QuantizedLayer, phases: tuple[Phases, ...], dilation: tuple[
 
 
 def _interleave(y: Tensor, strides: Sequence[int]) -> Tensor:
-    """Put the phases, which are channels, between one another along their axes."""
+    """Put the phases, which are channels, between one another along their axes.
+
+    ``y`` is (n, channels · phases, ...), the result (n, channels, ...) with each size multiplied by its stride: phase
+    ``(r, s)`` becomes the elements ``(i·stride + r, j·stride + s)``.
+    """
     count, axes = math.prod(strides), len(strides)
     if count == 1:
         return y

@@ -45,7 +45,8 @@ def output_paths(result: Any) -> list[Path]:
 def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that gives a function the signature of ``forward``, by which torch.export binds arguments.
 
-    ``functools.wraps`` won't do: for a method whose function wraps another, `inspect` would find a ``self``.
+    It sets ``__signature__`` and returns the function itself. ``functools.wraps`` won't do: for a method whose function
+    wraps another, `inspect` would find a ``self``.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +82,7 @@ def return_no_text(traced: nn.Module, result: Any) -> None:
 
     Args:
         traced: the model; its ``forward`` is replaced.
-        result: what it returned on the example inputs; if it has text, a warning says so.
+        result: what it returned on the example inputs; if it has text, a UserWarning says so.
     """
     if not any(isinstance(leaf, str) for leaf in _leaves(result)):
         return

@@ -25,7 +25,8 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
         state: its state dict; not changed.
 
     Returns:
-        The state, with such weights as uint8 (bytes,); and by name how to unpack each, as plain data.
+        The state, with such weights as uint8 (bytes,); and by name how to unpack each, as plain data: "shape", "dtype",
+        "low" (the smallest code) and "width" (1, 2 or 4 bits).
     """
     packed_state, how = dict(state), {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -64,6 +65,9 @@ def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[
 
 def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
     """Pack integers ``low .. low + 2^width - 1`` into bytes, ``width`` bits each: uint8 (bytes,).
+
+    A byte holds ``code - low`` of ``8 / width`` neighbours, the first in the lowest bits; the last byte is filled with
+    0.
 
     Examples:
         >>> pack_codes(torch.tensor([-2, 1, 0, -1, 1], dtype=torch.int8), low=-2, width=2)

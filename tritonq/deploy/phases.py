@@ -1,4 +1,9 @@
-"""The geometry of a transposed convolution as a plain one; `tritonq.deploy.onnx_transposed` explains *phases*."""
+"""The geometry of a transposed convolution as a plain one, along one axis.
+
+Element ``i`` of the input reaches the elements ``i·s + k - p`` of the output, for each place ``k`` of the kernel, with
+stride s and padding p. With ``k = q·s + r`` the outputs of one *phase* ``r`` are a plain convolution over the places
+``q``, its *taps*. Phases are computed as channels and then interleaved (`tritonq.deploy.onnx_transposed`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ class Phases:
 
     Attributes:
         stride: how many phases there are.
-        taps: size of the plain kernel.
+        taps: size of the plain kernel, ``ceil(kernel / stride)``.
         before: zeros to add before the input.
         after: zeros to add behind it.
         first: how many results to cut off at the beginning, after interleaving.
@@ -30,7 +35,11 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis; ``kernel`` is the length of the kernel, with the gaps of a dilated one."""
+        """Return the phases of an axis; ``before`` or ``after`` is negative if the padding is larger than the kernel.
+
+        ``kernel`` is the length of the kernel, with the gaps of a dilated one; the rest is as in
+        ``nn.ConvTranspose1d``.
+        """
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding
         before, after = (taps - 1 - cut // stride for cut in (padding, surplus))

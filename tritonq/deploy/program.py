@@ -120,6 +120,8 @@ def _forget_source(program: ExportedProgram) -> None:
 def _program_form(converted: nn.Module) -> nn.Module:
     """Return a copy of ``converted`` whose layers compute with PyTorch's operators, whatever backend runs here.
 
+    The results are the same, bit for bit.
+
     Raises:
         ValueError: a module can't be computed so; the message names it.
     """

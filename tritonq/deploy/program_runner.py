@@ -41,7 +41,8 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
 def program_runner(program: ExportedProgram) -> Runner:
     """Return a function that runs a program, operator by operator, and returns its codes and outputs.
 
-    That function raises ValueError for arguments of another structure than the program's.
+    It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to codes minus zero points, by quantizer and
+    call, and outputs on the CPU. It raises ValueError for arguments of another structure than the program's.
     """
     module = program.module()
     interpreter = _CodesInterpreter(module)
@@ -67,7 +68,12 @@ def program_runner(program: ExportedProgram) -> Runner:
 class _CodesInterpreter(fx.Interpreter):
     """Runs a graph and records codes minus zero point, by quantizer and call.
 
-    Codes are what a quantizer multiplies by its scale, or in the form "pt2e" the result of a quantize operator.
+    They are what a quantizer multiplies by its scale, or in the form "pt2e" the result of a quantize operator minus its
+    zero point.
+
+    Attributes:
+        codes: what the present run has recorded.
+        given: codes to use in place of the run's own; empty: none.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -82,7 +82,10 @@ class PairQuantizer(nn.Module):
             self.register_buffer("zero_point", source.zero_point.long())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round ``x`` to the grid; same shape."""
+        """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) · s``, float32, ties to even; same shape.
+
+        It runs one quantize and one dequantize operator, which carry the quantizer's name while they are traced.
+        """
         with annotate({QUANTIZER_KEY: self.name}):
             return self._pair(x)
 
@@ -133,7 +136,13 @@ def pt2e_form(converted: nn.Module) -> nn.Module:
 
 
 def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
-    """Make a layer trace to its float operator, with a weight behind one dequantize and a float bias."""
+    """Make a layer trace to its float operator, with a weight behind one dequantize and a float bias; changed in place.
+
+    A weight in float, or with scales along two axes, is written as float values.
+
+    Raises:
+        ValueError: scales per group, codes of floats, or codes of more than 16 bits; the message has ``name``.
+    """
     if layer.has_groups:
         raise ValueError(
             f"{name!r} has a scale per group of input channels, for which the form of PT2E has no operator"
@@ -182,7 +191,11 @@ def _embedding(table: QuantizedEmbedding, input: Tensor) -> Tensor:
 
 
 def complete_pairs(program: ExportedProgram) -> None:
-    """Add a pair behind each operator of a program that moves values, and give each reader a dequantize of its own."""
+    """Add a pair behind each operator of a program that moves values, and give each reader a dequantize of its own.
+
+    The program's graph and signature are changed in place. An operator whose readers all quantize its result gets no
+    pair.
+    """
     operators = register_pt2e_operators()
     quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default
     graph = program.graph_module.graph

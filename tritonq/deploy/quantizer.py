@@ -40,7 +40,10 @@ class DeployedModule(FixedDtypeBuffers):
     float_dtype: torch.dtype = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move parameters and buffers to another device; their dtypes stay."""
+        """Move parameters and buffers to another device, as ``to()`` and ``half()`` do; their dtypes stay.
+
+        The dtype that parameters would have got is noted as ``float_dtype``: what users read as weight has it.
+        """
         before = {name: held.detach() for name, held in self._parameters.items() if held is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -121,7 +124,7 @@ class Quantizer(DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Note whether a zero point is not 0; called after each load."""
+        """Note on the host whether any zero point is not 0; called after each load."""
         self._has_zero_point = bool(self.zero_point.any())
 
     def is_enabled_on_host(self) -> bool:

@@ -1,4 +1,10 @@
-"""Recurrent layers of a converted model: integer weights, whose values are multiplied in float."""
+"""Recurrent layers of a converted model: integer weights, whose values are multiplied in float.
+
+A weight's values are ``(code - zero_point) · scale``, float32, with a scale per row or per group of a row. Biases,
+gates and states are float. As in the layer that was trained, children round the input (``input_fake_quant``, if there
+is one), what one layer hands to the next (``layer_fake_quant_0``, ...) and the returned sequence, or a cell's hidden
+state (``activation_post_process``); results equal those of that layer in eval mode.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +29,8 @@ _SCALE, _ZERO_POINT = "_scale", "_zero_point"
 class QuantizedRecurrent(DeployedModule):
     """A recurrent layer or cell with integer weights: the base of :class:`QuantizedLSTM` and the five classes like it.
 
-    The forward takes and returns what torch's class does. Each weight becomes float32, ``(code - zero_point) · scale``;
-    gates and states are float, as in the layer that was trained. Children round the input (``input_fake_quant``, if
-    there is one), what one layer hands to the next (``layer_fake_quant_0``, ...) and the returned sequence or hidden
-    state (``activation_post_process``). The constructor makes Identities of the latter two; :func:`deployed_recurrent`
-    replaces them.
+    The forward takes and returns what torch's class does. The constructor makes Identities of the quantizers between
+    layers and of the output's; :func:`deployed_recurrent` replaces them.
 
     The state dict has the codes of ``weight_hh_l0`` under its name, ``weight_hh_l0_scale``, (rows,) or (rows, groups),
     and, unless all are 0, ``weight_hh_l0_zero_point``; biases are float. Codes of a float format have no zero point.
@@ -71,7 +74,7 @@ class QuantizedRecurrent(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor, by name."""
+        """Arguments of the float layer's constructor by name, those in ``geometry_names``."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -88,7 +91,10 @@ class QuantizedRecurrent(DeployedModule):
         return stored(self, name) if name in self.tensor_names else None
 
     def centred_weight(self, name: str) -> Tensor:
-        """Return the codes of the weight ``name`` minus zero points; for a float format its numbers."""
+        """Return the codes of the weight ``name`` minus zero points, int32; without zero points the codes themselves.
+
+        For a float format its numbers, as float32.
+        """
         codes, zero, qtype = cast(Tensor, self.held(name)), self.held(name + _ZERO_POINT), self.types[name]
         if qtype is not None and qtype.float_format is not None:
             return floats_of_codes(codes, qtype.float_format)
@@ -117,15 +123,19 @@ class QuantizedRecurrent(DeployedModule):
 
 class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Raise RuntimeError if the input has another number of features.
+        """Raise RuntimeError if the last axis of ``input`` is not ``input_size`` long.
 
-        torch's method also compares the dtype of the weights, which are integers here.
+        torch's method also compares the number of axes and the dtype with the weights', which are integers here.
         """
         if input.shape[-1] != self.input_size:
             raise RuntimeError(f"expected input_size={self.input_size} features, got the shape {tuple(input.shape)}")
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return the values of the weights and biases of layer number ``layer``, in torch's order."""
+        """Return float32 values of weights and biases of layer ``layer`` (from 0), one direction after the other.
+
+        Within a direction: ``weight_ih, weight_hh``, ``bias_ih, bias_hh`` if there are any, ``weight_hr`` if there are
+        projections.
+        """
         directions = 2 if self.bidirectional else 1
         names = self._all_weights[layer * directions : (layer + 1) * directions]
         return [self.quantized(name) for part in names for name in part]
@@ -154,7 +164,7 @@ class QuantizedRNN(_QuantizedSequence, nn.RNN):
 
 class _QuantizedCell(QuantizedRecurrent, RecurrentCellForward):
     def cell_weights(self) -> list[Tensor]:
-        """Return the values of ``weight_ih`` and ``weight_hh``."""
+        """Return ``[weight_ih, weight_hh]`` as float32 values."""
         return [self.quantized("weight_ih"), self.quantized("weight_hh")]
 
 
@@ -187,7 +197,7 @@ RECURRENT_TYPES: dict[type[nn.Module], type[QuantizedRecurrent]] = {
 
 
 def deployed_recurrent(layer: QATRecurrent, quantizers: Mapping[nn.Module, nn.Module]) -> QuantizedRecurrent:
-    """Return the deployed form of a recurrent layer.
+    """Return the deployed form of a recurrent layer: weights as codes, quantizers by ``quantizers``, eval mode.
 
     Args:
         layer: the trained layer.

@@ -206,7 +206,7 @@ class _Reader:
         ]
 
     def _quantizer_of(self, name: str) -> str | None:
-        """Return the name of the outermost quantizer that a tensor belongs to; None if it belongs to a layer."""
+        """Return the name of the outermost quantizer that has the tensor ``name``; None if a layer has it."""
         parts = name.split(".")
         owners = (".".join(parts[:end]) for end in range(1, len(parts)))
         return next((owner for owner in owners if owner in self._quantizers), None)

@@ -25,7 +25,10 @@ _QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize, Quantizer, FloatQuantizer)
 def torch_runner(model: nn.Module) -> Runner:
     """Return a function that runs a trained or converted model in eval mode and returns its codes and outputs.
 
-    The model's mode and hooks are as before afterwards. See :class:`tritonq.deploy.codes.Runner`.
+    It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to ``(codes, outputs)``. Codes, by the name
+    of the quantizer, are lists with a tensor of codes minus zero points per call; of a fixed-point network the codes
+    that each layer reads, by its name. ``given`` codes are used in place of these. The model's mode and hooks are as
+    before afterwards.
     """
     quantizers = {
         name: module
@@ -57,7 +60,7 @@ def torch_runner(model: nn.Module) -> Runner:
 
 
 def _is_active(quantizer: nn.Module) -> bool:
-    """Whether a quantizer rounds to codes; block formats have no codes that could be compared."""
+    """Whether a quantizer rounds to codes now: it is on and has observed. Block formats have none to compare."""
     if isinstance(quantizer, FloatFakeQuantize):
         return quantizer.qtype is not None and quantizer.rounds()
     return not isinstance(quantizer, FakeQuantizeBase) or quantizer.is_enabled_on_host()

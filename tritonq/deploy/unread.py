@@ -27,7 +27,7 @@ def without_unread(
         codes: of each quantizer, by its name.
         outputs: of the same run.
         lacking: the quantizers that may be unread, in the order of the run.
-        run: runs the model.
+        run: runs the model; called twice for each call of a quantizer in ``lacking``.
         arguments: of that run, positional and named.
     """
     lacking = list(lacking)

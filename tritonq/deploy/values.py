@@ -39,7 +39,11 @@ def lazy_values(codes: Tensor, make: Callable[[], Tensor], dtype: torch.dtype = 
 
 
 class LazyValues(Tensor):
-    """A read-only tensor of floats whose values are computed for each operator that reads them."""
+    """A read-only tensor of floats whose values are computed for each operator that reads them.
+
+    Shape, dtype and device are known without computing. An operator that would change it raises RuntimeError; views of
+    it are read-only, too.
+    """
 
     _make: Callable[[], Tensor]
 

@@ -273,9 +273,13 @@ def _places_of_different(calls: list[Tensor]) -> list[tuple[int, ...]]:
 
 
 def _batches(model: nn.Module, data: Any, inputs: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield positional and named arguments of each batch of ``data``; what follows them, such as labels, is left out.
+    """Yield positional and named arguments of each batch of ``data``, which is as :func:`verify` takes it.
 
-    Arguments with a default count if a file takes as many ``inputs``.
+    Of a tuple so many count as the model's forward requires: parameters without a default, or ``inputs``, the number of
+    inputs of a file, if these are more; what follows, such as labels, is left out. Of a ``forward(*args)``, all count.
+
+    Raises:
+        ValueError: data that is neither a tensor nor iterable.
     """
     if not isinstance(data, (Tensor, Iterable)):
         raise ValueError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")

@@ -74,12 +74,16 @@ def codes_of_weight(
     """Return ``(codes, scale, zero_point)`` of a weight's ``rows``: one scale and zero point per row or group.
 
     Args:
-        rows: (out, in, ...).
+        rows: (out, in, ...), the float weight, folded.
         quantizer: the weight's.
         grid: returns the grid to use, if it is not the quantizer's own; not for block formats.
 
     Raises:
         ValueError: scales along another axis, or blocks that don't divide the input channels.
+
+    Returns:
+        Codes shaped as ``rows``, in the smallest integer dtype that holds them (of floats: n for the format's n-th
+        positive number); scale and zero point (int32), (out,), or shaped as ``rows`` with one index per group.
     """
     blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
     if blocks is None or not isinstance(quantizer, FloatFakeQuantize):
