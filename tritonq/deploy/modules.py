@@ -299,10 +299,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """Return the result of :meth:`forward` for an input that is rounded, computed by PyTorch's operators.
-
-        ``layer`` is the result of :meth:`integer_layer`; None: the layer computes in float.
-        """
+        """Return the result for a rounded ``x`` by PyTorch's operators; ``layer`` is :meth:`integer_layer`'s result."""
         if layer is None:
             y = self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype))
         else:
