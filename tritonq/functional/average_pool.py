@@ -26,7 +26,7 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
         output: grid of the quantizer behind the operation, per tensor.
 
     Returns:
-        float32, without gradient.
+        float32 in the shape of torch's means, without gradient. Means beyond the output's range are not clipped yet.
 
     Source: QLinearGlobalAveragePool of ONNX Runtime.
 
@@ -46,16 +46,19 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
 
 
 def average_codes(codes: Tensor, averaging: Averaging, source: HostGrid, output: HostGrid) -> Tensor:
-    """Return the codes of the means of codes: :func:`integer_average`, clipped.
+    """Return codes of means: ``clip(round(fl(Σ) · fl(s_in / fl(s_out · N))) + z_out)``, on CPU tensors.
+
+    Σ is the exact sum of ``code - z_in`` over the elements of a mean, N the number that the mean divides by, and fl
+    rounding to float32. The result is that of :func:`integer_average`, as codes.
 
     Args:
-        codes: uint8 codes of the input, counted from 0.
+        codes: uint8 codes of the input, counted from 0 (the smallest code of the grid).
         averaging: which elements each mean takes.
-        source: the input's grid.
-        output: the result's grid.
+        source: the input's grid, with its zero point counted likewise.
+        output: the result's grid; its ``half_even`` says how ties are rounded, its ``largest`` is the largest code.
 
     Returns:
-        uint8, counted from 0.
+        uint8, counted from 0, in the shape of torch's means.
     """
     values = codes.to(torch.float32)
     if source.zero:

@@ -16,13 +16,14 @@ from tritonq.qparams import is_readable
 def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Round a bias to the grid of the integer sums that it is added to; gradients pass straight through.
 
-    ``s = input_scale · weight_scale``, ``y = clip(round(bias / s)) · s`` with codes of 32 bits (up to 2^31 - 128, which
-    float32 holds), ties to even, computed in float64 as :func:`tritonq.functional.integer.bias_codes` does.
+    ``s = fl(input_scale · weight_scale)``, ``y = clip(round(bias / s)) · s``: codes are clipped to ±(2^31 - 128), the
+    largest number below 2^31 that float32 holds, and ties go to even. Quotient and product are float64. The bias gets
+    the gradient of the result, clipped or not; the scales get none.
 
     Args:
         bias: (out,) float tensor.
-        input_scale: one element.
-        weight_scale: (out,) or one element.
+        input_scale: float tensor of one element.
+        weight_scale: float tensor, (out,) or one element.
 
     Returns:
         (out,) in the dtype of ``bias``.

@@ -16,6 +16,9 @@ def channel_moments(c: Tensor) -> tuple[Tensor, Tensor]:
 
     For the backward only ``c`` and the mean are kept.
 
+    Args:
+        c: (batch, channels, ...), any float dtype; float16 and bfloat16 are computed in float32.
+
     Raises:
         ValueError: fewer than two values per channel.
     """

@@ -1,6 +1,7 @@
 """Sums, differences and products of tensors of codes: the results of `integer_joins`, bit for bit, without float64.
 
-A *join* is an operation of two tensors. Codes are uint8 and counted from 0, the smallest code of their grid.
+A *join* is an operation of two tensors; `tritonq.functional.integer_joins` computes it on values, as ONNX Runtime
+does. Codes are uint8 and counted from 0, the smallest code of their grid.
 """
 
 from __future__ import annotations
@@ -26,16 +27,22 @@ from tritonq.reference.fake_quant import quantize
 class CodedJoin:
     """A sum, difference or product of two tensors of codes, prepared once: call it with both tensors.
 
+    With u and v the operands' codes, each operation rounded to float32, and fma rounded once:
+
+    - sum, difference: ``clip(round(fma(u - starts[0], ratios[0], fma(v - starts[1], ratios[1], fixed))) + zero)``.
+    - product: ``clip(round((u - a.zero) · (v - b.zero) · ratios[0] + fixed) + zero)``.
+
     Attributes:
         kind: ``"add"``, ``"sub"`` or ``"mul"``.
         a: grid of the first operand.
         b: grid of the second operand.
         output: grid of the result.
-        starts: for each operand, the code that a runtime's own codes begin with: 0, or behind a ReLU with a fixed zero
+        starts: for each operand, the code that an engine counts its codes from: 0, or behind a ReLU with a fixed zero
             point the code of the value 0.
-        ratios: each operand's scale over the output's, float32; one number for a product.
-        fixed: the constant term of the sum, made of zero points and ratios, float32, 0-d.
-        result: how the sum becomes codes; its ``zero`` is the code from which a runtime counts the result.
+        ratios: each operand's scale over the output's, float32, the second negative for a difference; for a product one
+            number, the product of both scales over the output's.
+        fixed: the constant term, made of zero points and ratios, float32, 0-d.
+        result: zero, ends of the clip and ties; its ``zero`` is the code that an engine counts the result from.
     """
 
     kind: JoinKind
@@ -83,7 +90,8 @@ def coded_join(
     Args:
         kind: ``"add"``, ``"sub"`` or ``"mul"``.
         grids: of both operands and of the result, per tensor.
-        deployed: the same grids with the range of codes that deployment has, which a ReLU may have narrowed.
+        deployed: the same three grids with the codes that converted models and files have: behind a ReLU with a fixed
+            zero point only those from the zero point on.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     found = [host_grid(grid) for grid in grids]

@@ -86,8 +86,9 @@ class CodedTensor(Tensor):
     codes.
 
     Attributes:
-        grid: of the codes.
-        memory_format: of the results of operators on this tensor; None: not asked yet.
+        grid: of the codes: scale, and the code of the value 0.
+        memory_format: of the results of operators on this tensor, kept by :func:`memory_format_of`; None: not found
+            out yet.
     """
 
     grid: HostGrid
@@ -115,7 +116,7 @@ class CodedTensor(Tensor):
 
     @property
     def codes(self) -> Tensor | None:
-        """The codes, in any memory format; None once something may have changed the values."""
+        """The uint8 codes, in any memory format; None once something may have changed the values (:meth:`as_float`)."""
         return None if self._root._is_float else self._codes
 
     @property

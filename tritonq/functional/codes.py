@@ -7,9 +7,9 @@ A module that computes on codes does three things::
         if codes is not None:
             return give_codes(table[codes.long()], output, like=x)  # a float tensor that carries its codes
 
-Codes are uint8 and counted from 0: ``code - quant_min``. Values are ``(code - zero_point) · scale`` as ever. ``source``
-and ``output`` are grids as numbers on the host, from `host_grid`, made once for each version of their tensors
-(`memo.Memo`).
+Codes are uint8 and counted from 0: a quantizer's own code minus its ``quant_min``. Their values are
+``(code - grid.zero) · grid.scale``. ``source`` and ``output`` are grids as numbers on the host (`HostGrid`), whose
+``zero`` is counted from 0 too; `host_grid` makes them, once for each version of their tensors (`memo.Memo`).
 
 A tensor *carries* its codes in an attribute. Inside a converted model :func:`give_codes` computes no values at all: the
 tensor stores codes until something reads it (`coded_tensor`). :func:`carry_codes` marks the model whose calls do so;
@@ -58,13 +58,21 @@ def carry_codes(model: nn.Module) -> nn.Module:
 
 
 def open_call_hook(module: nn.Module, args: Any) -> None:
-    """Note that a call of a model that carries codes begins: a forward pre-hook."""
+    """Count, per thread, that a call of a model prepared by :func:`carry_codes` begins: the model's forward pre-hook.
+
+    While a call is counted, :func:`give_codes` returns tensors that store codes. A graph that is traced counts nothing.
+    """
     if not torch.compiler.is_compiling():
         _calls.depth += 1
 
 
 def close_call_hook(module: nn.Module, args: Any, result: Any) -> Any:
-    """Note that such a call ends, and return its result with ordinary tensors: a forward hook."""
+    """Count that a call of a model prepared by :func:`carry_codes` ends: the model's forward hook.
+
+    Returns:
+        ``result`` with a float tensor in place of each CodedTensor, in tuples, lists and dicts too; None, with which
+        torch keeps the result, while ``torch.compile`` traces.
+    """
     if torch.compiler.is_compiling():
         return None
     _calls.depth = max(0, _calls.depth - 1)
@@ -78,8 +86,9 @@ def _ordinary(x: Any) -> Any:
 def can_use_codes(x: Tensor) -> bool:
     """Whether a module may compute on the codes of ``x`` instead of its values.
 
-    That is so for float32 tensors on the CPU that need no gradient, while nothing traces, transforms or watches the
-    operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no dispatch mode.
+    That is so for float32 tensors on the CPU that need no gradient and that Triton kernels do not run on, while nothing
+    traces, transforms or watches the operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no
+    dispatch mode.
     """
     if torch.compiler.is_compiling():
         return False
@@ -107,9 +116,9 @@ def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
 
 
 def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
-    """Return the codes of ``x`` on ``grid``, uint8: those it carries, else each value's nearest code.
+    """Return the codes of ``x`` on ``grid``, uint8: those it carries, else ``round(x / scale) + zero``, ties to even.
 
-    The result is None if a value lies beyond the grid's ends or is NaN.
+    The result is None if a value lies beyond the grid's ends or is NaN. Codes carried on another grid are not used.
 
     Args:
         x: a tensor that :func:`can_use_codes` accepts.
@@ -124,12 +133,13 @@ def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
 
 
 def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
-    """Return the float tensor that ``codes`` stand for; it carries them for the next :func:`take_codes`.
+    """Return ``(codes - grid.zero) · grid.scale`` as float32; it carries ``codes`` for the next :func:`take_codes`.
 
-    Inside a model that :func:`carry_codes` prepared, its values are computed when something reads them.
+    Inside a call of a model that :func:`carry_codes` prepared, the result is a `CodedTensor`, whose values are computed
+    when something reads them.
 
     Args:
-        codes: uint8, up to ``grid.largest``; must not be changed any more.
+        codes: uint8 on the CPU, counted from 0, up to ``grid.largest``; must not be changed any more.
         grid: their grid.
         like: the module's input. The result is channels_last if ``like`` is, else contiguous.
     """
@@ -143,7 +153,11 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
 
 
 def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
-    """Round a tensor to ``grid``, as `fake_quantize` does; the result carries its codes. None if ``x`` has a NaN.
+    """Round a tensor to ``grid``: return ``(code - zero) · scale`` as float32, which carries its codes.
+
+    ``code = clip(round(x / scale) + zero)``, where ``x / scale`` is ``x · (1 / scale)`` if ties go to even, as in
+    `fake_quantize`. The result is None if ``x`` has a NaN or no element. A CodedTensor on the same grid is returned
+    itself.
 
     Args:
         x: a tensor that :func:`can_use_codes` accepts.
@@ -172,18 +186,21 @@ def images_at_once(values: int, images: int) -> int:
 
 
 def code_range(grid: HostGrid, low: int = 0, high: int | None = None) -> CodeRange:
-    """Return how steps of a grid's scale become its codes.
+    """Return how steps (values over the scale) become codes of a grid: ``clip(round(step) + grid.zero, low, high)``.
 
     Args:
-        grid: the grid.
+        grid: gives the zero and how ties are rounded.
         low: smallest code of the result, counted from 0.
-        high: largest one; None: the grid's.
+        high: largest one, cut at the grid's; None: the grid's.
     """
     return CodeRange(grid.zero, low, grid.largest if high is None else min(high, grid.largest), grid.half_even)
 
 
 def rounded_codes(steps: Tensor, grid: HostGrid) -> Tensor:
-    """Return the codes of values in steps of the grid's scale, float32 and finite; overwrites ``steps``."""
+    """Return uint8 ``clip(round(steps) + grid.zero, 0, grid.largest)`` of values over the scale; overwrites ``steps``.
+
+    ``steps`` are float32, finite and on the CPU; ``grid.half_even`` says how ties are rounded.
+    """
     codes: Tensor = without_kernel("eval_codes", steps).codes_of_steps(steps, code_range(grid))
     return codes
 

@@ -1,6 +1,8 @@
 """Convolutions by Triton kernel: of codes, and of values if this GPU's table says that the kernel beats torch's.
 
-Torch's own convolution of codes on GPUs is one in float64, so codes take the kernel if the table has no entry, too.
+The *table* (`tritonq.kernels.conv2d.tuned_tile`) has for each class of convolution that was timed on a GPU the launch
+size (*tile*) of the kernel, or ``"torch"`` if torch's was faster. Torch's own convolution of codes on GPUs is one in
+float64, so codes take the kernel if the table has no entry, too.
 """
 
 from __future__ import annotations
@@ -74,16 +76,18 @@ class ConvKernel:
         ceiling: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """Compute a layer in integers, then ReLU and fake quantization, in one kernel.
+        """Compute a layer in integers, then ReLU and fake quantization, in one kernel: ``FQ(relu?(v))``.
 
-        The same bits as :func:`tritonq.functional.integer.integer_affine` and what follows it.
+        ``v = fl(Σ (x_code - x_zero) (w_code - w_zero) + bias) · multiplier``, or with ``output``, of scale s,
+        ``round(fl(Σ … + bias) · fl(multiplier / s)) · s``; fl rounds to float32. These are the bits of
+        :func:`tritonq.functional.integer.integer_affine`.
 
         Args:
-            x: values on the layer's input grid.
-            layer: the integers; see :func:`find_kernel` for which are possible.
-            output: the grid that the sums are rounded to, or None.
+            x: float tensor of values on the layer's input grid.
+            layer: the integers; codes of input and weight have up to 8 bits.
+            output: the grid that the sums are rounded to, without clipping, per tensor; None: no rounding.
             ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-            grid: of the output's quantizer; None: no fake quantization.
+            grid: of the output's quantizer, per tensor; None: no fake quantization.
 
         Returns:
             The layer's result in ``x``'s dtype; without gradient.
@@ -129,9 +133,9 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
       ``"torch"``.
 
     Args:
-        x: the input.
+        x: the input, of which shape, strides, dtype and device are read.
         weight: the layer's weight, of which only the shape is read.
-        op: the layer's map.
+        op: the layer's convolution or matrix product, without weight and bias.
         layer: the integers that are convolved instead of values, or None.
     """
     if torch.compiler.is_compiling() or select(x) != "triton":
@@ -159,11 +163,14 @@ def run_integer_layer(
 ) -> Tensor:
     """Run a layer in exact integers, as eval mode and converted layers do; returns values in ``x``'s dtype.
 
+    These are ``fl(Σ (x_code - x_zero) (w_code - w_zero) + bias) · multiplier``, or with ``output``, of scale s,
+    ``round(fl(Σ … + bias) · fl(multiplier / s)) · s``; fl rounds to float32.
+
     Args:
-        x: float tensor on the layer's input grid.
-        layer: the integers.
-        op: the convolution or product.
-        output: the grid that the sums are rounded to, before clipping; None: they stay unrounded.
+        x: float tensor of values on the layer's input grid.
+        layer: the layer's weight, bias and multiplier as integers.
+        op: the convolution or product, without weight and bias.
+        output: the grid that the sums are rounded to, before clipping, per tensor; None: they stay unrounded.
         kernel: what :func:`find_kernel` returned; None: torch's operators.
     """
     if kernel is not None:

@@ -20,16 +20,18 @@ from tritonq.backend import Backend
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
     """Return the module with the functions of family ``name`` to call for ``x``.
 
-    In eager code it is that of :func:`tritonq.backend.implementation`. While ``torch.compile`` traces, it is the traced
-    form: its operators choose when the graph runs, by tensor and by :func:`~tritonq.use_backend`. Operators that a
-    compiler sees into (`tritonq.functional.traced.visible`) choose when they are traced.
+    In eager code it is a module of `tritonq.kernels` for a CUDA tensor if triton is installed and takes its dtype, else
+    of `tritonq.reference`; :func:`~tritonq.use_backend` may choose another, `tritonq.compiled` on a CPU among them.
+    While ``torch.compile`` traces, it is the traced form: its operators choose when the graph runs, by the same rule.
+    Operators that a compiler sees into (`tritonq.functional.traced.visible`) choose when they are traced.
 
     Args:
         name: the family, such as ``"fake_quant"``.
         x: the tensor that decides.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"auto"`` (the rule above), or ``"triton"`` or ``"torch"`` for that one.
 
     Raises:
+        RuntimeError: ``"triton"`` or ``"compiled"`` was asked for and can't run on ``x``.
         NotImplementedError: while tracing: a ``backend`` other than ``"auto"``, or a family without traced form.
     """
     if not torch.compiler.is_compiling():
@@ -38,9 +40,17 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """Return the module of a family that has no Triton kernel: PyTorch's or, if asked for on a CPU, the compiled one.
+    """Return the module of a family that has no Triton kernel.
 
-    While ``torch.compile`` traces, it is the traced form. ``name`` is the family; ``x`` the tensor that decides.
+    It is that of `tritonq.compiled` if ``x`` is on a CPU, ``use_backend("compiled")`` is active and the family has C++;
+    else that of `tritonq.reference`; while ``torch.compile`` traces, the traced form.
+
+    Args:
+        name: the family, such as ``"eval_codes"``.
+        x: the tensor whose device decides.
+
+    Raises:
+        NotImplementedError: while tracing, a family without traced form.
     """
     if torch.compiler.is_compiling():
         return _traced(name, "auto")

@@ -78,6 +78,9 @@ def fake_quantize_per_channel_affine(
 ) -> Tensor:
     """Round ``x`` to one grid per index of ``axis``; gradients pass straight through inside the range.
 
+    ``y = (clamp(round(x/s) + z, quant_min, quant_max) - z) * s`` with s and z of the index, or of the group;
+    ``dx = dy`` where the rounded, unclipped code lies in the range, else 0 and 0 at NaN.
+
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
         scale: float tensor (x.shape[axis],); with groups shaped as ``x``, but with one index per group along ``axis``.
@@ -90,6 +93,9 @@ def fake_quantize_per_channel_affine(
             innermost in memory, ``x`` is copied first.
         rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype. The arithmetic is float32 (float64 for float64 input).
 
     Raises:
         TypeError: ``x``, scale or zero point of the wrong kind.
@@ -120,8 +126,8 @@ def fake_quantize_per_channel_affine(
 def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends: bool = False) -> Tensor:
     """Round ``x`` to a grid: what both public functions and the modules call; differentiable.
 
-    :func:`tritonq.reference.fake_quant.fake_quantize` has the formula. Nothing is checked: scales must be positive and
-    finite, and as many as the grid's type asks for.
+    ``y = (clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; of float codes, the nearest number of the format to
+    ``x/s``, times s. Nothing is checked: scales must be positive and finite, and as many as the grid's type asks for.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
@@ -130,7 +136,7 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
         blocks_ends: whether the first and the last code block the gradient, too.
 
     Returns:
-        Tensor of ``x``'s shape and dtype. The gradient passes to ``x`` where the rounded code is not clipped.
+        Tensor of ``x``'s shape and dtype. ``dx = dy`` where the rounded code is not clipped, else 0.
     """
     rows = group_rows(x, grid.granularity)
     if rows is not None:
@@ -184,7 +190,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return ``value``; the gradient goes to ``surrogate`` (of the same shape) and not to ``value``."""
+    """Return a view of ``value``; its gradient goes to ``surrogate``, of the same shape, and not to ``value``."""
     return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
 
 

@@ -42,12 +42,15 @@ def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
 
 
 def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> QuantizedType:
-    """Return the type with the codes of :func:`fixed_point_range`; one fractional length per index of ``axis``."""
+    """Return the type with the codes of :func:`fixed_point_range`, whose zero point is 0.
+
+    It has one fractional length per index of ``axis``; for None one for the tensor. ``word_len`` is 2..16.
+    """
     return QuantizedType(*fixed_point_range(word_len, signed), symmetric=signed, axis=axis)
 
 
 def largest_frac_len(word_len: int, signed: bool) -> int:
-    """Return the largest fractional length: all bits but the sign, 7 for 8 bits signed."""
+    """Return the largest fractional length, ``word_len`` without the sign's bit: 7 for 8 bits signed, 8 unsigned."""
     return word_len - int(signed)
 
 
@@ -99,11 +102,13 @@ def fixed_point_quantize(
 def quantize_fixed_point(
     x: Tensor, frac_len: Tensor, qtype: QuantizedType, backend: Backend = "auto", enabled: Tensor | None = None
 ) -> Tensor:
-    """Round ``x`` as :func:`fixed_point_quantize` does, without checking the arguments.
+    """Round ``x`` to ``clamp(round_half_even(x · 2^frac_len), lo, hi) · 2^-frac_len`` without checking the arguments.
+
+    Gradient: ``dy`` where the rounded code lies strictly between the ends lo and hi of the codes, else 0.
 
     Args:
-        x: a float tensor.
-        frac_len: whole numbers; one element, or one per index of ``qtype.axis``.
+        x: any shape; float32, float16, bfloat16 or float64, as the result.
+        frac_len: integer tensor on ``x``'s device; one element, or one per index of ``qtype.axis``.
         qtype: range of codes and axis, from :func:`fixed_point_type`.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         enabled: the switch, a one-element uint8 tensor: 0 lets values and gradients pass unchanged. None: on.
@@ -116,8 +121,9 @@ def search_frac_len(
 ) -> Tensor:
     """Return the fractional length that rounds ``x`` with the least root mean square error; of equals the smallest.
 
-    Every candidate ``0..word_len - signed`` is tried, in one read of ``x``. Values that are not finite don't count. The
-    same input gives the same result, always; nothing waits for a GPU.
+    Rounding is that of :func:`fixed_point_quantize`, clamp included. Every candidate ``0..word_len - signed`` is tried,
+    in one read of ``x``. Values that are not finite don't count. The same input always gives the same result; nothing
+    waits for a GPU.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.

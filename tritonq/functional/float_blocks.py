@@ -99,7 +99,13 @@ def fake_quantize_blocks(
 ) -> Tensor:
     """Round ``x`` to a block format: what the public function and the modules call; differentiable.
 
-    :func:`tritonq.reference.float_blocks.fake_quantize_blocks` has the formula. Nothing is checked.
+    ``y = round(x / s) * s``, to the nearest element, ties to even, saturating, with one scale s per block. With m the
+    block's largest magnitude and ``L = 2^E · f``, ``1 <= f < 2``, the largest element:
+
+    - e8m0 scales: ``s = 2^e``, ``e = floor(log2 m) - E``; with ``"ceil"`` one more where ``m > L · 2^e``.
+    - e4m3 scales: ``s = e4m3(m / (L · t)) · t`` with the tensor's scale t.
+
+    A block with NaN becomes NaN. The gradient is ``dy`` everywhere. Nothing is checked.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64.
@@ -108,7 +114,7 @@ def fake_quantize_blocks(
         tensor_scale: scale of the whole tensor, float32 of one element; None: computed from ``x`` if block scales are
             e4m3. Block scales in e8m0 take none.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        enabled: the switch, bool or uint8 of one element; None: on.
+        enabled: the switch, bool or uint8 of one element; 0 lets values pass unchanged. None: on.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
@@ -126,7 +132,9 @@ def fake_quantize_blocks(
 
 
 def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto") -> Tensor:
-    """Return ``m / L / 448``: with this scale the largest magnitude ``m`` becomes the largest element ``L``.
+    """Return ``m / (L · 448)``: with this scale the largest magnitude m of ``x`` becomes the largest element L.
+
+    448 is the largest e4m3 number, the greatest scale of a block.
 
     Args:
         x: any shape; values that are not finite don't count. If all values are zero, the scale is 1.

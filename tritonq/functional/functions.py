@@ -81,13 +81,15 @@ def _exact_values(x: Tensor, source: Grid) -> Tensor:
 
 
 def function_codes(codes: Tensor, function: Function, source: HostGrid, output: HostGrid) -> Tensor:
-    """Return the codes of a function of codes: :func:`integer_function`, clipped.
+    """Return ``clip(round(f(fl((code - z_in) · s_in)) / s_out) + z_out)`` for each code, from a table that is kept.
+
+    f is computed in float32, in the order of operations in which ONNX Runtime computes it.
 
     Args:
-        codes: uint8 codes of the input, counted from 0.
+        codes: uint8 codes of the input on the CPU, counted from 0 (the smallest code of the grid).
         function: f and its numbers.
-        source: the input's grid.
-        output: the result's grid.
+        source: the input's grid, with z_in counted likewise.
+        output: the result's grid; its ``half_even`` says how ties are rounded.
 
     Returns:
         uint8, counted from 0, in the shape and order of ``codes``.
@@ -96,15 +98,16 @@ def function_codes(codes: Tensor, function: Function, source: HostGrid, output: 
 
 
 def concatenated_codes(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor | None:
-    """Concatenate tensors that carry codes, on the output's grid: `integer_joins.integer_concatenation`, clipped.
+    """Concatenate tensors that carry codes, on the output's grid: codes on other grids become ``clip(round(x/s) + z)``.
 
     Args:
-        tensors: tensors that `codes.can_use_codes` accepts.
+        tensors: float32 tensors on the CPU that need no gradient (`codes.can_use_codes`).
         dim: the axis of the concatenation.
         output: grid of the quantizer behind it, per tensor.
 
     Returns:
-        A tensor that carries its codes; None if a tensor carries none, or ``output`` has no codes of one byte.
+        A float32 tensor of values on ``output`` that carries its codes; None if a tensor carries none, or ``output``
+        has no codes of one byte.
     """
     target, parts = host_grid(output), []
     for x in tensors:
@@ -145,9 +148,10 @@ def quantized_function(
 ) -> Tensor:
     """Return ``FQ(f(x))`` as one operator, where FQ is fake quantization to ``grid``; differentiable.
 
-    The quantizer observes f(x). Both f and FQ compute in float32 (float64 for float64), and the result is rounded once
-    to ``x``'s dtype. The backward computes f(x) again instead of keeping it. If f is a chain (``function.steps``), the
-    last step is this operator, and the others are ordinary torch functions.
+    The quantizer observes f(x): range and grid are updated in place before values are rounded. Both f and FQ compute in
+    float32 (float64 for float64), and the result is rounded once to ``x``'s dtype. The gradient is ``f'(x) · dy`` where
+    the code of f(x) is not clipped, else 0; the backward computes f(x) again instead of keeping it. If f is a chain
+    (``function.steps``), the last step is this operator, and the others are ordinary torch functions.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.

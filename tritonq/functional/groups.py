@@ -120,7 +120,10 @@ def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
 
 
 def codes_on(x: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of ``x`` on a grid of any granularity, as integer-valued float32."""
+    """Return ``clamp(round(x/s) + z, quant_min, quant_max)``, codes as whole float32 numbers, with any granularity.
+
+    The grid's switch is not read. Of float formats the result is its numbers, ``x/s`` rounded.
+    """
     rows = group_rows(x, grid.granularity)
     return quantize(x, grid) if rows is None else rows.join(quantize(*as_rows(x, grid)))
 

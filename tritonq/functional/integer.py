@@ -50,7 +50,7 @@ class IntegerAffine:
         bias: int32, (out,), one step is ``multiplier``; or None.
         multiplier: float32 (out,): input scale times weight scale.
         input_scale: float32, one element.
-        find_sum_bound: computes :attr:`sum_bound`.
+        find_sum_bound: called without arguments, once, when :attr:`sum_bound` is first read; returns it.
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
         weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
         has_8_bit_codes: whether input and weight both have codes of up to 8 bits.
@@ -70,7 +70,7 @@ class IntegerAffine:
 
     @property
     def sum_bound(self) -> float:
-        """An upper bound of all partial sums of products, see :func:`sum_bound`.
+        """An upper bound of the magnitudes of all partial sums of products, without bias; infinite if not known.
 
         The first call may wait for a device.
         """
@@ -86,7 +86,7 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
     """Return an upper bound of ``|Σ (x_code - x_zero) w|``: ``max over out channels of Σ|w| · max|x_code - x_zero|``.
 
     Args:
-        rows: the integer weights, (out, ...).
+        rows: the weight's codes minus zero points, (out, ...).
         input_zero_point: of the input, one element or one per channel.
         input_type: the range of the input's codes.
     """
@@ -140,16 +140,17 @@ class Rows(Protocol):
 def to_integers(
     weight: Tensor, bias: Tensor | None, layout: Rows, source: Grid, grid: Grid, may_wait: bool = True
 ) -> IntegerAffine:
-    """Return a layer in integers: the codes of its weight and bias on their grids.
+    """Return a layer in integers: the codes of its weight and bias on their grids, whether these are on or off.
 
-    The weight's scale is raised in channels whose sums would not fit 32 bits.
+    With scales s_in and s_w: weight codes are ``clip(round(w / s_w) + z) - z``, those of the bias ``round(bias / (s_in
+    s_w))``. First s_w is raised in channels whose bias and sums together would not fit 32 bits.
 
     Args:
-        weight: the float weight, with any BatchNorm folded in.
-        bias: (out,), or None.
-        layout: of the weight.
-        source: the input's grid.
-        grid: the weight's.
+        weight: the float weight, with any BatchNorm folded in, as the layer lays it out.
+        bias: float (out,), with any BatchNorm folded in; or None.
+        layout: brings the weight's out channels to axis 0 and back.
+        source: the input's grid, per tensor.
+        grid: the weight's, per tensor or per out channel (axis 0 of the rows).
         may_wait: whether the bound of the sums may be read from the device later; if not, it is infinite.
     """
     rows = layout.to_rows(weight.float())
@@ -184,8 +185,9 @@ def integer_affine(
         output: the grid of the quantizer behind the layer, or None. A ReLU between them keeps values on the grid.
 
     Returns:
-        Without ``output``: float32 ``(sums + bias) · multiplier``, the bracket rounded to float32 once. With it: the
-        values rounded to its grid, not yet clipped; the quantizer finds their codes and clips them.
+        Without ``output``: float32 ``fl(sums + bias) · multiplier``, where fl rounds to float32 once. With it:
+        ``round(fl(sums + bias) · fl(multiplier / s)) · s`` with the output's scale s, not yet clipped: the quantizer
+        finds the codes of these values and clips them.
 
     Source: docs/integers.md, "Linear layers".
     """
@@ -208,10 +210,15 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
 
 
 def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
-    """Return the float32 result of :func:`integer_affine` from its integer sums ``total``, which may be overwritten.
+    """Return the float32 values of a layer from its integer sums: ``fl(total + bias) · multiplier``.
 
-    The sums, plus bias, are multiplied by the layer's multiplier; with ``output`` the product is rounded to that grid,
-    None leaves it as it is. ``channel_axis`` is the axis of ``total`` with the out channels.
+    With ``output`` they are ``round(fl(total + bias) · fl(multiplier / s)) · s`` with its scale s, not yet clipped.
+
+    Args:
+        total: exact sums of products without bias, float32 or float64; may be overwritten.
+        layer: gives bias codes and multiplier.
+        channel_axis: axis of ``total`` with the out channels.
+        output: the grid of the quantizer behind the layer, per tensor; None: values stay unrounded.
     """
     if output is None:
         return requantize(total, layer.bias, layer.multiplier, None, channel_axis)
@@ -236,7 +243,10 @@ def _is_direct(device: torch.device) -> bool:
 
 
 def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
-    """Return ``round(bias / multiplier)`` as int32, computed in float64; larger ones are clipped to ±(2^31 - 128)."""
+    """Return ``round(bias / multiplier)`` as int32, ties to even, in float64; clipped to ±(2^31 - 128).
+
+    ``bias`` and ``multiplier`` (input scale times weight scale) are float tensors, (out,) or one element.
+    """
     codes = (bias.double() / multiplier.double()).round()
     return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
 
@@ -272,8 +282,13 @@ def _raise_scale_for_sums(
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
     """Return the weight scale, raised in channels whose bias would not fit 32 bits in steps of input × weight scale.
 
-    That happens in dead channels (γ = 0), whose weight scale is tiny; their weight codes only become smaller. Without
-    bias the result is ``weight_scale`` itself.
+    It is at least ``|bias| / (input_scale · (2^31 - 128))``, rounded up in float32. Scales that are too small occur in
+    dead channels (γ = 0); their weight codes only become smaller. Without bias the result is ``weight_scale`` itself.
+
+    Args:
+        weight_scale: float32 (out,).
+        bias: (out,), with any BatchNorm folded in; or None.
+        input_scale: one element.
     """
     if bias is None:
         return weight_scale

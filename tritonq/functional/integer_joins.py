@@ -33,7 +33,10 @@ def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
 
 
 def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b`` or another join on the output's grid, before clipping.
+    """Return ``round(v / s) · s``, with v the join of ``a`` and ``b`` and s the output's scale; not clipped yet.
+
+    v is computed from the codes of both operands. The float32 operations, whose order decides ties, stand at the
+    function of each kind.
 
     Args:
         kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`), ``"mul"``
@@ -55,10 +58,11 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
 def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a + b`` on the output's grid, before clipping.
 
-    With ratios ``r = scale / output scale``, all in float32:
-    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. u, v are codes counted from 0 and z zero
-    points counted likewise. If one summand is broadcast to the other's shape, it counts as the second; of two summands
-    with one element the first does.
+    The result is ``(code - z_out) · s_out``. With ratios ``r = scale / s_out``, all in float32, and fma rounded once:
+    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. u, v are the operands' codes, counted
+    from 0 (the smallest code of their type), and z zero points counted likewise; the output's type says how ties are
+    rounded. If one summand is broadcast to the other's shape, it counts as the second; of two summands with one element
+    the first does.
 
     Args:
         a: float tensor of values on ``grid_a``.
@@ -85,6 +89,10 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
 def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b`` with a negative scale.
 
+    The result is ``(code - z_out) · s_out``. With ``r_a = s_a / s_out``, ``r_b = -s_b / s_out`` in float32, and fma
+    rounded once: ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``; u, v are the operands'
+    codes counted from 0 (the smallest code of their type), z zero points counted likewise.
+
     Args:
         a: float tensor of values on ``grid_a``.
         b: float tensor of values on ``grid_b`` that broadcasts against ``a``.
@@ -103,8 +111,8 @@ def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a * b`` on the output's grid, before clipping.
 
-    With u, v the codes minus zero points and z the output's zero point counted from its smallest code, all float32:
-    ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
+    The result is ``(code - z) · s_out``. With u, v the codes minus zero points, z the output's zero point counted from
+    its smallest code, and fl rounding to float32: ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
 
     Args:
         a: float tensor of values on ``grid_a``.
@@ -133,8 +141,9 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a @ b`` on the output's grid, before clipping: sums in integers, then one requantization.
 
-    With u, v the codes minus zero points: ``code = round(fl(Σ u v) · fl(fl(s_a s_b) / s_out)) + z``. The sums are
-    exact, in whatever order they are added: int32 where both operands have up to 8 bits, else int64.
+    The result is ``(code - z) · s_out`` with the output's zero point z. With u, v the operands' codes minus zero points
+    and fl rounding to float32: ``code = round(fl(Σ u v) · fl(fl(s_a s_b) / s_out)) + z``. The sums are exact, in
+    whatever order they are added: int32 where both operands have up to 8 bits, else int64.
 
     Args:
         a: (..., m, k) or (k,) of values on ``grid_a``, as :func:`torch.matmul` takes it.
@@ -183,7 +192,7 @@ def largest_magnitude(grid: Grid) -> int:
 
 
 def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor:
-    """Return the concatenation along ``dim``, rounded to the output's grid as ``round(x / s) · s``, not clipped.
+    """Return the concatenation along ``dim`` as ``round(x / s) · s`` with the output's scale s, not clipped.
 
     Training multiplies by 1 / s, which rounds some ties to the other side.
 
@@ -202,7 +211,10 @@ def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -
 
 
 def divided(x: Tensor, output: Grid) -> Tensor:
-    """Return ``round(x / s) · s`` in float32: on the output's grid as ONNX's QuantizeLinear rounds, before clipping."""
+    """Return ``round(x / s) · s`` in float32 with the output's scale s, which ONNX's QuantizeLinear divides by, too.
+
+    The output's type says how ties are rounded; nothing is clipped.
+    """
     return round_steps_(x.float() / output.scale, output.qtype.rounding).mul_(output.scale)
 
 

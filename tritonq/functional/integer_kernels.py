@@ -1,9 +1,9 @@
 """Layers in integers by the 8-bit kernels that torch has for x86 CPUs (oneDNN): the codes of `integer`, in less time.
 
 oneDNN multiplies uint8 input codes by int8 weight codes and adds in int32. Its float32 result with scale 1 is
-``float32(Σ + bias)``, from which the formula of `integer` goes on. Rounding to the output's codes follows in
-`tritonq.reference.eval_codes`: oneDNN's own requantization rounds after the scale and again after the bias, which moves
-codes near ties.
+``float32(Σ + bias)``, with Σ the sum of ``(x_code - x_zero) · (w_code - w_zero)``; times input and weight scale it is
+the layer's value. Rounding to the output's codes follows in `tritonq.reference.eval_codes`: oneDNN's own requantization
+rounds after the scale and again after the bias, which moves codes near ties.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
     """A layer prepared for torch's integer kernels: call it with the input's codes.
+
+    The result is ``clip(round(fl(Σ + bias) · factor) + zero)``, uint8; without output grid ``fl(Σ + bias) · factor``,
+    float32. fl rounds to float32.
 
     Attributes:
         source: grid of the input.
@@ -114,15 +117,15 @@ class PackedLayer:
 
 
 def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
-    """Run a layer on a tensor; return None if its values don't lie on the layer's input grid.
+    """Run a layer on a tensor of values; return None if these don't lie on the layer's input grid, or if it is empty.
 
     Args:
-        x: a tensor that `codes.can_use_codes` accepts.
+        x: a float32 tensor on the CPU that needs no gradient (`codes.can_use_codes`).
         layer: the prepared layer.
 
     Returns:
-        Values on the output's grid, which carry their codes; plain float32 values without output grid. They are
-        channels_last if ``x`` is, else contiguous.
+        Clipped values on the output's grid, which carry their codes; without output grid plain values
+        ``fl(Σ + bias) · input scale · weight scale``. float32; channels_last if ``x`` is, else contiguous.
     """
     codes = take_codes(x, layer.source) if x.numel() else None
     if codes is None:
@@ -142,10 +145,10 @@ def pack(
     whose 8-bit products don't saturate, with inputs of up to 256 codes and weights of 8 bits.
 
     Args:
-        layer: the integers.
-        op: the convolution or product.
+        layer: the layer's weight and bias as integers.
+        op: its convolution or matrix product, without weight and bias.
         source: grid of the input, per tensor.
-        output: grid of the quantizer behind the layer, per tensor, or None.
+        output: grid of the quantizer behind the layer, per tensor; None: the layer gives float values.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     weight = layer.weight
@@ -195,7 +198,7 @@ def _parts(codes: Tensor, layer: IntegerAffine, make: Callable[[Tensor], _Sums])
 
     Args:
         codes: int8 weight codes.
-        layer: the integers.
+        layer: the layer's integers, of which the bound of the sums is read.
         make: makes a kernel from weight codes.
     """
     rows = codes.flatten(1)
@@ -216,7 +219,10 @@ def _parts(codes: Tensor, layer: IntegerAffine, make: Callable[[Tensor], _Sums])
 
 
 def _reach(bias: Tensor | None) -> float:
-    """Return the bound that no sum reaches if the sums without the bias, int32 or None, stay below 2^24."""
+    """Return the bound below which a sum plus bias proves that float32 rounded neither: ``2^24 - 1 - max|bias|``.
+
+    It is ``-inf``, which no sum stays below, if the bias (int32 (out,) or None) passes 2^24 itself.
+    """
     largest = 0 if bias is None else int(bias.abs().max())
     # A larger bias is not the kernel's, so that its sums always lack it.
     return -math.inf if largest > FLOAT32_EXACT else FLOAT32_EXACT - 1 - largest

@@ -42,13 +42,14 @@ def fake_quantize_learnable(
 ) -> Tensor:
     """Fake quantize with a scale, and perhaps a zero point, that receive gradients (LSQ, LSQ+).
 
-    ``"torch"``: ``y = (clip(round(x/s) + z) - z) s``; ``dx = dy`` where the unclipped code is in range;
-    ``ds = f Σ dy {quant_min - z below | quant_max - z above | (y - x)/s inside}`` (below, above and inside of the range
-    of codes); ``dz = f Σ dy {-s outside | 0}``. Forward and backward use the same z, rounded and clamped (torch's own
-    per-tensor backward does not).
+    ``"torch"``: ``y = (clip(round(x/s) + z) - z) s``, ties to even; ``dx = dy`` where the unclipped code is in range,
+    else 0; ``ds = f Σ dy {quant_min - z below | quant_max - z above | (y - x)/s inside}`` (below, above and inside of
+    the range of codes); ``dz = f Σ dy {-s outside | 0}``. Forward and backward use the same z, rounded and clamped
+    (torch's own per-tensor backward does not).
 
-    ``"megengine"``: ``s = |scale| + 1e-5``, ties away from zero, ``v = x/s + z`` is clipped, then rounded;
-    ``ds = f Σ dy {quant_min | quant_max | round(v) - v}``.
+    ``"megengine"``: ``s = |scale| + 1e-5``, ``v = x/s + z``, ``y = (round(clip(v)) - z) s``, ties away from zero;
+    ``dx = dy`` where v is in range, else 0; ``ds = f Σ dy {quant_min below | quant_max above | round(v) - v inside}``,
+    which ``scale`` gets with its sign; ``dz = 0``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
@@ -59,7 +60,8 @@ def fake_quantize_learnable(
         quant_max: largest code.
         axis: channel axis, or None for one scale.
         grad_factor: ``f``; LSQ proposes ``1/sqrt(values per scale * quant_max)``.
-        group_size: one scale per so many elements along ``axis``, see :func:`tritonq.fake_quantize_per_channel_affine`.
+        group_size: one scale per so many neighbouring elements along ``axis``, at each index of the other axes; scales
+            are then shaped as ``x``, with one index per group along ``axis``. None: no groups.
         method: ``"torch"`` or ``"megengine"``: which of the formulas above.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -134,7 +136,9 @@ def trained_threshold_quantize(
         Tensor of ``x``'s shape and dtype.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`fake_quantize_learnable`.
+        TypeError: ``x`` or ``log2_threshold`` is not a floating point tensor.
+        ValueError: empty code range, an axis out of range, or a threshold of another shape or device or not finite.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.
 
@@ -169,7 +173,10 @@ def clipped_quantize(
         Tensor of ``x``'s shape and dtype.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`fake_quantize_learnable`.
+        TypeError: ``x`` or ``alpha`` is not a floating point tensor.
+        ValueError: empty code range, an axis out of range, or an ``alpha`` of another shape or device, or not positive
+            and finite.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Choi et al., "PACT: Parameterized Clipping Activation" (2018).
 
@@ -196,8 +203,18 @@ def learned_fake_quantize(
 ) -> Tensor:
     """Round ``x`` to a grid whose scale receives a gradient, without checks: for the public functions and the modules.
 
-    :mod:`tritonq.reference.learned_scale` has the formulas. While the grid is switched off, ``x`` and its gradient pass
-    unchanged, and the other gradients are 0.
+    The result is ``(code - z) · s``, with the code of :func:`fake_quantize_learnable` for ``"torch"`` and
+    ``"megengine"``, ``clip(round_half_away(x/s))`` for ``"tqt"`` and ``clip(round(x/s))`` for ``"pact"``. Gradients,
+    times ``grad_factor`` f, for the grid's scale s, or the level α of ``"pact"``:
+
+    - ``"torch"``: ``ds = f Σ dy {quant_min - z below | quant_max - z above | code - z - x/s inside}``, and of ``shift``
+      ``f Σ dy {-s outside}``.
+    - ``"megengine"``, with ``v = x/s + z``: ``ds = f Σ dy {quant_min | quant_max | round(v) - v inside}``.
+    - ``"tqt"``: ``ds = f Σ dy {code - x/s inside | code outside}``.
+    - ``"pact"``: ``dα = f Σ dy {1 where x >= α}``.
+
+    ``dx = dy`` inside, else 0. While the grid is switched off, ``x`` and its gradient pass unchanged, and the other
+    gradients are 0.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.

@@ -42,7 +42,7 @@ class StepMemory:
 
 
 def step_memory_of(module: nn.Module) -> StepMemory:
-    """Return the memory that lies on a module which is no layer of tritonq; made at the first call.
+    """Return the :class:`StepMemory` kept on a module that is no layer of tritonq; the first call makes it there.
 
     While ``torch.compile`` traces, nothing is remembered: the memory is a new one.
     """
@@ -58,7 +58,7 @@ def forget_step_memory(module: nn.Module) -> None:
 
 
 def normalize_once(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """Return ``bn(x)``. During a recomputation the running statistics and the count of batches stay as they are."""
+    """Return ``bn(x)``; in a recomputation running statistics and ``num_batches_tracked`` are left as they are."""
     if not (is_recomputing() and bn.training):
         return cast(Tensor, bn(x))
     momentum = bn.momentum

@@ -23,14 +23,14 @@ def residual_join(
 ) -> Tensor:
     """Return ``FQ(relu?(a + b))`` as one operator that saves one bit per element.
 
-    The gradient of ``a`` and of ``b`` is that of the result, 0 where ReLU or clip block it. The quantizer observes the
-    sum.
+    First ``relu?(a + b)`` updates range and grid, in place, then it is rounded to the new grid. The gradient of ``a``
+    and of ``b`` is that of the result, 0 where ReLU or clip block it.
 
     Args:
         a: any shape and strides; float32, float16, bfloat16 or float64.
         b: of ``a``'s shape, dtype and device.
-        grid: per tensor; None leaves the result in float.
-        statistics: the running range of ``grid``, which the sum updates; None observes nothing.
+        grid: per tensor; None: nothing is observed, and the result stays in float.
+        statistics: the running range of ``grid``; None: range and grid stay as they are.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
@@ -68,9 +68,10 @@ class _ResidualJoin(torch.autograd.Function):
 def _sum(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(a + b))`` and the mask of where the gradient passes, as :func:`_rounded` returns it.
+    """Return ``FQ(relu?(a + b))`` in ``a``'s dtype, and the mask of where the gradient passes: one bit per element.
 
-    ``statistics`` is the range that is observed (None: none is); ``ceiling`` bounds the ReLU (None: there is none).
+    While ``torch.compile`` traces, the mask is one bool per element. ``statistics`` is the range that is observed
+    (None: none is); ``ceiling`` bounds the ReLU (None: there is none).
     """
     if not torch.compiler.is_compiling():
         join: tuple[Tensor, Tensor] = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
@@ -85,7 +86,8 @@ def _rounded(
 ) -> tuple[Tensor, Tensor]:
     """Return ``FQ(relu?(y))`` and the mask of where the gradient passes: one bit per element.
 
-    While ``torch.compile`` traces, the mask is one bool per element. ``y`` may be overwritten.
+    While ``torch.compile`` traces, the mask is one bool per element. If there is a grid, ``relu?(y)`` first updates
+    ``statistics`` and the grid. ``y``, float32 or float64, may be overwritten.
     """
     operators = implementation("rounded", y)
     run = operators.forward_with_mask if torch.compiler.is_compiling() else operators.forward
@@ -94,13 +96,19 @@ def _rounded(
 
 
 def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(y))`` of a tensor that was just computed, as one operator that saves one bit per element.
+    """Return ``FQ(relu?(y))`` as one operator that saves one bit per element; differentiable.
+
+    First ``relu?(y)`` updates range and grid, in place, then it is rounded to the new grid. The gradient is that of the
+    result, 0 where ReLU or clip block it.
 
     Args:
-        y: any shape and strides; float32, float16, bfloat16 or float64.
-        grid: per tensor.
-        statistics: the running range of ``grid``, which ``y`` updates; None observes nothing.
+        y: any shape and strides; float32, float16, bfloat16 or float64; not changed.
+        grid: per tensor; its scale and zero point follow from the range.
+        statistics: the running range of ``grid``; None: range and grid stay as they are.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
+
+    Returns:
+        New tensor of ``y``'s shape and dtype.
     """
     result: Tensor = _Rounded.apply(y, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
     return result
@@ -135,8 +143,9 @@ def rounded_product(
 ) -> Tensor:
     """Return ``FQ(relu?(a * b))``, where FQ rounds to ``grid``; differentiable.
 
-    For the backward it saves one bit per element of the result, and both factors, as one-byte codes if they lie on a
-    grid of up to 8 bits.
+    First ``relu?(a * b)`` updates range and grid, in place, then it is rounded to the new grid. The gradients are those
+    of a product, from ``dy`` where neither ReLU nor clip block it, else 0. For the backward it saves one bit per
+    element of the result, and both factors, as one-byte codes if they lie on a grid of up to 8 bits.
 
     Args:
         a: any shape and strides; float32, float16, bfloat16 or float64.
@@ -144,7 +153,7 @@ def rounded_product(
         grid_a: grid of the quantizer that rounded ``a``; None: unknown.
         grid_b: grid of the quantizer that rounded ``b``; None: unknown.
         grid: of the result, per tensor.
-        statistics: the running range of ``grid``, which the product updates; None observes nothing.
+        statistics: the running range of ``grid``; None: range and grid stay as they are.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:

@@ -21,8 +21,8 @@ def rounded_map(
 ) -> Tensor:
     """Return ``op(x, FQ(weight)) + bias``, where FQ rounds to ``weight_grid``; differentiable.
 
-    For the backward it saves the codes of ``x`` if it lies on a grid of up to 8 bits, else ``x`` itself, and the weight
-    unrounded.
+    The weight's gradient is 0 where its code was clipped. For the backward it saves the codes of ``x`` if it lies on a
+    grid of up to 8 bits, else ``x`` itself, and the weight unrounded.
 
     Args:
         x: (batch, in, ...), or without a batch; under autocast it is cast to autocast's dtype.
@@ -30,7 +30,8 @@ def rounded_map(
         bias: (out,) or None.
         op: the convolution or matrix product, without weight and bias.
         input_grid: grid of the quantizer that rounded ``x``; None: unknown.
-        weight_grid: grid of the weight's rows, without groups; None: the weight is not rounded.
+        weight_grid: grid of the weight's rows (out channels on axis 0), without groups; nothing is observed. None: the
+            weight is not rounded.
 
     Returns:
         (batch, out, ...), in the dtype that ``op`` gives.

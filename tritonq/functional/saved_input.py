@@ -71,8 +71,8 @@ def _is_compact(grid: Grid) -> bool:
 def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | None = None) -> None:
     """Note on ``y`` that its values were rounded to the grid of the quantizer with this ``scale``, if it was active.
 
-    If the switch can't be read without waiting for a device, the note is made all the same: :func:`save_input` is given
-    a grid only while its quantizer is active.
+    A quantizer is active while its switch is on and it has observed something. If that can't be read without waiting
+    for a device, the note is made all the same: :func:`save_input` is given a grid only while its quantizer is active.
 
     Args:
         y: the operator's result.

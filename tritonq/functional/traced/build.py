@@ -28,8 +28,8 @@ def traced_families(choices: dict[str, Choice]) -> dict[str, ModuleType]:
     """Return ``{family: module}`` with the traced form of each operator of `tritonq.reference`.
 
     Args:
-        choices: for operators that run something else than eager code would, by name ``"<family>_<function>"``: see
-            :func:`traced_operator`.
+        choices: for operators that run something else than eager code would, by name ``"<family>_<function>"``: a
+            function that is called with the first tensor when the operator runs, and returns the function to run.
     """
     families = {}
     for family, operators in operators_by_family().items():

@@ -41,6 +41,10 @@ def affine(
 ) -> Tensor:
     """Return ``op(x, FQ_w(weight)) + bias``, in exact integers if the grids of input and weight are on.
 
+    In integers it is ``fl(Σ (x_code - x_zero) (w_code - w_zero) + bias / m) · m``, with m input scale times weight
+    scale, the bias rounded to whole multiples of m, and fl rounding to float32; if ``output``, of scale s, is on,
+    ``round(fl(Σ …) · fl(m / s)) · s``, not clipped. A Triton kernel or torch's operators compute it.
+
     Args:
         x: values on the grid of ``source``; any shape that ``op`` takes.
         weight: float, with any BatchNorm folded in.
@@ -62,10 +66,13 @@ def affine(
 
 
 def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b`` or another join; if all grids are on, as integer runtimes compute it (:func:`integer_join`).
+    """Return ``a + b`` or another join v; if all grids are on, ``round(v / s) · s`` with the output's scale s.
+
+    The second is computed from codes, in the order of float32 operations of ONNX Runtime, and not clipped:
+    :func:`tritonq.functional.integer_joins.integer_join`.
 
     Args:
-        kind: one of :data:`tritonq.functional.integer_joins.JoinKind`.
+        kind: ``"add"``, ``"sub"``, ``"mul"``, ``"matmul"``, ``"minimum"`` or ``"maximum"``.
         a: float tensor on ``grid_a``.
         b: float tensor on ``grid_b`` that broadcasts against ``a``.
         grid_a: grid of ``a``, per tensor.
@@ -92,9 +99,9 @@ def on_grid(x: Tensor, output: Grid, source: Grid | None = None) -> Tensor:
 
 
 def prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
-    """Return a PReLU of ``x``: on the output's grid, if both grids are on, else by torch's function.
+    """Return the PReLU ``v = max(0, x) + weight · min(0, x)``; if both grids are on, ``round(v / s) · s``, not clipped.
 
-    The first is the result of :func:`integer_prelu`.
+    s is the output's scale; then ``x`` is first rounded to its grid, and all is computed in float32.
 
     Args:
         x: float tensor on the grid of ``source``.
@@ -112,7 +119,8 @@ def prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
 def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
     """Return the means of ``x``: by exact integers, on the output's grid, if both grids are on, else by floats.
 
-    The integer result is that of :func:`integer_average`: rounded to steps of ``output``, and not clipped yet.
+    The integer result is ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out``, not clipped: Σ is the exact sum of codes
+    minus zero point, N the number that the mean divides by, fl rounding to float32.
 
     Args:
         x: float tensor on the grid of ``source``.
@@ -131,9 +139,10 @@ def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tens
 
 
 def function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return a function of ``x``: by a table of codes, on the output's grid, if both grids are on, else by floats.
+    """Return f(x): by a table of codes, on the output's grid, if both grids are on, else as torch computes it.
 
-    The first is the result of :func:`integer_function`.
+    The first is ``round(f(fl((code - z) · s_in)) / s_out) · s_out``, not clipped, with f in float32, in the order of
+    operations of ONNX Runtime, and fl rounding to float32.
 
     Args:
         x: float tensor on the grid of ``source``.
@@ -172,9 +181,12 @@ def run_affine(
     weights: Grid,
     output: Grid | None,
 ) -> Tensor:
-    """Compute :func:`affine` when the compiled graph runs. ``conv`` is the convolution, None for a matrix product.
+    """Compute :func:`affine`, ``op(x, FQ_w(weight)) + bias``, when the compiled graph runs.
 
-    The other arguments, and the result, are those of :func:`affine`.
+    ``conv`` is the convolution, None for a matrix product. ``bias`` is (out,) or None; ``channel_axis`` the axis of the
+    result with the out channels. ``source``, ``weights`` and ``output`` are the grids of input, weight and output; if
+    the first two are on, sums are exact integers, which are rounded to ``output`` if that is on, and not clipped. The
+    result has ``x``'s dtype.
     """
     op = _op(conv)
 
@@ -200,7 +212,10 @@ def run_affine(
 
 @operator(returns=New(_join_shape, "a", keeps_format=True))
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Compute :func:`join` when the compiled graph runs; same arguments and result."""
+    """Compute :func:`join` of kind ``kind`` when the compiled graph runs, in ``a``'s dtype.
+
+    If all three grids are on it is computed from codes and rounded to ``output``, not clipped; else in float.
+    """
     return _chosen(
         (grid_a, grid_b, output),
         lambda: integer_join(kind, a, b, grid_a, grid_b, output).to(a.dtype),
@@ -210,7 +225,10 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
 
 @operator(returns=Like("x"))
 def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
-    """Compute :func:`on_grid` when the compiled graph runs; same arguments and result."""
+    """Return ``round(x / s) · s`` in ``x``'s dtype if the grids are on, else a copy, when the compiled graph runs.
+
+    s is the scale of ``output``; with ``source`` ``x`` is first rounded to that grid in float32.
+    """
     if source is None:
         return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
     return _chosen((source, output), lambda: requantized(x, source, output).to(x.dtype), lambda: x.clone())
@@ -218,7 +236,10 @@ def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
 
 @operator(returns=Like("x"))
 def run_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
-    """Compute :func:`prelu` when the compiled graph runs; same arguments and result."""
+    """Compute :func:`prelu`, ``max(0, x) + weight · min(0, x)``, when the compiled graph runs, in ``x``'s dtype.
+
+    If both grids are on it is rounded to ``output``, not clipped.
+    """
     return _chosen(
         (source, output),
         lambda: integer_prelu(x, weight, source, output).to(x.dtype),
@@ -227,7 +248,7 @@ def run_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
 
 
 def _averaging(axes: AxesAverage | None, window: WindowAverage | None, sizes: tuple[int, ...] | None) -> Averaging:
-    """Return the operation from its three arguments, two of which are None."""
+    """Return the averaging from its three arguments, two of which are None; ``sizes`` are those of adaptive pooling."""
     return cast(Averaging, axes or window) if sizes is None else AdaptiveAverage(sizes)
 
 
@@ -245,7 +266,11 @@ def run_average(
     source: Grid,
     output: Grid,
 ) -> Tensor:
-    """Compute :func:`average` when the compiled graph runs; one of ``axes``, ``window`` and ``sizes`` is given."""
+    """Compute the means of ``x`` (:func:`average`) when the compiled graph runs, in ``x``'s dtype.
+
+    One of ``axes``, ``window`` and ``sizes`` (adaptive pooling to these sizes) is given. If both grids are on, sums are
+    exact integers and means are rounded to ``output``, not clipped.
+    """
     averaging = _averaging(axes, window, sizes)
     return _chosen(
         (source, output),
@@ -256,7 +281,10 @@ def run_average(
 
 @operator(returns=Like("x"))
 def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Compute :func:`function` when the compiled graph runs; same arguments and result."""
+    """Compute f(x) (:func:`function`) when the compiled graph runs, in ``x``'s dtype.
+
+    If both grids are on, it is looked up by codes and rounded to ``output``, not clipped.
+    """
     return _chosen(
         (source, output),
         lambda: integer_function(x, function, source, output).to(x.dtype),

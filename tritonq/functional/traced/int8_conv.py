@@ -11,9 +11,10 @@ from tritonq.backend import implementation
 
 
 def warning_int8_conv2d(x: Tensor) -> Any:
-    """Return the function that convolves tensors like ``x``.
+    """Return a function with the parameters of `tritonq.reference.int8_conv.int8_conv2d`, by name, and its result.
 
-    It warns of each call that clamped accumulators, on a CPU.
+    On a CPU each of its calls that clamps accumulators emits a RuntimeWarning with their number. ``x`` is the tensor
+    that decides whether a kernel or PyTorch runs.
     """
 
     def run(*, saturated: Tensor | None, **arguments: Any) -> Tensor:

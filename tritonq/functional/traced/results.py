@@ -21,7 +21,10 @@ _GRID_TENSORS = 3
 
 
 def schema(template: Any) -> str:
-    """Return the results of a schema: ``"Tensor"``, or ``"(Tensor, Tensor)"`` for two."""
+    """Return the results of a template as a schema spells them: ``"Tensor"``, or ``"(Tensor, Tensor)"`` for two.
+
+    A grid counts as three tensors; without results it is ``"()"``.
+    """
     count = sum(_GRID_TENSORS if isinstance(leaf, CopyOf) else 1 for leaf in _leaves(template))
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
@@ -109,7 +112,7 @@ def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
 
 
 def lookup(name: str, arguments: dict[str, Any]) -> Any:
-    """Return an argument by name, or a field of one: ``"grid.scale"``."""
+    """Return an argument by name from ``arguments``, or an attribute of one: ``"grid.scale"``."""
     first, *fields = name.split(".")
     value = arguments[first]
     for field in fields:
