@@ -1,4 +1,9 @@
-"""`tritonq.reference.eval_codes`, compiled: one pass over memory each, and the reference's codes, bit for bit."""
+"""Codes of layers in eval mode and of converted models in C++: one pass over memory each, the reference's codes.
+
+Codes are uint8, counted from 0 (the smallest code of their grid). *Steps* are values divided by their scale; a
+`CodeRange` says how they become codes: ``clip(round(step) + zero, low, high)``, and how ties are rounded. What the
+compiled code does not take, such as ties away from zero, `tritonq.reference.eval_codes` computes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,14 @@ class _CodeRange(ctypes.Structure):
 
 
 def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | None) -> Tensor | None:
-    """Compute :func:`tritonq.reference.eval_codes.codes_of_sums` in C++: sums times factors, rounded to codes."""
+    """Return ``clip(round(sums * factors) + zero, low, high)``, uint8; None if a sum reaches ``reach``.
+
+    Args:
+        sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; may be overwritten.
+        factors: for each channel, how many steps of the result's scale a sum of 1 is.
+        to: zero, ends and ties.
+        reach: bound that the magnitude of every sum must stay below; None: sums are known to be exact.
+    """
     if not (
         to.half_even and is_plain(sums, factors.row) and sums.numel() and _has_channels_side_by_side(sums, factors)
     ):
@@ -37,7 +49,15 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 
 
 def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
-    """Compute :func:`tritonq.reference.eval_codes.codes_of_values` in C++: codes of float values."""
+    """Return uint8 ``round(x / scale) + zero``; None if a value is NaN or, with ``largest``, beyond 0..``largest``.
+
+    Args:
+        x: float32, not empty.
+        scale: of the codes. If ties go to even, values are multiplied by its reciprocal; else, and with ``largest``,
+            they are divided by it.
+        to: zero, ends and ties; with ``largest`` nothing is clipped, and ties go to even.
+        largest: the largest code; None: codes beyond the ends of ``to`` are clipped.
+    """
     if not (to.half_even and is_plain(x) and x.numel() and is_dense(x)):
         return reference.codes_of_values(x, scale, to, largest)
     codes, divides = torch.empty_like(x, dtype=torch.uint8), largest is not None
@@ -49,7 +69,14 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
 
 
 def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_format) -> Tensor:
-    """Compute :func:`tritonq.reference.eval_codes.values_of_codes` in C++: the float values of codes."""
+    """Return ``(code - zero) * scale`` as float32.
+
+    Args:
+        codes: uint8, in any order.
+        scale: the float32 scale.
+        zero: the code of the value 0.
+        form: memory format of the result.
+    """
     codes = codes.contiguous(memory_format=form)
     values = torch.empty_like(codes, dtype=torch.float32, memory_format=form)
     library().eval_values(codes.data_ptr(), codes.numel(), scale, float(zero), values.data_ptr())
@@ -59,7 +86,18 @@ def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_f
 def codes_of_sum(
     a: Tensor, b: Tensor, starts: tuple[int, int], ratios: tuple[float, float], fixed: Tensor, to: CodeRange
 ) -> Tensor:
-    """Compute :func:`tritonq.reference.eval_codes.codes_of_sum` in C++: codes of the sum of two tensors."""
+    """Return ``clip(round(fma(a - start_a, ratio_a, fma(b - start_b, ratio_b, fixed))) + zero, low, high)``, uint8.
+
+    fma is a product and a sum in float32, rounded once.
+
+    Args:
+        a: uint8 codes.
+        b: uint8 codes of the same shape.
+        starts: the code that is subtracted from each operand's codes.
+        ratios: each operand's scale over that of the result; negative to subtract.
+        fixed: the constant term, float32, 0-d.
+        to: zero, ends and ties of the result.
+    """
     alike = _in_one_order(a, b) if to.half_even else None
     if alike is None:
         return reference.codes_of_sum(a, b, starts, ratios, fixed, to)
@@ -74,7 +112,18 @@ def codes_of_sum(
 def codes_of_product(
     a: Tensor, b: Tensor, zeros: tuple[int, int], ratio: float, fixed: Tensor, to: CodeRange
 ) -> Tensor:
-    """Compute :func:`tritonq.reference.eval_codes.codes_of_product` in C++: codes of the product of two tensors."""
+    """Return ``clip(round((a - zero_a) * (b - zero_b) * ratio + fixed) + zero, low, high)``, uint8.
+
+    Each operation is rounded to float32.
+
+    Args:
+        a: uint8 codes.
+        b: uint8 codes; one of both may broadcast to the shape of the other.
+        zeros: the code of the value 0 of each operand.
+        ratio: the product of both scales over that of the result.
+        fixed: the constant term, float32, 0-d.
+        to: zero, ends and ties of the result.
+    """
     if a.numel() < b.numel():
         a, b, zeros = b, a, (zeros[1], zeros[0])
     is_gate = a.dim() == 4 and a.shape != b.shape == (*a.shape[:2], 1, 1)
@@ -91,7 +140,12 @@ def codes_of_product(
 
 
 def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
-    """Compute :func:`tritonq.reference.eval_codes.look_up_codes` in C++: ``table[code]`` for each code."""
+    """Return ``table[code]`` for each code, uint8, in the order of ``codes``.
+
+    Args:
+        codes: uint8, dense.
+        table: uint8, one entry per code.
+    """
     results = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.uint8)
     library().eval_look_up(codes.data_ptr(), codes.numel(), table.data_ptr(), results.data_ptr())
     return results
@@ -99,7 +153,7 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _numbers_of(to: CodeRange) -> Any:
-    """Return a range as compiled code takes it; the cache keeps it alive."""
+    """Return the address of a :class:`_CodeRange` with the ends and zero of ``to``; the cache keeps it alive."""
     return ctypes.byref(_CodeRange(to.low - to.zero, to.high - to.zero, to.zero))
 
 
@@ -110,12 +164,15 @@ def _has_channels_side_by_side(sums: Tensor, factors: Factors) -> bool:
 
 
 def _in_one_order(a: Tensor, b: Tensor, is_gate: bool = False) -> tuple[Tensor, Tensor] | None:
-    """Return both operands with their elements in the order of ``a``; None where none fits.
+    """Return both operands with their elements in one memory order, ``a`` copied if it must be; None if none fits.
+
+    None fits an empty ``a``, other shapes, and operands of the same strides that are not dense.
 
     Args:
         a: codes.
         b: codes of the same shape.
-        is_gate: whether ``b`` has instead one code for each image and channel of ``a``; then both are channels last.
+        is_gate: whether ``b`` has instead one code for each image and channel of ``a``, (n, c, 1, 1); ``a`` then comes
+            as channels last, ``b`` contiguous.
     """
     if not a.numel() or not (is_gate or a.shape == b.shape):
         return None

@@ -43,8 +43,8 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; a copy while the grid is switched off.
 
     Args:
-        x: any shape.
-        grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
+        x: any shape and float dtype; the result has both.
+        grid: of one scale s and zero point z, or one per index of axis ``grid.qtype.axis`` of ``x``.
     """
     channels = _channels_of(x, grid)
     if channels is None:
@@ -55,11 +55,15 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return :func:`fake_quantize` of ``x``, and bool: where its gradient passes.
+    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, and where its gradient passes.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
-        grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
+        grid: of one scale s and zero point z, or one per index of axis ``grid.qtype.axis`` of ``x``.
+
+    Returns:
+        ``(y, mask)``: ``x.dtype``, and bool: whether the rounded, unclipped code lies in the range; False at NaN. While
+        the grid is switched off ``y`` is a copy of ``x`` and the mask True.
     """
     channels = _channels_of(x, grid, adds_zero=True)
     if channels is None:
@@ -70,7 +74,7 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Return ``dy`` where the rounded, unclipped code is a code, else 0; ``dy`` while the grid is switched off.
+    """Return ``dy`` where the rounded, unclipped code is a code, else 0; 0 at NaN. While the grid is off return ``dy``.
 
     Args:
         dy: gradient of the result, shaped as ``x``.
@@ -91,7 +95,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 
 
 def _run(x: Tensor, grid: Grid, channels: _Channels, y: Tensor, mask: Tensor | None) -> None:
-    """Write the values of ``x`` on the grid to ``y``, and where gradients pass to ``mask``."""
+    """Write ``x``, rounded and clipped to the grid, to ``y``, and where gradients pass to ``mask`` (None: nowhere)."""
     zero = None if channels.zero is None else channels.zero.data_ptr()
     of_grid = (channels.scale.data_ptr(), channels.inverse.data_ptr(), zero, *_bounds(grid, channels))
     into = (y.data_ptr(), None if mask is None else mask.data_ptr())
@@ -108,7 +112,8 @@ def _channels_of(x: Tensor, grid: Grid, adds_zero: bool = False) -> _Channels | 
     Args:
         x: the tensor.
         grid: the grid.
-        adds_zero: whether steps are counted from the first code, as the reference does where it tells clipped ones.
+        adds_zero: whether the zero point is added to steps before they are compared with the ends; else the ends are
+            counted from the zero point, if one holds for all channels.
     """
     qtype, axis = grid.qtype, grid.qtype.axis
     if not (is_plain(x) and x.numel() and is_dense(x) and rounds_to_even_integers(grid) and are_vectors(grid.scale)):

@@ -1,7 +1,8 @@
 """`tritonq.reference.histogram` in C++: counts and range of a whole tensor in one pass over it, by every thread.
 
 Counts are the reference's. What the compiled code does not take (histograms per channel, equal bins, other dtypes) the
-reference computes.
+reference computes. The bins (:class:`tritonq.bins.FloatPrefixBins`) hold values with the same sign, exponent and top
+mantissa bits; they ascend from the most negative values over one bin around zero to the largest.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ def prefix_histogram(
     """Return counts over ``bins``, the exact range of the finite values, and how many values are not finite.
 
     Args:
-        x: any shape.
-        bins: the bins, which follow the top bits of a float.
+        x: any shape, any float dtype.
+        bins: the bins; values beyond the outermost count in these.
         axis: one histogram per index of this axis; None for one.
+
+    Returns:
+        ``(counts, low, high, nonfinite)``: int64 (bins.count,) or (x.shape[axis], bins.count); float32 0-d or
+        (x.shape[axis],), +inf and -inf without a finite value; int64 0-d.
     """
     if not _takes(x, axis):
         return reference.prefix_histogram(x, bins, axis)
@@ -50,11 +55,11 @@ def observe(
     """Add ``x`` to a histogram and to its running range, in place.
 
     Args:
-        x: the batch.
+        x: the batch: any shape, any float dtype. Values that are not finite are in no bin and not in the range.
         histogram: int64, (bins.count,) or (channels, bins.count).
-        min_val: float32, 0-d or (channels,), +inf before the first batch.
-        max_val: as ``min_val``, -inf before the first batch.
-        nonfinite_count: int64, 0-d.
+        min_val: the smallest value of all batches, float32, 0-d or (channels,), +inf before the first batch.
+        max_val: the largest, as ``min_val``, -inf before the first batch.
+        nonfinite_count: int64, 0-d; the number of values that are not finite is added to it.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
         bins: the bins.
         axis: channel axis of ``x``, or None.
@@ -68,7 +73,7 @@ def observe(
 
 
 def _takes(x: Tensor, axis: int | None) -> bool:
-    """Whether compiled code can count such values."""
+    """Whether compiled code can count the values of ``x``: float32 on the CPU, dense, not empty, without ``axis``."""
     return axis is None and is_plain(x) and x.numel() > 0 and is_dense(x)
 
 

@@ -1,4 +1,8 @@
-"""A tensor as one-byte codes and back, in C++: `tritonq.reference.input_codes` in one pass each way."""
+"""A tensor as one-byte codes and back, in C++, in one pass each way: what a backward keeps of an operator's input.
+
+An :class:`~tritonq.reference.input_codes.InputCodes` has ``codes``, int8, ``scale``, and ``shift``, the zero point
+minus the middle of the code range, or None for 0: the tensor is ``(codes - shift) · scale``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,13 @@ from tritonq.reference.scratch import is_dense
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Compute :func:`tritonq.reference.input_codes.encode` in C++: the codes of ``x``, or None if not exact."""
+    """Return ``round(x / scale) + shift`` as int8, or None if ``x`` can't be rebuilt from it exactly.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape.
+        grid: per tensor, with at most 256 codes.
+        trusted: whether ``x`` is known to lie on the grid; if not, the rebuilt values are compared with ``x``.
+    """
     if not (is_plain(x) and is_dense(x) and are_vectors(grid.scale)):
         return reference.encode(x, grid, trusted)
     scale, shift = grid.scale.clone(), shift_of(grid)
@@ -26,7 +36,13 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 
 
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Compute :func:`tritonq.reference.input_codes.decode` in C++: the tensor that the codes stand for."""
+    """Return ``(codes - shift) · scale``, computed in float32, in ``dtype``.
+
+    Args:
+        codes: that :func:`encode` returned.
+        dtype: of the tensor.
+        out: float32 memory for the computation, laid out as the codes; None: new memory.
+    """
     held = codes.codes
     if not (held.is_cpu and is_dense(held) and are_vectors(codes.scale) and is_plain(out)):
         return reference.decode(codes, dtype, out)

@@ -1,4 +1,9 @@
-"""Residual joins ``FQ(relu?(a + b))`` in C++: the functions of `tritonq.reference.residual`."""
+"""Residual joins ``FQ(relu?(a + b))`` in C++, with one bit per element for the backward, set if the gradient passes.
+
+The bits are a uint8 tensor, the *mask*: the n elements in memory order are cut into eight planes of ``n / 8`` elements,
+rounded up to a multiple of 16; plane i is bit i of every byte. What the compiled code does not take
+`tritonq.reference.residual` computes.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +24,14 @@ from tritonq.reference.scratch import is_dense
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult:
-    """Return ``FQ(relu?(a + b))`` and the mask of its gradient: uint8, one bit per element, 1 where ``dy`` passes.
+    """Return ``FQ(relu?(a + b))``, in ``a``'s dtype, and the mask of its gradient: a bit is 1 where ``dy`` passes.
+
+    First ``relu?(a + b)`` updates range and grid; then it is rounded to the new grid.
 
     Args:
-        a: float tensor.
-        b: of the same shape.
-        grid: of the quantizer, per tensor, updated in place; None leaves the result in float.
+        a: any shape and float dtype.
+        b: of the same shape and dtype.
+        grid: of the quantizer, per tensor, updated in place; None: nothing is observed, the result stays in float.
         statistics: the running range of the grid, updated in place; None observes nothing.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
     """
@@ -40,13 +47,15 @@ def rounded(
 ) -> RoundedResult | None:
     """Write ``FQ(relu?(a + b))`` to ``y``; return it with its mask, or None if a value is not finite.
 
+    If it returns None nothing was observed, and ``y`` holds ``a + b``.
+
     Args:
-        a: dense, float32.
-        b: laid out as ``a``; None: the result is ``FQ(relu?(a))``.
+        a: dense, float32, on the CPU, not empty.
+        b: laid out as ``a``; None: ``y`` must be ``a`` itself, and the result is ``FQ(relu?(y))``.
         y: memory for the result, laid out as ``a``; may be ``a``.
-        grid: per tensor, or None.
-        statistics: the running range of the grid, or None.
-        ceiling: of the ReLU, or None.
+        grid: per tensor, updated in place; None: the result is ``relu?(a + b)``.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
     """
     functions, count, ends = library(), y.numel(), (ctypes.c_float * 2)()
     other = None if b is None else b.data_ptr()
@@ -61,7 +70,10 @@ def rounded(
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
-    """Return the gradient of both summands: ``dy`` where the bit of the mask of :func:`forward` is set, else 0."""
+    """Return the gradient of both summands: ``dy`` where the bit of the mask of :func:`forward` is set, else 0.
+
+    ``dy`` must lie in the memory order of the forward's result.
+    """
     if not is_plain(dy) or not is_dense(dy):
         return reference.backward(dy, mask)
     result = torch.empty_like(dy)

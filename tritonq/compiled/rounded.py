@@ -1,4 +1,8 @@
-"""Results of any operation, observed and rounded, in C++: the function of `tritonq.reference.rounded`."""
+"""Results of any operation, observed and rounded, in C++, with one bit per element for the backward.
+
+``relu?(y)`` is the ReLU with upper bound ``ceiling``, if any; FQ rounds to ``grid``. What the compiled code does not
+take `tritonq.reference.rounded` computes.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,11 @@ from tritonq.reference.scratch import is_dense
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
     """Return ``FQ(relu?(y))`` and the mask of its gradient: uint8, one bit per element, 1 where ``dy`` passes.
 
+    First ``relu?(y)`` updates range and grid; then it is rounded to the new grid. While that is switched off or without
+    data, the result is ``relu?(y)``. :class:`~tritonq.reference.residual.RoundedResult` says where an element's bit is.
+
     Args:
-        y: float tensor; overwritten.
+        y: float32 or float64, dense; overwritten, and the result's memory.
         grid: of the quantizer, per tensor, updated in place.
         statistics: the running range of the grid, updated in place; None observes nothing.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without one.

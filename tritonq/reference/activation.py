@@ -32,7 +32,7 @@ def rectify(y: Tensor, ceiling: float | None) -> Tensor:
 
 
 def rectify_(y: Tensor, ceiling: float | None) -> Tensor:
-    """Compute :func:`rectify` in place."""
+    """Replace ``y`` by ``min(max(y, 0), ceiling)``, in place; return it. A ceiling of None changes nothing."""
     if ceiling is None:
         return y
     return y.relu_() if ceiling == math.inf else y.clamp_(0.0, ceiling)
@@ -51,7 +51,7 @@ class Observed(NamedTuple):
     """The result of :func:`observe`.
 
     Attributes:
-        statistics: the range that was updated, as `observe_range` returns it; None if there is none.
+        statistics: the given running range, with ``has_data`` set if the host knows that it holds data; None for None.
         finite: whether every value is known to be finite.
     """
 
@@ -60,16 +60,17 @@ class Observed(NamedTuple):
 
 
 def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Observed:
-    """Update a running range, and the grid that follows from it, with ``relu?(y)``, in place.
+    """Update a running range, and the grid that follows from it, with ``relu?(y)``, in place; ``y`` is not changed.
 
     Args:
         y: float32 or float64, before the ReLU.
         grid: per tensor; its scale and zero point are updated.
-        statistics: the running range; None observes nothing.
-        ceiling: of the ReLU before the quantizer; None without one.
+        statistics: the running range. If it is None, frozen or switched off, nothing is updated.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None: no ReLU.
 
     Returns:
-        The statistics, as :func:`observe_ends` returns them, and whether all of ``y`` is known to be finite.
+        The statistics, with ``has_data`` set if the host knows now that the range holds data, and whether all of ``y``
+        is known to be finite (False if nothing was observed).
     """
     if statistics is None or statistics.frozen:
         return Observed(statistics, False)
@@ -87,15 +88,15 @@ def observe_ends(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> RangeStatistics | None:
-    """Update a running range and its grid, as :func:`observe` does, from the two ends of the range of a batch ``y``.
+    """Update a running range and its grid with ``relu?(y)``, in place, from the two ends of the range of a batch ``y``.
 
     Args:
-        low: smallest finite value of ``y`` before the ReLU, see `min_max.extremes`. Its memory may be overwritten.
-        high: largest finite value. Its memory may be overwritten.
+        low: smallest finite value of ``y`` before the ReLU, 0-d; +inf if there is none. Its memory may be overwritten.
+        high: largest finite value, 0-d; -inf if there is none. Its memory may be overwritten.
         nonfinite: how many values are not finite, one element; None: the host knows that all are finite.
         grid: per tensor; its scale and zero point are updated in place.
-        statistics: the running range, updated in place; None observes nothing.
-        ceiling: of the ReLU before the quantizer; None without one.
+        statistics: the running range, updated in place unless it is frozen or switched off; None observes nothing.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None: no ReLU.
 
     Returns:
         ``statistics``, with ``has_data`` set if the host knows now that the range holds data; None for None.
@@ -111,7 +112,13 @@ def observe_ends(
 
 
 def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(y))``; overwrites ``y``. While the grid is switched off, only the ReLU is applied."""
+    """Return ``FQ(relu?(y))``; overwrites ``y``. While the grid is switched off, only the ReLU is applied.
+
+    Args:
+        y: float32 or float64, any shape.
+        grid: per tensor, integer codes; nothing is observed.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None: no ReLU.
+    """
     enabled = grid.enabled_flag()
     if enabled is False:
         return rectify_(y, ceiling)
@@ -139,11 +146,14 @@ def straight_through_(
 ) -> Tensor:
     """Return ``dy`` where neither ReLU nor the clip blocks it, else 0; 0 at NaN.
 
+    The ReLU passes ``0 < y < ceiling``, the clip values whose rounded, unclipped code is a code. Without either, ``dy``
+    itself is returned.
+
     Args:
         dy: float32 or float64; broadcast to ``y``.
         y: the values before ReLU and rounding; overwritten.
-        grid: of the quantizer; None without one.
-        ceiling: of the ReLU before it; None without one.
+        grid: of the quantizer, per tensor; None, or switched off: there is no clip.
+        ceiling: upper bound of the ReLU before it, infinity for a plain one; None: no ReLU.
         finite: whether all of ``y`` is known to be finite.
         out: memory for the result, in place of ``y``; with ``finite`` ``y`` is not changed then.
     """
@@ -166,7 +176,7 @@ def straight_through_(
 
 
 def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
-    """Compute :func:`straight_through_` without reading a value on the host: for traced graphs and other devices."""
+    """Return ``dy`` where :func:`passes` is True, else 0, without reading a value on the host."""
     return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
 
 

@@ -209,7 +209,7 @@ def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
     """Return the sums of codes behind the means that ``averaging`` takes, as exact whole numbers.
 
     Args:
-        codes: float32, whole numbers.
+        codes: codes minus zero point: float32, whole numbers.
         averaging: which elements each mean takes.
         largest: no code is larger in magnitude.
 
@@ -227,10 +227,13 @@ def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: i
     """Return means in steps of the output's scale, before rounding: ``fl(fl(Σ) · fl(s_in / fl(s_out · N)))``.
 
     Args:
-        sums: Σ, of :func:`exact_sums`.
-        scale: s_in, of the input.
-        output_scale: s_out, of the output.
-        divisors: N, of :meth:`Averaging.divisors`.
+        sums: Σ, the exact sums of codes minus zero point, float32 or float64.
+        scale: s_in, the scale of the input, float32, one element.
+        output_scale: s_out, the scale of the output, float32, one element.
+        divisors: N, what each sum is divided by: one number, or a float32 tensor that broadcasts against ``sums``.
+
+    Returns:
+        float32, shaped as ``sums``.
 
     Source: QLinearGlobalAveragePool of ONNX Runtime.
     """
@@ -242,7 +245,7 @@ def requantize_sums(
 ) -> Tensor:
     """Return the means on the output's grid, ``round(steps) · s_out``, float32, before clipping to its codes.
 
-    The steps are those of :func:`average_steps`.
+    ``steps = fl(fl(Σ) · fl(s_in / fl(s_out · N)))``, with fl rounding to float32.
 
     Args:
         sums: Σ, the exact sums of codes minus zero point, float32 or float64.

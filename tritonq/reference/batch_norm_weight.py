@@ -1,7 +1,8 @@
 """The weight of a training step with BatchNorm, in PyTorch: the specification of `tritonq.kernels.batch_norm_weight`.
 
-The weight is multiplied by its *fold*, γ/σ of the BatchNorm per out channel (`tritonq.reference.fold`), then observed
-and quantized (`tritonq.reference.weight`). Kernels do it in one launch.
+The weight is multiplied by its *fold*, γ/σ of the BatchNorm per out channel with ``σ = sqrt(running_var + eps)``, or
+``1/σ`` where ``|γ/σ| < 1e-12``. Then it is observed and quantized. Kernels do it in one launch. A weight is given as
+*rows*: out channels on axis 0.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class StepWeight(NamedTuple):
     """A folded and quantized weight: ``codes · unit`` per out channel.
 
     Attributes:
-        codes: in the dtype of the convolution, shaped as the rows; see :func:`fit_codes`.
-        unit: (out,), the value of a code of 1.
+        codes: ``code - zero_point`` in the dtype of the convolution, shaped as the rows (in float16 times a power of
+            two, by which ``unit`` is divided); the folded weight while quantization is off.
+        unit: (out,), the value of a code of 1; 1 while quantization is off.
         ratio: (out,), ``fold / unit``: dividing the convolution with ``codes`` by it gives that with the unfolded
             weight.
         fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where that is nearly 0.
@@ -74,15 +76,18 @@ def quantize(
 ) -> StepWeight:
     """Fold a weight with its BatchNorm's running variance, observe its range, and quantize it.
 
+    ``code = clip(round(rows · fold / s) + z)`` with scale s and zero point z of the updated grid.
+
     Args:
         rows: the weight, (out, ...), any float dtype.
-        running_var: (out,), from before this step's update.
+        running_var: (out,), from before this step's update; not changed.
         gamma: (out,), or None for 1.
         eps: of the BatchNorm.
         code_dtype: dtype of the result's codes, that of the convolution.
         dtype: of the arithmetic: float32 or float64.
-        grid: of the weight's quantizer, per tensor or per out channel; None leaves the folded weight in float.
-        statistics: the running range of the grid; None observes nothing.
+        grid: of the weight's quantizer, per tensor or per out channel, updated in place; None leaves the folded weight
+            in float.
+        statistics: the running range of the grid, updated in place with the folded weight; None observes nothing.
         known: fold and ``1/σ``, (out,) each, of a step that is run again (checkpointing); they replace ``running_var``,
             which has changed since. None: computed.
         out: memory for the codes: shaped as ``rows``, in ``dtype``; None: new memory.
@@ -105,10 +110,11 @@ def composed(
     known: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> StepWeight:
-    """Compute :func:`quantize` from functions of two given modules.
+    """Fold, observe and quantize a weight by the functions of two given modules; arguments and result of `quantize`.
 
-    The backend "compiled" calls this with its own modules: ``folds`` has the functions of `tritonq.reference.fold`, and
-    ``weights`` those of `tritonq.reference.weight`. The other arguments are those of :func:`quantize`.
+    ``folds`` has the functions of `tritonq.reference.fold`, ``weights`` those of `tritonq.reference.weight`; the
+    backend "compiled" gives its own. ``rows`` is the weight, ``gamma`` None for 1, ``known`` fold and ``1/σ`` in place
+    of ``running_var``, ``out`` memory for the codes; range and grid are updated in place.
     """
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)
@@ -122,12 +128,14 @@ def codes_again(
 ) -> Tensor:
     """Return the codes of :func:`quantize` once more, for the backward: the forward does not keep them.
 
+    They are ``clip(round(rows · fold / s) + z) - z``, in float16 times a power of two; nothing is observed.
+
     Args:
-        rows: the weight.
+        rows: the weight, (out, ...).
         fold: (out,), that :func:`quantize` returned.
-        grid: the snapshot (the copy of the grid) that :func:`quantize` returned.
-        code_dtype: dtype of the codes.
-        out: memory for the codes before they are converted to ``code_dtype``, or None.
+        grid: the snapshot (the copy of the grid) that :func:`quantize` returned; None: the weight is folded only.
+        code_dtype: dtype of the codes, that of the convolution.
+        out: memory for the codes before they are converted to ``code_dtype``; None: new memory.
     """
     codes, unit, *_ = reference_weight.folded_codes(rows, fold, grid, out)
     return fit_codes(codes, unit, code_dtype)[0]
@@ -149,14 +157,14 @@ def gradients(
     """Return ``(gradient of the weight, gradient of γ)`` from the gradient of the codes; without γ that of the fold.
 
     With ``q = dcodes / unit``, 0 where the code was clipped: the weight's gradient is ``fold · q``, the fold's is
-    ``dfold = Σ q · rows`` per out channel, and γ's is ``n + dfold / σ - n · eps_share``, with n the product of
-    ``sum_gn`` and the sign of ``fold``. (For a γ of 0, or nearly, it is n.)
+    ``dfold = Σ q · rows`` per out channel, and γ's is ``n + dfold / σ - n · eps_share``, with ``n = sum_gn ·
+    sign(fold)``; where ``|γ/σ| < 1e-12`` it is n (the fold is ``1/σ`` there, so its sign is 1).
 
     Args:
         dcodes: gradient with respect to the codes (float tensors), shaped as ``rows``; may be overwritten.
         rows: the weight, (out, ...).
         gamma: (out,), as the following vectors; None for 1.
-        fold: ``γ/σ``, as :func:`quantize` returned it.
+        fold: ``γ/σ``, or ``1/σ`` where that is nearly 0, as :func:`quantize` returned it.
         inverse_std: ``1/σ``, with σ of the running variance.
         unit: the value of a code of 1: codes times unit are the folded, rounded weight.
         eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the convolution with the unfolded weight.
@@ -164,6 +172,9 @@ def gradients(
             BatchNorm returns.
         grid: the snapshot that :func:`quantize` returned; None without a quantizer.
         clips: from the forward; False: nothing was clipped, so no gradient is blocked.
+
+    Returns:
+        (out, ...) and (out,), in the dtype of ``fold``.
     """
     drows, dfold = reference_weight.folded_backward(dcodes, rows, fold, unit, grid, clips)
     if gamma is None:
@@ -174,10 +185,10 @@ def gradients(
 
 
 def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return codes in ``dtype``, that of the convolution, and their unit.
+    """Return codes in ``dtype``, that of the convolution, and their unit: ``codes · unit`` stays the same.
 
-    In float16 a sum of 8-bit codes overflows. Codes are therefore multiplied by the power of two nearest to their unit,
-    which is exact, and the unit is divided by it.
+    In float16 a sum of 8-bit codes overflows. Codes are therefore multiplied by the power of two nearest to their unit
+    (within 2^-24..2^7), which is exact, and the unit is divided by it. ``codes`` are (out, ...), ``unit`` (out,).
     """
     if dtype != torch.float16:
         return as_dtype(codes, dtype), unit

@@ -57,7 +57,9 @@ def integer_conv2d(
     ceiling: float | None = None,
     grid: Grid | None = None,
 ) -> Tensor:
-    """Return ``FQ(relu?(requantize(conv(codes, weight))))`` with an exact sum.
+    """Return ``FQ(relu?(v))`` with ``v = fl(conv(codes, weight) + bias) · multiplier`` and an exact sum.
+
+    With ``onto``, of scale s, v is then rounded to ``round(v) · s``; fl rounds to float32.
 
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
@@ -71,7 +73,10 @@ def integer_conv2d(
         dilation: between taps.
         groups: groups of channels.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-        grid: of the output, per tensor, or None.
+        grid: of the output, per tensor, to which FQ rounds; None: no fake quantization.
+
+    Returns:
+        (n, out, h', w') of ``dtype``.
     """
     # Rounding takes back the fractions of Winograd and FFT algorithms.
     total = F.conv2d(codes.double(), weight.double(), None, stride, padding, dilation, groups).round_()

@@ -180,7 +180,11 @@ def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(returns=_OUTPUT, visible=True, made_again=True)
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(slope · c + shift))``, slope and shift per channel: the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``, in ``c``'s dtype: the last pass of :func:`forward`.
+
+    ``slope`` and ``shift`` are (channels,); ``grid`` is per tensor, and None leaves the result in float; ``ceiling`` is
+    the ReLU's upper bound, None without one. Nothing is observed.
+    """
     c = dense(c)
     y = affine(c.to(slope.dtype), slope, shift)
     y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
@@ -199,11 +203,13 @@ def finish(
 ) -> Normalization:
     """Return the normalisation that follows from mean and variance of c, and update the running statistics.
 
+    These take the mean ``mean / ratio + bias`` and the variance ``var / ratio²``: those of the unfolded convolution.
+
     Args:
         mean: (channels,), of the convolution's output.
         var: (channels,), its biased variance.
         count: elements per channel, at least 2.
-        ratio: (channels,), see :func:`forward`.
+        ratio: (channels,), what c is divided by to give the convolution with the unfolded weight; not zero.
         gamma: (channels,), or None for 1.
         beta: (channels,), or None for 0.
         bias: of the convolution, (channels,), or None.
@@ -257,12 +263,12 @@ def backward(
     ``dc = slope (g - mean(g) - n · mean(g n))``.
 
     Args:
-        dy: gradient of the result.
+        dy: gradient of the result, shaped as ``c``.
         c: output of the convolution, as the forward got it.
-        result: from the forward.
+        result: mean, inverse_std and slope among others, from the forward.
         grid: of the result, with scale, zero point and switch as the forward used them; None: it did not round.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-        out: where the gradient may be written: like ``c``, in the dtype of ``result``.
+        out: memory for the gradient of ``c``, laid out as ``c``, in the dtype of ``result``; None: new memory.
     """
     c = dense(c)
     wide = as_dtype(c, result.mean.dtype)
@@ -310,7 +316,7 @@ def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Te
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance per channel, and memory shaped as ``c`` that may be overwritten."""
+    """Return mean and biased variance per channel (axis 1), and memory shaped as ``c`` that may be overwritten."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     if torch.compiler.is_compiling():
         dims = _all_but_channels(c)
@@ -330,7 +336,10 @@ def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``slope · c + shift`` per channel, rounded once if the processor has fused multiply-adds."""
+    """Return ``slope · c + shift`` per channel, rounded once if the processor has fused multiply-adds.
+
+    ``slope`` and ``shift`` are (channels,); the result is written to ``out``, shaped as ``c``, or to new memory.
+    """
     if torch.compiler.is_compiling():
         return torch.addcmul(_column(shift, c), c, _column(slope, c))
     if out is None:

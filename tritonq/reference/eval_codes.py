@@ -1,7 +1,8 @@
-"""Codes of layers in eval mode and of converted models, uint8 and counted from 0.
+"""Codes of layers in eval mode and of converted models, uint8 and counted from 0 (the smallest code of their grid).
 
-They are made of integer sums, of float values, or of other codes. *Steps* are values divided by their scale. Unlike the
-operators of training these have no Triton kernel: on a GPU layers in eval mode compute on values.
+They are made of integer sums, of float values, or of other codes. *Steps* are values divided by their scale; a
+:class:`CodeRange` says how they become codes: ``clip(round(step) + zero, low, high)``. Unlike the operators of training
+these have no Triton kernel: on a GPU layers in eval mode compute on values.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def repeated(by_channel: Tensor) -> Factors:
 
 
 def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
-    """Return the codes of values that were divided by their scale; overwrites ``steps``.
+    """Return ``clip(round(steps) + zero, low, high)`` of values that were divided by their scale; overwrites ``steps``.
 
     Args:
         steps: float32 ``value / scale``, finite.
-        to: how steps become codes.
+        to: zero, ends and ties.
 
     Returns:
         uint8, in the order of ``steps``.
@@ -84,12 +85,14 @@ def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
 
 
 def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | None) -> Tensor | None:
-    """Return the codes of ``sums * factors``; None if a sum reaches ``reach``, so that float32 may have rounded it.
+    """Return ``clip(round(sums * factors) + zero, low, high)``; None if a sum reaches ``reach``.
+
+    float32 may have rounded such a sum.
 
     Args:
         sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; overwritten.
         factors: for each channel, how many steps of the result's scale a sum of 1 is.
-        to: how steps become codes.
+        to: zero, ends and ties.
         reach: bound that the magnitude of every sum must stay below; None: sums are known to be exact.
 
     Returns:
@@ -121,14 +124,17 @@ def multiply_(sums: Tensor, factors: Factors) -> Tensor:
 
 
 def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
-    """Return the codes of values; None if one is NaN or, with ``largest``, lies beyond codes 0 to ``largest``.
+    """Return the codes ``round(x / scale) + zero``; None if a value is NaN or, with ``largest``, beyond 0..``largest``.
 
     Args:
         x: float32, not empty.
         scale: of the codes. If ties go to even, values are multiplied by its reciprocal, as in `fake_quantize`; else
             they are divided by it, and so they are always with ``largest``.
-        to: how steps become codes; with ``largest`` nothing is clipped.
-        largest: the largest code; None: values beyond the ends of ``to`` are clipped.
+        to: zero, ends and ties; with ``largest`` nothing is clipped, and ties go to even.
+        largest: the largest code; None: codes beyond the ends of ``to`` are clipped.
+
+    Returns:
+        uint8, in the order of ``x``.
     """
     if largest is None:
         if bool(torch.aminmax(x)[0].isnan()):
@@ -159,18 +165,20 @@ def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_f
 def codes_of_sum(
     a: Tensor, b: Tensor, starts: tuple[int, int], ratios: tuple[float, float], fixed: Tensor, to: CodeRange
 ) -> Tensor:
-    """Return ``round(fma(a - start_a, ratio_a, fma(b - start_b, ratio_b, fixed))) + zero``, clipped.
+    """Return ``clip(round(fma(a - start_a, ratio_a, fma(b - start_b, ratio_b, fixed))) + zero, low, high)``.
+
+    fma is a product and a sum in float32, rounded once.
 
     Args:
         a: uint8 codes.
         b: uint8 codes of the same shape.
         starts: the code that is subtracted from each operand's codes.
-        ratios: each operand's scale over that of the result.
+        ratios: each operand's scale over that of the result; negative to subtract.
         fixed: the constant term, float32, 0-d.
-        to: how steps become codes.
+        to: zero, ends and ties of the result.
 
     Returns:
-        uint8.
+        uint8, shaped as ``a``.
 
     Source: QLinearAdd of ONNX Runtime; `tritonq.functional.integer_joins.integer_add`.
     """
@@ -183,7 +191,9 @@ def codes_of_sum(
 def codes_of_product(
     a: Tensor, b: Tensor, zeros: tuple[int, int], ratio: float, fixed: Tensor, to: CodeRange
 ) -> Tensor:
-    """Return ``round((a - zero_a) * (b - zero_b) * ratio + fixed) + zero``, clipped.
+    """Return ``clip(round((a - zero_a) * (b - zero_b) * ratio + fixed) + zero, low, high)``.
+
+    Each operation is rounded to float32.
 
     Args:
         a: uint8 codes.
@@ -191,10 +201,10 @@ def codes_of_product(
         zeros: the code of the value 0 of each operand.
         ratio: the product of both scales over that of the result.
         fixed: the constant term, float32, 0-d.
-        to: how steps become codes.
+        to: zero, ends and ties of the result.
 
     Returns:
-        uint8.
+        uint8, in the shape that both broadcast to.
 
     Source: QLinearMul of ONNX Runtime; `tritonq.functional.integer_joins.integer_multiply`.
     """

@@ -60,7 +60,9 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 @operator(returns=(Like("x"), Like("x", torch.bool)), visible=True, made_again=True)
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return :func:`fake_quantize` of ``x``, and where its gradient passes, for a backward that keeps no ``x``.
+    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, and where its gradient passes.
+
+    The mask spares a backward to keep ``x``.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
@@ -101,7 +103,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
         blocks_ends: whether the first and the last code block the gradient, too.
 
     Returns:
-        Tensor of ``x``'s shape and dtype.
+        Tensor of ``x``'s shape and dtype; ``dy`` itself while the grid is known to be off.
     """
     enabled = grid.enabled_flag()
     if enabled is False:
@@ -132,7 +134,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 
 @operator(returns=Like("x", arithmetic_dtype))
 def quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Return ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats, whatever the switch says.
+    """Return ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats, whether the grid is on or off.
 
     For a float format the result is its numbers, ``x / s`` rounded.
 

@@ -39,7 +39,7 @@ def _candidate_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
 
 @operator(returns=New(_candidate_shape, "x", torch.float64))
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the squared rounding errors of ``x``, summed, for fractional lengths 0 to ``candidates - 1``.
+    """Return ``Σ (x - clamp(round_half_even(x · 2^l)) · 2^-l)²`` for fractional lengths l = 0 to ``candidates - 1``.
 
     Values that are not finite are left out, as are negative ones in an unsigned format: their errors are the same for
     every candidate.

@@ -59,11 +59,14 @@ def fake_quantize_blocks(
 def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
     """Return the scale that :func:`fake_quantize_blocks` gives each block of a finite tensor.
 
+    With m the block's largest magnitude and ``L = 2^E · f`` (1 <= f < 2) the largest element: ``2^(floor(log2 m) - E)``
+    for e8m0 scales, with ``"ceil"`` twice that where m would saturate; ``e4m3(m / (L · t)) · t`` for e4m3 scales.
+
     Args:
         x: float32, with whole blocks along ``axis``.
         blocks: the format of elements and scales, and the block size.
         axis: that blocks run along; not negative.
-        tensor_scale: float32, one element; None for e8m0 scales.
+        tensor_scale: t, float32, one element; None for e8m0 scales.
 
     Returns:
         float32, shaped as ``x`` with one index per block along ``axis``.

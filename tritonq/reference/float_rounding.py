@@ -12,7 +12,7 @@ _BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52,
 
 
 def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None = None) -> Tensor:
-    """Round to the nearest number of a float format, ties to even; larger values saturate. Overwrites ``values``.
+    """Round to the nearest number of a float format, in place, ties to even; larger values saturate. Return ``values``.
 
     Adding and subtracting a power of two whose last mantissa bit is the format's leaves the rounded number. NaN stays,
     and so does the sign of zero.
@@ -52,6 +52,10 @@ def codes_of_floats(values: Tensor, number: FloatFormat) -> Tensor:
 
 def floats_of_codes(codes: Tensor, number: FloatFormat) -> Tensor:
     """Return the numbers of a float format that codes stand for, float32: the inverse of :func:`codes_of_floats`.
+
+    Args:
+        codes: integers of any dtype: n for the n-th positive number of the format, -n for its opposite.
+        number: the format.
 
     Examples:
         >>> from tritonq.formats import FLOAT_FORMATS

@@ -1,6 +1,7 @@
 """Folding BatchNorm into the convolution before it, in PyTorch.
 
-The *fold* is γ/σ per out channel, with ``σ = sqrt(running_var + eps)``: the weight is multiplied by it.
+The *fold* is γ/σ per out channel, with ``σ = sqrt(running_var + eps)``: the weight is multiplied by it. A training step
+also divides by it, and takes ``1/σ`` where ``|γ/σ| < 1e-12``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
 
 @operator(returns=(Like("running_var", "dtype"), Like("running_var", "dtype")), has_kernel=False, visible=True)
 def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the fold ``s = γ/σ``, with ``1/σ`` for folds near zero, and ``1/σ``: (channels,) each, in ``dtype``.
+    """Return the fold ``s = γ/σ``, or ``1/σ`` where ``|γ/σ| < 1e-12``, and ``1/σ``: (channels,) each, in ``dtype``.
 
     A training step divides by the fold, so it must not be zero. The variance is read as it is now: the step changes it
     before its backward.
+
+    Args:
+        running_var: (channels,).
+        gamma: (channels,); None for 1.
+        eps: added to the variance.
+        dtype: of the arithmetic and the results.
     """
     (running_var,) = as_now(running_var)
     inverse_std = fold_scale(as_dtype(running_var, dtype), None, eps)
@@ -39,14 +46,16 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
 def gamma_gradient(
     gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
 ) -> Tensor:
-    """Return the gradient of γ: ``Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket if γ is zero.
+    """Return the gradient of γ: ``n + dfold / σ - n · eps_share``, or n where ``|γ/σ| < 1e-12``.
+
+    ``n = sum_gn · sign(s)``.
 
     Args:
-        gamma: (channels,), as all others.
-        fold: ``s`` of :func:`nonzero_fold`.
+        gamma: (channels,), as all others and the result, which has its dtype.
+        fold: ``s`` of :func:`nonzero_fold`: ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: ``1/σ`` of :func:`nonzero_fold`.
         eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the unfolded convolution.
-        sum_gn: ``Σ g x̂``: g is the gradient behind the BatchNorm, x̂ its normalised input.
+        sum_gn: ``Σ g (c - mean) / std``: g is the gradient behind the BatchNorm, c the folded convolution's output.
         dfold: gradient of ``s``.
     """
     direct = sum_gn * fold.sign()
@@ -67,7 +76,10 @@ def remembered(running_var: Tensor) -> Tensor:
 
 
 def fold_bias(bias: Tensor | None, running_mean: Tensor, scale: Tensor, beta: Tensor | None) -> Tensor:
-    """Return the bias of a folded convolution: ``β + (b - running_mean) t`` per channel; missing β and b count as 0."""
+    """Return the bias of a folded convolution: ``β + (b - running_mean) t`` per channel; missing β and b count as 0.
+
+    ``scale`` is t, the fold ``γ/σ`` of each channel. All are (channels,).
+    """
     centred = -running_mean if bias is None else bias - running_mean
     return centred * scale if beta is None else beta + centred * scale
 

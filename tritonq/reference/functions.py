@@ -191,7 +191,7 @@ class RoundedFunction(NamedTuple):
     """The result of :func:`forward`.
 
     Attributes:
-        y: on the grid.
+        y: ``FQ(f(x))``, in the dtype of ``x``; f(x) while the grid is switched off or its range has no data.
         grid: a snapshot: a copy of the grid as this step used it, for the backward.
     """
 
@@ -210,9 +210,9 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 
     Args:
         x: any shape and float dtype.
-        function: f, no chain.
-        grid: per tensor; updated by ``statistics``.
-        statistics: the running range of the grid, which f(x) updates; None observes nothing.
+        function: f, as torch computes it; no chain.
+        grid: per tensor; its scale and zero point are updated in place before values are rounded.
+        statistics: the running range of the grid, which f(x) updates in place; None observes nothing.
     """
     y = function(as_dtype(x, torch.promote_types(x.dtype, torch.float32)))
     frozen = snapshot(grid, observe(y, grid, statistics, None).statistics)
@@ -266,12 +266,18 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
 
 
 def onto_output(y: Tensor, output: Grid) -> Tensor:
-    """Return ``round(y / scale) · scale`` in float32, as ONNX's QuantizeLinear divides and rounds, before clipping."""
+    """Return ``round(y / s) · s`` with the output's scale s, float32, as ONNX's QuantizeLinear divides; not clipped.
+
+    ``y`` is float32; the output's type says how ties are rounded.
+    """
     return round_steps_(y / output.scale, output.qtype.rounding).mul_(output.scale)
 
 
 def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return the function's result for every code of ``source``, from the smallest on; float32, before clipping.
+    """Return ``round(f((code - z) · s_in) / s_out) · s_out`` for every code of ``source``, from the smallest up.
+
+    The result is a float32 vector of values (not codes) on the output's grid, not clipped. f is computed as
+    :meth:`Function.deployed` does.
 
     Args:
         function: f and its numbers.
@@ -285,7 +291,10 @@ def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
 
 
 def look_up(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return the function of values on a grid; by a table if the grid has at most 16 bits. NaN stays NaN.
+    """Return ``round(f(x) / s_out) · s_out`` for values on a grid; by a table if it has at most 16 bits. NaN stays NaN.
+
+    f is computed in float32, in the order of operations of engines. With a table, values beyond the grid's ends count
+    as its ends.
 
     Args:
         x: float tensor of values ``(code - zero_point) * scale`` of ``source``.

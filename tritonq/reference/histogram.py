@@ -1,6 +1,8 @@
 """Histograms in PyTorch: the specification of `tritonq.kernels.histogram` and the CPU path.
 
-Counting is `torch.bincount` on small integers; it is several times faster than `torch.histc`.
+Bins are equal, or *prefix* bins (:class:`tritonq.bins.FloatPrefixBins`): values with the same sign, exponent and top
+mantissa bits share one, and they ascend from the most negative values over one bin around zero to the largest. Counting
+is `torch.bincount` on small integers; it is several times faster than `torch.histc`.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def prefix_histogram(
 
     Args:
         x: any shape, any float dtype (float64 is counted as float32); may be empty.
-        bins: the bins, which follow the top bits of a float, see `tritonq.bins`.
+        bins: the bins; values beyond the outermost count in these.
         axis: one histogram per index of this axis; None for one.
 
     Returns:
@@ -107,13 +109,13 @@ def observe(
     """Add ``x`` to a histogram and to its running range, in place.
 
     Args:
-        x: the batch.
+        x: the batch: any shape, any float dtype. Values that are not finite are in no bin and not in the range.
         histogram: int64, (bins.count,) or (channels, bins.count).
-        min_val: float32, 0-d or (channels,), +inf before the first batch.
-        max_val: as ``min_val``, -inf before the first batch.
-        nonfinite_count: int64, 0-d.
+        min_val: the smallest value of all batches, float32, 0-d or (channels,), +inf before the first batch.
+        max_val: the largest, as ``min_val``, -inf before the first batch.
+        nonfinite_count: int64, 0-d; the number of values that are not finite is added to it.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
-        bins: the bins, each of which holds the floats with the same leading bits (`tritonq.bins`).
+        bins: the prefix bins.
         axis: channel axis of ``x``, or None.
     """
     if enabled is not None and enabled.is_cpu and not bool(enabled):
@@ -166,7 +168,7 @@ def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tens
 
 
 def _count_prefixes_per_row(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Compute :func:`_count_prefixes` of each row: counts (rows, bins), and the number of values not finite."""
+    """Return counts over ``bins`` of each row, int64 (rows, bins.count), and how many values of all are not finite."""
     bits = values.float().view(torch.int32)
     magnitude = (bits & _MAGNITUDE_BITS) >> bins.shift
     position = (magnitude - (bins.first_prefix - 1)).clamp_(0, bins.per_side)

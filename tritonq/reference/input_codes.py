@@ -27,10 +27,10 @@ class InputCodes(NamedTuple):
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return the one-byte codes of ``x``, or None if ``x`` can't be rebuilt from them exactly.
+    """Return ``round(x / scale) + shift`` as int8, or None if ``x`` can't be rebuilt from it exactly.
 
     Args:
-        x: float32, float16 or bfloat16.
+        x: float32, float16 or bfloat16, any shape.
         grid: per tensor, with at most 256 codes.
         trusted: whether ``x`` is known to lie on the grid. If not, the rebuilt values are compared with ``x``, which
             waits for a GPU. NaN and infinities don't lie on a grid.
@@ -49,12 +49,13 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 
 
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`encode`.
+    """Return ``(codes - shift) · scale``, computed in float32, in ``dtype``: the tensor that :func:`encode` was given.
 
     Args:
         codes: that :func:`encode` returned.
-        dtype: of the tensor.
-        out: float32 memory for the computation, shaped as the codes; None: new memory.
+        dtype: of that tensor.
+        out: float32 memory for the computation, shaped as the codes; overwritten, and returned if ``dtype`` is float32.
+            None: new memory.
     """
     steps = codes.codes.float() if out is None else out.copy_(codes.codes)
     if codes.shift is not None:

@@ -37,14 +37,20 @@ def _pair(arguments: dict[str, Any]) -> tuple[int, ...]:
 def grown(
     histogram: Tensor, limits: Tensor, batch: Tensor, interpolation: Interpolation, slices: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the range that holds ``limits`` and ``batch``, and the counts over it.
+    """Return the range that holds ``limits`` and ``batch``, and the old counts over it; the batch is not counted.
+
+    ``"torch"``: slices of old bins go to the new bins that their middles lie in. ``"megengine"``: the range is widened
+    evenly on both sides until each new bin is a whole number of old slices, which keep their places.
 
     Args:
-        histogram: float64, (bins,), over ``limits``.
-        limits: (2,) float64; +inf and -inf before the first batch.
-        batch: (2,) float64, as ``limits``; +inf and -inf without a finite value.
-        interpolation: whose; MegEngine's widens the range further, see :func:`widened`.
-        slices: per old bin.
+        histogram: float64, (bins,), counts over equal bins of ``limits``.
+        limits: smallest and largest value so far, (2,) float64; +inf and -inf before the first batch.
+        batch: those of the batch, as ``limits``; +inf and -inf without a finite value.
+        interpolation: ``"torch"`` or ``"megengine"``.
+        slices: slices per old bin.
+
+    Returns:
+        ``(range, counts)``: (2,) and (bins,), float64. If the range stays, counts are a copy.
     """
     new = torch.stack((torch.minimum(limits[0], batch[0]), torch.maximum(limits[1], batch[1])))
     stays = (limits[0] > limits[1]) | (new == limits).all()
@@ -108,7 +114,15 @@ def _dealt_out(histogram: Tensor, index: Tensor, slices: int) -> Tensor:
 
 
 def widened(bins: int, old: Tensor, new: Tensor, slices: int = MEGENGINE_SLICES) -> tuple[Tensor, Tensor, Tensor]:
-    """Return MegEngine's new range: ``new``, widened evenly until the old slices fit the new bins.
+    """Return MegEngine's new range: ``new``, widened evenly until each new bin is a whole number of old slices.
+
+    A slice is ``(old[1] - old[0]) / (bins · slices)`` wide; a new bin has ``ceil((new[1] - new[0]) / (bins · slice))``.
+
+    Args:
+        bins: number of bins, old and new.
+        old: the range so far, (2,) float64.
+        new: the range wanted, which contains it, (2,) float64.
+        slices: slices per old bin.
 
     Returns:
         The range, (2,) float64, the old slices per new bin, and the index of the first old slice among those of the new
@@ -123,7 +137,14 @@ def widened(bins: int, old: Tensor, new: Tensor, slices: int = MEGENGINE_SLICES)
 
 
 def rebin_aligned(histogram: Tensor, per_bin: Tensor, start: Tensor, slices: int = MEGENGINE_SLICES) -> Tensor:
-    """Return counts over the range of :func:`widened`, float64 (bins,): each slice of an old bin keeps its place."""
+    """Return counts over the range of :func:`widened`, float64 (bins,): each slice of an old bin keeps its place.
+
+    Args:
+        histogram: float64, (bins,), over the old range.
+        per_bin: old slices per new bin, int64, 0-d.
+        start: index of the first old slice among the slices of the new range, int64, 0-d.
+        slices: slices per old bin.
+    """
     bins = len(histogram)
     index = (torch.arange(bins * slices, device=histogram.device) + start).div(per_bin, rounding_mode="floor")
     return _dealt_out(histogram, index.clamp_(0, bins - 1), slices)

@@ -70,6 +70,12 @@ def learned_fake_quantize_backward(
     ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. While the grid is switched off, ``dx = dy`` and the
     others are 0.
 
+    Args:
+        dy: gradient of the result, shaped as ``x``.
+        x: the input, any shape; float16, bfloat16, float32 or float64.
+        grid: its scale is the parameter, as the forward used it.
+        method: which of the formulas above.
+
     Returns:
         ``(dx, dparameter, dzero_point)``: ``x.dtype``; two in the arithmetic's dtype (float32, or float64), shaped as
         ``grid.scale``. The last one is 0 where the grid has no zero point.

@@ -1,4 +1,9 @@
-"""Running ranges in PyTorch: the specification of `tritonq.kernels.min_max` and the CPU path."""
+"""Running ranges in PyTorch: the specification of `tritonq.kernels.min_max` and the CPU path.
+
+A batch is *merged* into a running range as the statistics say: without averaging constant the range holds the extremes
+of all batches; with averaging constant c each end m becomes ``m + c (end - m)``, and the first batch, and with
+``copy_above`` one far larger or smaller than the range (:func:`update_range`), replaces it.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +50,15 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute :func:`min_max`; the count is None if all values are known to be finite, and there are some.
+    """Return the smallest and the largest finite value of ``x``, and how many are not finite, None if known to be none.
 
     Args:
         x: any shape, any float dtype; may be empty.
         axis: keep one range per index of this axis; None for one range.
+
+    Returns:
+        ``(low, high, nonfinite)``: float32, 0-d or (x.shape[axis],), +inf and -inf without a finite value; int64, 0-d.
+        The count is None if the host knows without waiting that all values are finite and that there are some.
     """
     channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:
@@ -114,7 +123,12 @@ def update_number(
     averaging_constant: float | None,
     copy_above: float | None = None,
 ) -> tuple[_Number, _Number]:
-    """Compute :func:`update_range` of one range in NumPy numbers, bit for bit; ``low <= high``, and both are finite."""
+    """Return one range, merged with a batch's ends, in NumPy numbers, with the bits of :func:`update_range`.
+
+    ``low <= high``, and both are finite. ``averaging_constant`` is the batch's weight in an average (None: extremes of
+    all batches); the batch replaces the range before the first one, and if its magnitude is more than ``copy_above``
+    times the running one's or less than 1/100 of it and not 0 (None: never).
+    """
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)
     running, batch = float(max(-min_val, max_val)), float(max(-low, high))
@@ -126,14 +140,14 @@ def update_number(
 
 
 def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: Grid | None) -> None:
-    """Update a running range by :func:`update_range` in place, and the scale and zero point of ``grid`` that follow.
+    """Merge a finite batch into a running range, in place, and write the scale and zero point of ``grid`` that follow.
 
-    All tensors are on the CPU, and ``low <= high``, both finite.
+    All tensors are on the CPU. The statistics' switch and ``frozen`` are not read.
 
     Args:
-        low: smallest value of the batch.
-        high: largest value.
-        statistics: the running range, updated.
+        low: smallest value of the batch, shaped as ``statistics.min_val``; finite.
+        high: largest value, not below ``low``; finite.
+        statistics: the running range, updated; it says how batches are merged.
         grid: updated; its zero point may be None if the type fixes it. None: only the range is updated.
     """
     min_val, max_val, rule = statistics.min_val, statistics.max_val, statistics.rule
@@ -157,7 +171,9 @@ def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: G
 
 
 def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: Grid | None) -> None:
-    """Compute :func:`merge_range_` of one range given as numbers; not for the rule ``"torch_v1"``.
+    """Merge a finite batch, ``low <= high``, into a running range of one element, and write what follows to ``grid``.
+
+    The bits are those of :func:`merge_range_`. A grid of None is not written.
 
     Raises:
         ValueError: the rule is ``"torch_v1"``.
@@ -181,7 +197,8 @@ def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: G
 def write_qparams_(statistics: RangeStatistics, grid: Grid, ordered: bool = False) -> None:
     """Write the scale and zero point that follow from a running range into ``grid``, in place.
 
-    ``ordered``: whether ``min_val <= max_val`` is known; see :func:`tritonq.qparams.range_to_qparams`.
+    The statistics' rule says how they follow (formulas in :func:`tritonq.qparams.range_to_qparams`); a range without
+    data gives scale 1. ``ordered``: whether ``min_val <= max_val``, both finite, is known.
     """
     ends = (statistics.min_val, statistics.max_val)
     qparams = range_to_qparams(*ends, grid.qtype, rule=statistics.rule, eps=statistics.eps, ordered=ordered)
@@ -198,14 +215,17 @@ def merge_where_(
     grid: Grid | None,
     enabled: Tensor | None,
 ) -> None:
-    """Compute :func:`merge_range_` for any range, without reading a value on the host.
+    """Merge any batch into a running range, and write what follows to ``grid``, in place, on any device.
+
+    No value is read on the host. A batch without finite values leaves the range as it is; the grid is written from the
+    range all the same, with scale 1 if that has no data.
 
     Args:
-        low: smallest finite value, float32; +inf if there is none.
-        high: largest finite value, float32; -inf if there is none.
-        nonfinite: number of values that are not finite; None for zero.
-        statistics: the running range, updated.
-        grid: updated; None: only the range is.
+        low: smallest finite value of the batch, float32, shaped as ``statistics.min_val``; +inf if there is none.
+        high: largest finite value, as ``low``; -inf if there is none.
+        nonfinite: number of values that are not finite, added to ``statistics.nonfinite_count``; None for zero.
+        statistics: the running range, updated; it says how batches are merged. Its switch and ``frozen`` are not read.
+        grid: its scale and zero point are written; None: only the range is updated.
         enabled: 0-d bool tensor: False leaves everything as it is. None counts as True.
     """
     running = (statistics.min_val, statistics.max_val)
@@ -231,12 +251,13 @@ def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:
     visible=True,
 )
 def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
-    """Update a running range with ``x``, and the scale and zero point of ``grid`` that follow, in place.
+    """Merge ``x`` into a running range, and write the scale and zero point of ``grid`` that follow, in place.
 
     Args:
-        x: the batch.
-        statistics: the running range; nothing happens while it is frozen or its switch is 0.
-        grid: updated; None: only the range is.
+        x: the batch: any shape, any float dtype. Values that are not finite are left out and counted.
+        statistics: the running range; it says how batches are merged and which elements share a range. Nothing happens
+            while it is frozen or its switch is 0.
+        grid: its scale and zero point are written; None: only the range is updated.
     """
     if statistics.frozen:
         return

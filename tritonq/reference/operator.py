@@ -80,7 +80,17 @@ class Given:
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """The arguments with which :func:`operator` was called, kept as ``function.operator`` for tracing."""
+    """The arguments with which :func:`operator` was called, kept as ``function.operator`` for tracing.
+
+    Attributes:
+        returns: the template of the result: leaves (:class:`Like` and others) nested as the result is.
+        mutates: names of tensors that are updated in place.
+        scratch: names of parameters that only give memory for results.
+        has_kernel: whether there is a Triton kernel, too.
+        overwrites: names of tensors that may be used as memory for results.
+        visible: whether a compiler sees the tensor operations inside.
+        made_again: whether a compiled backward computes results again instead of keeping them.
+    """
 
     returns: Any
     mutates: tuple[str, ...]

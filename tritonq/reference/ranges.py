@@ -27,6 +27,9 @@ def observe_range(
 ) -> RangeStatistics | None:
     """Merge a batch's range into the running one, and write the scale and zero point that follow, in place.
 
+    How it is merged (extremes of all batches, or a moving average) and how a range becomes scale and zero point is said
+    by ``statistics``.
+
     Args:
         grid: its scale and zero point are updated.
         statistics: the running range; nothing happens while it is frozen, switched off or None.
@@ -56,8 +59,13 @@ def observe_range(
 def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
     """Return the grid with a switch that is on only if the given one is and something was observed.
 
-    The switch is a CPU tensor if its value can be known without waiting for a device. While a graph is traced, the
-    result is that of :func:`snapshot`.
+    Scale and zero point are the given tensors; copies while a graph is traced. The switch is a CPU tensor if its value
+    can be known without waiting for a device.
+
+    Args:
+        grid: the grid; not changed.
+        statistics: its running range, which holds data if ``min_val <= max_val`` in any channel; None: the grid counts
+            as observed.
     """
     if torch.compiler.is_compiling():
         on = grid.enabled_on_device()
@@ -72,7 +80,11 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 
 
 def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
-    """Return :func:`settled` with copies of scale and zero point, for a backward: later steps change the grid."""
+    """Return a copy of the grid, whose switch is on only if the given one is and something was observed.
+
+    A backward reads it, because later steps change the grid. ``statistics`` is its running range; None: the grid counts
+    as observed.
+    """
     grid = settled(grid, statistics)
     if torch.compiler.is_compiling():
         return grid

@@ -22,12 +22,16 @@ _RESULT: Any = Like("y")
 
 @operator(returns=RoundedResult(_RESULT, _MASK), mutates=OBSERVED, overwrites=("y",))
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """Return ``FQ(relu?(y))`` and the mask of its gradient; observes ``relu?(y)``.
+    """Return ``FQ(relu?(y))`` and the mask of its gradient: uint8, one bit per element, set where ``dy`` passes.
+
+    First ``relu?(y)`` updates ``statistics`` and the grid, in place; then it is rounded to the new grid. While that is
+    switched off or without data, the result is ``relu?(y)``. :class:`~tritonq.reference.residual.RoundedResult` says
+    where an element's bit is.
 
     Args:
         y: float32 or float64, dense; overwritten.
         grid: per tensor.
-        statistics: the running range of the grid, which ``y`` updates; None observes nothing.
+        statistics: the running range of the grid; None observes nothing.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     return rounded(y, grid, statistics, ceiling)
@@ -37,13 +41,15 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 def forward_with_mask(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`forward` for compilers, with a mask of one bool per element, which they can fuse.
+    """Return ``FQ(relu?(y))`` and a mask of one bool per element, which compilers can fuse.
+
+    First ``relu?(y)`` updates ``statistics`` and the grid, in place; then it is rounded to the new grid.
 
     Args:
         y: float32 or float64; not changed.
-        grid: per tensor; None leaves the result in float.
-        statistics: the running range of the grid, which ``y`` updates; None observes nothing.
-        ceiling: of the ReLU before the quantizer.
+        grid: per tensor; None: nothing is observed, and the result stays in float.
+        statistics: the running range of the grid; None observes nothing.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None: no ReLU.
 
     Returns:
         The result, and bool of its shape: whether the gradient passes.

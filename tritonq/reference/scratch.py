@@ -58,7 +58,7 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def borrow_or_new(slot: Slot, like: Tensor) -> Tensor:
-    """Return :func:`borrow` of a slot, or a new tensor if that gives None."""
+    """Return uninitialised memory like ``like``: the slot's (:func:`borrow`), or a new tensor if that gives None."""
     borrowed = borrow(slot, like)
     return torch.empty_like(like) if borrowed is None else borrowed
 

@@ -99,7 +99,7 @@ def _search(
     eps: float | None,
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`search_range` for (channels, bins) counts of a few channels."""
+    """Return the best ranges, (channels,) each, of a few channels: :func:`search_range` of counts (channels, bins)."""
     seen = low <= high
     # A channel without data is searched as if it held zeros, and keeps its unset range.
     safe_low, safe_high = torch.where(seen, low, 0), torch.where(seen, high, 0)
@@ -117,7 +117,10 @@ def _search(
 
 
 def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
-    """Return the edges of the bins, cut off beyond the smallest and largest value: float64 (channels, bins + 1)."""
+    """Return the edges of the bins, cut off beyond the data: float64 (channels, bins.count + 1).
+
+    The outermost edges lie 2^-20 of their size beyond ``low`` and ``high``, the exact extremes, float32 (channels,).
+    """
     low, high = low.double().view(-1, 1), high.double().view(-1, 1)
     low, high = low - low.abs() * _BEYOND, high + high.abs() * _BEYOND
     edges = bins.edges(low.device).expand(low.shape[0], -1)
@@ -130,7 +133,14 @@ def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
 def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, octaves: int) -> tuple[Tensor, Tensor]:
     """Return a histogram's top ``octaves`` on both sides of zero, with all smaller values in one bin between them.
 
-    An octave is the values between two powers of two.
+    An octave is the values between two powers of two; the top one holds the largest magnitude of the channel.
+
+    Args:
+        counts: int64 (channels, bins.count).
+        low: exact smallest value, float32 (channels,).
+        high: exact largest value, float32 (channels,).
+        bins: the bins of ``counts``.
+        octaves: how many are kept on each side.
 
     Returns:
         Edges of the bins, float64 (channels, 2, n), ascending over the last two dimensions; and the share of all values

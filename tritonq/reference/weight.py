@@ -1,7 +1,8 @@
 """Folding, observing and quantizing a weight in PyTorch: the specification of `tritonq.kernels.weight`, the CPU path.
 
 A weight is given as *rows*, (out, ...), one per out channel. The *fold* is a factor per out channel that the weight is
-multiplied by before it is quantized (γ/σ of its BatchNorm).
+multiplied by before it is quantized (γ/σ of its BatchNorm). Results are ``clip(round(rows · fold / s) + z) - z`` with
+scale s and zero point z of the weight's grid; times s they are the folded, rounded weight.
 """
 
 from __future__ import annotations
@@ -61,13 +62,14 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """Multiply a weight by its fold, observe it (see :func:`observe_range`), and quantize it.
+    """Multiply a weight by its fold, observe it, and quantize it to the grid that follows.
 
     Args:
         rows: (out, ...), any float dtype.
-        fold: (out,), in the dtype of the arithmetic.
-        grid: per channel or per tensor; None leaves the folded weight in float.
-        statistics: the running range of the grid; None observes nothing.
+        fold: (out,), in the dtype of the arithmetic: float32 or float64.
+        grid: per out channel (axis 0) or per tensor, updated in place; None: nothing is observed, and the folded weight
+            stays in float.
+        statistics: the running range of the grid, updated in place with the folded weight; None observes nothing.
         out: memory for the codes: shaped as ``rows``, in the dtype of ``fold``; None: new memory.
     """
     rows = as_dtype(rows, fold.dtype)
@@ -91,12 +93,12 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Fold and quantize without observing: return what :func:`quantize_folded` returned once more, for the backward.
+    """Multiply a weight by its fold and quantize it, without observing: what :func:`quantize_folded` returned, again.
 
     Args:
-        rows: (out, ...).
-        fold: (out,).
-        grid: the snapshot that the forward made.
+        rows: (out, ...), any float dtype.
+        fold: (out,), in the dtype of the arithmetic.
+        grid: the snapshot that the forward made; None, or switched off: codes are the folded weight, their unit 1.
         out: memory for the codes: shaped as ``rows``, in the dtype of ``fold``; None: new memory.
         extremes: smallest and largest folded value per channel, from which it follows whether anything is clipped;
             None: not known.
@@ -133,8 +135,8 @@ def folded_backward(
 
     Args:
         dcodes: gradient with respect to ``WeightCodes.codes``, shaped as ``rows``.
-        rows: the weight.
-        fold: (out,).
+        rows: the weight, not folded.
+        fold: (out,), the factor of each row.
         unit: (out,), from the forward; times what the codes were divided by, if they were, before they were convolved.
         grid: the forward's snapshot; None without a quantizer.
         clips: from the forward; False blocks no gradient.

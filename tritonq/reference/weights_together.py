@@ -14,13 +14,19 @@ from tritonq.reference.weight import WeightCodes, quantize_folded
 def quantize_all(
     rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
 ) -> list[WeightCodes]:
-    """Fold, observe and quantize several weights: :func:`tritonq.reference.weight.quantize_folded` of each, in order.
+    """Fold, observe and quantize several weights, one after the other.
+
+    Each weight times its fold updates range and grid, in place. Its codes are ``clip(round(rows · fold / s) + z) - z``
+    with scale s and zero point z of the updated grid.
 
     Args:
         rows: one (out, ...) per weight, float32.
-        fold: (all out channels,) float32, in the order of ``rows``.
-        grids: one per weight, per channel.
-        statistics: per weight the running range of its grid, which the folded weight updates; None observes nothing.
+        fold: (all out channels,) float32, a factor per out channel, in the order of ``rows``.
+        grids: one per weight, per out channel (axis 0).
+        statistics: per weight the running range of its grid; None observes nothing.
+
+    Returns:
+        Per weight codes, their unit (the scale of each row), whether a value was clipped, and a copy of its grid.
     """
     folds = torch.split(fold, [len(weight) for weight in rows])
     return [quantize_folded(*of_one) for of_one in zip(rows, folds, grids, statistics, strict=True)]
