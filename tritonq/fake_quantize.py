@@ -136,7 +136,6 @@ class FakeQuantize(FakeQuantizeBase):
         self.begins.fill_(1)
         self._qparams_known = False
 
-    @torch.no_grad()
     def begin_anew(self) -> None:
         """Forget the range that ``prepare_qat`` took from example inputs, before the first training batch is observed.
 
@@ -144,13 +143,16 @@ class FakeQuantize(FakeQuantizeBase):
         nothing. It warns if the last batch made the range more than a hundred times larger, and lets the ranks of a
         DistributedDataParallel agree on their ranges.
         """
-        observer = self.activation_post_process
         join_ranks()
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            self._magnitude = tell_outlier(observer, self._magnitude)
-            if self._beginning is None:
-                return
+            self._magnitude = tell_outlier(self.activation_post_process, self._magnitude)
+        if compiling or self._beginning is not None:
+            self._forget_beginning(compiling)
+
+    @torch.no_grad()
+    def _forget_beginning(self, compiling: bool) -> None:
+        observer = self.activation_post_process
         if compiling or (self.scale.is_cuda and torch.cuda.is_current_stream_capturing()):
             # The flag, not the attribute, on which a graph would depend: it would be traced anew after its first step.
             now = (self.begins != 0) & (self.observer_enabled != 0)
@@ -252,7 +254,6 @@ class FakeQuantize(FakeQuantizeBase):
         self._follow_average()
         return super().calculate_qparams()
 
-    @torch.no_grad()
     def _follow_average(self) -> None:
         """In eval mode, take scale and zero point from the range, if an average of models (EMA) changed the range.
 
@@ -262,6 +263,10 @@ class FakeQuantize(FakeQuantizeBase):
         observer = self.activation_post_process
         if self.training or torch.compiler.is_compiling() or not isinstance(observer, MinMaxObserver):
             return
+        with torch.no_grad():
+            self._take_average(observer)
+
+    def _take_average(self, observer: MinMaxObserver) -> None:
         held = (self.scale, self.zero_point, observer.min_val, observer.max_val)
         if any(tensor.is_inference() for tensor in held):
             return

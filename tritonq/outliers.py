@@ -54,7 +54,7 @@ def tell_outlier(observer: ObserverBase, before: float) -> float:
             outcome = "Its average stays up for many batches; an observer with copy_above follows at once"
         else:
             outcome = "It stays up: a running maximum forgets nothing"
-        warn_once(observer, _FOUND + outcome, stacklevel=6)
+        warn_once(observer, _FOUND + outcome, stacklevel=5)
     return magnitude
 
 

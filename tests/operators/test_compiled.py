@@ -152,6 +152,69 @@ def test_sums_have_the_bits_of_the_reference(qtype, ceiling, shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("averaging", [None, 0.1])
+@pytest.mark.parametrize("rule", ["torch", "megengine"])
+@pytest.mark.parametrize("qtype", [QINT8, QUINT8, QINT4, QuantizedType.of(8, symmetric=False), QINT8_NARROW], ids=str)
+def test_ranges_and_grids_follow_by_the_rule_of_the_reference(qtype, rule, averaging):
+    """The first batch, growth, an outlier that is forgotten at once, zeros, values of one sign, and large ones."""
+    ours, theirs = both("residual")
+    torch.manual_seed(0)
+    b = torch.randn(3, 50)
+    for copy_above in (None, 1.2):
+        options = {"rule": rule, "averaging": averaging, "copy_above": copy_above}
+        mine, other = (quantizer_state(qtype, **options) for _ in range(2))
+        for a in (b, 1.5 * b, 1e6 * b, b, b.abs(), -b.abs() - 1, 0 * b, 1e-9 * b, 3e38 * b.clamp(-0.5, 0.5)):
+            results = [m.forward(a, torch.zeros_like(a), *state, None) for m, state in ((ours, mine), (theirs, other))]
+            assert torch.equal(results[0].y, results[1].y)
+            assert_same_state(mine, other)
+
+
+@needs_compiler
+def test_ranges_of_weights_forget_an_outlier():
+    torch.manual_seed(0)
+    mine, other = (quantizer_state(QINT8.with_axis(0), 4) for _ in range(2))
+    for factor in (1, 1000, 1):
+        rows, fold = torch.randn(4, 9) * factor, torch.ones(4)
+        a, b = (m.quantize_folded(rows, fold, *s) for m, s in zip(both("weight"), (mine, other), strict=True))
+        assert torch.equal(a.codes, b.codes)
+        assert_same_state(mine, other)
+    assert float(mine.statistics.max_val.max()) < 10
+
+
+@needs_compiler
+@pytest.mark.parametrize("observing", [True, False])
+@pytest.mark.parametrize("qtype", [QINT8.with_axis(0), QINT4.with_axis(0)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (3, 1100)], ids=str)
+def test_a_weight_of_a_step_has_the_bits_of_the_reference(shape, qtype, observing):
+    ours, theirs = both("batch_norm_weight")
+    count = shape[0]
+    for memory_format in layouts(shape):
+        torch.manual_seed(0)
+        gamma = torch.randn(count)
+        gamma[0], running_var, unused = 0.0, torch.rand(count), torch.randn(count)
+        mine, other = (quantizer_state(qtype, count) for _ in range(2))
+        for step in range(3):
+            rows = (torch.randn(shape) * (1 + step)).to(memory_format=memory_format)
+            if step == 2:
+                mine, other = (
+                    s.with_range(enabled=torch.tensor([observing], dtype=torch.uint8)) for s in (mine, other)
+                )
+            arguments = (rows, running_var, gamma, 1e-5, torch.float32, torch.float32)
+            a, b = ours.quantize(*arguments, *mine), theirs.quantize(*arguments, *other)
+            for x, y in zip(a[:5], b[:5], strict=True):
+                assert torch.equal(x, y)
+            assert a.clips == b.clips
+            assert torch.equal(a.grid.scale, b.grid.scale)
+            assert a.grid.is_enabled_on_host() == b.grid.is_enabled_on_host()
+            assert_same_state(mine, other)
+        gradient = torch.randn(shape).to(memory_format=memory_format)
+        vectors_ = (gamma, a.fold, a.inverse_std, a.unit, torch.rand(count), unused)
+        (dw, dg), (ew, eg) = (m.gradients(gradient.clone(), rows, *vectors_, a.grid, a.clips) for m in (ours, theirs))
+        assert torch.equal(dw, ew)
+        assert_close(dg, eg, LONG_SUMS, size=100)
+
+
+@needs_compiler
 @pytest.mark.parametrize("qtype", [QINT8, QUINT8, QINT4], ids=str)
 def test_inputs_are_kept_as_codes(qtype):
     ours, theirs = both("input_codes")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
+from tritonq.compiled.build import library
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.reference.min_max import merge_numbers_
+from tritonq.qparams import RangeRule, fixed_zero_point
+from tritonq.quantized_type import QuantizedType
+from tritonq.reference.min_max import FALL
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -20,6 +26,16 @@ class Tail(ctypes.Structure):
     _fields_ = (
         ("rounds", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("inverse", "scale", "lowest", "highest", "floor", "ceiling")),
+    )
+
+
+class Rule(ctypes.Structure):
+    """How a batch changes a running range, and how the grid follows, as ``common.h`` declares it in C++."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("constant", "copy_above", "fall")),
+        *((name, ctypes.c_float) for name in ("reach", "eps")),
+        *((name, ctypes.c_int32) for name in ("fixed", "zero_point", "megengine", "quant_min", "quant_max")),
     )
 
 
@@ -62,7 +78,14 @@ def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
         return statistics is None
     if grid.qtype.axis is not None or not rounds_to_even_integers(grid) or not are_vectors(grid.scale):
         return False
-    return statistics is None or (statistics.rule != "torch_v1" and are_vectors(statistics.min_val, statistics.max_val))
+    if grid.zero_point is not None and grid.zero_point.dtype is not torch.int32:
+        return False
+    return statistics is None or (follows_a_rule(statistics) and are_vectors(statistics.min_val, statistics.max_val))
+
+
+def follows_a_rule(statistics: RangeStatistics) -> bool:
+    """Whether compiled code knows how the grid follows from a running range: no other rule, and no scale of 0."""
+    return statistics.rule != "torch_v1" and statistics.eps > 0
 
 
 def rounds_to_even_integers(grid: Grid) -> bool:
@@ -77,24 +100,97 @@ def observes(statistics: RangeStatistics | None) -> bool:
     return statistics.enabled is None or bool(statistics.enabled)
 
 
-def observe(
-    low: float, high: float, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None
-) -> RangeStatistics | None:
-    """Update range and grid as `tritonq.reference.activation.observe`, from the ends of a batch without ReLU.
+class GridArguments(NamedTuple):
+    """A grid, its running range and the ReLU before it, as C++ functions take them, in this order; see ``Rule``.
+
+    Attributes:
+        rule: address of the :class:`Rule`; None without a grid.
+        observes: whether the batch changes the running range.
+        rounds: whether the result is rounded: the grid is switched on and rests on data.
+        ceiling: of the ReLU; NaN without one.
+        min_val: address of the running minimum, as the others are; None without a range.
+        max_val: of the running maximum.
+        scale: of the grid's scale; None without a grid.
+        zero_point: of the grid's zero point; None for zero.
+    """
+
+    rule: int | None
+    observes: bool
+    rounds: bool
+    ceiling: float
+    min_val: int | None
+    max_val: int | None
+    scale: int | None
+    zero_point: int | None
+
+
+def grid_arguments(grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> GridArguments:
+    """Return the arguments of a C++ function that observes a result and rounds it; :func:`takes_grid` must be True.
 
     Args:
-        low: smallest value before the ReLU, finite.
-        high: largest value.
-        grid: per tensor; updated.
-        statistics: the running range; None observes nothing.
-        ceiling: of the ReLU; None without one.
+        grid: per tensor; None leaves the result in float.
+        statistics: the running range of the grid; None observes nothing.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
     """
-    if statistics is None or not observes(statistics):
-        return statistics
-    if ceiling is not None:
-        low, high = (min(max(end, 0.0), ceiling) for end in (low, high))
-    merge_numbers_(low, high, statistics, grid)
-    return statistics.with_data()
+    top = math.nan if ceiling is None else ceiling
+    if grid is None:
+        return GridArguments(None, False, False, top, None, None, None, None)
+    zero_point = None if grid.zero_point is None else grid.zero_point.data_ptr()
+    changes, rounds = observes(statistics), grid.is_enabled_on_host()
+    rule, min_val, max_val, scale = range_arguments(grid, statistics)
+    if rounds and not changes and statistics is not None and not statistics.has_data:
+        rounds = float(statistics.min_val) <= float(statistics.max_val)
+    return GridArguments(rule, changes, rounds, top, min_val, max_val, scale, zero_point)
+
+
+def range_arguments(grid: Grid, statistics: RangeStatistics | None) -> tuple[int, int | None, int | None, int]:
+    """Return the addresses of :class:`Rule`, running minimum, running maximum (None: no range) and the grid's scale."""
+    qtype, scale = grid.qtype, grid.scale.data_ptr()
+    if statistics is None:
+        return rule_of(qtype), None, None, scale
+    moves = (statistics.averaging_constant, statistics.copy_above)
+    ends = (statistics.min_val.data_ptr(), statistics.max_val.data_ptr())
+    return rule_of(qtype, statistics.rule, statistics.eps, *moves), *ends, scale
+
+
+def note_observed(grid: Grid | None, statistics: RangeStatistics | None) -> None:
+    """Tell autograd that C++ changed the running range and the grid, as an operation in place would."""
+    if grid is not None and statistics is not None:
+        changed = (statistics.min_val, statistics.max_val, grid.scale)
+        increment_version(changed if grid.zero_point is None else (*changed, grid.zero_point))
+
+
+@lru_cache(maxsize=4096)
+def _rule(
+    qtype: QuantizedType,
+    rule: RangeRule = "torch",
+    eps: float = 0.0,
+    averaging_constant: float | None = None,
+    copy_above: float | None = None,
+) -> Rule:
+    fixed = fixed_zero_point(qtype, rule)
+    constants = (-1.0 if number is None else number for number in (averaging_constant, copy_above))
+    zero = (fixed is not None, fixed or 0, rule == "megengine")
+    return Rule(*constants, FALL, qtype.reach, eps, *zero, qtype.quant_min, qtype.quant_max)
+
+
+def rule_of(
+    qtype: QuantizedType,
+    rule: RangeRule = "torch",
+    eps: float = 0.0,
+    averaging_constant: float | None = None,
+    copy_above: float | None = None,
+) -> int:
+    """Return the address of the :class:`Rule` with these values, which stays where it is.
+
+    Args:
+        qtype: the codes; integers.
+        rule: how a range becomes scale and zero point; not "torch_v1".
+        eps: smallest scale.
+        averaging_constant: weight of a batch in a moving average; None: running extremes.
+        copy_above: see :class:`~tritonq.grid.RangeStatistics`.
+    """
+    return ctypes.addressof(_rule(qtype, rule, eps, averaging_constant, copy_above))
 
 
 def reciprocal(scale: float) -> float:
@@ -112,16 +208,6 @@ def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
 
     It does not round if ``grid`` is None or switched off.
     """
-    floor, top = (-math.inf, math.inf) if ceiling is None else (0.0, ceiling)
-    if grid is None or not grid.is_enabled_on_host():
-        return Tail(0, 0.0, 0.0, -math.inf, math.inf, floor, top)
-    scale = float(grid.scale)
-    inverse = reciprocal(scale)
-    of_ceiling = _float32(top * inverse)  # float64 holds the product of two float32 numbers
-    if math.isfinite(of_ceiling):
-        of_ceiling = float(round(of_ceiling))
-    zero = 0 if grid.zero_point is None else int(grid.zero_point)
-    lowest, highest = grid.qtype.quant_min - zero, grid.qtype.quant_max - zero
-    if ceiling is not None:
-        lowest = max(lowest, 0)
-    return Tail(1, inverse, scale, lowest, min(highest, of_ceiling), floor, top)
+    tail, arguments = Tail(), grid_arguments(grid, None, ceiling)
+    library().tail_of(ctypes.addressof(tail), arguments.rule, *arguments[2:4], *arguments[6:])
+    return tail

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from tritonq.compiled import fold as folds
 from tritonq.compiled import weight as weights
-from tritonq.grid import Grid, RangeStatistics
+from tritonq.compiled.arguments import are_vectors, note_observed, observes, range_arguments
+from tritonq.compiled.build import library
+from tritonq.grid import SWITCH, Grid, RangeStatistics
 from tritonq.reference.batch_norm_weight import StepWeight, composed, fit_codes
+from tritonq.reference.fold import TINY_FOLD
 
 
 def quantize(
@@ -46,6 +49,10 @@ def quantize(
         it come ``ratio`` (``(γ/σ) / unit``), γ/σ, ``1/σ``, ``clips`` (whether a value may lie outside the codes) and a
         copy of the grid as this step used it, for the backward.
     """
+    if known is None and grid is not None and grid.is_enabled_on_host() and code_dtype is dtype is torch.float32:
+        made = _in_one_call(rows, running_var, gamma, eps, grid, statistics, out)
+        if made is not None:
+            return made
     families = (folds, weights)
     return composed(*families, rows, running_var, gamma, eps, code_dtype, dtype, grid, statistics, known, out)
 
@@ -84,7 +91,56 @@ def gradients(
     ``grid`` and ``clips`` are those that :func:`quantize` returned; ``eps_share`` and ``sum_gn`` come from the
     BatchNorm's forward and backward (`tritonq.reference.conv_bn`).
     """
-    drows, dfold = weights.folded_backward(dcodes, rows, fold, unit, grid, clips)
-    if gamma is None:
-        return drows, dfold
-    return drows, folds.gamma_gradient(gamma, fold, inverse_std, eps_share, sum_gn, dfold)
+    if gamma is None or grid is None or not _fits_one_call(dcodes, rows, (gamma, fold, inverse_std, unit), grid):
+        drows, dfold = weights.folded_backward(dcodes, rows, fold, unit, grid, clips)
+        if gamma is None:
+            return drows, dfold
+        return drows, folds.gamma_gradient(gamma, fold, inverse_std, eps_share, sum_gn, dfold)
+    dgamma, masks = torch.empty_like(fold), clips and grid.is_enabled_on_host()
+    library().step_weight_backward(
+        *(dcodes.data_ptr(), rows.data_ptr(), len(rows), rows.numel() // len(rows)),
+        *(vector.data_ptr() for vector in (gamma, fold, inverse_std, unit, eps_share, sum_gn, grid.scale)),
+        *(TINY_FOLD, masks, grid.qtype.quant_min, grid.qtype.quant_max, dcodes.data_ptr(), dgamma.data_ptr()),
+    )
+    return dcodes, dgamma
+
+
+def _fits_one_call(dcodes: Tensor, rows: Tensor, vectors: tuple[Tensor, ...], grid: Grid) -> bool:
+    """Whether one function in C++ can compute :func:`gradients`; ``vectors`` are γ, γ/σ, ``1/σ`` and the unit."""
+    if grid.scale.numel() != len(rows) or dcodes.stride() != rows.stride() or not are_vectors(*vectors):
+        return False
+    return weights.takes(rows, vectors[1], grid, dcodes)
+
+
+def _in_one_call(
+    rows: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    grid: Grid,
+    statistics: RangeStatistics | None,
+    out: Tensor | None,
+) -> StepWeight | None:
+    """Compute :func:`quantize` by one function in C++; None, with nothing changed, if that can't compute it."""
+    if not (weights.takes(rows, running_var, grid, out) and weights.follows(grid, statistics, len(rows))):
+        return None
+    changes, rounds = observes(statistics), True
+    if statistics is not None and not (changes or statistics.has_data):
+        rounds = bool((statistics.min_val <= statistics.max_val).any())
+    if not rounds or not are_vectors(gamma):
+        return None
+    count, codes = len(rows), torch.empty_like(rows) if out is None else out
+    vectors = torch.empty((4, count))
+    clips = library().step_weight(
+        *(rows.data_ptr(), count, rows.numel() // count, running_var.data_ptr()),
+        *(None if gamma is None else gamma.data_ptr(), eps, TINY_FOLD),
+        *range_arguments(grid, statistics),
+        *(changes, vectors.data_ptr(), codes.data_ptr()),
+    )
+    if clips < 0:
+        return None
+    if changes:
+        note_observed(grid, statistics)
+    fold, inverse_std, ratio, unit = vectors.unbind(0)
+    frozen = Grid(unit.view_as(grid.scale), None, grid.qtype, SWITCH[True])
+    return StepWeight(codes, unit, ratio, fold, inverse_std, bool(clips), frozen)

@@ -94,7 +94,7 @@ int64_t rows_at_a_time(int64_t channels) { return channels < 2 * kChunk ? 2 * kC
 extern "C" {
 
 // Mean, biased variance, smallest and largest value of each channel.
-void tail_statistics(
+static void tail_statistics(
     const float* c, int64_t batch, int64_t channels, int64_t inner, int outer, float* mean, float* var, float* low,
     float* high) {
     const int64_t elements = batch * channels * inner;
@@ -140,7 +140,7 @@ void tail_statistics(
 // `results` holds mean, var, low and high of the channels, then room for inverse_std, gain, slope, shift, eps_share.
 // `gamma`, `beta` and `bias` may be null. Returns whether every value
 // of the convolution's output and of the result is finite; if not, nothing is updated.
-int tail_finish(
+static int tail_finish(
     float* results, int64_t channels, float unbiased, const float* ratio, const float* gamma, const float* beta,
     const float* bias, float* running_mean, float* running_var, float momentum, float eps, float* range) {
     const float *mean = results, *var = mean + channels, *low = var + channels, *high = low + channels;
@@ -293,25 +293,27 @@ void tail_backward(
     }
 }
 
-// s = gamma / sigma, or 1 / sigma where that is tiny, and 1 / sigma; see tritonq/reference/fold.py.
-void nonzero_fold(
-    const float* running_var, const float* gamma, int64_t channels, float eps, float tiny, float* fold, float* inverse) {
-    for (int64_t j = 0; j < channels; j++) {
-        inverse[j] = 1.0f / std::sqrt(running_var[j] + eps);
-        const float product = gamma ? gamma[j] * inverse[j] : inverse[j];
-        fold[j] = gamma && std::fabs(product) < tiny ? inverse[j] : product;
-    }
-}
-
-// d gamma; see tritonq/functional/conv_bn.py.
-void gamma_gradient(
-    const float* gamma, const float* fold, const float* inverse_std, const float* eps_share, const float* sum_gn,
-    const float* dfold, int64_t channels, float tiny, float* dgamma) {
-    for (int64_t j = 0; j < channels; j++) {
-        const float sign = fold[j] > 0 ? 1.0f : fold[j] < 0 ? -1.0f : 0.0f;
-        const float direct = sum_gn[j] * sign, through = dfold[j] * inverse_std[j] - direct * eps_share[j];
-        dgamma[j] = std::fabs(gamma[j] * inverse_std[j]) >= tiny ? direct + through : direct;
-    }
+// What a step computes from the convolution's output: statistics, then the range of the result and its grid (`rule` is
+// null without one), then the result. `results` is as in tail_finish. Returns whether every value is finite; if not,
+// nothing but memory of this call was written.
+int tail_forward(
+    const float* c, int64_t batch, int64_t channels, int64_t inner, int outer, float* results, const float* ratio,
+    const float* gamma, const float* beta, const float* bias, float* running_mean, float* running_var, float momentum,
+    float eps, const Rule* rule, int observes, int rounds, float ceiling, float* min_val, float* max_val, float* scale,
+    int32_t* zero_point, float* y) {
+    tail_statistics(
+        c, batch, channels, inner, outer, results, results + channels, results + 2 * channels, results + 3 * channels);
+    const double count = static_cast<double>(batch * inner);
+    const float unbiased = static_cast<float>(count / (count - 1));
+    float range[2];
+    if (!tail_finish(
+            results, channels, unbiased, ratio, gamma, beta, bias, running_mean, running_var, momentum, eps, range))
+        return 0;
+    if (observes) observe_range(range[0], range[1], ceiling, min_val, max_val, scale, zero_point, *rule);
+    const Tail tail = make_tail(
+        rounds, scale, zero_point, rule ? rule->quant_min : 0, rule ? rule->quant_max : 0, ceiling);
+    tail_apply(c, batch, channels, inner, outer, results + 6 * channels, results + 7 * channels, &tail, y);
+    return 1;
 }
 
 }  // extern "C"

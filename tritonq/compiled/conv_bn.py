@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from tritonq.compiled.arguments import are_vectors, is_plain, observe, tail_of, takes_grid
+from tritonq.compiled.arguments import are_vectors, grid_arguments, is_plain, note_observed, tail_of, takes_grid
 from tritonq.compiled.build import library
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference import conv_bn as reference
 from tritonq.reference.conv_bn import BatchNormState, Normalization, TailGradients, TailResult, dense
-from tritonq.reference.ranges import snapshot
+from tritonq.reference.ranges import snapshot_of
 
-_FLOAT = 4
 # Vectors that the statistics and what follows from them take; the last five and the first are kept for the backward.
 _VECTORS = 9
 
@@ -54,26 +53,22 @@ def forward(
     vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)
     if not (c.numel() and is_plain(c) and are_vectors(*vectors) and takes_grid(grid, statistics)):
         return reference.forward(c, ratio, gamma, beta, bias, norm, grid, statistics, ceiling)
-    functions, view, channels = library(), _view(c), c.shape[1]
-    found = torch.empty((_VECTORS, channels))
-    address, stride = found.data_ptr(), _FLOAT * channels
-    functions.tail_statistics(
-        c.data_ptr(), *view, address, address + stride, address + 2 * stride, address + 3 * stride
+    found, y, given = (
+        torch.empty((_VECTORS, c.shape[1])),
+        torch.empty_like(c),
+        grid_arguments(grid, statistics, ceiling),
     )
-    count, ends = c.numel() // channels, (ctypes.c_float * 2)()
-    is_finite = functions.tail_finish(
-        *(address, channels, count / (count - 1), *map(_address, vectors)),
-        *(float(norm.momentum), norm.eps, ctypes.addressof(ends)),
+    is_finite = library().tail_forward(
+        *(c.data_ptr(), *_view(c), found.data_ptr(), *map(_address, vectors)),
+        *(norm.momentum, norm.eps, *given, y.data_ptr()),
     )
     if not is_finite:
         return reference.forward(c, ratio, gamma, beta, bias, norm, grid, statistics, ceiling)
     increment_version((norm.running_mean, norm.running_var))
+    if given.observes:
+        note_observed(grid, statistics)
     mean, _, _, _, *rest = found.unbind(0)
-    frozen = None if grid is None else snapshot(grid, observe(ends[0], ends[1], grid, statistics, ceiling))
-    y, tail = torch.empty_like(c), tail_of(frozen, ceiling)
-    slope = address + 6 * stride
-    functions.tail_apply(c.data_ptr(), *view, slope, slope + stride, ctypes.addressof(tail), y.data_ptr())
-    return TailResult(y, Normalization(mean, *rest), frozen)
+    return TailResult(y, Normalization(mean, *rest), None if grid is None else snapshot_of(grid, given.rounds))
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:

@@ -5,7 +5,7 @@
 extern "C" {
 
 // y = a + b, or where b is null y itself, and its smallest and largest value. Returns whether all are finite.
-int join_sum(const float* a, const float* b, int64_t count, float* y, float* range) {
+static int join_sum(const float* a, const float* b, int64_t count, float* y, float* range) {
     float smallest = kInfinity, largest = -kInfinity, nan = 0;
     if (b) {
 #pragma omp parallel for simd schedule(static) reduction(min : smallest) reduction(max : largest) reduction(+ : nan) if (count > kParallelFrom)
@@ -31,7 +31,7 @@ int join_sum(const float* a, const float* b, int64_t count, float* y, float* ran
 }
 
 // Rounds `y` in place and packs where its gradient passes: plane p of `length` elements is bit p of every byte.
-void join_apply(float* y, int64_t count, int64_t length, const Tail* tail, uint8_t* mask) {
+static void join_apply(float* y, int64_t count, int64_t length, const Tail* tail, uint8_t* mask) {
     constexpr int64_t kBlock = 4096;
     const Tail t = *tail;
 #pragma omp parallel for schedule(static) if (count > kParallelFrom)
@@ -48,6 +48,25 @@ void join_apply(float* y, int64_t count, int64_t length, const Tail* tail, uint8
             }
         }
     }
+}
+
+// What follows an operation in C++ other than the one that computed it.
+void tail_of(Tail* tail, const Rule* rule, int rounds, float ceiling, const float* scale, const int32_t* zero_point) {
+    *tail = make_tail(rounds, scale, zero_point, rule ? rule->quant_min : 0, rule ? rule->quant_max : 0, ceiling);
+}
+
+// The sum of a and b (null: a alone, which is `y`), observed, rounded and with its mask. Returns whether all values are
+// finite; if not, only `y` was written.
+int join_forward(
+    const float* a, const float* b, int64_t count, int64_t length, const Rule* rule, int observes, int rounds,
+    float ceiling, float* min_val, float* max_val, float* scale, int32_t* zero_point, float* y, uint8_t* mask) {
+    float range[2];
+    if (!join_sum(a, b, count, y, range)) return 0;
+    if (observes) observe_range(range[0], range[1], ceiling, min_val, max_val, scale, zero_point, *rule);
+    Tail tail;
+    tail_of(&tail, rule, rounds, ceiling, scale, zero_point);
+    join_apply(y, count, length, &tail, mask);
+    return 1;
 }
 
 // dy where the bit is set, else 0.

@@ -7,16 +7,13 @@ rounded up to a multiple of 16; plane i is bit i of every byte. What the compile
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from tritonq.compiled.arguments import is_plain, observe, tail_of, takes_grid
+from tritonq.compiled.arguments import grid_arguments, is_plain, note_observed, takes_grid
 from tritonq.compiled.build import library
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference import residual as reference
-from tritonq.reference.ranges import settled
 from tritonq.reference.residual import RoundedResult, mask_length
 from tritonq.reference.scratch import is_dense
 
@@ -57,15 +54,13 @@ def rounded(
         statistics: the running range of the grid, updated in place; None observes nothing.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
     """
-    functions, count, ends = library(), y.numel(), (ctypes.c_float * 2)()
+    count, length = y.numel(), mask_length(y.numel())
+    mask, given = torch.empty(length, dtype=torch.uint8), grid_arguments(grid, statistics, ceiling)
     other = None if b is None else b.data_ptr()
-    if not functions.join_sum(a.data_ptr(), other, count, y.data_ptr(), ctypes.addressof(ends)):
+    if not library().join_forward(a.data_ptr(), other, count, length, *given, y.data_ptr(), mask.data_ptr()):
         return None
-    if grid is not None:
-        grid = settled(grid, observe(ends[0], ends[1], grid, statistics, ceiling))
-    length = mask_length(count)
-    mask, tail = torch.empty(length, dtype=torch.uint8), tail_of(grid, ceiling)
-    functions.join_apply(y.data_ptr(), count, length, ctypes.addressof(tail), mask.data_ptr())
+    if given.observes:
+        note_observed(grid, statistics)
     return RoundedResult(y, mask)
 
 

@@ -24,34 +24,20 @@ int weight_extremes(const float* weight, int64_t rows, int64_t columns, const fl
     return 1;
 }
 
-// The running ranges of a symmetric type without zero points, and its scales; see update_range and range_to_qparams.
-// `constant` is negative for running minimum and maximum. `copy_above` is negative where none is given. Returns whether
-// some code of low..high lies outside quant_min..quant_max.
+// The running ranges of rows and their scales, zero points being 0. Returns whether some code of low..high lies outside
+// quant_min..quant_max.
 int weight_ranges(
-    const float* low, const float* high, int64_t rows, int observes, double constant, double copy_above, float half,
-    float eps, int quant_min, int quant_max, float* min_val, float* max_val, float* scale) {
+    const float* low, const float* high, int64_t rows, int observes, const Rule* rule, float* min_val, float* max_val,
+    float* scale) {
     int clips = 0;
     for (int64_t i = 0; i < rows; i++) {
         if (observes) {
-            if (constant < 0) {
-                min_val[i] = low[i] < min_val[i] ? low[i] : min_val[i];
-                max_val[i] = high[i] > max_val[i] ? high[i] : max_val[i];
-            } else {
-                const double magnitude = max_val[i] > -min_val[i] ? max_val[i] : -min_val[i];
-                const double found = high[i] > -low[i] ? high[i] : -low[i];
-                const float share = static_cast<float>(constant);
-                if (!(min_val[i] <= max_val[i]) || (copy_above >= 0 && found > copy_above * magnitude)) {
-                    min_val[i] = low[i], max_val[i] = high[i];
-                } else {
-                    min_val[i] += (low[i] - min_val[i]) * share;
-                    max_val[i] += (high[i] - max_val[i]) * share;
-                }
-            }
-            const float largest = (-min_val[i] > max_val[i] ? -min_val[i] : max_val[i]) / half;
-            scale[i] = largest > eps ? largest : eps;
+            merge_range(low[i], high[i], min_val[i], max_val[i], *rule);
+            follow_range(min_val[i], max_val[i], scale + i, nullptr, *rule);
         }
         const float inverse = 1.0f / scale[i];
-        clips |= !(__builtin_rintf(low[i] * inverse) >= quant_min && __builtin_rintf(high[i] * inverse) <= quant_max);
+        const float lowest = __builtin_rintf(low[i] * inverse), highest = __builtin_rintf(high[i] * inverse);
+        clips |= !(lowest >= rule->quant_min && highest <= rule->quant_max);
     }
     return clips;
 }
@@ -106,6 +92,55 @@ void weight_backward(
         }
         dfold[i] = static_cast<float>(total) / unit[i];
     }
+}
+
+// s = gamma / sigma, or 1 / sigma where that is tiny, and 1 / sigma; see tritonq/reference/fold.py.
+void nonzero_fold(
+    const float* running_var, const float* gamma, int64_t channels, float eps, float tiny, float* fold, float* inverse) {
+    for (int64_t j = 0; j < channels; j++) {
+        inverse[j] = 1.0f / std::sqrt(running_var[j] + eps);
+        const float product = gamma ? gamma[j] * inverse[j] : inverse[j];
+        fold[j] = gamma && std::fabs(product) < tiny ? inverse[j] : product;
+    }
+}
+
+// d gamma; see tritonq/functional/conv_bn.py.
+void gamma_gradient(
+    const float* gamma, const float* fold, const float* inverse_std, const float* eps_share, const float* sum_gn,
+    const float* dfold, int64_t channels, float tiny, float* dgamma) {
+    for (int64_t j = 0; j < channels; j++) {
+        const float sign = fold[j] > 0 ? 1.0f : fold[j] < 0 ? -1.0f : 0.0f;
+        const float direct = sum_gn[j] * sign, through = dfold[j] * inverse_std[j] - direct * eps_share[j];
+        dgamma[j] = std::fabs(gamma[j] * inverse_std[j]) >= tiny ? direct + through : direct;
+    }
+}
+
+// A step's weight: its fold, ranges and codes; `vectors` gets fold, 1 / sigma, fold / scale and a copy of the scale, one
+// after the other. Returns whether values were clipped, or -1 if some are not finite: then nothing else was written.
+int step_weight(
+    const float* weight, int64_t rows, int64_t columns, const float* running_var, const float* gamma, float eps,
+    float tiny, const Rule* rule, float* min_val, float* max_val, float* scale, int observes, float* vectors,
+    float* codes) {
+    float *fold = vectors, *inverse_std = fold + rows, *ratio = inverse_std + rows, *unit = ratio + rows;
+    std::vector<float> low(rows), high(rows);
+    nonzero_fold(running_var, gamma, rows, eps, tiny, fold, inverse_std);
+    if (!weight_extremes(weight, rows, columns, fold, low.data(), high.data())) return -1;
+    const int clips = weight_ranges(low.data(), high.data(), rows, observes, rule, min_val, max_val, scale);
+    for (int64_t i = 0; i < rows; i++) unit[i] = scale[i], ratio[i] = fold[i] / scale[i];
+    const float lowest = static_cast<float>(rule->quant_min), highest = static_cast<float>(rule->quant_max);
+    weight_codes(weight, rows, columns, fold, unit, rows, clips, lowest, highest, codes);
+    return clips;
+}
+
+// Gradients of a step's weight (which may be `gradient` itself) and of gamma from that of the codes.
+void step_weight_backward(
+    const float* gradient, const float* weight, int64_t rows, int64_t columns, const float* gamma, const float* fold,
+    const float* inverse_std, const float* unit, const float* eps_share, const float* sum_gn, const float* scale,
+    float tiny, int clips, float lowest, float highest, float* dweight, float* dgamma) {
+    std::vector<float> dfold(rows);
+    weight_backward(
+        gradient, weight, rows, columns, fold, unit, scale, rows, clips, lowest, highest, dweight, dfold.data());
+    gamma_gradient(gamma, fold, inverse_std, eps_share, sum_gn, dfold.data(), rows, tiny, dgamma);
 }
 
 }  // extern "C"

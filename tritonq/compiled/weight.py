@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from tritonq.compiled.arguments import are_vectors, is_plain, observes, rounds_to_even_integers
+from tritonq.compiled.arguments import (
+    are_vectors,
+    follows_a_rule,
+    is_plain,
+    note_observed,
+    observes,
+    range_arguments,
+    rounds_to_even_integers,
+)
 from tritonq.compiled.build import library
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import fixed_zero_point
@@ -37,25 +44,17 @@ def quantize_folded(
         statistics: the running range of the grid, updated in place; None observes nothing.
         out: memory for the codes, shaped as ``rows``; None: new memory.
     """
-    if grid is None or not _takes(rows, fold, grid, out) or not _follows(grid, statistics, len(rows)):
+    if grid is None or not takes(rows, fold, grid, out) or not follows(grid, statistics, len(rows)):
         return reference.quantize_folded(rows, fold, grid, statistics, out)
     functions, count = library(), len(rows)
     low, high = torch.empty_like(fold), torch.empty_like(fold)
     found = (low.data_ptr(), high.data_ptr())
     if not functions.weight_extremes(rows.data_ptr(), count, rows.numel() // count, fold.data_ptr(), *found):
         return reference.quantize_folded(rows, fold, grid, statistics, out)
-    qtype, min_val, max_val = grid.qtype, None, None
-    changes, constant, copy_above, eps = observes(statistics), None, None, 0.0
-    if statistics is not None:
-        min_val, max_val, eps = statistics.min_val.data_ptr(), statistics.max_val.data_ptr(), statistics.eps
-        constant, copy_above = statistics.averaging_constant, statistics.copy_above
-    clips = functions.weight_ranges(
-        *(*found, count, changes, *(-1.0 if number is None else number for number in (constant, copy_above))),
-        *((qtype.quant_max - qtype.quant_min) / 2, eps, qtype.quant_min, qtype.quant_max),
-        *(min_val, max_val, grid.scale.data_ptr()),
-    )
+    changes = observes(statistics)
+    clips = functions.weight_ranges(*found, count, changes, *range_arguments(grid, statistics))
     if changes and statistics is not None:
-        increment_version((statistics.min_val, statistics.max_val, grid.scale))
+        note_observed(grid, statistics)
         statistics = statistics.with_data()
     return _codes(rows, fold, snapshot(grid, statistics), bool(clips), out)
 
@@ -76,7 +75,7 @@ def folded_codes(
         out: memory for the codes; None: new memory.
         extremes: smallest and largest folded value per row; used by the reference only.
     """
-    if grid is None or not _takes(rows, fold, grid, out):
+    if grid is None or not takes(rows, fold, grid, out):
         return reference.folded_codes(rows, fold, grid, out, extremes)
     return _codes(rows, fold, grid, True, out)
 
@@ -102,7 +101,7 @@ def folded_backward(
         clips: from the forward; False: no value was clipped, so no gradient is blocked.
     """
     masks = clips and grid is not None and grid.is_enabled_on_host()
-    if not _takes(rows, fold, grid, dcodes) or dcodes.stride() != rows.stride() or not are_vectors(unit):
+    if not takes(rows, fold, grid, dcodes) or dcodes.stride() != rows.stride() or not are_vectors(unit):
         return reference.folded_backward(dcodes, rows, fold, unit, grid, clips)
     dfold, count = torch.empty_like(fold), len(rows)
     scale, scales, limits = None, 1, (0.0, 0.0)
@@ -114,6 +113,43 @@ def folded_backward(
         *(scale, scales, masks, *limits, dcodes.data_ptr(), dfold.data_ptr()),
     )
     return dcodes, dfold
+
+
+def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
+    """Whether compiled code can fold and round such a weight: float32, dense rows, no zero point, ties to even.
+
+    Args:
+        rows: the weight, (out, ...).
+        fold: (out,), the factor of each row.
+        grid: of the quantizer, with one scale for all rows or one per row; None: the weight is not rounded.
+        out: memory that must lie as ``rows`` does; None: none is given.
+    """
+    if not (rows.numel() and is_plain(rows, out) and are_vectors(fold) and _rows_are_dense(rows)):
+        return False
+    if out is not None and out.stride() != rows.stride():
+        return False
+    if grid is None:
+        return True
+    one_switch = grid.enabled is None or (grid.enabled.is_cpu and grid.enabled.numel() == 1)
+    per_row = grid.qtype.axis in (None, 0)
+    return per_row and one_switch and grid.zero_point is None and rounds_to_even_integers(grid)
+
+
+def follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
+    """Whether there is one scale per row, which follows from its range as ``weight_ranges`` in C++ computes it.
+
+    Args:
+        grid: of the quantizer.
+        statistics: its running range; None: the scales stay as they are.
+        count: number of rows.
+    """
+    if grid.qtype.axis != 0 or grid.scale.numel() != count or not are_vectors(grid.scale):
+        return False
+    if statistics is None:
+        return True
+    ranges = (statistics.min_val, statistics.max_val)
+    follows = follows_a_rule(statistics) and fixed_zero_point(grid.qtype, statistics.rule) == 0
+    return follows and are_vectors(*ranges) and all(end.numel() == count for end in ranges)
 
 
 def _codes(rows: Tensor, fold: Tensor, grid: Grid, clips: bool, out: Tensor | None) -> WeightCodes:
@@ -131,33 +167,9 @@ def _codes(rows: Tensor, fold: Tensor, grid: Grid, clips: bool, out: Tensor | No
     return WeightCodes(codes, scale.expand(count), clips, grid)
 
 
-def _takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
-    """Whether compiled code can fold and round such a weight: float32, dense rows, no zero point, ties to even."""
-    if not (rows.numel() and is_plain(rows, out) and are_vectors(fold) and _rows_are_dense(rows)):
-        return False
-    if out is not None and out.stride() != rows.stride():
-        return False
-    if grid is None:
-        return True
-    one_switch = grid.enabled is None or (grid.enabled.is_cpu and grid.enabled.numel() == 1)
-    per_row = grid.qtype.axis in (None, 0)
-    return per_row and one_switch and grid.zero_point is None and rounds_to_even_integers(grid)
-
-
 def _rows_are_dense(rows: Tensor) -> bool:
     """Whether each row fills its part of the memory without gaps, in whatever order."""
     if rows.is_contiguous():
         return True
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rows.dim())
     return last is not None and rows.is_contiguous(memory_format=last)
-
-
-def _follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
-    """Whether there is one scale per row, which follows from its range as ``weight_ranges`` in C++ computes it."""
-    if grid.qtype.axis != 0 or grid.scale.numel() != count or not are_vectors(grid.scale):
-        return False
-    if statistics is None:
-        return True
-    rule, ranges = statistics.rule, (statistics.min_val, statistics.max_val)
-    follows = rule != "torch_v1" and fixed_zero_point(grid.qtype, rule) == 0
-    return follows and are_vectors(*ranges) and all(end.numel() == count for end in ranges)

@@ -88,5 +88,14 @@ def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
     grid = settled(grid, statistics)
     if torch.compiler.is_compiling():
         return grid
+    return _with_copies(grid, grid.enabled)
+
+
+def snapshot_of(grid: Grid, rounds: bool) -> Grid:
+    """Return :func:`snapshot` where the host knows whether the grid is on and something was observed: ``rounds``."""
+    return _with_copies(grid, SWITCH[rounds])
+
+
+def _with_copies(grid: Grid, enabled: Tensor | None) -> Grid:
     zero_point = None if grid.zero_point is None else grid.zero_point.clone()
-    return grid.with_buffers(grid.scale.clone(), zero_point, grid.enabled)
+    return grid.with_buffers(grid.scale.clone(), zero_point, enabled)
