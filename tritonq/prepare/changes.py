@@ -1,4 +1,9 @@
-"""Modules that were put into a prepared model, or in the place of one of its modules, after preparation."""
+"""Modules that were put into a prepared model, or in the place of one of its modules, after preparation.
+
+A prepared model keeps two attributes: its *report*, a ``LayerRecord`` (name, class, status, reason and more) for each
+layer of the float model, and the class of each of its modules by name. What is new is found by comparing these with the
+modules that are there now. A *row* is a record.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +31,13 @@ _NAMES_SHOWN = 5
 
 
 def note_report(model: nn.Module, records: tuple[LayerRecord, ...]) -> None:
-    """Let a model keep what became of each layer, and which modules it has now."""
+    """Set the report of a model, ``records``, and note the class of each module that it has now, as its attributes."""
     vars(model)[REPORT] = records
     vars(model)[_CLASSES] = {name: _class_name(original_class(module)) for name, module in model.named_modules()}
 
 
 def report_of(model: nn.Module) -> tuple[LayerRecord, ...] | None:
-    """Return what became of each layer of a model, as it is now; None without a record.
+    """Return the records of what became of each layer of a model, as it is now; None if no module of it has a report.
 
     Layers that moved, into an adapter around them, have their present names. What was added has rows of its own. A
     model that became part of another one, such as an adapted one, is found in it.
@@ -44,7 +49,7 @@ def report_of(model: nn.Module) -> tuple[LayerRecord, ...] | None:
 
 
 def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
-    """Return :func:`report_of` a model, which keeps none."""
+    """Return :func:`report_of` a model, and delete the reports and notes from the model."""
     records = report_of(model)
     for module in model.modules():
         vars(module).pop(REPORT, None)
@@ -53,7 +58,11 @@ def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
 
 
 def warn_of_changes(model: nn.Module, stacklevel: int = 1) -> None:
-    """Warn of layers that were put into a prepared model and so stay in float, and of what their places took away."""
+    """Warn (UserWarning) of layers that were put into a prepared model and so stay in float; nothing without such.
+
+    The warning also names what had become part of layers that are gone. ``stacklevel`` counts from the function that
+    calls this one. References of the model's modules then warn no more.
+    """
     records = report_of(model) or ()
     added = [record.name for record in records if record.reason == ADDED]
     lost = [record.name for record in records if record.reason.endswith(_LOST)]
@@ -98,7 +107,10 @@ def _present_records(holder: nn.Module) -> list[LayerRecord]:
 
 
 def _added(known: Container[str | None], present: Mapping[str, nn.Module]) -> list[LayerRecord]:
-    """Return rows for the layers whose names are not known, and which are part of no other such layer."""
+    """Return rows for the layers in ``present`` whose names are not ``known``, except parts of other such layers.
+
+    Their status is "float". Modules without computation, dropout, quantizers and observers get none.
+    """
     found: list[LayerRecord] = []
     for name, module in present.items():
         is_inside = bool(found) and _is_in(name, found[-1].name)
@@ -111,7 +123,11 @@ _SILENT = (*WITHOUT_COMPUTATION, nn.Dropout, FakeQuantizeBase, ObserverBase)
 
 
 def _without_lost(record: LayerRecord, moved: Mapping[str, str | None], module: nn.Module | None) -> LayerRecord:
-    """Return the record of what had become part of a layer that is gone as in float; any other one as it is."""
+    """Return a record with its present names; as in float if it had become part of a layer that is gone.
+
+    ``moved`` has the present name of what stood at each replaced place (None: it is gone); ``module`` is what stands
+    under the record's name now.
+    """
     partners = {partner: _present_name(partner, moved) for partner in record.fused_with}
     left = tuple(now for now in partners.values() if now is not None)
     if left or not partners or not isinstance(module, (FoldedBatchNorm, nn.Identity)):
@@ -132,7 +148,11 @@ def _replaced(noted: Mapping[str, str], present: Mapping[str, nn.Module]) -> Ite
 
 
 def _moved_to(name: str, noted: Mapping[str, str], present: Mapping[str, nn.Module]) -> str | None:
-    """Return where the module is now that was noted at a name: the one inside of what stands there with its class."""
+    """Return the present name of the module that was noted as ``name``; it has moved inside of what stands there.
+
+    It is the one with its class; None if there is none. ``noted`` has the noted classes by name, ``present`` the
+    modules.
+    """
     inside = [
         other
         for other, module in present.items()

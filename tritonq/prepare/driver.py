@@ -39,7 +39,7 @@ class Scheme(Protocol):
         """Names of the layers that it quantizes; "" is the model itself."""
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
-        """Edit the model, and return what became of each layer."""
+        """Edit the model by ``editor``, and return a record of what became of each layer."""
 
     def check(self) -> None:
         """Raise RuntimeError unless the edited model computes what the float model did."""
@@ -169,7 +169,7 @@ class FakeQuantScheme:
             )
 
     def layer_names(self) -> list[str]:
-        """Return the names of the layers that it quantizes."""
+        """Return the qualified names of the layers that it quantizes, in the order of the plan."""
         return [layer.name for layer in self.plan.layers]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
@@ -217,7 +217,7 @@ class FixedPointScheme:
         self.links = find_links(analysis)
 
     def layer_names(self) -> list[str]:
-        """Return the names of the layers that it quantizes."""
+        """Return the qualified names of the layers that it quantizes."""
         return [layer.name for layer in self.links.layers.values()]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
@@ -240,7 +240,7 @@ class FixedPointScheme:
 
 
 def _network_inputs(links: Links, recording: Recording) -> dict[str, Tensor]:
-    """Run the example inputs, and return the input of each layer that reads no other layer's output, by layer name."""
+    """Run the example inputs in eval mode; return the input of each layer that reads no layer's output, by name."""
     model = links.analysis.model
     found: dict[str, Tensor] = {}
     handles = []

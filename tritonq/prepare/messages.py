@@ -26,7 +26,7 @@ def report_float_layers(
     strict: bool,
     depth: int = 1,
 ) -> None:
-    """Log how many layers and joins are quantized, and warn of those left in float unasked.
+    """Log how many layers and joins are quantized, and warn (UserWarning) of those left in float unasked.
 
     A join is an addition, concatenation or other operation of several tensors.
 

@@ -363,7 +363,7 @@ class Analysis:
         return made is not None and (not made.writes or self._overwrites_result(made))
 
     def _note_site(self, owner: str, call: Call, site: Site) -> None:
-        """Note at which site a call is made."""
+        """Note that ``call`` is made at ``site``, in the forward of the module ``owner``."""
         self._sites[call.index] = site
         self._calls_at.setdefault((owner, site.node), []).append(call)
 

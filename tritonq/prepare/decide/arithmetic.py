@@ -16,7 +16,11 @@ from tritonq.reference.functions import Function
 
 
 def arithmetic_of_call(call: Call) -> Function | None:
-    """Return the ``Function`` that a call computes of one tensor and at most one number; None for other calls."""
+    """Return the ``Function`` that a call computes of one tensor and at most one number; None for other calls.
+
+    ``x + 2`` gives ``Function("plus", (2.0,))``; others are "times", "over" (x / a), "from" (a - x), "ratio" (a / x),
+    "square" and "abs".
+    """
     if call.kind != "function":
         return None
     spelling = getattr(call.target, "__name__", "").strip("_")
@@ -36,14 +40,14 @@ def _number(value: Any) -> float:
 
 
 def _add(input: Any, other: Any, *, alpha: Any = 1) -> Function:
-    """Read ``input + alpha * other``, in which one of the two is a number."""
+    """Return the function ``input + alpha * other``, in which one of the two is a number: "plus" of the number."""
     if isinstance(input, Ref):
         return Function("plus", (_number(other) * _number(alpha),))
     return _scaled(alpha, Function("plus", (_number(input),)))
 
 
 def _subtract(input: Any, other: Any, *, alpha: Any = 1) -> Function:
-    """Read ``input - alpha * other``, in which one of the two is a number."""
+    """Return the function ``input - alpha * other`` of one tensor and a number: "plus" of -number, or "from"."""
     if isinstance(input, Ref):
         return Function("plus", (-_number(other) * _number(alpha),))
     return _scaled(alpha, Function("from", (_number(input),)))
@@ -55,7 +59,7 @@ def _scaled(alpha: Any, behind: Function) -> Function:
 
 
 def _subtract_from(input: Ref, other: Any, alpha: Any = 1) -> Function:
-    """Read ``other - alpha * input``, as ``torch.rsub`` has it."""
+    """Return the function ``other - alpha * input``, as ``torch.rsub`` has it: "from"."""
     return _subtract(other, input, alpha=alpha)
 
 

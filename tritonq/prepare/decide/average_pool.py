@@ -1,6 +1,7 @@
 """Recognise recorded calls that are means: average pools, as modules or functions, and means over axes.
 
-An ``Averaging`` describes a mean: its windows, its output size, or its axes.
+An ``Averaging`` describes a mean: its windows (``WindowAverage``), its output size (``AdaptiveAverage``), or its axes
+(``AxesAverage``).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = No
 
 
 def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Averaging | None]:
-    """Let a function that reads arguments take NumPy's names of these, too (``axis``, ``keepdims``), as torch does."""
+    """Return ``function``, a reader of arguments, so that it takes NumPy's names (``axis``, ``keepdims``) too."""
 
     def renamed(*args: Any, **kwargs: Any) -> Averaging | None:
         names = {"axis": "dim", "keepdims": "keepdim"}

@@ -49,8 +49,8 @@ class CalledLayer:
         owner: name of the module in whose forward it is called.
         child: name of the child of ``owner`` that will take its place.
         kind: the float layer that computes the same, such as ``nn.Conv2d``.
-        site: where it is called.
-        geometry: arguments of that layer's constructor.
+        site: where it is called: the place in the forward that will be edited.
+        geometry: arguments of that layer's constructor, by name, ``bias`` (a bool) among them.
         given: those arguments of the call that are not input, weight or bias, by name.
         calls: its recorded calls.
         program: how its weight and its bias (if it has one) are computed from parameters and buffers.
@@ -151,7 +151,8 @@ def exclusive_state(layers: Iterable[CalledLayer], analysis: Analysis) -> frozen
 def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> dict[str, Any]:
     """Return the arguments, by name, for the constructor of the layer that computes the same as a call.
 
-    ``arguments`` are those of the call, as :func:`arguments_of` returned them.
+    They are ``in_channels``, ``kernel_size`` and so on (``in_features``, ``out_features`` for linear) and ``bias``, a
+    bool. ``arguments`` are those of the call, as :func:`arguments_of` returned them.
     """
     shape = analysis.flow.values[arguments["weight"].value].shape
     has_bias = arguments["bias"] is not None

@@ -36,7 +36,10 @@ class Chains:
     def row(self, call: Call) -> tuple[Call, ...]:
         """Return the calls that become one operation, the last of which is ``call``, from first to last.
 
-        If no other call joins it, that is ``(call,)``.
+        Before ``call`` stand those that only the next one reads: clips before a clip, and any clip, arithmetic or
+        function where one of two neighbours is arithmetic with a number. A call in the middle of a longer row gives the
+        part up to it. If no other call joins it, or if it is neither clip, arithmetic nor function, that is
+        ``(call,)``.
         """
         found: tuple[Call, ...] = (call,)
         while _function_of_step(found[0]) is not None:
@@ -93,7 +96,7 @@ def joined_clips(row: Sequence[Call]) -> Clipping | None:
 
 
 def joined_function(row: Sequence[Call]) -> Function | None:
-    """Return the one function that a row of calls computes.
+    """Return the one ``Function`` that a row of calls computes, the first call's function first.
 
     None if no call is arithmetic with a number, or if some call is no function of one tensor.
     """

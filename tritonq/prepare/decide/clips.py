@@ -53,7 +53,11 @@ def bounds_of_call(call: Call) -> Clipping | None:
 
 
 def _clamp(input: Ref, min: Any = None, max: Any = None) -> Clipping:
-    """Read a clamp; raise ValueError if no value lies between its bounds."""
+    """Return the bounds of a clamp, infinite where ``min`` or ``max`` is None.
+
+    Raises:
+        ValueError: no value lies between the bounds.
+    """
     low, high = -math.inf if min is None else float(min), math.inf if max is None else float(max)
     # Not a clip but a constant, and torch lets NaN pass.
     if not low <= high:

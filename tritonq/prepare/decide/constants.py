@@ -64,7 +64,7 @@ class Constants:
         return frozenset(found)
 
     def is_parameter(self, value: int) -> bool:
-        """Whether a value is a parameter of the model, not a buffer."""
+        """Whether the value with this index is a parameter of the model itself, not a buffer nor computed."""
         record = self._flow.values[value]
         return record.source == "state" and str(record.path[0]) in self._parameters
 

@@ -12,8 +12,8 @@ def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...
     A ReLU that can't be removed stays in the model. Behind a quantizer a plain ReLU has no effect.
 
     Returns:
-        Names of the modules that are replaced by ``nn.Identity``, and ``(owner, node)`` of the nodes that are taken out
-        of forwards.
+        Names of the modules that are replaced by ``nn.Identity``, and the places that are taken out of forwards:
+        ``(name of the module whose forward it is, node of the site)``.
     """
     modules: dict[str, None] = {}
     nodes: dict[tuple[str, str], None] = {}

@@ -29,7 +29,7 @@ _CLIPPED_RELUS = ("relu6", "hardtanh")
 
 
 def is_fixed_point(qconfig: QConfig | None) -> bool:
-    """Whether a qconfig asks for fixed point; False for None."""
+    """Whether a qconfig makes fixed-point quantizers (``FixedPointFakeQuantize``) for activations; False for None."""
     return qconfig is not None and isinstance(qconfig.activation(), FixedPointFakeQuantize)
 
 

@@ -1,7 +1,8 @@
 """Find joins, which get a quantizer of their own. A *join* is an operation of several tensors.
 
-Additions, subtractions, products, attention and concatenations are joins. To add a kind, add how its calls are read,
-and its module, to ``KINDS``.
+Additions, subtractions, products, attention and concatenations are joins. To *read* a call is to return its operands,
+as recorded, and what keeps it from becoming a module ("": nothing). Without operands, ``((), "")``, it is no join. To
+add a kind, add how its calls are read, and its module, to ``KINDS``.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ class JoinKind:
 
 
 def _pair(call: Call) -> Reading:
-    """Return the two operands of a call, and what keeps it from becoming a module ("": nothing does).
+    """Read a call of two tensors, such as an addition; one with a tensor and a number has no operands.
 
-    A call with a tensor and a number has no operands: ``((), "")``.
+    Further arguments that change the result, such as alpha=2, keep it from becoming a module.
     """
     named = ("input", "other")
     items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
@@ -146,7 +147,10 @@ def _pair(call: Call) -> Reading:
 
 
 def _einsum(call: Call) -> Reading:
-    """Read an einsum of two tensors; an einsum of more or fewer has no operands."""
+    """Read a call of ``torch.einsum`` with two tensors; one with more or fewer has no operands.
+
+    An equation that ``Contraction`` does not take keeps it from becoming a module.
+    """
     equation, tensors = einsum_call(call.args)
     if len(tensors) != 2:
         return (), ""
@@ -158,7 +162,10 @@ def _einsum(call: Call) -> Reading:
 
 
 def _sum_with_product(call: Call) -> Reading:
-    """Read a call of addmm or baddbmm: a summand and two matrices, without the factors alpha and beta."""
+    """Read a call of addmm or baddbmm: its operands are a summand and two matrices; with fewer tensors it has none.
+
+    A factor alpha or beta other than 1 keeps it from becoming a module.
+    """
     named = ("input", "mat1", "mat2", "batch1", "batch2")
     items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
     tensors = tuple(item for item in items if isinstance(item, Ref))
@@ -184,13 +191,16 @@ def _halves(call: Call) -> Reading:
 
 
 def _attention(call: Call) -> Reading:
-    """Read a call of scaled dot-product attention; its operands are queries, keys and values."""
+    """Read a call of scaled dot-product attention: its operands are queries, keys and values; nothing hinders it."""
     given = {**dict(zip(("query", "key", "value"), call.args, strict=False)), **call.kwargs}
     return tuple(given[name] for name in ("query", "key", "value")), ""
 
 
 def _sequence(call: Call) -> Reading:
-    """Read a call that takes a sequence of tensors; a sequence of one tensor has no operands, as it is no join."""
+    """Read a call that takes a sequence of tensors; a sequence of one tensor has no operands, as it is no join.
+
+    The argument ``out`` keeps it from becoming a module.
+    """
     parts = call.args[0] if call.args else call.kwargs.get("tensors")
     if not isinstance(parts, tuple) or len(parts) < 2:
         return (), ""

@@ -157,11 +157,11 @@ class Counted(Protocol):
 
     @property
     def part(self) -> Part:
-        """What it counts as."""
+        """What it counts as: "layer", "join" or "other"."""
 
     @property
     def status(self) -> Status:
-        """Whether it is quantized."""
+        """Whether it is quantized: "quantized", "moves values" or "float"."""
 
 
 def counts(records: Sequence[Counted]) -> str:
@@ -188,7 +188,10 @@ def _free_name(base: str, taken: Container[str]) -> str:
 
 
 def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
-    """Return a record for each layer, addition and average pooling of a fixed-point network."""
+    """Return a record for each layer, then each addition and each average pooling, of a fixed-point network.
+
+    All are "quantized". Parts: "layer", "join" for additions, "other" for poolings.
+    """
     records = []
     for layer in links.layers.values():
         kind = layer.row[0].__name__

@@ -30,9 +30,11 @@ def is_softmax(call: Call) -> bool:
 
 
 def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int]:
-    """Return indices of the values that are no constants and depend on no layer: they follow from inputs alone.
+    """Return indices of the float values that depend on no layer and are no constants: they follow from inputs.
 
-    A parameter that is only added or chosen, as a bias, does not count as a layer.
+    A layer is here any call that reads a parameter, and any product of activations (matmul, einsum, baddbmm,
+    attention). But a parameter that is only added, subtracted or chosen (where, masked_fill, cat, pad), as a bias,
+    makes no layer.
     """
     learned: set[int] = set()  # what follows from a parameter
     behind_layers: set[int] = set()

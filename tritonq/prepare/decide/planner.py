@@ -54,6 +54,8 @@ def make_plan(
 
 @dataclass
 class _Planner:
+    """The work of :func:`make_plan`, without ReLUs ``kept`` to themselves; ``grids``: what gives values their grids."""
+
     analysis: Analysis
     swapped: Container[type[nn.Module]]
     qconfigs: Mapping[nn.Module, QConfig | None]
@@ -127,7 +129,7 @@ class _Planner:
         )
 
     def _keep_apart(self, parts: Iterable[Layer | Join]) -> None:
-        """Let ReLUs that are part of one of these layers or joins become part of nothing else."""
+        """Let ReLUs that are part of one of these layers or joins become part of nothing else: make ``chains`` anew."""
         self.chains = Chains(self.analysis, self.kept.union(*(part.relus for part in parts)), self.grids)
 
     def _layers(self) -> list[Layer]:
@@ -137,11 +139,9 @@ class _Planner:
         return search.layers()
 
     def _quantized_when_clipped(self, layer: Layer) -> bool:
-        """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.
+        """Place a layer's quantizer behind the ReLU6 or the like that alone reads it; return whether that was done.
 
-        Two in a row would round twice, and the first would spend codes on values that are then clipped. The same holds
-        for SiLU, Hardswish, GELU and the like where the target computes them together with the layer. Elsewhere the
-        layer keeps its own quantizer: without one ONNX Runtime would convolve in float.
+        Two in a row would round twice. Functions such as SiLU count if the target computes them together with a layer.
         """
         if not issubclass(layer.row[0], (nn.modules.conv._ConvNd, nn.Linear)):
             return False

@@ -72,7 +72,10 @@ class SharedReading:
 
 
 def share_readings(readings: Iterable[Reading]) -> list[SharedReading]:
-    """Group readings, so that each operand of each reader has one quantizer, and so has each tensor."""
+    """Group readings, so that each operand of each reader has one quantizer, and so has each tensor.
+
+    Readings of one value, or of one operand of one part, come into one group, also along chains of these.
+    """
     groups: dict[object, list[Reading]] = {}
     for reading in sorted(readings, key=lambda reading: reading.call):
         keys = (("value", reading.value), ("operand", id(reading.part), reading.operand))

@@ -90,7 +90,7 @@ class QuantizerPlace(Protocol):
 
     @property
     def where(self) -> str:
-        """``"output"``, ``"node"`` or ``"consumer"``, as in ``PlannedQuantizer``."""
+        """Its kind: "output" (behind a module), "node" (behind a call in a forward), "consumer" (in readers)."""
 
     @property
     def owner(self) -> str:

@@ -54,7 +54,10 @@ class ModelEditor:
             self.undo()
 
     def undo(self) -> None:
-        """Undo all edits since the editor was made; :meth:`ModelSnapshot.restore` says what is put back."""
+        """Undo all edits since the editor was made: classes, modes, attributes, children and buffers of all modules.
+
+        Values of parameters stay as they are (:meth:`ModelSnapshot.restore`).
+        """
         self._snapshot.restore()
 
     def replace(self, name: str, new: nn.Module) -> None:

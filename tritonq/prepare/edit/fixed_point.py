@@ -97,7 +97,10 @@ class _Builder:
         note_batch_norms(self._editor.model, norms)
 
     def _make_layer(self, layer: Layer) -> FixedPointLayer:
-        """Put the fixed-point form of a layer, with its BatchNorm, in its place."""
+        """Put the fixed-point form of a layer, with its BatchNorm, in its place, and return it; hooks move to it.
+
+        A ``FoldedBatchNorm`` takes the place of the BatchNorm. Raises ValueError without a fixed-point qconfig or form.
+        """
         module = self._editor.modules[layer.name]
         qconfig = self._qconfigs[module]
         if qconfig is None or not is_fixed_point(qconfig):
@@ -118,7 +121,12 @@ class _Builder:
         return made
 
     def _make_formats(self) -> None:
-        """Make one format for each group that has one."""
+        """Make one format for each group that something rounds.
+
+        Its codes are unsigned if all readers of the group come after a ReLU. If layers read inputs of the network in
+        the group, the codes are signed if one of these has a negative value, and the first of them decides the
+        fractional length.
+        """
         for group in self._each_group():
             if not group.has_format:
                 continue
@@ -193,7 +201,10 @@ class _Builder:
         layer.input_factor = factors.pop() if factors else 1.0
 
     def _factor(self, value: int) -> float:
-        """Return the factor that a layer takes into its weight, if ``value`` comes from an average pooling; else 1."""
+        """Return the factor that a layer takes into its weight, if an average pooling made ``value``; else 1.
+
+        It is ``remaining_factor`` of the pooling's area, such as 8/9 for 9 values: a shift divides by the power of two.
+        """
         for index, pooling in self._links.poolings.items():
             if self._links.ends[index] == value:
                 return remaining_factor(pooling.area)
@@ -224,7 +235,7 @@ class _Builder:
         module.raw_output = not group.has_format and not group.returned
 
     def _find_sources(self, call: Call) -> None:
-        """Give an addition references to the modules that make those of its summands that nothing rounds."""
+        """Tell an addition which modules make those of its summands that nothing rounds; None for the others."""
         groups = [self._links.groups[value] for value in _summands(call)]
         makers = [
             next((self._makers[value] for value in group.values if value in self._makers), None) for group in groups
@@ -234,7 +245,10 @@ class _Builder:
         add.set_sources(first, second)
 
     def _pool(self, pooling: Pooling) -> None:
-        """Put a fixed-point average pooling in the place of a module or call."""
+        """Put a fixed-point average pooling in the place of a module or call.
+
+        Raises ValueError if its factor isn't 1 and something else than layers reads its result.
+        """
         call = pooling.call
         group = self._links.groups[call.inputs[0]]
         result = self._links.groups[self._links.ends[call.index]]
@@ -275,7 +289,7 @@ class _Builder:
         self._editor.rewrite(call.owner).replace(site.node, child, operands, site.in_place)
 
     def _replace_max_pool(self, name: str, module: nn.Module) -> None:
-        """Replace a max pooling by one that takes integers."""
+        """Replace the module ``name`` by one that takes integers, if it is a max pooling without return_indices."""
         if type(module) is nn.MaxPool2d and self._editor.modules[name] is module and not module.return_indices:
             made = FixedPointMaxPool2d(
                 module.kernel_size, module.stride, module.padding, module.dilation, ceil_mode=module.ceil_mode
@@ -284,7 +298,7 @@ class _Builder:
             self._editor.replace(name, made)
 
     def _replace_relu(self, call: Call) -> None:
-        """Replace a ReLU6 by a plain ReLU."""
+        """Replace a clipped ReLU, given by its call, by a plain ``nn.ReLU``: the format behind it clips."""
         if call.module_name is None:
             self._insert(call, nn.ReLU(), "relu", first_node)
         elif self._editor.modules[call.module_name] is call.target:

@@ -118,9 +118,10 @@ def fuse_modules_qat(
 
 
 def move_hooks(first: nn.Module, last: nn.Module, new: nn.Module) -> None:
-    """Move the pre-hooks of ``first`` and the hooks of ``last`` to ``new``.
+    """Move the forward pre-hooks of ``first``, and all forward and backward hooks of ``last``, to ``new``.
 
-    Handles that users got when they registered the hooks still remove them.
+    They come before hooks that ``new`` has already. Handles that users got when they registered the hooks still remove
+    them.
     """
     for source, registries in ((first, _PRE_HOOKS), (last, _HOOKS)):
         for registry in registries:

@@ -1,4 +1,8 @@
-"""The places in a model that a tensor passes between the quantizer that rounds it and what reads it."""
+"""Find the places in a model that a tensor passes between the quantizer that rounds it and what reads it.
+
+A *place* is an attribute of a module under which a child stands. A *route* is all places and hooks on the way. A
+``Reference`` from the reader to the quantizer keeps it, to find out later whether something else stands there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from tritonq.prepare.record.dataflow import Call
 
 
 class Routes:
-    """Finds the places of an edited model that stand between a quantizer and its readers, for References.
+    """Finds the places of an edited model that stand between a quantizer and its readers.
 
     A module that is put into one of them later, such as an adapter around a layer, may return something else.
 
@@ -28,7 +32,9 @@ class Routes:
         self._told = [False]
 
     def to_reader(self, reader: nn.Module, source: nn.Module, reads: Iterable[tuple[Call, int]]) -> Route:
-        """Return the places between a module that rounds a tensor and one that reads it.
+        """Return the route between a module that rounds a tensor and one that reads it.
+
+        The route is empty if one of the two is no module of the model, or if the source stands inside the reader.
 
         Args:
             reader: what reads.
@@ -44,7 +50,11 @@ class Routes:
         return self._route(passed, name, source_name)
 
     def to_clip(self, layer: nn.Module, quantizer: nn.Module, ends: Iterable[Call]) -> Route:
-        """Return the places between a layer and the quantizer that stands behind the clip that alone reads it."""
+        """Return the route between a layer and the quantizer behind the clip that alone reads the layer.
+
+        A clip is a ReLU6, for example. ``ends`` are the layer's last recorded calls. The route is empty if one of the
+        two is no module of the model.
+        """
         name, behind = self._names.get(layer), self._names.get(quantizer)
         if name is None or behind is None:
             return Route()
@@ -55,7 +65,7 @@ class Routes:
         return self._route(passed, behind, name)
 
     def _route(self, passed: list[str], reader: str, source: str) -> Route:
-        """Return the route by way of some modules.
+        """Return the route by way of the modules named in ``passed``; ``reader`` and ``source`` are names, too.
 
         Hooks count that change what the reader, and modules around it, are given, and what the source, and modules
         around it, return.
@@ -73,14 +83,14 @@ class Routes:
         return Route(places, self._told, tuple(hooks))
 
     def _before(self, value: int) -> Iterator[Call]:
-        """Yield the calls that a value came through, back to the one that made it."""
+        """Yield the calls that a value came through, last first: those that move values, and the one that made it."""
         call = self._analysis.flow.producer(value)
         while call is not None:
             yield call
             call = self._analysis.flow.producer(call.inputs[0]) if self._analysis.keeps_grid(call) else None
 
     def _passed(self, calls: list[Call]) -> list[str]:
-        """Return the modules that are called, and those whose forwards a tensor leaves or enters between the calls."""
+        """Return the names of called modules, and of those whose forwards a tensor leaves or enters between calls."""
         stacks = [self._stack(call.frame) for call in calls]
         common = set(stacks[0]).intersection(*stacks)
         frames = dict.fromkeys(frame for stack in stacks for frame in stack if frame not in common)

@@ -43,14 +43,20 @@ def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 
 def take_place(module: nn.Module, made: nn.Module) -> None:
-    """Give ``made`` the attributes of the float module that it replaces, and its class if a user added methods."""
+    """Give ``made`` the attributes that it lacks of the float module that it replaces.
+
+    If the user's class has public methods or properties that ``made`` lacks, ``made`` becomes of that class as well.
+    """
     keep_attributes(module, made)
     if _adds_methods(type(module), made):
         keep_class(type(module), made)
 
 
 def take_place_again(module: nn.Module, made: nn.Module) -> None:
-    """Give ``made`` what ``module``, which it replaces, has itself of the float module that it replaced."""
+    """Give ``made`` what ``module``, which it replaces, has itself of the float module that it replaced.
+
+    That is attributes, parameters and buffers (:func:`kept_names`) that ``made`` lacks, and the user's class.
+    """
     names = kept_names(module)
     for source, registry in zip(_registries(module), _registries(made), strict=True):
         registry.update({name: source[name] for name in names if name in source and not hasattr(made, name)})

@@ -162,7 +162,10 @@ def _moved_aside(module: nn.Module) -> ForwardData:
 
 
 def _own_forward(parameters: Iterable[tuple[str, int, bool]]) -> Callable[..., Any]:
-    """Return a forward for a class that runs the one that :func:`_moved_aside` moved, and has its parameters."""
+    """Return a forward for a class that runs the one that :func:`_moved_aside` moved, and has its parameters.
+
+    ``parameters`` has ``(name, kind of inspect.Parameter, whether it has a default)`` of each, without self.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return vars(self)[_OWN_FORWARD](*args, **kwargs)

@@ -149,7 +149,7 @@ class ForwardGraph:
             operands: returns the child's arguments, given the node.
             in_place: whether the node overwrites its first operand; later readers of that operand then get the new
                 result.
-            joined: not used here; see ``AnsweredForward.replace``.
+            joined: not used here: whether the child computes other calls, too, which were erased.
         """
         for graph, found in self._find(node):
             with graph.inserting_after(found):

@@ -60,8 +60,15 @@ class GuardedGraph(ForwardGraph):
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
         """Replace a node in the graph, and its calls in the forward itself, by calls of the child ``child``.
 
-        ``operands``, ``in_place`` and ``joined`` are those of ``ForwardGraph.replace`` and ``AnsweredForward.replace``.
         A node without a known place drops the forward itself; see the class.
+
+        Args:
+            node: name of the node in the eval graph.
+            child: name of the child.
+            operands: returns the child's arguments, given the node.
+            in_place: whether the node overwrites its first operand; later readers of that operand in the graph then get
+                the child's result, too.
+            joined: whether the child computes other calls, too, which were erased.
         """
         super().replace(node, child, operands, in_place, joined)
         self._edit_forward(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
@@ -170,7 +177,7 @@ def _gives_more(takes: tuple[int, frozenset[str]], args: tuple[Any, ...], kwargs
 
 
 def _value(module: Any, names: Iterable[str]) -> Any:
-    """Return the attribute at a path of names, or ``_GONE`` if there is none.
+    """Return the attribute of a module at a path of names, such as ``["config", "depth"]``; ``_GONE`` if there is none.
 
     Quantized modules lack some attributes.
     """

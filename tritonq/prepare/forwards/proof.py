@@ -156,7 +156,7 @@ class _Follower:
                 raise TraceError("it changes its argument in place and doesn't return it")
 
     def _python(self, node: fx.Node) -> Any:
-        """Return the entry of a container that a node reads, or a placeholder for something that is no tensor."""
+        """Return what a node without a recorded call reads from a container; for any other such node a _NoTensor."""
         if node.target is getattr or self._name(node) == "getitem":
             container, key = (self._resolve(argument) for argument in node.args[:2])
             if isinstance(container, Mapping) and isinstance(key, str) and key in container:

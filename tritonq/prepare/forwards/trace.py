@@ -243,7 +243,11 @@ class _Tracer(fx.Tracer):
 
 
 class _FreezeGuard(TorchFunctionMode):
-    """Refuse torch functions on tensors that are not traced: the graph would keep their result as a constant."""
+    """Refuse torch functions on tensors that are not traced: the graph would keep their result as a constant.
+
+    It raises TraceError. Questions about metadata such as a shape are allowed, but not about what ``cuda()`` and
+    ``half()`` change, such as dtype and device.
+    """
 
     def __torch_function__(
         self,

@@ -6,7 +6,8 @@
 - A :class:`Frame` is one run of the forward of a module that is not a leaf. The *owner* of a call is the module whose
   forward makes it.
 
-Calls, values and frames name each other by index. Modules have their qualified names ("" is the model).
+Calls, values and frames name each other by index. Modules have their qualified names ("" is the model). Two runs, in
+eval mode (run 0) and in training mode (run 1), can be put together to one record; each part then has its run.
 :func:`tritonq.prepare.record.recorder.record` makes the record.
 """
 
@@ -55,7 +56,7 @@ class Value:
         dtype: dtype of the tensor at that time.
         consumers: indices of the calls that read it, in order.
         output_paths: the keys under which the model's result holds it; empty if the model does not return it.
-        run: 0 or 1, as in :class:`Call`.
+        run: 0; in a record of two runs 1 for the values of the second.
     """
 
     index: int
@@ -139,7 +140,7 @@ class Frame:
         output: the result, with a :class:`Ref` for each tensor.
         events: what the forward called, in order: ``("call", index)`` or ``("frame", index)``.
         training: whether the module was in training mode.
-        run: 0 or 1, as in :class:`Call`.
+        run: 0; in a record of two runs 1 for the frames of the second.
     """
 
     index: int

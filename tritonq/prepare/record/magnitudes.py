@@ -1,4 +1,4 @@
-"""Which summand makes a grid of the sum useless for the other."""
+"""Find the summand that makes a grid of the sum useless for the other, because that is so much smaller."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _LARGE = 1e4
 def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[int]) -> int | None:
     """Return the value of a summand beside whose magnitude that of the other vanishes; None if there is none.
 
+    Its largest magnitude is at least 10,000, and at least 256 times that of the other, which is finite.
+
     Args:
-        name: the operation.
-        inputs: its tensors, before it runs.
-        values: their values in the record.
+        name: the operation; only "add" and "sub" count.
+        inputs: its tensors, before it runs; only two float tensors with elements count.
+        values: indices of their values in the record, in the same order.
     """
     if name not in _SUMS or len(inputs) != 2 or in_transform():  # tensors of a transform hold no numbers to look at
         return None

@@ -94,7 +94,7 @@ class _OpenValue:
 
 
 class Recorder:
-    """Record one run of one model, as :func:`record` does.
+    """Record one run of one model, without gradients; the model is afterwards what it was.
 
     Args:
         model: the model.
@@ -175,7 +175,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Run a torch function that a frame calls; record it if it is outside of leaves and reads elements."""
+        """Return ``function(*args, **kwargs)``; record the call if it stands outside of leaves and reads elements."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]
@@ -221,7 +221,7 @@ class Recorder:
             return self._pop(module, result)
 
     def _leave_scripted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """Record a call of a module that torch.jit made as one operation: torch calls this hook after the call."""
+        """Record a call of a torch.jit module as one operation, in a forward hook; return its result."""
         if not isinstance(module, ScriptModule) or module not in self._names:
             return result
         self._enter(module, args, kwargs)
@@ -302,7 +302,7 @@ class Recorder:
         return self._finish(call, frame.inputs, result)
 
     def _finish(self, call: Call, inputs: list[Tensor], result: Any) -> Any:
-        """Record a call with the values that it made, and return its result; a returned input becomes a new view."""
+        """Record a call with the values that it read and made; return its result, with views for returned inputs."""
         for value in call.inputs:
             self._values[value].consumers[call.index] = None
         writes = self._note_writes(call, inputs)

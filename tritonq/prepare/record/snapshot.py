@@ -52,7 +52,10 @@ class ModelSnapshot:
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo edits of the model by :meth:`ModelSnapshot.restore` if the block raises; the error is raised again."""
+    """If the block raises, undo its edits of the model, and raise the error again.
+
+    Put back are classes, modes, attributes, children, hooks and buffers of all modules, not values of parameters.
+    """
     snapshot = ModelSnapshot(model)
     try:
         yield
