@@ -100,6 +100,9 @@ def codes_again(
 ) -> Tensor:
     """Return the codes of :func:`quantize` once more, shaped as ``rows``, for a backward; nothing is observed.
 
+    ``clip(round(rows · fold / scale) + zero_point) - zero_point``; in float16 times the power of two nearest to the
+    scale. Without a grid, or while its switch is off, ``rows · fold``.
+
     Args:
         rows: the weight, as :func:`quantize` read it.
         fold: (out,) float32, as :func:`quantize` returned it.

@@ -97,7 +97,10 @@ def conv2d_kernel(
     OUTS: tl.constexpr,  # size of the tile
     CHANNELS: tl.constexpr,  # in channels per step of the sum
 ):
-    """Compute one tile of the output: PIXELS pixels of one or several images by OUTS out channels of one group."""
+    """Compute PIXELS pixels of one or several images by OUTS out channels of one group: ``FQ(relu?(conv + bias))``.
+
+    With ``multiplier_ptr`` it is ``FQ(relu?((conv + bias) · multiplier))``.
+    """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     pixel = tl.program_id(0).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
     group = tl.program_id(1) // out_tiles

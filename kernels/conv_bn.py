@@ -358,7 +358,7 @@ def _statistics(
     bias: Tensor | None,
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return `Normalization`'s vectors, (6, channels), and the result's ends, (2, channels); updates ``norm``."""
+    """Return mean, 1/std, gain, slope, shift, eps_share (6, channels), and the ends of the result (2, channels)."""
     shares = plan_reduction(c, seen)
     channels = c.shape[1]
     count = c.numel() // channels

@@ -105,7 +105,7 @@ def conv_tile(
         depthwise: whether each out channel has one in channel; then there is no matrix product.
         widest: most out channels; less than 128 if accumulators or operands are wide.
         steps: fewest and most in channels per step; matrix units take 32 bytes at least, or 16 floats.
-        stages: see :class:`ConvTile`.
+        stages: steps whose operands are being loaded at a time.
     """
     rows = min(64, max(16, triton.next_power_of_2(pixels)))
     # Few channels leave most of a step masked, and AMD's compiler unrolls what is left until it spills.

@@ -50,7 +50,7 @@ def fake_quantize_blocks_kernel(
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # both tensors have x's strides, so that offsets are computed once
 ):
-    """Compute the scales of one tile's blocks, and write the tile rounded to them."""
+    """Compute the scales of one tile's blocks, and write the tile as the format's nearest numbers times them."""
     tensor_scale = 1.0
     if tensor_scale_ptr is not None:
         tensor_scale = tl.load(tensor_scale_ptr)

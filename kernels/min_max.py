@@ -294,7 +294,7 @@ def _observe(
         state: minimum, maximum, scale, zero point (or None), averaging constant and eps, as the kernels take them.
         nonfinite_count: int64, grows by the values that are left out.
         enabled: the switch, or None for on.
-        constants: of the rule: see :func:`tritonq.kernels.quantized.range_constants`.
+        constants: of the rule that turns a range into scale and zero point, from ``range_constants``.
     """
     x, seen = viewed(x, axis)
     if seen.channels == 0:

@@ -217,7 +217,7 @@ def write_rounded(
 
 
 def mask_like(y: Tensor) -> Tensor:
-    """Return uninitialised memory for the mask of ``y``'s gradient: uint8, one bit per element of ``y``."""
+    """Return uninitialised memory for the mask of ``y``'s gradient: uint8, a bit per element, padded."""
     return torch.empty(plane_length(y.numel()), dtype=torch.uint8, device=y.device)
 
 

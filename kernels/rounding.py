@@ -75,7 +75,9 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
     """Return ``code - zero_point`` as float32: the steps between zero and the code of ``v``.
 
-    ``clamp(round(v), QUANT_MIN - zero_point, QUANT_MAX - zero_point)``; arguments as in :func:`round_to_code`.
+    ``clamp(round(v), QUANT_MIN - zero_point, QUANT_MAX - zero_point)``. ``v`` is float32, a value over its scale;
+    ``zero_point`` a float32 integer that broadcasts against it, or 0; ROUNDING, of ties, ``"half_even"`` or
+    ``"half_away"``.
     """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.

@@ -232,12 +232,12 @@ def quantize(
     observes: bool = False,
     norm: tuple[Tensor, Tensor | None, float, Tensor] | None = None,
 ) -> Quantized:
-    """Fold, observe and round all rows of a weight in one launch.
+    """Fold, observe and round all rows of a weight in one launch: ``codes = clip(round(rows · fold / s) + z) - z``.
 
     Args:
         rows: (out, ...); each row dense.
         fold: (out,) float32, the factor of each row.
-        grid: of the rows, updated in place.
+        grid: of the rows, with s and z, updated in place. While its switch is off codes are ``rows · fold``, units 1.
         statistics: the running range behind the grid, or None.
         dtype: of the codes. In float16 they are multiplied by the power of two nearest to their unit.
         observes: whether the range is updated.

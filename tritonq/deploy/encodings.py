@@ -163,7 +163,8 @@ def encodings_json(found: dict[str, Encoding], parameters: set[str], version: En
 def _older(name: str, grid: Encoding) -> dict[str, Any]:
     """Return the entry, in version 1.0.0, of the tensor ``name`` with this grid; ready for JSON.
 
-    Its offset is minus the zero point, counted from the smallest code; it is symmetric if that is ``-2^(bw-1)``.
+    Its keys are "name", "dtype" ("INT"), "enc_type", "bw" (bits), "is_sym", "scale" and "offset". The offset is minus
+    the zero point, counted from the smallest code; the grid is symmetric if that is ``-2^(bw-1)`` and its type is.
     """
     bits, middle = grid.qtype.bits, 2 ** (grid.qtype.bits - 1)
     offset = [-zero - (middle if grid.qtype.signed else 0) for zero in grid.zero_point]
@@ -181,8 +182,9 @@ def _older(name: str, grid: Encoding) -> dict[str, Any]:
 def _newer(name: str, grid: Encoding, is_parameter: bool) -> dict[str, Any]:
     """Return the entry, in version 2.0.0, of the tensor ``name`` with this grid; ready for JSON.
 
-    Signed codes stay signed for a weight or bias (``is_parameter``), and are shifted to unsigned ones otherwise. A zero
-    point of 0 is left out.
+    Its keys are "name", "output_dtype" ("int8", "uint8", …), "y_scale", "y_zero_point" (left out if 0) and, per
+    channel, "axis". Signed codes stay signed for a weight or bias (``is_parameter``), and are shifted to unsigned ones
+    otherwise.
     """
     bits, signed = grid.qtype.bits, grid.qtype.signed
     shift = 2 ** (bits - 1) if signed and not is_parameter else 0

@@ -28,7 +28,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
-    """Open binary files that belong together, as :func:`atomic_file` opens one.
+    """Open binary files for the block; when it ends they get the names ``paths``, and if it raises they are removed.
 
     None gets its name before all are written.
 

@@ -235,7 +235,11 @@ def _traced_quantizer(
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:
-    """Return the quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
+    """Return the output quantizers of operations that ONNX Runtime runs in integers together with the quantizer.
+
+    These are layers on a known input grid whose weights ONNX can hold, joins whose operands all lie on known grids or
+    none does, and concatenations.
+    """
     return {
         module.activation_post_process
         for module in model.modules()

@@ -120,7 +120,11 @@ class _Pair:
 
 
 def _given(pairs: Iterable[_Pair], found: Codes) -> dict[str, list[Tensor | None]]:
-    """Return the trained model's codes as ``given`` for the deployed model's runner: by its quantizers and calls."""
+    """Return the trained model's codes by the deployed model's quantizers and calls; None for calls without a pair.
+
+    They are ``given`` to the deployed model's runner, so that each layer computes on the trained model's codes.
+    ``found`` has the codes that the deployed model made, by quantizer.
+    """
     given: dict[str, list[Tensor | None]] = {name: [None] * len(calls) for name, calls in found.items()}
     for pair in pairs:
         name, places = pair.source

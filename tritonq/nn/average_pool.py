@@ -130,7 +130,7 @@ class _Pool(AverageLayer):
 
 
 class _WindowPool(_Pool):
-    """The base of the pools with a window."""
+    """The base of AvgPool1d, 2d and 3d: ``FQ(mean)`` of each window, which the float pool's arguments set."""
 
     @property
     def averaging(self) -> Averaging:
@@ -139,7 +139,7 @@ class _WindowPool(_Pool):
 
 
 class _AdaptivePool(_Pool):
-    """The base of the pools with a given output size."""
+    """The base of AdaptiveAvgPool1d, 2d and 3d: ``FQ(mean)`` of windows such that the output has a given size."""
 
     @property
     def averaging(self) -> Averaging:

@@ -244,7 +244,9 @@ class FixedPointLayer(ReferringModule):
         return quantizer.round_to(weight, frac_len)
 
     def is_integer(self) -> bool:
-        """Whether eval mode computes in integers: both formats round. Reads switches from the device.
+        """Whether eval mode computes in integers: input and weight are rounded, and so is the bias.
+
+        That is in the phase "fixed" with a ``bias_word_len``. Reads switches from the device.
 
         Under ``torch.compile`` it is True if only :meth:`_integer_switch` can still say no, when the graph runs.
         """
