@@ -54,7 +54,7 @@ def make_plan(
 
 @dataclass
 class _Planner:
-    """The work of :func:`make_plan`, without ReLUs ``kept`` to themselves; ``grids``: what gives values their grids."""
+    """The work of :func:`make_plan`: ReLUs in ``kept`` join nothing, ``grids`` has what gives values their grids."""
 
     analysis: Analysis
     swapped: Container[type[nn.Module]]
