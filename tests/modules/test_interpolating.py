@@ -214,6 +214,24 @@ def test_merge():
         left.merge(MinMaxObserver())
 
 
+@pytest.mark.parametrize("kind", [MinMaxObserver, HistogramObserver, InterpolatingHistogramObserver])
+def test_both_ways_of_forgetting_leave_a_new_observer(kind):
+    new = {name: buffer.clone() for name, buffer in kind().named_buffers()}
+    for forget in (kind.reset_min_max_vals, lambda observer: observer.reset_where(torch.tensor(True))):
+        observer = kind()
+        observer(torch.tensor([-1.0, 2.0, torch.nan]))
+        if kind is HistogramObserver:
+            observer.add_shared(*observer.own_counts())
+        elif kind is InterpolatingHistogramObserver:
+            observer.mark_common()
+        before = {name: buffer.clone() for name, buffer in observer.named_buffers()}
+        assert all(not torch.equal(before[name], buffer) for name, buffer in new.items())
+        observer.reset_where(torch.tensor(False))
+        assert all(torch.equal(before[name], buffer) for name, buffer in observer.named_buffers())
+        forget(observer)
+        assert all(torch.equal(new[name], buffer) for name, buffer in observer.named_buffers())
+
+
 def test_skips_what_is_not_finite():
     observer = InterpolatingHistogramObserver()
     observer(torch.tensor([torch.nan, torch.inf]))

@@ -291,7 +291,7 @@ class RangeObserver(ObserverBase):
             buffer.copy_(torch.where(flag, empty, buffer))
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return pairs of a buffer that observing changes and the number that it holds before.
+        """Return pairs of a buffer, or a part of one, that observing changes and the number that it holds before.
 
         Here: ``[(min_val, inf), (max_val, -inf), (nonfinite_count, 0)]``.
         """

@@ -217,11 +217,15 @@ class InterpolatingHistogramObserver(RangeObserver):
             self._adopt(self.over(limits) + other.over(limits), limits)
         self.nonfinite_count.add_(other.nonfinite_count)
 
-    def reset_min_max_vals(self) -> None:
-        """Forget everything that was observed."""
-        super().reset_min_max_vals()
-        self.mark_common()
-
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return each buffer that observing changes, with the number that it holds before: 0 for the histogram."""
-        return [*super().empty_state(), (self.histogram, 0)]
+        """Return pairs of a buffer, or a part of one, that observing changes and the number that it holds before.
+
+        It is 0 for the histogram and for what ranks hold in common, whose range is +inf to -inf.
+        """
+        counts = [(self.histogram, 0), (self.common_histogram, 0)]
+        return [
+            *super().empty_state(),
+            *counts,
+            (self.common_limits[:1], torch.inf),
+            (self.common_limits[1:], -torch.inf),
+        ]
