@@ -236,7 +236,7 @@ def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Ite
 
 @contextmanager
 def everything_float(model: nn.Module) -> Iterator[None]:
-    """Set eval mode and let no quantizer round inside the block; restore both afterwards."""
+    """Set eval mode and switch all fake quantizers off inside the block; restore modes and switches afterwards."""
     quantizers = [module for module in model.modules() if isinstance(module, SwitchedQuantizer)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
     with modes_restored(model):
@@ -270,9 +270,15 @@ def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
 def _layer_examples(
     model: nn.Module, layers: dict[str, QATLayer], data: Any
 ) -> dict[str, list[tuple[tuple[Any, ...], Tensor]]]:
-    """Run ``data`` through the model.
+    """Run ``data`` through the model; return pairs of positional arguments and output of each call of each layer.
 
-    Return pairs of arguments and output for each call of each layer, by the layer's name.
+    Args:
+        model: runs as it is set; outputs are copied.
+        layers: those to watch, by name, which is the key in the result, too.
+        data: one input tensor, or an iterable of batches, as :func:`calibrate` takes them.
+
+    Raises:
+        ValueError: ``data`` has no batch.
     """
     examples: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {name: [] for name in layers}
 
@@ -346,7 +352,10 @@ def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]],
 
 
 def _set_scale(quantizer: FakeQuantizeBase, qparams: QParams) -> None:
-    """Make ``quantizer`` round with the scale and zero point in ``qparams``."""
+    """Make ``quantizer`` round with the scale and zero point in ``qparams``, in place.
+
+    Trained quantizers get parameters that give them, and a PassiveObserver the scale.
+    """
     if isinstance(quantizer, LearnedFakeQuantize):
         quantizer.initialize(qparams)
         return

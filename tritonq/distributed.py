@@ -113,7 +113,7 @@ def _has_range_observer(quantizer: SharesRange) -> bool:
 
 
 def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:
-    """Return minimum and maximum over all ranks for each observer, by one collective.
+    """Return minimum and maximum over all ranks for each observer, in their shapes, by one collective.
 
     The observers themselves stay as they are.
     """
@@ -132,7 +132,10 @@ def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict
 
 
 def _add_up(observers: list[HistogramObserver], group: ProcessGroup) -> None:
-    """Give the observers the histogram counts and the numbers of skipped values of all ranks, in place."""
+    """Replace the observers' histogram counts and numbers of skipped values by their sums over all ranks, in place.
+
+    What was shared before is counted once. One collective does all.
+    """
     if observers:
         sums = reduce_sums([counts for observer in observers for counts in observer.own_counts()], group)
         for observer, counts, nonfinite in zip(observers, sums[::2], sums[1::2], strict=True):

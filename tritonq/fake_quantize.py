@@ -287,9 +287,9 @@ class FakeQuantize(FakeQuantizeBase):
         self.zero_point.copy_(zero_point.view_as(self.zero_point))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Fake quantize ``x`` with the present scale and zero point.
+        """Fake quantize ``x``, a float tensor, with the present scale and zero point; nothing is observed.
 
-        Return ``x`` if switched off, or if nothing was observed.
+        The values are those of ``x`` if switched off, or if nothing was observed, which is told by a UserWarning once.
         """
         grid = self.grid_or_warning()
         if grid is None:

@@ -131,5 +131,5 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
 
     @property
     def is_per_channel(self) -> bool:
-        """Whether there is one scale per channel."""
+        """Whether there is one scale per channel or per group."""
         return self.qtype.axis is not None

@@ -134,7 +134,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.phase == "fixed" and super().is_enabled_on_host()
 
     def enabled_on_device(self) -> Tensor:
-        """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device."""
+        """Return whether :meth:`forward` rounds, as :meth:`is_enabled_on_host`: a uint8 tensor (1,) on the device."""
         return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:
@@ -146,7 +146,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return QParams(power_of_two(-self.rounded_frac_len()), self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Observe (training only) and round ``x``; same shape, dtype and memory format."""
+        """Observe (training only) and round ``x``, or clip it, as the phase says; same shape, dtype and memory format.
+
+        In eval mode, before a training batch was seen, ``x`` is returned, and a UserWarning says so once.
+        """
         if self.phase == "floating_wo_clip":
             return x if self.signed else F.relu(x)
         if self.training:

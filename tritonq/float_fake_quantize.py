@@ -110,9 +110,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def tensor_scale(self) -> Tensor | None:
-        """The scale of the tensor, by which the scales of blocks are multiplied (``"nvfp4"``).
+        """The buffer ``scale``, (1,), by which the scales of blocks are multiplied (``"nvfp4"``).
 
-        None for powers of two.
+        None if the scales of blocks are powers of two.
         """
         return self.scale if self.has_observed_scale else None
 
@@ -211,18 +211,27 @@ class FloatFakeQuantize(SwitchedQuantizer):
             self._follow_history()
 
     def _follow_history(self) -> None:
-        """Compute the scale from the history, unless ``observer_enabled`` is 0."""
+        """Write ``max(history) / reach`` to the scale, per channel, unless ``observer_enabled`` is 0.
+
+        It is 1 where all values were zeros, or none was seen.
+        """
         largest = self.amax_history.amax(0)
         # A channel of zeros may have any scale.
         scale = torch.where(largest > _LEAST, largest / self.reach, 1.0)
         self.scale.copy_(torch.where(self.observer_enabled != 0, scale, self.scale))
 
     def block_axis(self, x: Tensor) -> int:
-        """Return the axis of ``x`` that blocks run along: ``ch_axis``; if that is None, 1 of 4 or 5, else the last."""
+        """Return the axis of ``x`` that blocks run along, from 0.
+
+        It is ``ch_axis``; if that is None, 1 for a tensor of four or five dimensions, else the last.
+        """
         return check_axis(x, self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1))
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return ``x`` rounded with the present scale; nothing is observed."""
+        """Return ``x`` rounded with the present scale; its own values while rounding is off or no scale is known.
+
+        Nothing is observed.
+        """
         enabled = self.fake_quant_enabled
         if self.has_observed_scale and not self._scale_known:
             enabled = enabled * self.amax_history.any()

@@ -42,7 +42,7 @@ class FloatFormat:
 
     @property
     def least_exponent(self) -> int:
-        """Exponent of the smallest normal number and of all subnormal ones."""
+        """Exponent of the smallest normal number and of all subnormal ones, ``1 - bias``: -6 for E4M3."""
         return 2 - (1 << (self.exponent_bits - 1))
 
     @property
@@ -57,7 +57,7 @@ class FloatFormat:
 
     @property
     def largest_code(self) -> int:
-        """Code of the largest finite value: its exponent and mantissa bits as an integer."""
+        """Code of the largest finite value: its exponent and mantissa bits as an integer, 126 for E4M3."""
         exponent = self.greatest_exponent - self.least_exponent
         return int(math.ldexp(exponent + math.ldexp(self.largest, -self.greatest_exponent), self.mantissa_bits))
 

@@ -51,6 +51,9 @@ class Granularity:
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the scales of a tensor of this shape.
 
+        Per tensor it is ``()``, per channel ``(shape[axis],)``, and with groups ``shape`` with ``axis`` divided by
+        ``group``.
+
         Raises:
             ValueError: an axis that the shape lacks, or that is no multiple of its groups.
         """

@@ -114,7 +114,8 @@ def _autocast() -> _Autocast:
 class _GraphedForward:
     """The forward of a graphed model.
 
-    It replays the captured graph if the call fits it. Otherwise it runs the model as it was.
+    It replays the captured graph if the model is in the mode of the capture, inputs are positional tensors of the same
+    layouts, and autocast is in the same state. Otherwise, and in its first call, it runs the model as it was.
     """
 
     def __init__(
@@ -173,7 +174,11 @@ def _told(layouts: Sequence[tuple[Any, ...]]) -> str:
 
 
 def _check(model: nn.Module, inputs: tuple[Any, ...], warmup_steps: int) -> None:
-    """Raise a ValueError if the model or its inputs can't be captured, as :func:`graphed` says."""
+    """Raise a ValueError if the model or its inputs can't be captured.
+
+    That is so if the model is graphed already, steps are fewer than one, an input is no tensor or there is none, or
+    parameters, buffers and inputs are not all on one CUDA device.
+    """
     if isinstance(model.__dict__.get("forward"), _GraphedForward):
         raise ValueError(f"this {type(model).__name__} is graphed already")
     if warmup_steps < 1:

@@ -67,7 +67,7 @@ class Grid:
         return self.enabled_on_device()
 
     def with_scale(self, scale: Tensor) -> Grid:
-        """Return the grid with another scale."""
+        """Return a grid with another scale and the same other tensors, which are shared."""
         return Grid(scale, self.zero_point, self.qtype, self.enabled)
 
     def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:

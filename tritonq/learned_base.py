@@ -37,7 +37,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     Attributes:
         activation_post_process: the observer.
-        initialized: uint8 buffer (1,).
+        initialized: uint8 buffer (1,), 1 once the parameters are set.
         begins: uint8 buffer (1,), in no state dict: 1 while the parameters are those of example inputs, which the first
             training batch replaces.
         first_values: what parameters hold until they are set, by name; 1 for names that are not in it.
@@ -165,7 +165,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return RankState(first=[*own, *([] if zero_point is None else [zero_point])])
 
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; the parameters do not change."""
+        """Let the observer see ``x``, a float tensor; values of parameters stay.
+
+        Per channel the first tensor gives parameters their length.
+        """
         if self.qtype.axis is not None:
             self.allocate(self.qtype.granularity.count(x.shape))
         self.activation_post_process(x.detach())
@@ -225,7 +228,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             self.initialize()
 
     def _top(self, qparams: QParams) -> Tensor:
-        """Return the largest value of the grid that ``qparams`` give, at least one step.
+        """Return the largest value of the grid that ``qparams`` give: ``scale · max(quant_max - zero_point, 1)``.
 
         Warn (UserWarning) if the zero point says that values below zero were seen, which the scheme sets to 0.
         """

@@ -169,7 +169,11 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         return torch.where(self.fake_quant_enabled != 0, y, values).to(x.dtype)
 
     def _on_grid(self, x: Tensor, bits: Tensor) -> Tensor:
-        """Round ``x`` to the grid with so many bits (a whole number in a tensor); gradients are LSQ's."""
+        """Round ``x`` to the grid with so many bits, a whole number n in a tensor: the class's ``Q_n(x)``.
+
+        ``dx = dy`` where the code is in range, else 0. The scale gets LSQ's gradient of ``s_n``, with its factor
+        ``1/sqrt(N q_n)`` for N values per scale, times ``t_max / t_n``.
+        """
         largest = torch.exp2(bits - 1) - 1
         step = self._step_at(bits).to(x.dtype)
         per_scale = x.numel() // max(1, step.numel())

@@ -114,7 +114,10 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             self.zero_point = self.zero_point.new_zeros(num_channels)
 
     def calculate_qparams(self) -> QParams:
-        """Return the scale that :meth:`forward` rounds with (at least ``eps``), and the zero point rounded to int32."""
+        """Return the scale that :meth:`forward` rounds with, and the zero point, rounded and clamped, as int32.
+
+        The scale is ``max(scale, eps)``; with ``method="megengine"`` it is ``|scale| + 1e-5``.
+        """
         zero_point = self.zero_point.detach().round().clamp(self.qtype.quant_min, self.qtype.quant_max)
         return QParams(self._positive_scale().detach(), zero_point.to(torch.int32))
 
@@ -189,7 +192,10 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         return x.numel() / max(1, samples * self.scale.numel())
 
     def _trained_zero_point(self, scale: Tensor, factor: float) -> Tensor:
-        """Return the zero point, whose gradient times ``factor`` is that of the offset ``-scale * zero_point``."""
+        """Return the parameter ``zero_point``; with the papers' factors its gradient is divided by ``factor · scale²``.
+
+        The operator multiplies by ``factor`` again, so that the step is that of the offset ``-scale · zero_point``.
+        """
         if self.grad_factor is not None:
             return self.zero_point
         fixed = self.zero_point.detach()

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'a' or 'b'?"`` with up to three known words most like ``word``; "" without one.
 
+    Words count that difflib finds at least half alike, or that contain ``word``; leading dashes do not.
+
     Examples:
         >>> did_you_mean("tensort", ["onnxruntime", "tensorrt"])
         "; did you mean 'tensorrt'?"

@@ -124,7 +124,7 @@ class DoReFaWeight(WeightScheme):
     """DoReFa-Net's weights: ``2 round(n (t/2 + 1/2)) / n - 1`` with ``t = tanh(w) / max|tanh(w)|``, ``n = 2^bits - 1``.
 
     The gradient passes the rounding as it is, and goes on through tanh and the largest value. With one bit the weight
-    is ``sign(w) mean|w|``, and the gradient passes all of it.
+    is ``sign(w) mean|w|`` with ``sign(0) = 1``, and the gradient passes all of it.
 
     Args:
         bits: 1 to 7.
@@ -155,7 +155,10 @@ class DoReFaWeight(WeightScheme):
         return weight.new_full(self._shape(weight), 1 / self.qtype.quant_max)
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return the formula of the class for ``weight``; with one bit ``sign(weight)`` times ``scale``."""
+        """Return ``(2 round(n (t/2 + 1/2)) - n) · scale``, with t and n of the class; its gradient is that of ``t``.
+
+        With one bit it is ``sign(weight) · scale``, and the gradient passes unchanged.
+        """
         if self.bits == 1:
             return with_gradient_of(torch.where(weight < 0, -scale, scale), weight)
         squashed = torch.tanh(weight)
@@ -213,7 +216,7 @@ class BinaryWeight(WeightScheme):
         return self._means(weight.detach().abs())
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return ``sign(weight) * scale`` with the gradient that the class describes."""
+        """Return ``sign(weight) * scale``; the weight's gradient is ``dy (1/n + scale [|weight| < 1])``."""
         fixed = weight.detach()
         slope = scale.numel() / weight.numel() + scale * (fixed.abs() < 1)
         return with_gradient_of(torch.where(fixed < 0, -scale, scale), weight * slope)

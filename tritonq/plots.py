@@ -131,14 +131,20 @@ def _select(values: Tensor, channel: int | None) -> Tensor:
 
 
 def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
-    """Return the value of every code, ascending: float64. Of types with more than 2^12 codes, every n-th."""
+    """Return the values ``(code - zero_point) · scale`` of all codes, ascending: float64, 1-d, on the CPU.
+
+    Of types with more than 2^12 codes it is every n-th, so that 2^12 to 2^13 are left.
+    """
     step = max(1, (qtype.quant_max - qtype.quant_min) // 2**12)
     codes = torch.arange(qtype.quant_min, qtype.quant_max + 1, step, dtype=torch.float64)
     return (codes - qparams.zero_point.cpu()) * qparams.scale.double().cpu()
 
 
 def _draw(axes: Axes, edges: Tensor, density: Tensor, ends: tuple[float, float]) -> None:
-    """Draw one bar for each bin, in another colour if its values lie outside of ``ends`` and saturate."""
+    """Draw one bar for each bin, in another colour if its values lie outside of ``ends`` and saturate.
+
+    ``edges`` are (n + 1,), ``density`` is (n,); ``ends`` are the smallest and the largest value of the grid.
+    """
     kept = edges.diff() > 0
     left, right, height = edges[:-1][kept], edges[1:][kept], density[kept]
     inside = (right > ends[0]) & (left < ends[1])

@@ -19,8 +19,9 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
 
     For a preset of trained scales (``"lsq_w4a4"`` and the like), of DoReFa-Net, binary or ternary weights, the first
     layer's weight, the last layer's weight, input and output, and the model's inputs have 8 bits: few values pass
-    there, and rounding them costs most. For a preset of groups (``"w4_g32"``) the first layer's weight has 8 bits and a
-    scale per channel: images have three channels. Any other preset holds for every layer.
+    there, and rounding them costs most. For a preset of groups or of weights in blocks (``"w4_g32"``, ``"w_mxfp4"``)
+    the first layer's weight has 8 bits and a scale per channel: images have three channels. Any other preset holds for
+    every layer.
 
     Args:
         name: a preset of :func:`tritonq.get_qconfig`.

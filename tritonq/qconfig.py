@@ -175,7 +175,10 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
 
 
 def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
-    """Return a fake quantizer with MegEngine's arithmetic: its range rule, ties away from zero."""
+    """Return a factory of fake quantizers with MegEngine's arithmetic: its range rule, ties away from zero.
+
+    ``arguments`` go to the observer.
+    """
     return FakeQuantize.with_args(observer=observer, dtype=_ties_away(qtype), rule="megengine", **arguments)
 
 
@@ -235,14 +238,15 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
 def _floats(format: str, *, per_channel: bool = False) -> QConfig:
     """Return a qconfig whose weights and activations have one float format.
 
-    A weight's blocks run along the input channels.
+    The scale of a weight follows from its present values. ``per_channel``: formats of single elements, with a scale per
+    output channel; else formats of blocks, which run along the input channels.
     """
     quantizer = FloatFakeQuantize.with_args(format=format)
     return QConfig(quantizer, quantizer.with_args(ch_axis=0 if per_channel else 1, history=1))
 
 
 def _wide_activations(weight_bits: int) -> QConfig:
-    """Return a qconfig of 16-bit activations with a zero point, and weights of so many bits per channel."""
+    """Return a qconfig for QNN: 16-bit activations with a zero point, narrow weights of so many bits per channel."""
     return QConfig(
         _UNSIGNED_ACTIVATION.with_args(dtype=QuantizedType.of(16, signed=False, symmetric=False)),
         _NARROW_WEIGHT.with_args(dtype=QuantizedType.of(weight_bits, narrow=True, axis=0)),
@@ -259,7 +263,10 @@ def _grouped(weight_bits: int, group: int, activation: Callable[..., nn.Module])
 
 
 def _unfolded(weight: Callable[..., nn.Module], activation: Callable[..., nn.Module]) -> QConfig:
-    """Return a qconfig whose weights are rounded before they are multiplied by their BatchNorm's factor."""
+    """Return a qconfig whose weights are rounded before they are multiplied by their BatchNorm's factor.
+
+    Summands of an addition are not rounded, but their sum is; the target is ONNX Runtime.
+    """
     return QConfig(activation, weight, "onnxruntime", round_summands=False, folding="scale")
 
 

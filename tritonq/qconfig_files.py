@@ -241,6 +241,9 @@ def _preset(data: dict[str, Any], where: str) -> QConfig:
 def _value_to_data(value: Any, where: str) -> Any:
     """Return an argument or factory of a qconfig as data for JSON; ``where`` names it in the error's text.
 
+    Plain values stay as they are. Others become ``{"dtype": name}``, ``{"qscheme": name}``, ``{"quantized_type":
+    fields}``, ``{"class": name}``, or for a factory ``{"class": name, "arguments": …}``.
+
     Raises:
         ValueError: it is neither a plain value, a type, nor a class of tritonq (with arguments fixed by ``with_args``).
     """
@@ -300,7 +303,8 @@ def _factory(data: dict[str, Any], where: str) -> Any:
 def _with_rounding_in_type(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Move the argument ``rounding`` of a factory into the type in its argument ``dtype``; return the new arguments.
 
-    Files of version 0.1.0 hold types whose own rounding did not count.
+    Without the argument it is the rounding that the class ``make`` fixes, if it does. Files of version 0.1.0 hold types
+    whose own rounding did not count.
     """
     qtype = arguments.get("dtype")
     rounding = arguments.get("rounding", getattr(make, "rounding", None))

@@ -98,6 +98,8 @@ class QConfigMapping:
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for modules whose path the pattern matches (``re.match``).
 
+        None leaves them in float. Of several patterns that match, the one that was set first wins.
+
         Raises:
             ValueError: not a regular expression.
         """
@@ -157,7 +159,7 @@ class QConfigMapping:
         yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
 
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
-        """Return the qconfig of every module of ``model``; None leaves it in float.
+        """Return the qconfig of every module of ``model`` by the strongest rule that fits; None leaves it in float.
 
         Args:
             model: the float model.
@@ -279,7 +281,10 @@ def check_qconfig(found: object, where: str, expected: str = "a QConfig or None"
 
 
 def describe_wrong_qconfig(found: object) -> str:
-    """Return what was given instead of a QConfig, in words for an error's text."""
+    """Return what was given instead of a QConfig, in words for an error's text.
+
+    Another library's QConfig and a string come with advice; else it is ``"None"`` or the name of the class.
+    """
     kind = type(found)
     if kind.__name__ == "QConfig":
         advice = "use tritonq.get_default_qat_qconfig for the same numbers, or tritonq.QConfig"

@@ -64,9 +64,9 @@ def range_to_qparams(
       point; affine ``s = max((M - m)/q, eps)``, ``z = clamp(quant_min - round_half_even(m/s), quant_min, quant_max)``.
     - ``"megengine"``: the same scales with eps 1e-5; symmetric ``z = 0``, for unsigned codes too; affine
       ``z = quant_min - round_half_away(m/s)``, not clamped.
-    - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): symmetric
+    - ``"torch_v1"`` (torch's fused observe and fake-quantize operator), of 8 bits: symmetric
       ``s = max(|m|/128, M/127)``; a range with values of one sign is taken as affine. It ignores eps, and exists so
-      that such checkpoints can be reproduced. It has no float codes.
+      that such checkpoints can be reproduced. It has no float codes. `tritonq.torch_v1_qparams` has it whole.
 
     Float codes of largest value ``L``: ``s = max(max(-m, M) / L, eps)``, ``z = 0``.
 
@@ -184,9 +184,10 @@ def _observed_qparams(
 def _linear_qparams(
     low: _Value, high: _Value, qtype: QuantizedType, rule: RangeRule, eps: float
 ) -> tuple[_Value, _Value | int]:
-    """Apply the rule "torch" or "megengine", which differ in eps and in the zero point of affine types.
+    """Apply the rule "torch" or "megengine" of :func:`range_to_qparams` to finite ranges; return scale and zero point.
 
-    One formula for tensors and for float32 numbers (`tritonq.arithmetic`).
+    ``low`` and ``high`` are float32 tensors, or NumPy numbers; one formula serves both (`tritonq.arithmetic`). The zero
+    point is an int if the type fixes it, else whole numbers in float32.
     """
     on: Arithmetic = TENSORS if isinstance(low, Tensor) else NUMBERS
     codes = qtype.quant_max - qtype.quant_min

@@ -159,13 +159,16 @@ class QuantizedType:
 
     @property
     def reach(self) -> float:
-        """Largest value of a symmetric range in scales, such as 127.5 for int8 and 127 for narrow int8."""
+        """Largest value of a symmetric range in scales: ``(quant_max - quant_min) / 2``, 127.5 for int8.
+
+        Of float codes it is the format's largest number.
+        """
         number = self.float_format
         return (self.quant_max - self.quant_min) / 2 if number is None else number.largest
 
     @property
     def bits(self) -> int:
-        """Width in bits of the codes."""
+        """Bits that number all codes: 8 for 0..255 and -127..127, 7 for 0..127."""
         return (self.quant_max - self.quant_min).bit_length()
 
     @property
@@ -175,7 +178,7 @@ class QuantizedType:
 
     @property
     def narrow(self) -> bool:
-        """Whether the range leaves out the most negative two's complement code."""
+        """Whether codes are signed and reach as far below 0 as above it, as -127..127."""
         return self.signed and self.quant_min == -self.quant_max
 
     @property
@@ -231,7 +234,7 @@ class QuantizedType:
         return torch.qint32 if self.signed or self.quant_max > torch.iinfo(torch.uint8).max else torch.quint8
 
     def with_axis(self, axis: int | None) -> QuantizedType:
-        """Return a copy of the type with one scale per index of ``axis`` (None: one scale per tensor)."""
+        """Return a copy of the type, without groups, with one scale per index of ``axis`` (None: one per tensor)."""
         return replace(self, axis=axis, group=None)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
@@ -240,7 +243,7 @@ class QuantizedType:
 
 
 class WithQuantizedType:
-    """What torch.ao and torchao ask of an observer or a quantizer about its codes, as they name it.
+    """Properties by which torch.ao and torchao ask an observer or a quantizer for its codes; they read ``qtype``.
 
     Attributes:
         qtype: the quantized type.

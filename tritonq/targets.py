@@ -103,7 +103,9 @@ def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:
 
 
 def convolves_codes(target: str | None, modules: Iterable[nn.Module]) -> bool:
-    """Whether the engine that a file is written for takes ConvInteger: see :attr:`Target.convolves_codes`.
+    """Whether convolutions whose result stays in float may be written as ConvInteger in an ONNX file.
+
+    They may if all its engines have :attr:`Target.convolves_codes`; without a name it is the default target's.
 
     Args:
         target: its name, or that of a form of files, as ``export_onnx`` takes it; None: that of the preset of

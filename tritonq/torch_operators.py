@@ -117,13 +117,16 @@ def _register() -> Any:
 def _is_ours(x: Tensor, quant_min: int, quant_max: int) -> bool:
     """Whether tritonq computes a call with this tensor and this range of codes as torch does.
 
-    If not, torch's own kernel runs.
+    It does for float32, float16 and bfloat16 and ``quant_min < quant_max``. If not, torch's own kernel runs.
     """
     return x.dtype in _DTYPES and quant_min < quant_max
 
 
 def _are_qparams(scale: Tensor, zero_point: Tensor, count: int | None) -> bool:
-    """Whether scale and zero point have the dtypes of a grid and ``count`` elements; count None: one element."""
+    """Whether scale and zero point have the dtypes of a grid and ``count`` elements; count None: one element.
+
+    The scale is float32, the zero point int32, or as one element int64.
+    """
     integers = (torch.int32, torch.int64) if count is None else (torch.int32,)
     right = scale.dtype == torch.float32 and zero_point.dtype in integers
     length = 1 if count is None else count
@@ -235,7 +238,10 @@ def _learned_arguments(rest: tuple[Any, ...], per_channel: bool) -> tuple[int | 
 def _learned_grid(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, quant_min: int, quant_max: int
 ) -> Grid | None:
-    """Return the grid of a learnable operator's arguments; None: tritonq does not compute this call."""
+    """Return the grid of a learnable operator's arguments; None: tritonq does not compute this call.
+
+    Scale and zero point must be float32, one element or one per channel; the zero point is rounded and clamped.
+    """
     if not _is_ours(x, quant_min, quant_max) or (axis is not None and not 0 <= axis < x.dim()):
         return None
     channels = 1 if axis is None else x.shape[axis]
@@ -289,7 +295,8 @@ def _observed_grid(
 ) -> Grid | None:
     """Update running range, scale and zero point in place as torch's fused operator does, and return the grid.
 
-    None: tritonq does not compute this call, and nothing was changed.
+    The range is a moving average of minima and maxima, and the rule ``"torch_v1"``; while ``observer_on`` is 0 nothing
+    changes. None: tritonq does not compute this call, and nothing was changed.
     """
     channels = x.shape[axis] if per_row and 0 <= axis < x.dim() else 1
     state = (running_min, running_max, scale, zero_point)

@@ -20,6 +20,9 @@ Range = tuple[float, float]
 class InterpolatingHistogramObserver(RangeObserver):
     """A histogram over the running range, re-binned whenever that grows, and a greedy search for the least L2 error.
 
+    The search gives up 1e-5 of the counts, again and again, from the end where that frees more bins, until the squared
+    distance to the centres of equal cells, one per code, first rises.
+
     What it proposes depends on the order of batches; that of :class:`HistogramObserver` does not, and takes less time.
     Here for compatibility. On a GPU every step is taken in every batch, whether the range has grown or not, and the
     search computes the error of every window that it might look at: so no value is read on the host.
@@ -90,9 +93,9 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     @property
     def cells(self) -> int:
-        """Number of codes that the search assumes.
+        """Number of codes that the search assumes: ``quant_max - quant_min + 1``.
 
-        In torch.ao these are all codes of the dtype, even if fewer are used.
+        With ``interpolation="torch"`` and a torch dtype it is that of all codes of the dtype, even if fewer are used.
         """
         if self.interpolation == "torch" and isinstance(self.dtype, torch.dtype):
             return int(2 ** torch.iinfo(self.dtype).bits)
@@ -155,7 +158,10 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.max_val.fill_(limits[1])
 
     def over(self, limits: Range) -> Tensor:
-        """Return the counts over a wider range ``limits``: float64 (bins,), on the CPU."""
+        """Return the counts over a range ``limits`` that contains the running one: float64 (bins,), on the CPU.
+
+        They are zeros if nothing was observed.
+        """
         return self._rebinned(self.histogram, self._limits(), limits)
 
     def _rebinned(self, histogram: Tensor, old: Range, new: Range) -> Tensor:
@@ -180,7 +186,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.mark_common()
 
     def mark_common(self) -> None:
-        """Take the present counts as those that all ranks have."""
+        """Note the present counts and range as those that all ranks have, so that :meth:`own_counts` are zeros."""
         self.common_histogram.copy_(self.histogram)
         self.common_limits.copy_(self._range())
 

@@ -135,7 +135,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         self.copy_above = copy_above
 
     def set_momentum(self, momentum: float) -> None:
-        """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1).
+        """Set the fraction of the old range that is kept, ``1 - averaging_constant``, in [0, 1), as in MegEngine.
 
         With ``rule="megengine"`` it may also be 1, which keeps the range, and takes effect one update later, as there.
 
@@ -165,7 +165,9 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
 
 def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments for an observer per channel, with torch.ao's defaults for what is not given.
+    """Return the keyword arguments of :class:`MinMaxObserver` for an observer per channel: ``kwargs`` and these two.
+
+    Without a ``qscheme`` and a QuantizedType the scheme is ``torch.per_channel_affine``.
 
     Raises:
         ValueError: a scheme per tensor.
@@ -181,7 +183,7 @@ def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dic
 
 
 class PerChannelMinMaxObserver(MinMaxObserver):
-    """:class:`MinMaxObserver` with one range per index of ``ch_axis``.
+    """Running minimum and maximum for each index of ``ch_axis``: :class:`MinMaxObserver` per channel.
 
     Args:
         ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
@@ -203,7 +205,9 @@ class PerChannelMinMaxObserver(MinMaxObserver):
 
 
 class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
-    """:class:`MovingAverageMinMaxObserver` with one range per index of ``ch_axis``.
+    """Moving average of each batch's range for each index of ``ch_axis``: ``m <- m + averaging_constant (batch - m)``.
+
+    The first batch is copied; what is not said here is as in :class:`MovingAverageMinMaxObserver`.
 
     Args:
         averaging_constant: weight of the new batch, in (0, 1].
