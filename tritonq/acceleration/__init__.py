@@ -123,7 +123,10 @@ def report_of(model: nn.Module) -> AccelerationReport | None:
 
 
 def _what_it_is(model: nn.Module) -> str:
-    """Return a sentence on a model in which :func:`accelerate` finds nothing to change."""
+    """Return a sentence on a model in which :func:`accelerate` finds nothing to change, for an error's text.
+
+    It tells that quantizers are tritonq's own, if there are any, else the classes of the model's modules.
+    """
     own = [name for name, module in model.named_modules() if isinstance(module, SwitchedQuantizer)]
     if own:
         return (

@@ -113,6 +113,8 @@ def _is_quantized(module: nn.Module) -> bool:
 def _why_not(module: nn.Module, classes: Collection[type[nn.Module]]) -> str | None:
     """Return why tritonq does not compute this layer or ``FloatFunctional``, in words for the report; None: it does.
 
+    Reasons are a class that is not in ``classes``, and a quantizer without a formula.
+
     Args:
         module: a module for which :func:`_is_quantized` is true.
         classes: the classes of torch.ao that tritonq computes, exactly; a subclass is left alone.

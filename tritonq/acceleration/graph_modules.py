@@ -50,7 +50,7 @@ class _FusedCode:
         return code
 
     def _tell(self, changed: list[str]) -> None:
-        """Warn of each change once; torchao compiles a graph several times in each switch."""
+        """Warn (UserWarning) of each change once, in its words; torchao compiles a graph several times in a switch."""
         told = vars(self).setdefault(_TOLD, set())
         if news := [text for text in dict.fromkeys(changed) if text not in told]:
             told.update(news)
@@ -104,6 +104,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Module]) -> list[str]:
     """Return warnings, one sentence each, about changes that torchao makes to models and may have made to this one.
+
+    It gives BatchNorms behind convolutions eps 1e-5 and momentum 0.1, and lets observers go on in eval mode.
 
     Args:
         module: the graph module.

@@ -292,11 +292,11 @@ def _quantizers(graph: Graph, known: KnownParts) -> Iterator[Match]:
 
 @dataclass
 class _Tail:
-    """The ReLU and the quantizers that follow a node, up to the first value that several nodes read.
+    """The ReLU and the fake quantizer that follow a node, as far as one node alone reads each value.
 
     Attributes:
-        nodes: of the ReLU and of the quantizers, in order.
-        quantizers: names of the quantizer modules; the first is run by the operator that replaces the nodes.
+        nodes: of the ReLU and of the quantizer, in order.
+        quantizers: target of the fake quantizer, or nothing.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
         kind: what follows, for the report, such as ``", ReLU, quantizer"``.
     """

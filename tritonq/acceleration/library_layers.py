@@ -65,7 +65,10 @@ class BatchNorm:
     corrected: bool = False
 
     def for_step(self) -> BatchNormState:
-        """Return the buffers that this step updates; copies if activation checkpointing runs the step again."""
+        """Return the buffers that this step updates, with momentum and eps.
+
+        If activation checkpointing runs the step again, they are copies with momentum 0, so that nothing counts twice.
+        """
         if is_recomputing():
             return BatchNormState(self.running_mean.clone(), self.running_var.clone(), 0.0, self.eps)
         return BatchNormState(self.running_mean, self.running_var, self.momentum, self.eps)
@@ -109,8 +112,8 @@ def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, nor
 
     - ``norm.training``: ``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))``; BN normalizes by the batch and updates the running
       statistics in place. A channel with γ = 0 takes 1/σ for s, where the libraries divide by zero.
-    - ``norm.corrected`` as well: the running variance is updated first, and BN works on
-      ``op(x, FQ(W s)) · σ(running_var)/σ(batch)``, with the mean and variance of ``op(x, W)``.
+    - ``norm.corrected`` as well: the running variance is updated first; then, with mean μ and deviation σ_b of this
+      batch's ``op(x, W)``, ``FQ(relu?(op(x, FQ(W s)) σ(running_var)/σ_b + β - γ μ/σ_b))``.
     - Not training: ``FQ(relu?(op(x, FQ(W s)) + β + (b - running_mean) s))``.
 
     Args:
@@ -174,7 +177,10 @@ def _one_operator(
 
 
 def _composed(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Run a training step of Conv-BN as single operations, for a weight's quantizer that no fused operator takes."""
+    """Return ``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))`` of a training step, computed as single operations.
+
+    It is for a weight's quantizer that no fused operator takes. ``s`` is γ/σ(running_var), and 1/σ where γ is 0.
+    """
     running_var = norm.running_var.clone()
     scale = fold_scale(running_var, norm.gamma, norm.eps)
     if norm.gamma is not None:
@@ -190,9 +196,10 @@ def _composed(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm
 
 
 def _corrected(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Run torch.ao's slow path: fold the updated running variance, then rescale the result to the batch's.
+    """Return the result of torch.ao's slow path: fold the updated running variance, then rescale to the batch's.
 
-    The convolution runs twice.
+    ``FQ(relu?(op(x, FQ(W s)) σ(running_var)/σ_b + β - γ μ/σ_b))`` with ``s = γ/σ(running_var)``, and mean μ and
+    deviation σ_b of ``op(x, W)``. The operation runs twice.
     """
     c = layer.op(x, weight)
     mean, var = channel_moments(c)

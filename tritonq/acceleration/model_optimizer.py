@@ -72,7 +72,11 @@ def _qtype(quantizer: Any) -> QuantizedType:
 
 
 class _Round(torch.autograd.Function):
-    """Round to a symmetric range. If gradients pass everywhere, nothing is saved for the backward."""
+    """Round ``x`` to codes of ``qtype`` at the scale ``amax / quant_max``, ties to even.
+
+    A range of at most 2^-24 rounds everything to 0. Gradients pass where ``|x| <= amax``; if ``passes`` they pass
+    everywhere, and nothing is saved for the backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, qtype: QuantizedType, passes: bool) -> Tensor:

@@ -60,12 +60,12 @@ class Mark:
 
 
 def mark(module: nn.Module) -> None:
-    """Let tritonq compute ``module``, whose class must be in ``CLASSES``."""
+    """Let tritonq compute ``module``, whose class must be in ``CLASSES``: set its attribute ``MARK``."""
     module.__dict__[MARK] = Mark()
 
 
 def unmark(module: nn.Module) -> None:
-    """Undo :func:`mark`."""
+    """Let the library compute ``module`` again: remove its attribute ``MARK``, and what its steps remembered."""
     module.__dict__.pop(MARK, None)
     forget_step_memory(module)
 
@@ -93,7 +93,7 @@ def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) ->
 def _batch_norm(held: Any) -> BatchNorm | None:
     """Return the BatchNorm of the layer ``held`` with its tensors, or None without one.
 
-    In training, one more batch is counted.
+    In training, ``num_batches_tracked`` counts one more batch, on which a cumulative momentum depends.
     """
     if "bn" not in held._modules:
         return None

@@ -15,6 +15,8 @@ from tritonq.qconfig import QConfig
 class QuantWrapper(nn.Module):
     """A module between two stubs: its input is quantized before it, its result leaves as float.
 
+    The stubs get the ``qconfig`` of the module, or None if it has none, and its training mode.
+
     Attributes:
         quant: the stub before.
         module: the module.
