@@ -60,7 +60,10 @@ class SoftRounding:
         return (torch.sigmoid(self.variables) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def weight(self, share: Tensor) -> Tensor:
-        """Return rows whose codes are ``floor(W/s) + share``; a ``share`` of 0 rounds down, one of 1 up."""
+        """Return rows ``s (clip(floor(W/s) + share + z) - z)``.
+
+        ``share`` has their shape; 0 rounds down, 1 up.
+        """
         codes = (self._floor + share + self._zero).clamp(self._qtype.quant_min, self._qtype.quant_max)
         return (codes - self._zero) * self._scale
 
@@ -76,8 +79,9 @@ def adaptive_round(
 
     with ``W(V) = s clip(floor(W/s) + h(V))`` and h a sigmoid stretched to [-0.1, 1.1] and clipped to [0, 1]. x is what
     the layer reads in the float model, x_q in the model with all earlier layers rounded, f the ReLU, and the mean is
-    over samples and positions. β falls from 20 to 2, which drives h to 0 or 1. Then each weight becomes the value it is
-    rounded to: scales and ranges stay, and :func:`tritonq.convert` or training can follow.
+    over samples and positions. λ is 0 in the first fifth of the steps, then 0.01, and β falls from 20 to 2 by a cosine:
+    that drives h to 0 or 1. Adam's rate is ``10 / steps``. Then each weight becomes the value it is rounded to: scales
+    and ranges stay, and :func:`tritonq.convert` or training can follow.
 
     Args:
         model: a calibrated or trained model; its modes are restored.
@@ -144,12 +148,12 @@ def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Te
 def _round(
     layer: QATLayer, inputs: Tensor, targets: Tensor, steps: int, batch_size: int, generator: torch.Generator
 ) -> float:
-    """Train the rounding of one layer by :class:`SoftRounding`, and write it into the layer's weight if it helps.
+    """Train the rounding of one layer by the loss of :func:`adaptive_round`, and write it into its weight if it helps.
 
     Args:
         layer: the layer.
-        inputs: what it reads, rounded.
-        targets: what it should return.
+        inputs: x_q of all samples, in one tensor.
+        targets: ``f(op(x, W) + b)`` of the same samples.
         steps: of Adam.
         batch_size: samples per step.
         generator: chooses them.

@@ -52,8 +52,9 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
 
         ``s_i = sqrt(r_i(first) / r_i(second))``.
 
-    Pairs are swept until no factor moves. Each pair is tried on the first batch: one that changes the model's outputs,
-    since something else reads the channels or moves them, is left as it was. With one scale per out channel the gain is
+    Pairs are swept until no factor is further than 0.1 % from 1, at most 20 times; in a sweep the largest factor of a
+    pair is at most 10^4 times the smallest. Each pair is tried on the first batch: one that changes the outputs, since
+    something else reads the channels or moves them, is left as it was. With one scale per out channel the gain is
     in activations; with one scale per tensor also in weights. Ranges are those from before: :func:`tritonq.calibrate`
     or train afterwards.
 
@@ -97,9 +98,10 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def _pairs(model: nn.Module, layers: dict[str, QATLayer]) -> list[_Pair]:
-    """Return pairs of layers of which the second reads the quantized result of the first.
+    """Return pairs of layers of which only the second reads the quantizer of the first one's result.
 
-    Quantizers tell that. Whether nothing else reads the first one's result is tried by :func:`_is_alone`.
+    Between them is a plain ReLU or nothing, channels are as many, and a BatchNorm of the first has γ and β. Whether
+    nothing else reads the result is tried by :func:`_is_alone`.
     """
     makers = {layer.activation_post_process: (name, layer) for name, layer in layers.items()}
     readers: Counter[nn.Module] = Counter(

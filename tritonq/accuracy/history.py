@@ -104,7 +104,10 @@ class QuantizerHistory:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Record the present step; call it after the optimizer's step."""
+        """Count a step, and append a record of each quantizer that rounds if it is one to record.
+
+        Call it after the optimizer's step: weights are those after it, activations those that ran since the last call.
+        """
         self._step += 1
         if self._step % self._every:
             return

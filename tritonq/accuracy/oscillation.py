@@ -18,8 +18,9 @@ from tritonq.nn.qat import QATLayer
 def oscillation_dampening(model: nn.Module) -> Tensor:
     """Return ``Σ |FQ(w) - clip(w, s n, s p)|²`` over all quantized weights: a loss to be added with a small factor.
 
-    It draws each weight to the middle of its code, where steps no longer carry it over an edge. The gradient goes to
-    the weights alone: neither FQ(w) nor the bounds ``s n`` and ``s p`` receive any, and clipped weights none.
+    s is the scale, n and p are the smallest and the largest code less the zero point. It draws each weight to the
+    middle of its code, where steps no longer carry it over an edge. The gradient goes to the weights alone: neither
+    FQ(w) nor the bounds ``s n`` and ``s p`` receive any, and clipped weights none.
 
     Args:
         model: a prepared model whose weights have ranges or trained scales.
@@ -116,7 +117,10 @@ class OscillationFreezing:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update f and a with the present codes, freeze what exceeds the threshold, and set frozen weights back."""
+        """Update f and a with the present codes, freeze what exceeds the threshold, and set frozen weights back.
+
+        The first call only notes the codes. Weights change in place; quantizers stay as they are.
+        """
         for name, layer in _layers(self._model).items():
             rows, grid = _seen(layer)
             codes = codes_on(rows, grid)
@@ -154,7 +158,11 @@ class OscillationFreezing:
 
 
 def _layers(model: nn.Module) -> dict[str, QATLayer]:
-    """Return the layers, by name, that own their weight and round it now."""
+    """Return the layers, by name, that own their weight and have a quantizer to integers for it, which is on.
+
+    Raises:
+        ValueError: one of these quantizers does not round to the nearest code.
+    """
     found = {
         name: layer
         for name, layer in model.named_modules()

@@ -48,7 +48,7 @@ class _Statistics:
         self._count.zero_()
 
     def write(self) -> None:
-        """Write mean and variance of all batches together into the buffers.
+        """Write ``E[mean_b]`` and ``E[var_b + mean_b²] - mean²`` over all batches into the running statistics.
 
         If there was no batch, leave them as they are.
         """
@@ -122,6 +122,7 @@ def _is_measured(module: nn.Module) -> TypeGuard[_BatchNorm]:
 def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Set eval mode inside the block, but let BatchNorms normalise by their batch and store its statistics.
 
+    Inside, their momentum is 1, frozen layers are not frozen, and observers are off; all three are put back afterwards.
     The caller restores the modes.
     """
     momenta = [(bn, bn.momentum, bn.num_batches_tracked) for bn in norms]
