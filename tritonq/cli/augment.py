@@ -90,7 +90,11 @@ def _change(name: str, image: Image, preprocessing: Preprocessing) -> Image:
 
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom of a random part of an image, as torchvision's RandomResizedCrop chooses it."""
+    """Return left, top, right, bottom of a random part of an image, as torchvision's RandomResizedCrop chooses it.
+
+    Its share of the area is uniform in 8 to 100 %, the logarithm of width / height uniform between those of 3/4 and
+    4/3. If ten tries give no part that fits, it is the central square.
+    """
     low, high = (math.log(ratio) for ratio in _CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * float(torch.empty(1).uniform_(*_CROP_AREA))

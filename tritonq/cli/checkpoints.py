@@ -133,10 +133,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load weights into a float model, from a file with a state dict or with one under a key such as ``"model"``.
+    """Load weights into a float model, in place, from a file with a state dict or with one under a key.
 
-    Only tensors are read. Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's
-    modules give them.
+    Keys are ``"state_dict"``, ``"model_state_dict"``, ``"state_dict_ema"`` and ``"model"``. Only tensors are read.
+    Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's modules give them.
 
     Raises:
         ValueError: a file that can't be read, or weights that are not finite or of another architecture; the message

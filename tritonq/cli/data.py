@@ -89,7 +89,7 @@ class Images:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the images and the share of them that is held out."""
+    """Add the argument ``DATA``, which names the images, and ``--validation``, the share of them that is held out."""
     parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
         "--validation",

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the findings; return 1 if one is a problem, else 0."""
+    """Print the findings under their topics, then how many are problems; return 1 if one is, else 0."""
     findings = list(examine())
     width = max(len(finding.name) for finding in findings)
     topic = ""
@@ -76,7 +76,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every finding, in the order in which it is printed."""
+    """Yield every finding, in the order in which it is printed.
+
+    Topics are versions, devices, the backend of calls, ONNX Runtime, and tables of launch sizes.
+    """
     yield from _versions()
     yield from _devices()
     yield from _backends()
@@ -159,7 +162,7 @@ def _engines() -> Iterator[Finding]:
 
 
 def _choice(x: Tensor) -> str:
-    """Return the backend of a call on ``x`` with the reason, in words."""
+    """Return the backend of a call on ``x`` with the reason, such as ``"triton: the tensor is on a GPU"``."""
     chosen = select(x)
     if chosen == "triton":
         return "triton: the tensor is on a GPU" if x.is_cuda else "triton: its interpreter is switched on"

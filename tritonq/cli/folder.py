@@ -140,6 +140,8 @@ class FolderLayout:
 def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
     """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
 
+    For ``val`` the names ``valid``, ``validation`` and ``test`` are taken, too, in this order.
+
     Args:
         folder: holds one sub-folder per class, or ``train`` and ``val`` that do. Hidden folders are no classes.
         validation: another folder with one sub-folder per class, used instead of ``val``; None: ``val`` if there is
@@ -222,7 +224,7 @@ def readable_images(
 
 
 def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
-    """Return mean and deviation of all pixels of all files, as fractions of 255."""
+    """Return mean and deviation (n - 1) of all pixels of all files, divided by 255; the deviation is above 0."""
     count = sum(file.count for file in files)
     mean = sum(file.total for file in files) / count
     variance = (sum(file.squares for file in files) / count - mean**2) * count / max(count - 1, 1)

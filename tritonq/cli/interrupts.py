@@ -56,5 +56,8 @@ class Interruptions:
 
 
 def leave_to_parent(worker: int) -> None:
-    """Let this process, which reads images, ignore Ctrl-C: its parent gets the signal as well, and ends it."""
+    """Let this process, which reads images, ignore Ctrl-C: its parent gets the signal as well, and ends it.
+
+    ``worker`` is not used; a data loader calls this with it in each of its processes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -174,7 +174,11 @@ def _module(
 def _own(
     path: Path, arguments: argparse.Namespace, own: Preprocessing | None, model: nn.Module, digits: bool
 ) -> Preprocessing:
-    """Return the preprocessing ``own`` of the file at ``path``; if that is None, the one that the options ask for."""
+    """Return the preprocessing ``own`` of the file at ``path``; if that is None, the one that the options ask for.
+
+    Raises:
+        ValueError: the file has its own, and there are options for it.
+    """
     given = given_options(arguments)
     if own is None:
         return choose_preprocessing(arguments, model, digits)

@@ -25,7 +25,7 @@ from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that calls a user's factory."""
+    """Add ``--model-arg KEY=VALUE``, which may be repeated, to a command that calls a user's factory."""
     parser.add_argument(
         "--model-arg",
         action="append",
@@ -36,7 +36,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> None:
-    """Add the option that names the qconfig, of commands that prepare a model."""
+    """Add ``--qconfig``, which names a preset or a JSON file, to a command that prepares a model.
+
+    ``prefix`` stands before its help.
+    """
     parser.add_argument(
         "--qconfig",
         default=DEFAULT_PRESET,
@@ -103,7 +106,8 @@ def check_trains(model: nn.Module, preset: str) -> None:
     """Raise an error if training with a preset never makes the model round; ``preset`` is its name for the error.
 
     Raises:
-        ValueError: a preset for calibration alone, or for scales that are given by hand.
+        ValueError: a fake quantizer of the prepared model is switched off, as presets for calibration have it, or has a
+            PassiveObserver, whose scale is given by hand.
     """
     for name, quantizer in model.named_modules():
         if not isinstance(quantizer, SwitchedQuantizer):

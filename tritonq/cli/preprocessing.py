@@ -131,7 +131,7 @@ class Preprocessing:
 
 
 def preprocessing_to_data(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return the fields as a dict of lists, numbers and text, for files."""
+    """Return the fields by name as a dict of lists, numbers and text, for files."""
     data = asdict(preprocessing)
     return {**data, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
@@ -154,7 +154,10 @@ def preprocessing_from_data(data: Any) -> Preprocessing:
 
 
 def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options for scaling images."""
+    """Add the options for scaling images: ``--preprocessing``, ``--image-size``, ``--channels``, ``--crop`` and others.
+
+    The others are ``--resize``, ``--interpolation``, ``--mean`` and ``--std``; None stands for what is not given.
+    """
     group = parser.add_argument_group("preprocessing of images")
     group.add_argument(
         "--preprocessing",
@@ -174,7 +177,7 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the names of those preprocessing options that the user gave."""
+    """Return the names of those preprocessing options that the user gave, such as ``["--mean", "--std"]``."""
     names = ("image_size", "channels", "crop", "resize", "interpolation", "mean", "std")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     return given + (["--preprocessing"] if arguments.preprocessing != "auto" else [])
@@ -182,6 +185,9 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
 
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
     """Return the preprocessing that the options ask for; without mean and deviation if the images' own are to be taken.
+
+    ``--preprocessing auto`` takes the config of the model, or of torchvision's weights that ``--model-arg`` names, and
+    ``data`` without one. Single options win over it; a new size or crop gets the ``resize`` that belongs to it.
 
     Args:
         arguments: of :func:`add_preprocessing_arguments`.

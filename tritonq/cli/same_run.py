@@ -19,6 +19,8 @@ _OF_THE_SCHEDULE = frozenset({"epochs", "frozen_epochs", "learning_rate", "begin
 def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | None = None) -> bool:
     """Whether the run of a checkpoint was finished, and more epochs are asked for now.
 
+    It was if its last epoch in the history is the last of its settings.
+
     Args:
         content: the checkpoint.
         epochs: how many are asked for.

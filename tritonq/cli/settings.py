@@ -61,6 +61,9 @@ class Settings:
         return max(1, images // self.batch_size + (images % self.batch_size >= 2 * processes))
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of ``step`` (from 0): half a cosine from ``learning_rate`` at the start to 0."""
+        """Return the learning rate of ``step`` (from 0): ``learning_rate · (1 + cos(π p)) / 2``.
+
+        p is the share of the steps since the epoch ``begin`` that are done: 0 at its start, 1 after the last epoch.
+        """
         first, last = self.begin * steps_per_epoch, self.epochs * steps_per_epoch
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))

@@ -288,7 +288,10 @@ def _tell_float_accuracy(share: float, data: Examples, weights: Path | None) -> 
 
 
 def _tell_better_scaling(model: nn.Module, data: Examples) -> None:
-    """Print a line if the float model does clearly better with a usual mean and deviation than with the images' own."""
+    """Print a line to stderr if the float model does clearly better with a usual mean and deviation than with its own.
+
+    Three pairs are tried on up to 256 held-out images; clearly is by more than 5 % of them.
+    """
     count = len(data.test)
     chosen = torch.linspace(0, count - 1, min(count, _IMAGES_TRIED)).long().tolist()
     images, labels = stacked(data.test, chosen)

@@ -38,7 +38,10 @@ class Epoch:
 
 
 def write_csv(path: Path, history: Sequence[Epoch]) -> None:
-    """Write all epochs, one per row, as a whole file; so a resumed run repeats none."""
+    """Write all epochs as CSV, one per row under a row of :class:`Epoch`'s fields, as a whole file or not at all.
+
+    So a resumed run repeats none.
+    """
     text = StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
@@ -80,7 +83,7 @@ class TensorBoard:
         self._append(file_version="brain.Event:2")
 
     def add(self, epoch: Epoch) -> None:
-        """Write the values of one epoch, and those of earlier ones that could not be written.
+        """Write loss, accuracy and learning rate of one epoch, and what could not be written of earlier ones.
 
         Raises:
             OSError: the file can't be written; the error names it.

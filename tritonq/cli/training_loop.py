@@ -236,7 +236,10 @@ class Run:
             return F.cross_entropy(first_tensor(model(images)).float(), labels)
 
     def _end_epoch(self, number: int) -> Epoch:
-        """Measure the accuracy on the held-out images, and add the epoch to history and logs; save the best model."""
+        """Measure the accuracy on the held-out images, and add the epoch ``number`` (from 1) to history and logs.
+
+        If it is the best so far, the model is written to ``best.pt``. ``stopped`` is set if ``patience`` is over.
+        """
         self.watch.check(self.model, self._loss, late=False)
         if self.processes.together:
             broadcast_statistics(self.model)
@@ -269,7 +272,10 @@ class Run:
         return self.history[-1].epoch - first_best.epoch >= self.patience
 
     def save(self, last: bool = False) -> None:
-        """Write the checkpoint ``last.pt``; ``last`` tells that no later one will be written.
+        """Write all that :meth:`resume` needs to ``last.pt``; ``last`` tells that no later one will be written.
+
+        That is settings, step, history, and the states of model, optimizer, scaler and random generators. Every process
+        must call it; the first one writes.
 
         Raises:
             DivergenceError: something in it is not finite; the one before stays.

@@ -24,7 +24,13 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Two stages of Conv-BN-ReLU and a residual block, global average pooling, a linear layer."""
+    """Two stages of Conv-BN-ReLU and a residual block, global average pooling, a linear layer.
+
+    Args:
+        in_channels: of the images.
+        classes: number of logits.
+        width: channels of the first stage; the second has twice as many, and half the height and width.
+    """
 
     def __init__(self, in_channels: int, classes: int, width: int = 64) -> None:
         super().__init__()

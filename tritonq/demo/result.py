@@ -73,7 +73,7 @@ class Result:
 
     @property
     def agrees(self) -> bool:
-        """Whether no code of a deployed form differs."""
+        """Whether no code of a deployed form differs from the trained model's by more than is allowed."""
         return self.disagreement is None
 
     @property
@@ -96,7 +96,7 @@ class Result:
 
 
 def table(stages: Sequence[Stage]) -> str:
-    """Return a table with one line per stage.
+    """Return a table as text: a header, a line, and one line per stage with its accuracy, file and time.
 
     Differing codes and predictions count against the QAT model in eval mode.
     """

@@ -92,7 +92,7 @@ def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
 
 
 def share_bar(fraction: float) -> str:
-    """Return a bar that fills this fraction of its width. Screen readers skip it: the number stands beside it."""
+    """Return HTML of a bar that fills this fraction of its width, at most all. Screen readers skip it."""
     return f'<span class="share" aria-hidden="true"><span style="width:{100 * min(fraction, 1.0):.1f}%"></span></span>'
 
 

@@ -70,7 +70,7 @@ class _Cell:
 
 
 def render(measured: ModelMeasure, data_name: str, origin: str) -> str:
-    """Return the page, filled in.
+    """Return the page as HTML: ``page.html`` with the numbers, drawings and advice for ``measured``.
 
     Args:
         measured: what :func:`~tritonq.report.measure.measure` found.
@@ -104,7 +104,10 @@ def _asset(name: str) -> str:
 
 
 def _cards(measured: ModelMeasure) -> list[tuple[str, str, str]]:
-    """Return name, value and detail of each number at the top of the page."""
+    """Return name, value and detail, as texts, of each of the four numbers at the top of the page.
+
+    They are accuracy with rounding, error of the output, layers quantized, and SQNR of the noisiest tensor.
+    """
     quantized, left = len(measured.summary.quantized), len(measured.summary.in_float)
     tensors = [(layer, tensor) for layer in measured.layers for tensor in layer.tensors]
     layer, tensor = min(tensors, key=lambda item: item[1].sqnr)

@@ -29,7 +29,10 @@ _CLASSES_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq report``."""
+    """Add the options of ``python -m tritonq report``: MODEL, DATA, ``--checkpoint`` or ``--weights``, and others.
+
+    These are those about models, qconfigs and preprocessing, ``--images`` and ``--output``.
+    """
     parser.epilog = (
         "Example: python -m tritonq report torchvision.models:resnet18 photos --model-arg num_classes=5 --checkpoint "
         "train-output/best.pt. With a checkpoint of `tritonq train`, qconfig, preprocessing and factory arguments are "
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the command: measure, write the page, print the worst layers; return the exit status 0.
+    """Measure the model, write the page to ``--output``, print accuracies and the three worst layers; return 0.
 
     Raises:
         ValueError: fewer than one image.

@@ -175,7 +175,7 @@ def summary(model: nn.Module) -> ModelSummary:
 
 
 def describe_grid(qtype: QuantizedType) -> str:
-    """Return a quantized type in a few words: ``"-127..127 per channel"``."""
+    """Return a quantized type in a few words: ``"-127..127 per channel"``, ``"e4m3"``, ``"-8..7 per group of 32"``."""
     codes = f"{qtype.quant_min}..{qtype.quant_max}" if qtype.float_format is None else qtype.codes
     per = " per channel" if qtype.group is None else f" per group of {qtype.group}"
     return codes + ("" if qtype.axis is None else per)
@@ -203,7 +203,10 @@ def _why_not_on_grid(module: nn.Module) -> str:
 
 
 def _why_float_in_engine(module: nn.Module) -> str:
-    """Return why ONNX Runtime computes a quantized layer in float, if it was prepared for it; "" if it does not."""
+    """Return why ONNX Runtime computes a quantized layer in float, if it was prepared for it; "" if it does not.
+
+    Reasons are that no quantizer follows at once, or that a transposed convolution pads by more than its kernel.
+    """
     if isinstance(module, QATLayer):
         target, has_weight = module.qconfig.target, isinstance(module.weight_fake_quant, FakeQuantizeBase)
     elif isinstance(module, QuantizedLayer):
@@ -302,7 +305,7 @@ def _from_modules(model: nn.Module) -> Iterator[LayerRecord]:
 
 
 def _part(module: nn.Module) -> Part:
-    """Return what a quantized module counts as."""
+    """Return what a quantized module counts as: ``"layer"``, ``"join"`` or ``"other"``."""
     if isinstance(module, _OTHERS):
         return "other"
     return "join" if isinstance(module, _JOINS) else "layer"

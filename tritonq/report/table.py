@@ -27,7 +27,10 @@ def text_table(rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
 
 
 def _column_widths(wanted: list[int], width: int) -> list[int]:
-    """Return the width of each column: what it wants, or less for the widest ones, so that all fit into ``width``."""
+    """Return the width of each column: what it wants, or less for the widest ones, so that all fit into ``width``.
+
+    Columns are separated by two spaces. None is cut below ``_NARROWEST``, even if the table is wider then.
+    """
     room = width - len(_GAP) * (len(wanted) - 1)
     most = max(wanted)
     while sum(min(column, most) for column in wanted) > room and most > _NARROWEST:
