@@ -247,9 +247,9 @@ class FakeQuantize(FakeQuantizeBase):
             self.refresh_qparams()
 
     def calculate_qparams(self) -> QParams:
-        """Return scale and zero point as :meth:`forward` and deployment use them.
+        """Return the buffers ``scale`` and ``zero_point``, as :meth:`forward` and deployment use them.
 
-        In an averaged model (EMA) they are computed from the averaged range.
+        In an averaged model (EMA) in eval mode they are computed from the averaged range first.
         """
         self._follow_average()
         return super().calculate_qparams()

@@ -149,7 +149,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         self.scale.copy_(qparams.scale.view_as(self.scale))
 
     def _step_at(self, bits: Tensor) -> Tensor:
-        """Return the step of the grid with so many bits: float32, (1,) or (channels,)."""
+        """Return the step of the grid with n bits, ``max(scale, eps) · t_n / t_max``: float32, (1,) or (channels,)."""
         return floored(self.scale, self.activation_post_process.eps) * self._relative_step(bits)
 
     def _relative_step(self, bits: Tensor) -> Tensor:

@@ -245,7 +245,10 @@ class TernaryWeight(WeightScheme):
         return weight.detach().sign() * (size > 0.7 * self._means(size))
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Return the mean of those ``|weight|`` that are larger than 0.7 times the mean of all."""
+        """Return the mean of those ``|weight|`` that are larger than 0.7 times the mean of all; 1 if none is.
+
+        It is one number, or one per output channel, in a shape that broadcasts against the weight.
+        """
         large = self._codes(weight).abs()
         share = self._means(large)
         found = self._means(weight.detach().abs() * large) / torch.where(share == 0, 1, share)

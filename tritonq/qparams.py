@@ -170,9 +170,10 @@ def _zero_points(zero_point: Tensor | int, scale: Tensor) -> Tensor:
 def _observed_qparams(
     low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float | None
 ) -> tuple[Tensor, Tensor | int]:
-    """Return scale and zero point of finite ranges; the zero point is an int if it does not depend on them.
+    """Return scale and zero point of finite float32 ranges by ``rule``, as :func:`range_to_qparams` has it.
 
-    The ranges need not contain zero: they are widened here.
+    The zero point is an int if it does not depend on the ranges, else whole numbers in floats of the ranges' shape. The
+    ranges need not contain zero: they are widened here. ``eps`` None takes the rule's own.
     """
     if rule == "torch_v1":
         ends = (qtype.quant_min, qtype.quant_max)

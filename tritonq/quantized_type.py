@@ -115,6 +115,15 @@ class QuantizedType:
     ) -> QuantizedType:
         """Build the type from its width: signed two's complement, or unsigned from zero.
 
+        Args:
+            bits: 1..32.
+            signed: codes from ``-2^(bits-1)``, else from 0.
+            narrow: leave out the smallest signed code.
+            symmetric: the zero point is fixed.
+            axis: axis with one scale per index; None: one scale per tensor.
+            group: one scale per so many elements along ``axis``; None: no groups.
+            rounding: ``"half_even"`` or ``"half_away"``.
+
         Raises:
             TypeError: bits, axis or groups that are no whole numbers.
             ValueError: ``bits`` outside 1..32, a narrow range that is unsigned or narrower than 2 bits, or groups

@@ -227,9 +227,10 @@ def _learnable_backward(per_channel: bool) -> Callable[[Any], Callable[..., Any]
 
 
 def _learned_arguments(rest: tuple[Any, ...], per_channel: bool) -> tuple[int | None, tuple[int, int], float]:
-    """Return axis, ``(quant_min, quant_max)`` and gradient factor from a learnable operator's last arguments.
+    """Return axis, ``(quant_min, quant_max)`` and gradient factor from a learnable operator's last arguments, ``rest``.
 
-    The factor is 1 unless given, the axis None for the operator per tensor.
+    They are an axis, if ``per_channel``, the two codes, and perhaps the factor. That is 1 unless given, and the axis
+    None for the operator per tensor.
     """
     quant_min, quant_max, *given = rest[per_channel:]
     return rest[0] if per_channel else None, (quant_min, quant_max), given[0] if given else 1.0

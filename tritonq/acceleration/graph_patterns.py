@@ -2,7 +2,8 @@
 
 A graph is a ``torch.fx.Graph``. The *target* of a node that calls a submodule is the submodule's path, such as
 ``"features.0.conv"``. In formulas FQ is the fake quantization by a submodule, ``relu?`` a ReLU if there is one. A ReLU
-is described by its *ceiling*: infinity for a plain one, 6.0 for ReLU6, None for no ReLU.
+is described by its *ceiling*: infinity for a plain one, 6.0 for ReLU6, None for no ReLU. ``known`` is what tritonq can
+compute. A private function that yields matches searches one pattern, in the graph's order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layers of other libraries by tritonq's operators, as functions of tensors and of the library's fake quantizers.
 
-FQ is the fake quantization by a quantizer of the library, ``relu?`` a ReLU if the layer has one, BN a BatchNorm. To
-*fold* is to multiply a weight by ``γ/σ`` of its BatchNorm.
+FQ is the fake quantization by a quantizer of the library, ``relu?`` a ReLU if the layer has one, BN a BatchNorm, W and
+b are weight and bias, ``op`` is the convolution or product. To *fold* is to multiply a weight by its BatchNorm's γ/σ.
 """
 
 from __future__ import annotations

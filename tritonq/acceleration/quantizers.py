@@ -315,7 +315,10 @@ class _Float32Values(torch.autograd.Function):
 
 
 def _quantize_observed(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> Tensor:
-    """Round ``x`` by the scale and zero point that the library's own observer finds, as its FakeQuantize does."""
+    """Round ``x`` by the quantizer's scale and zero point, as the library's FakeQuantize does.
+
+    While ``observer_enabled`` is 1, its own observer sees ``x`` first, and what it finds is written to both.
+    """
     if bool(quantizer.observer_enabled) and not is_recomputing():
         quantizer.activation_post_process(x.detach())
         scale, zero_point = quantizer.calculate_qparams()
@@ -329,10 +332,11 @@ def _quantize_observed(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> 
 
 
 def _quantize_learned(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> Tensor:
-    """Compute torch.ao's ``_LearnableFakeQuantize``.
+    """Return ``x`` as torch.ao's ``_LearnableFakeQuantize`` rounds it: LSQ by torch's method.
 
-    While ``static_enabled`` is 1, scale and zero point are those of its observer; afterwards they are trained
-    parameters.
+    While ``static_enabled`` is 1, its observer sees ``x`` and gives scale and zero point; afterwards they are trained
+    parameters, the scale at least ``eps``. The zero point of a symmetric type is set to 0. Gradients of both are
+    multiplied by ``1/sqrt(values · quant_max)`` if ``use_grad_scaling``.
     """
     scale, zero_point = quantizer.scale, quantizer.zero_point
     with torch.no_grad():

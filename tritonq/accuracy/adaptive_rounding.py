@@ -139,7 +139,7 @@ def adaptive_round(
 def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """Return the layer's result for ``x``, with ReLU, before its quantizer.
 
-    ``rows`` are its folded weight, (out, ...).
+    ``rows`` are its folded weight, (out, ...), and ``bias`` its folded bias, (out,) or None.
     """
     op = layer.linear_map
     return layer.rectified(op(x, op.from_rows(rows), bias))
@@ -191,7 +191,10 @@ def _round(
 def _error(
     layer: QATLayer, inputs: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, batch_size: int
 ) -> float:
-    """Return the mean squared error of the layer's results against ``targets``, with ``rows`` as its folded weight."""
+    """Return the mean squared error of the layer's results for ``inputs`` against ``targets``, over all elements.
+
+    ``rows`` and ``bias`` are its folded parameters; ``batch_size`` samples are computed at a time.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for x, wanted in zip(*(torch.split(values, batch_size) for values in (inputs, targets)), strict=True):
         total += (_result(layer, x, rows, bias) - wanted).square().sum(dtype=torch.float64).cpu()

@@ -100,7 +100,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_option(parser: argparse.ArgumentParser, name: str, purpose: str) -> None:
-    """Add the option that names images, for commands that need them only in some uses; ``purpose`` is for its help."""
+    """Add the option ``name``, which names images, to a command that needs them only in some uses.
+
+    ``purpose`` is for its help.
+    """
     parser.add_argument(name, metavar="DATA", help=f"{purpose}: {_DATA_HELP}")
 
 
@@ -167,7 +170,10 @@ def open_examples(
 
 
 def load_digits(preprocessing: Preprocessing | None = None) -> Images:
-    """Return scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded."""
+    """Return scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded.
+
+    They are scaled as ``preprocessing`` says; None: 8×8 pixels in one channel.
+    """
     return in_memory(_digits(Preprocessing(8, 8, channels=1) if preprocessing is None else preprocessing, 0.5))
 
 

@@ -71,9 +71,14 @@ class DivergenceWatch:
         self._noted: list[_Noted] = []
 
     def note(self, step: int, images: Tensor, labels: Tensor, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-        """Remember the outcome of step ``step`` (from 1), before the optimizer changes anything.
+        """Remember the outcome of a step, before the optimizer changes anything. The host reads nothing.
 
-        The host reads nothing.
+        Args:
+            step: its number, from 1.
+            images: the batch that it trained with, which is kept until the outcome is read.
+            labels: of the batch.
+            loss: 0-d, not scaled.
+            parameters: those whose gradients are looked at.
         """
         norm = loss.detach().float()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -115,6 +120,8 @@ class DivergenceWatch:
 
 def check_finite(model: nn.Module, step: int) -> None:
     """Raise an error if a parameter or a BatchNorm statistic is not finite. It synchronises with the device.
+
+    ``step`` is the number of steps done, for the message.
 
     Raises:
         DivergenceError: names the first such tensor.

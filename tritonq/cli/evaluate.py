@@ -68,7 +68,15 @@ def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
 def _score(
     trained: Trained, data: Examples, labels: torch.Tensor, part: str, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each class how many images are classified correctly, and how many there are: two int64 tensors."""
+    """Return for each class how many images are classified correctly, and how many there are: two int64 (classes,).
+
+    Args:
+        trained: the model.
+        data: its images.
+        labels: for each class of the data the label that the model gives it.
+        part: ``"held-out"``, ``"train"`` or ``"all"``: which of the images.
+        workers: processes that read images; 0: this one.
+    """
     parts = {"held-out": [data.test], "train": [data.train], "all": [data.train, data.test]}[part]
     right, count = (torch.zeros(len(labels), dtype=torch.int64) for _ in range(2))
     batches = chain.from_iterable(in_order(images, workers) for images in parts)

@@ -97,7 +97,10 @@ class FileImages(LabelledImages):
         return self.preprocessing.normalised(pixels), self.labels[index]
 
     def augmented(self, augmentation: Augmentation, seed: int) -> FileImages:
-        """Return a data set of the same files, whose images are changed at random before they are scaled."""
+        """Return a data set of the same files, whose images are changed by ``augmentation`` before they are scaled.
+
+        Random numbers follow from ``seed`` and the index of the image.
+        """
         return FileImages(self.paths, self.labels, self.preprocessing, augmentation, seed)
 
 

@@ -353,7 +353,7 @@ class Run:
         return self.step
 
     def _resume_random(self, states: Any) -> None:
-        """Restore the state of random numbers; with another number of processes, seed them anew."""
+        """Restore generators and ``loss_sum``, saved as a dict a process; with other processes than then, seed anew."""
         states = [states] if isinstance(states, dict) else states
         if len(states) != self.processes.count:
             torch.manual_seed(self._epoch_seed(self.step) + self.processes.rank)

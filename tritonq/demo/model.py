@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """A block that adds its input to a depthwise 3×3 and a pointwise 1×1 convolution of it."""
+    """``relu(x + bn2(pointwise(relu(bn1(depthwise(x))))))``, with a depthwise 3×3 and a pointwise 1×1 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

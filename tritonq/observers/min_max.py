@@ -74,9 +74,9 @@ class MinMaxObserver(RangeObserver):
     def _observe_in_group(
         self, x: Tensor, qparams: QParams | None, enabled: Tensor | None, group: ProcessGroup
     ) -> None:
-        """Update range and ``qparams`` with the range over the batches of all ranks in ``group``.
+        """Update range and ``qparams`` in place with the range of ``x`` over all ranks in ``group``.
 
-        Every rank must call it, also one whose batch is empty.
+        Nothing changes if ``enabled`` is 0. Every rank must call it, also one whose batch is empty.
         """
         if known_off(enabled):
             return
