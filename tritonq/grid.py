@@ -71,7 +71,10 @@ class Grid:
         return Grid(scale, self.zero_point, self.qtype, self.enabled)
 
     def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:
-        """Return a grid of the same type with other tensors. Kernels write one scale and switch per row of a weight."""
+        """Return a grid of the same type with other tensors, such as those that a forward pass saved for its backward.
+
+        They are not copied. None means what it means in :class:`Grid`.
+        """
         return Grid(scale, zero_point, self.qtype, enabled)
 
     def copy(self) -> Grid:

@@ -15,9 +15,9 @@ _NOTE = "tritonq.codes"
 class SavesGrid(nn.Module):
     """Base class of modules with a grid, which refuse a state dict of a module with other codes.
 
-    The error names both. The codes (smallest, largest, symmetric or not) are in the state dict's ``_metadata``. Its
-    keys are those of earlier versions. A state dict that was copied as a plain dict lacks the metadata, and is loaded
-    without a check.
+    The error names both. The codes (smallest, largest, symmetric or not) are in the state dict's ``_metadata``, not
+    among its keys, so that earlier versions can load it. A state dict that was copied as a plain dict lacks the
+    metadata, and is loaded without a check.
     """
 
     qtype: QuantizedType

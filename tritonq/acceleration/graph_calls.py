@@ -42,8 +42,9 @@ def graph_layer(
 ) -> Tensor:
     """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``; the result is not rounded if ``output_quantizer`` is None.
 
-    ``geometry`` holds stride, padding, dilation, groups and dimensions, as :func:`convolution` takes them; None: ``op``
-    is a matrix product. Quantizers that observe update their ranges.
+    ``ceiling`` is that of the ReLU; None: there is none. ``geometry`` holds stride, padding, dilation, groups and
+    dimensions, as :func:`convolution` takes them; None: ``op`` is a matrix product. Quantizers that observe update
+    their ranges.
     """
     return affine(_layer(weight_quantizer, output_quantizer, ceiling, geometry), x, weight, bias)
 
@@ -69,12 +70,12 @@ def graph_conv_bn(
 
 
 def graph_add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None."""
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None, without ReLU if ``ceiling`` is."""
     return add(a, b, quantizer, ceiling)
 
 
 def graph_quantize(x: Tensor, quantizer: nn.Module, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(x))``."""
+    """Return ``FQ(relu?(x))``, without ReLU if ``ceiling`` is None; a quantizer that observes updates its range."""
     return quantize(quantizer, x) if ceiling is None else quantize_rectified(quantizer, x, ceiling)
 
 

@@ -297,7 +297,7 @@ class _Tail:
 
     Attributes:
         nodes: of the ReLU and of the quantizer, in order.
-        quantizers: target of the fake quantizer, or nothing.
+        quantizers: the path of the fake quantizer in the graph module, or empty.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
         kind: what follows, for the report, such as ``", ReLU, quantizer"``.
     """

@@ -140,9 +140,10 @@ def convert_fx(
     """Return :func:`tritonq.convert` of a prepared model.
 
     Args:
-        graph_module: what :func:`prepare_qat_fx` returned, trained.
-        convert_custom_config: None.
-        qconfig_mapping: None.
+        graph_module: what :func:`prepare_qat_fx` returned, trained; it stays as it is.
+        convert_custom_config: None; nothing else is supported.
+        _remove_qconfig: has no effect.
+        qconfig_mapping: None; the prepared model has its qconfigs.
         backend_config: None.
         keep_original_weights: False; the prepared model has them.
 
