@@ -169,10 +169,7 @@ class Run:
             sys.stdout.flush()
 
     def _until_one_vanishes(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches.
-
-        If a file can't be read any more, write a checkpoint of the steps so far, and raise the error.
-        """
+        """Yield the batches; if a file can't be read any more, write a checkpoint, and raise UnreadableImageError."""
         try:
             yield from batches
         except UnreadableImageError:
