@@ -45,7 +45,7 @@ def fake_quantize_per_tensor_affine(
         quant_min: smallest code.
         quant_max: largest code.
         rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape, dtype and memory format. The arithmetic is float32 (float64 for float64 input).
@@ -92,7 +92,7 @@ def fake_quantize_per_channel_affine(
             (ONNX's ``block_size``); None: all elements at an index of ``axis`` share one. If ``axis`` is not the
             innermost in memory, ``x`` is copied first.
         rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype. The arithmetic is float32 (float64 for float64 input).
@@ -132,7 +132,7 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
         grid: any granularity. Its switch is read on ``x``'s device: while it is 0, values and gradients pass unchanged.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
         blocks_ends: whether the first and the last code block the gradient, too.
 
     Returns:

@@ -77,7 +77,7 @@ def fixed_point_quantize(
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
         axis: axis of ``x`` that ``frac_len`` runs along, or None.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape, dtype and memory format; all backends give the same bits.
@@ -110,7 +110,7 @@ def quantize_fixed_point(
         x: any shape; float32, float16, bfloat16 or float64, as the result.
         frac_len: integer tensor on ``x``'s device; one element, or one per index of ``qtype.axis``.
         qtype: range of codes and axis, from :func:`fixed_point_type`.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
         enabled: the switch, a one-element uint8 tensor: 0 lets values and gradients pass unchanged. None: on.
     """
     return fake_quantize(x, Grid(power_of_two(-frac_len), None, qtype, enabled), backend, blocks_ends=True)
@@ -130,7 +130,7 @@ def search_frac_len(
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
         axis: None for one result, else one per index of this axis.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         int32 on ``x``'s device, 0-d or (x.shape[axis],); 0 for an empty tensor.

@@ -50,7 +50,7 @@ def fake_quantize_float(
             the axis that the blocks lie along (None: the last). May be negative.
         scale_rounding: of powers of two. ``"floor"`` as the OCP specification has it: the block's largest elements may
             saturate. ``"ceil"``: no element saturates.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape, dtype and memory format. The arithmetic is float32 (float64 for float64 input).
@@ -113,7 +113,7 @@ def fake_quantize_blocks(
         axis: the axis that blocks run along; not negative.
         tensor_scale: scale of the whole tensor, float32 of one element; None: computed from ``x`` if block scales are
             e4m3. Block scales in e8m0 take none.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
         enabled: the switch, bool or uint8 of one element; 0 lets values pass unchanged. None: on.
 
     Returns:
@@ -139,7 +139,7 @@ def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto"
     Args:
         x: any shape; values that are not finite don't count. If all values are zero, the scale is 1.
         blocks: a format with e4m3 scales.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         0-d float32 tensor.

@@ -40,11 +40,11 @@ class GroupRows:
         return rows.view(moved).movedim(-1, self.axis)
 
     def flatten(self, name: str, value: Tensor) -> Tensor:
-        """Return values of one per group, shaped as :meth:`Granularity.scale_shape` says, as one per row: (groups,).
+        """Return values, one per group, as a vector (groups,), in the order of the rows of :meth:`split`.
 
         Args:
             name: of the argument, for the message.
-            value: such as scales.
+            value: such as scales: shaped as the tensor, but with one index per group along the groups' axis.
 
         Raises:
             ValueError: ``value`` has another shape.
@@ -55,7 +55,7 @@ class GroupRows:
         return value.movedim(self.axis, -1).reshape(-1)
 
     def join_values(self, values: Tensor) -> Tensor:
-        """Return one value per row, (groups,), in the shape that :meth:`flatten` takes."""
+        """Return a vector (groups,) of one value per row in the shape that :meth:`flatten` takes: its inverse."""
         shape = list(self.granularity.scale_shape(self.shape))
         moved = [size for axis, size in enumerate(shape) if axis != self.axis] + [shape[self.axis]]
         return values.reshape(moved).movedim(-1, self.axis)

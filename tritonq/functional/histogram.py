@@ -29,7 +29,7 @@ def histogram(
         lo: lower edge of the first bin.
         hi: upper edge of the last bin.
         axis: one histogram per index of this axis; may be negative.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         int64, (bins,) or (x.shape[axis], bins).

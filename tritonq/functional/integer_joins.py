@@ -35,8 +35,8 @@ def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
 def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``round(v / s) · s``, with v the join of ``a`` and ``b`` and s the output's scale; not clipped yet.
 
-    v is computed from the codes of both operands. The float32 operations, whose order decides ties, stand at the
-    function of each kind.
+    v is computed from the codes of both operands (minimum and maximum: from values). The float32 operations, whose
+    order decides ties, stand at the function of each kind.
 
     Args:
         kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`), ``"mul"``
@@ -185,7 +185,10 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 
 
 def largest_magnitude(grid: Grid) -> int:
-    """Return the largest magnitude of ``code - zero_point`` that a grid's type allows."""
+    """Return the largest magnitude of ``code - zero_point`` that a grid's type allows.
+
+    If the type does not fix the zero point, that may be any code: ``quant_max - quant_min``.
+    """
     lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
     fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point
     return highest - lowest if fixed is None else max(fixed - lowest, highest - fixed)

@@ -63,7 +63,7 @@ def fake_quantize_learnable(
         group_size: one scale per so many neighbouring elements along ``axis``, at each index of the other axes; scales
             are then shaped as ``x``, with one index per group along ``axis``. None: no groups.
         method: ``"torch"`` or ``"megengine"``: which of the formulas above.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
@@ -130,7 +130,7 @@ def trained_threshold_quantize(
         quant_min: smallest code.
         quant_max: largest code.
         axis: channel axis, or None for one threshold.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
@@ -167,7 +167,7 @@ def clipped_quantize(
         alpha: float tensor, one element or (x.shape[axis],), positive.
         quant_max: largest code.
         axis: channel axis, or None for one level.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
@@ -203,9 +203,9 @@ def learned_fake_quantize(
 ) -> Tensor:
     """Round ``x`` to a grid whose scale receives a gradient, without checks: for the public functions and the modules.
 
-    The result is ``(code - z) · s``, with the code of :func:`fake_quantize_learnable` for ``"torch"`` and
-    ``"megengine"``, ``clip(round_half_away(x/s))`` for ``"tqt"`` and ``clip(round(x/s))`` for ``"pact"``. Gradients,
-    times ``grad_factor`` f, for the grid's scale s, or the level α of ``"pact"``:
+    The result is ``(code - z) · s`` with the code ``clip(round(x/s) + z)`` for ``"torch"``, ``round(clip(x/s + z))``
+    for ``"megengine"``, ``clip(round(x/s))`` for ``"tqt"`` and ``"pact"``. Gradients of the grid's scale s, or of the
+    level α of ``"pact"``, with ``grad_factor`` f:
 
     - ``"torch"``: ``ds = f Σ dy {quant_min - z below | quant_max - z above | code - z - x/s inside}``, and of ``shift``
       ``f Σ dy {-s outside}``.
@@ -213,7 +213,8 @@ def learned_fake_quantize(
     - ``"tqt"``: ``ds = f Σ dy {code - x/s inside | code outside}``.
     - ``"pact"``: ``dα = f Σ dy {1 where x >= α}``.
 
-    ``dx = dy`` inside, else 0. While the grid is switched off, ``x`` and its gradient pass unchanged, and the other
+    Inside is where the clip changes nothing (``"tqt"``: up to half a code beyond the ends; ``"pact"``: ``0 <= x < α``);
+    ``dx = dy`` there, else 0. While the grid is switched off, ``x`` and its gradient pass unchanged, and the other
     gradients are 0.
 
     Args:
@@ -231,7 +232,7 @@ def learned_fake_quantize(
         grad_factor: multiplies the gradients of ``grid.scale`` and ``shift``, not that of ``x``.
         shift: the trained zero point, a float tensor. The grid has it rounded, clamped to the codes, as int32. None:
             the zero point is not trained.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype.

@@ -59,7 +59,10 @@ class Memo(Generic[T]):
 
 
 def held_tensors(module: nn.Module) -> list[Tensor | None]:
-    """Return the parameters and buffers of a module and its descendants, faster than torch for small modules."""
+    """Return the parameters and buffers of a module and its descendants, faster than torch for small modules.
+
+    None stands for those that are registered as None, such as the bias of a layer without bias.
+    """
     found = [*module._parameters.values(), *module._buffers.values()]
     for child in module._modules.values():
         if child is not None:

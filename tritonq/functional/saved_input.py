@@ -44,6 +44,10 @@ def save_input(x: Tensor, grid: Grid | None) -> SavedInput:
     A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark_on_grid`). Any other tensor,
     such as one that a hook changed, is compared with its codes on a CPU; on other devices the comparison would wait, so
     the tensor itself is kept. Operators that read the same tensor share its codes.
+
+    Args:
+        x: float tensor; one of float64 or of inference mode is kept itself.
+        grid: of the quantizer that rounded ``x``. None, several scales, float codes or more than 8 bits: ``x`` is kept.
     """
     # In torch.inference_mode there is no backward, and tensors don't count their versions.
     if grid is None or not _is_compact(grid) or x.dtype == torch.float64 or x.is_inference():
@@ -87,7 +91,10 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
 
 
 def load_input(saved: SavedInput, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`save_input`; ``out`` is float32 memory that it may be written to."""
+    """Return the tensor that was given to :func:`save_input`: ``(values - shift) · scale`` in its dtype.
+
+    ``out`` is float32 memory of its shape that the result may be written to; None: new memory.
+    """
     if saved.scale is None:
         return saved.values
     codes = InputCodes(saved.values, saved.scale, saved.shift)

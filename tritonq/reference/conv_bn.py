@@ -152,7 +152,7 @@ def _visible_result(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """Compute the rest of :func:`forward` for a compiler: it keeps ``c`` only and computes the result again."""
+    """Return :func:`forward`'s result, ``FQ(relu?(slope · c + shift))``, such that a compiler keeps only ``c``."""
     # Imported here, so that its operator is registered when something is compiled, and not before.
     from tritonq.remember import made_again
 
@@ -301,7 +301,7 @@ def backward(
 
 
 def _visible_backward(g: Tensor, c: Tensor, result: Normalization, dtype: torch.dtype) -> TailGradients:
-    """Compute the rest of :func:`backward` for a compiler: no tensor is written twice, so it becomes two loops."""
+    """Return :func:`backward`'s gradients from g for a compiler: no tensor is written twice, which makes two loops."""
     dims, centred = _all_but_channels(c), c - _column(result.mean, c)
     sum_g, sum_gn = g.sum(dims), (g * centred).sum(dims) * result.inverse_std
     pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)

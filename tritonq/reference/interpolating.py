@@ -116,7 +116,8 @@ def _dealt_out(histogram: Tensor, index: Tensor, slices: int) -> Tensor:
 def widened(bins: int, old: Tensor, new: Tensor, slices: int = MEGENGINE_SLICES) -> tuple[Tensor, Tensor, Tensor]:
     """Return MegEngine's new range: ``new``, widened evenly until each new bin is a whole number of old slices.
 
-    A slice is ``(old[1] - old[0]) / (bins · slices)`` wide; a new bin has ``ceil((new[1] - new[0]) / (bins · slice))``.
+    A slice is ``w = (old[1] - old[0]) / (bins · slices)`` wide; a new bin has ``ceil((new[1] - new[0]) / (bins · w))``
+    of them.
 
     Args:
         bins: number of bins, old and new.

@@ -88,10 +88,10 @@ def update_range(
 ) -> tuple[Tensor, Tensor]:
     """Return the new running range, ``(min_val, max_val)``, from a batch's smallest and largest finite value.
 
-    Without ``averaging_constant`` the range holds the extremes of all batches. With it, ``m + c (low - m)``. The first
-    batch replaces the range. So does a batch whose magnitude, ``max(-low, high)``, is more than ``copy_above`` times
-    the running one's, or less than ``1 / FALL`` of it and not 0 (after an outlier). A batch without finite values
-    (``low > high``) changes nothing.
+    Without ``averaging_constant`` the range holds the extremes of all batches. With it, each end m becomes
+    ``m + c (end - m)``, and the first batch replaces the range. With ``copy_above`` so does a batch whose magnitude,
+    ``max(-low, high)``, is more than ``copy_above`` times the running one's, or less than 1/100 of it and not 0 (after
+    an outlier). A batch without finite values (``low > high``) changes nothing.
 
     Args:
         low: smallest finite value of the batch, 0-d or (channels,); +inf if there is none.

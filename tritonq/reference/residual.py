@@ -45,13 +45,15 @@ _MASK: Any = New(lambda arguments: (mask_length(arguments["a"].numel()),), "a", 
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult:
-    """Return ``FQ(relu?(a + b))`` and its mask: observes the sum, which is float32, and rounds once to ``a``'s dtype.
+    """Return ``FQ(relu?(a + b))``, computed in float32 and rounded once to ``a``'s dtype, and its mask.
+
+    If there is a grid, ``relu?(a + b)`` first updates range and grid, in place; then it is rounded to the new grid.
 
     Args:
-        a: any shape.
+        a: any shape and float dtype (float64 computes in float64).
         b: of ``a``'s shape and dtype.
-        grid: per tensor; None leaves the result in float.
-        statistics: the running range of the grid, which the sum updates; None observes nothing.
+        grid: per tensor; None: nothing is observed, and the result stays in float.
+        statistics: the running range of the grid; None observes nothing.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -113,7 +115,7 @@ def mask_length(count: int) -> int:
 
 
 def pack(passes: Tensor) -> Tensor:
-    """Return the mask of a vector of 0.0 and 1.0, one bit per element; see :class:`RoundedResult`."""
+    """Return a vector of 0.0 and 1.0 as a mask: uint8 (length,), element ``p · length + i`` is bit p of byte i."""
     length = mask_length(passes.numel())
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)
@@ -122,7 +124,7 @@ def pack(passes: Tensor) -> Tensor:
 
 
 def unpack(mask: Tensor, count: int) -> Tensor:
-    """Return the first ``count`` bits of a mask as a uint8 vector: 0, or a power of two if the bit is set."""
+    """Return ``count`` bits of a mask, in the order in which :func:`pack` took them: uint8, 0 or a power of two."""
     return torch.bitwise_and(mask, _powers(mask.device)).view(-1)[:count]
 
 

@@ -51,12 +51,13 @@ def search_range(
     eps: float | None = None,
     percentile: float = 99.99,
 ) -> tuple[Tensor, Tensor]:
-    """Return the range ``lo..hi`` within ``low..high`` that is best for a histogram by the measure ``search``.
+    """Return the range ``lo..hi`` that is best for a histogram by the measure ``search``, within that of zero and data.
 
     - ``"mse"``: least expected squared error of fake quantization with the qparams that follow from the range.
     - ``"l2"``: least squared distance to the centres of ``quant_max - quant_min + 1`` equal cells of the range, values
       outside going to the end cells (torch.ao's and MegEngine's measure).
-    - ``"percentile"``: symmetric types, the quantile of ``|x|``; affine ones, the quantiles of both tails.
+    - ``"percentile"`` p: for symmetric types ±q, with q the p% quantile of ``|x|``, cut at the data; for affine ones
+      the quantiles ``100 - p`` and p.
     - ``"kl"``: least Kullback-Leibler divergence between the clipped histogram and its quantized form (TensorRT).
 
     Args:
@@ -67,8 +68,8 @@ def search_range(
         qtype: the codes that the range will be quantized to.
         search: which of the measures above.
         rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
-            :func:`tritonq.qparams.range_to_qparams`.
-        eps: smallest scale; None: no minimum.
+            :func:`tritonq.qparams.range_to_qparams`. Only ``"mse"`` reads it, and ``eps``.
+        eps: smallest scale; None: 2^-23 for the rule ``"torch"``, 1e-5 for ``"megengine"``.
         percentile: percent of the values inside, for ``"percentile"``; in (50, 100].
 
     Returns:
@@ -219,8 +220,8 @@ def range_error(
         qtype: the codes that a range is quantized to.
         search: ``"l2"``: the distance to the centres of equal cells of the range; else to the values of the grid that
             follows from the range.
-        rule: how a range becomes scale and zero point, see :func:`tritonq.qparams.range_to_qparams`.
-        eps: smallest scale; None: no minimum.
+        rule: how a range becomes scale and zero point, see :func:`tritonq.qparams.range_to_qparams`; not of ``"l2"``.
+        eps: smallest scale; None: 2^-23 for the rule ``"torch"``, 1e-5 for ``"megengine"``.
     """
     if search == "l2":
         cells = qtype.quant_max - qtype.quant_min + 1

@@ -130,14 +130,14 @@ def folded_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return two gradients from that of the codes: of the weight and of the fold. ``dcodes`` may be overwritten.
 
-    ``q = STE(dcodes / unit)``, which is zero where the code was clipped; ``drows = fold · q`` and, per channel,
+    With ``q = dcodes / unit``, 0 where the code was clipped: ``drows = fold · q`` and, per channel,
     ``dfold = Σ q · rows``.
 
     Args:
         dcodes: gradient with respect to ``WeightCodes.codes``, shaped as ``rows``.
         rows: the weight, not folded.
         fold: (out,), the factor of each row.
-        unit: (out,), from the forward; times what the codes were divided by, if they were, before they were convolved.
+        unit: (out,), by which the codes that were convolved have to be multiplied to be the folded, rounded weight.
         grid: the forward's snapshot; None without a quantizer.
         clips: from the forward; False blocks no gradient.
 
