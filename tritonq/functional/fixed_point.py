@@ -42,9 +42,12 @@ def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
 
 
 def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> QuantizedType:
-    """Return the type with the codes of :func:`fixed_point_range`, whose zero point is 0.
+    """Return the type with codes ``±(2^(word_len - 1) - 1)`` (signed) or ``0 .. 2^word_len - 1`` and no zero point.
 
-    It has one fractional length per index of ``axis``; for None one for the tensor. ``word_len`` is 2..16.
+    It has one fractional length per index of ``axis``; for None one for the tensor.
+
+    Raises:
+        ValueError: ``word_len`` is no integer in 2..16.
     """
     return QuantizedType(*fixed_point_range(word_len, signed), symmetric=signed, axis=axis)
 

@@ -48,7 +48,9 @@ def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) 
 
 
 def integer_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
-    """Return ``max(0, x) + weight · min(0, x)`` as ONNX Runtime computes it: on the output's grid, before clipping.
+    """Return ``v = max(0, x) + weight · min(0, x)`` on the output's grid of scale s: ``round(v / s) · s``, not clipped.
+
+    All is float32, in ONNX Runtime's order of operations.
 
     Args:
         x: float tensor of values ``(code - zero_point) * scale`` of ``source``; rounded to these in float32 first.
@@ -76,7 +78,7 @@ def requantized(x: Tensor, source: Grid, output: Grid) -> Tensor:
 
 
 def _exact_values(x: Tensor, source: Grid) -> Tensor:
-    """Return values of a grid in float32, which ``x`` may have rounded to fewer bits."""
+    """Return ``round(x / s) · s`` in float32: the exact values of a grid, which ``x`` may hold in fewer bits."""
     return (x.float() / source.scale).round_().mul_(source.scale)
 
 
@@ -132,7 +134,7 @@ def _values(grid: HostGrid) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _requantized(source: HostGrid, output: HostGrid) -> Tensor:
-    """Return a table: for each code on ``source``, the code on ``output`` of the same value."""
+    """Return a table: for each code on ``source``, of value v, the code ``clip(round(v / s) + z)`` on ``output``."""
     return rounded_codes(divided(_values(source), output.to_grid()) / torch.tensor(output.scale), output)
 
 

@@ -58,15 +58,15 @@ class DifferentiableMap(LinearMap, Protocol):
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of input, weight and bias, each None if it is not needed.
+        """Return the gradients of input, weight and bias, shaped as these, each None if it is not needed.
 
         Args:
-            dy: gradient of the result.
-            x: the input; if only its own gradient is needed, its values are not read.
+            dy: gradient of the result, in the dtype of ``x`` and ``weight``.
+            x: the input, with a batch axis; if only its own gradient is needed, its values are not read.
             weight: the weight; if only its own gradient is needed, its values are not read.
             needs_x: whether to compute the input's gradient.
             needs_weight: whether to compute the weight's.
-            needs_bias: whether to compute the bias's.
+            needs_bias: whether to compute the bias's, ``Σ dy`` per out channel.
         """
 
 

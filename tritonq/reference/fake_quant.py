@@ -155,7 +155,10 @@ def reciprocal(scale: Tensor) -> Tensor:
 
 
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
-    """Return ``round(x / scale)``; overwrites ``x``, which is float32 or float64."""
+    """Return ``round(x / scale)``; overwrites ``x``, which is float32 or float64.
+
+    ``rounding`` ``"half_even"`` multiplies by the float32 reciprocal; ``"half_away"`` divides, ties away from zero.
+    """
     return x.mul_(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
 
 

@@ -69,7 +69,10 @@ def middle_of(grid: Grid) -> int:
 
 
 def shift_of(grid: Grid) -> Tensor | None:
-    """Return the offset that makes ``round(x / scale)`` fit into a byte: ``zero_point - middle``; None for zero."""
+    """Return what is added to ``round(x / scale)`` so that it fits int8; None, for 0, if the grid has no zero point.
+
+    It is ``zero_point - (quant_min + quant_max + 1) // 2``, on the device of the zero point.
+    """
     return None if grid.zero_point is None else grid.zero_point - middle_of(grid)
 
 
