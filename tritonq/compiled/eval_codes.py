@@ -164,9 +164,9 @@ def _has_channels_side_by_side(sums: Tensor, factors: Factors) -> bool:
 
 
 def _in_one_order(a: Tensor, b: Tensor, is_gate: bool = False) -> tuple[Tensor, Tensor] | None:
-    """Return both operands with their elements in one memory order, ``a`` copied if it must be; None if none fits.
+    """Return both operands with their elements in one memory order, copied if they must be.
 
-    None fits an empty ``a``, other shapes, and operands of the same strides that are not dense.
+    The result is None for an empty ``a``, for shapes that do not fit, and for equal strides that are not dense.
 
     Args:
         a: codes.

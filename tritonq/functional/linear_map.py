@@ -17,7 +17,10 @@ from torch import Tensor
 
 
 class LinearMap(Protocol):
-    """A convolution or matrix product: called as ``map(x, weight, bias)``."""
+    """A convolution or matrix product without its weight and bias: called as ``map(x, weight, bias)``.
+
+    A protocol, of :class:`Convolution`, :class:`PaddedConvolution` and :class:`MatrixProduct`.
+    """
 
     @property
     def output_axis(self) -> int:

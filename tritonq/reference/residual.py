@@ -124,7 +124,7 @@ def pack(passes: Tensor) -> Tensor:
 
 
 def unpack(mask: Tensor, count: int) -> Tensor:
-    """Return ``count`` bits of a mask, in the order in which :func:`pack` took them: uint8, 0 or a power of two."""
+    """Return ``count`` bits of a mask, in the order in which :func:`pack` took them: uint8, not 0 if the bit is set."""
     return torch.bitwise_and(mask, _powers(mask.device)).view(-1)[:count]
 
 

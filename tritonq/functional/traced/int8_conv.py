@@ -11,10 +11,10 @@ from tritonq.backend import implementation
 
 
 def warning_int8_conv2d(x: Tensor) -> Any:
-    """Return a function with the parameters of `tritonq.reference.int8_conv.int8_conv2d`, by name, and its result.
+    """Return a function that convolves 8-bit codes with sums in int32, by kernel or, as ``x`` decides, by PyTorch.
 
-    On a CPU each of its calls that clamps accumulators emits a RuntimeWarning with their number. ``x`` is the tensor
-    that decides whether a kernel or PyTorch runs.
+    It takes the parameters of `tritonq.reference.int8_conv.int8_conv2d` by name, and returns its result. On a CPU each
+    of its calls that clamps accumulators emits a RuntimeWarning with their number.
     """
 
     def run(*, saturated: Tensor | None, **arguments: Any) -> Tensor:
