@@ -35,10 +35,12 @@ class ConvBnStep:
     Attributes:
         op: the convolution or matrix product.
         norm: the BatchNorm's running statistics, momentum and eps; updated in place.
-        weight_grid: of the quantizer of the folded weight; None leaves the weight in float.
-        weight_statistics: the running range of ``weight_grid``; None observes nothing.
+        weight_grid: of the quantizer of the folded weight, per tensor or per out channel; None leaves the weight in
+            float.
+        weight_statistics: the running range of ``weight_grid``, which the folded weight updates; None observes nothing.
         output_grid: of the quantizer of the result, per tensor; None leaves the result in float.
-        output_statistics: the running range of ``output_grid``; None observes nothing.
+        output_statistics: the running range of ``output_grid``, which the result behind the ReLU updates; None observes
+            nothing.
         input_grid: the grid that the input lies on, or None if unknown. With it the backward keeps the input as codes
             of one byte.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
@@ -62,8 +64,8 @@ class ReadyWeight(NamedTuple):
     Attributes:
         fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: (out,), ``1/σ``.
-        codes: of the folded weight, and their unit.
-        version: :func:`version_of` the weight they were made from.
+        codes: of the folded weight, their unit (codes times unit are its rounded values), and a copy of the grid.
+        version: :func:`version_of` the weight they were made from: another one makes them void.
     """
 
     fold: Tensor
@@ -82,20 +84,21 @@ def conv_bn(
 ) -> Tensor:
     """Return ``FQ(relu?(BN(op(x, FQ_w(W s)) / s + b)))``, with BN's statistics those of the batch; differentiable.
 
-    ``s = γ/σ(running_var)``, with the running variance from before this step; ``1/σ`` in a channel with γ = 0. Updates
-    the running statistics and both quantizers in place. For the backward it saves x (or its codes), the convolution's
-    output, the weight, and vectors per channel.
+    ``s = γ/σ`` with ``σ = sqrt(running_var + eps)`` from before this step; ``1/σ`` where ``|γ/σ| < 1e-12``. Running
+    statistics, and range and grid of both quantizers, are updated in place: the quantizers' before they round. Clips
+    and ReLU block gradients. For the backward it saves x (or its codes), the convolution's output, the weight, and
+    vectors per channel.
 
     Args:
         x: (batch, in, ...); under autocast it is cast to autocast's dtype.
-        weight: W, as ``step.op`` takes it.
-        bias: b, (out,) or None. Its gradient is zero.
+        weight: W, not folded, as ``step.op`` takes it.
+        bias: b, (out,) or None. Its gradient is zero: it moves the running mean only.
         gamma: γ, (out,) or None for 1.
         beta: β of BN, (out,) or None for 0.
-        step: map, grids, statistics and ReLU.
+        step: convolution or matrix product, BatchNorm's statistics, grids, running ranges and ReLU.
 
     Returns:
-        (batch, out, ...), in the dtype of ``x``.
+        (batch, out, ...), in the dtype of ``x`` (autocast's under autocast).
 
     Raises:
         ValueError: fewer than two values per channel.
@@ -196,7 +199,7 @@ class _ConvBn(torch.autograd.Function):
 
 
 def _quantized(x: Tensor, weight: Tensor, gamma: Tensor | None, step: ConvBnStep) -> StepWeight:
-    """Fold, observe and quantize the weight of ``step``; return codes, unit and what the backward needs.
+    """Fold, observe and quantize ``weight``; return codes, unit and what the backward needs. Updates ``step``'s grid.
 
     ``gamma`` is the BatchNorm's γ (None: 1); of ``x``, the layer's input, only dtype and device count.
 

@@ -71,7 +71,7 @@ def describe(name: str, hint: Any, optional: bool = False) -> Part:
     Args:
         name: of the parameter.
         hint: its type: a plain one, a Literal of strings, a tuple or list of plain ones, a dataclass or named tuple;
-            or one of these or None.
+            one of these or None; or float or Tensor.
         optional: whether it is a field of a structure that may be None.
 
     Raises:
