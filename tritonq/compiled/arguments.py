@@ -21,7 +21,11 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Tail(ctypes.Structure):
-    """The ReLU and the grid of a result, as ``common.h`` declares them in C++."""
+    """The ReLU and the grid of a result, as ``common.h`` declares them in C++.
+
+    If ``rounds``, a result is ``clamp(round(y · inverse), lowest, highest) · scale``, with ends that count from the
+    zero point and allow for the ReLU; else it is y, clipped to ``floor`` and ``ceiling``.
+    """
 
     _fields_ = (
         ("rounds", ctypes.c_int32),
@@ -30,7 +34,15 @@ class Tail(ctypes.Structure):
 
 
 class Rule(ctypes.Structure):
-    """How a batch changes a running range, and how the grid follows, as ``common.h`` declares it in C++."""
+    """How a batch changes a running range, and how the grid follows, as ``common.h`` declares it in C++.
+
+    Fields:
+
+    - ``constant``, ``copy_above``: those of :class:`~tritonq.grid.RangeStatistics`, -1 for None. ``fall``: a batch
+      smaller than the range by more than this factor replaces it, too.
+    - ``reach``: largest value of a symmetric range, in scales. ``eps``: smallest scale.
+    - ``fixed``: whether every zero point is ``zero_point``; else ``megengine`` says which rule gives it.
+    """
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("constant", "copy_above", "fall")),
@@ -42,7 +54,7 @@ class Rule(ctypes.Structure):
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether compiled code can access the memory of each tensor: float32, on the CPU, no subclass.
 
-    None counts as one.
+    None counts as such a tensor.
     """
     for tensor in tensors:
         if tensor is None:
@@ -72,7 +84,8 @@ def _is_memory_read() -> bool:
 def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
     """Whether compiled code can round to a grid and update its statistics; True if both are None.
 
-    The grid has one scale, integer codes, and ties to even.
+    The grid must have one scale, integer codes, ties to even and, if any, an int32 zero point; the statistics another
+    rule than "torch_v1" and a smallest scale above 0; both lie on the CPU.
     """
     if grid is None:
         return statistics is None
@@ -84,7 +97,7 @@ def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
 
 
 def follows_a_rule(statistics: RangeStatistics) -> bool:
-    """Whether compiled code knows how the grid follows from a running range: no other rule, and no scale of 0."""
+    """Whether compiled code knows how the grid follows from a running range: not by "torch_v1", and ``eps > 0``."""
     return statistics.rule != "torch_v1" and statistics.eps > 0
 
 
@@ -106,8 +119,8 @@ class GridArguments(NamedTuple):
     Attributes:
         rule: address of the :class:`Rule`; None without a grid.
         observes: whether the batch changes the running range.
-        rounds: whether the result is rounded: the grid is switched on and rests on data.
-        ceiling: of the ReLU; NaN without one.
+        rounds: whether the result is rounded: the grid is switched on, and it was observed or has no running range.
+        ceiling: upper bound of the ReLU, infinity for a plain one; NaN without one.
         min_val: address of the running minimum, as the others are; None without a range.
         max_val: of the running maximum.
         scale: of the grid's scale; None without a grid.
@@ -154,7 +167,7 @@ def range_arguments(grid: Grid, statistics: RangeStatistics | None) -> tuple[int
 
 
 def note_observed(grid: Grid | None, statistics: RangeStatistics | None) -> None:
-    """Tell autograd that C++ changed the running range and the grid, as an operation in place would."""
+    """Count up the versions of running range, scale and zero point, which C++ changed; nothing if either is None."""
     if grid is not None and statistics is not None:
         changed = (statistics.min_val, statistics.max_val, grid.scale)
         increment_version(changed if grid.zero_point is None else (*changed, grid.zero_point))
@@ -185,10 +198,11 @@ def rule_of(
 
     Args:
         qtype: the codes; integers.
-        rule: how a range becomes scale and zero point; not "torch_v1".
+        rule: how a range becomes scale and zero point: "torch" or "megengine".
         eps: smallest scale.
-        averaging_constant: weight of a batch in a moving average; None: running extremes.
-        copy_above: see :class:`~tritonq.grid.RangeStatistics`.
+        averaging_constant: weight of a batch in a moving average; None: the extremes of all batches.
+        copy_above: a batch whose magnitude is more than this times the running one's, or less than 1/100 of it,
+            replaces the range; None: only the first batch does.
     """
     return ctypes.addressof(_rule(qtype, rule, eps, averaging_constant, copy_above))
 
@@ -206,7 +220,8 @@ def _float32(number: float) -> float:
 def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
     """Return the constants by which compiled code applies a ReLU up to ``ceiling``, if any, and rounds to ``grid``.
 
-    It does not round if ``grid`` is None or switched off.
+    It does not round if ``grid``, which :func:`takes_grid` must accept, is None or switched off. ``ceiling`` is
+    infinity for a plain ReLU, None without one.
     """
     tail, arguments = Tail(), grid_arguments(grid, None, ceiling)
     library().tail_of(ctypes.addressof(tail), arguments.rule, *arguments[2:4], *arguments[6:])

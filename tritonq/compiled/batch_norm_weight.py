@@ -1,7 +1,8 @@
 """A step's folded and quantized weight, composed of the compiled functions of `fold` and `weight`.
 
 Functions have the names, signatures and results of `tritonq.reference.batch_norm_weight`. To *fold* a BatchNorm is to
-multiply each row of the weight by γ/σ, ``σ = sqrt(running_var + eps)``.
+multiply each row (out channel) of the weight by γ/σ, ``σ = sqrt(running_var + eps)``, or by ``1/σ`` where
+``|γ/σ| < 1e-12``.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ def quantize(
 ) -> StepWeight:
     """Fold a weight with its BatchNorm, observe its range, and quantize it, in C++.
 
+    ``code = clip(round(rows · γ/σ / s) + z)`` with scale s and zero point z of the updated grid.
+
     Args:
         rows: the weight, (out, ...), any float dtype.
-        running_var: (out,), from before this step's update.
+        running_var: (out,), from before this step's update; not changed.
         gamma: (out,); None for 1.
         eps: of the BatchNorm.
         code_dtype: dtype of the codes, that of the convolution.
@@ -42,12 +45,13 @@ def quantize(
         grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
         statistics: the running range of the grid, updated in place; None observes nothing.
         known: ``(γ/σ, 1/σ)`` of a step that is run again (checkpointing), in place of ``running_var``; None: computed.
-        out: memory for the codes; None: new memory.
+        out: memory for the codes, shaped as ``rows``, in ``dtype``; None: new memory.
 
     Returns:
-        A :class:`~tritonq.reference.batch_norm_weight.StepWeight`: ``codes · unit`` is the rounded folded weight. With
-        it come ``ratio`` (``(γ/σ) / unit``), γ/σ, ``1/σ``, ``clips`` (whether a value may lie outside the codes) and a
-        copy of the grid as this step used it, for the backward.
+        A :class:`~tritonq.reference.batch_norm_weight.StepWeight`: ``codes`` (``code - z``, in float16 times a power of
+        two) times ``unit`` is the rounded folded weight. With them come ``ratio`` (``(γ/σ) / unit``), γ/σ, ``1/σ``,
+        ``clips`` (whether a value may lie outside the codes) and a copy of the grid as this step used it, for the
+        backward.
     """
     if known is None and grid is not None and grid.is_enabled_on_host() and code_dtype is dtype is torch.float32:
         made = _in_one_call(rows, running_var, gamma, eps, grid, statistics, out)
@@ -62,8 +66,10 @@ def codes_again(
 ) -> Tensor:
     """Return the codes of :func:`quantize` once more, in ``code_dtype``, for the backward: the forward keeps none.
 
+    They are ``clip(round(rows · fold / s) + z) - z``, in float16 times a power of two; nothing is observed.
+
     Args:
-        rows: the weight.
+        rows: the weight, (out, ...).
         fold: (out,), γ/σ as :func:`quantize` returned it.
         grid: the copy of the grid that :func:`quantize` returned; None: the weight was folded only.
         code_dtype: dtype of the convolution.
@@ -87,9 +93,21 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return two gradients from that of the codes: of the weight, and of γ (if that is None: of γ/σ).
 
-    ``dcodes`` is the gradient of the codes and may be overwritten. ``fold`` (γ/σ), ``inverse_std`` (1/σ), ``unit``,
-    ``grid`` and ``clips`` are those that :func:`quantize` returned; ``eps_share`` and ``sum_gn`` come from the
-    BatchNorm's forward and backward (`tritonq.reference.conv_bn`).
+    With ``q = dcodes / unit``, 0 where the code was clipped: the weight's is ``fold · q``, the fold's ``dfold = Σ q ·
+    rows`` per out channel, γ's ``n + dfold / σ - n · eps_share`` with ``n = sum_gn · sign(fold)``, n where
+    ``|γ/σ| < 1e-12``.
+
+    Args:
+        dcodes: gradient of the codes, shaped as ``rows``; may be overwritten.
+        rows: the weight, (out, ...), not folded.
+        gamma: (out,), as the following vectors; None for 1.
+        fold: γ/σ, or ``1/σ`` where that is nearly 0, as :func:`quantize` returned it.
+        inverse_std: ``1/σ``.
+        unit: the value of a code of 1, as :func:`quantize` returned it.
+        eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the convolution with the unfolded weight.
+        sum_gn: ``Σ g (c - mean) / std``: c is the convolution's output, g the gradient of what the BatchNorm returns.
+        grid: the copy of the grid that :func:`quantize` returned; None without a quantizer.
+        clips: as :func:`quantize` returned it; False: no gradient is blocked.
     """
     if gamma is None or grid is None or not _fits_one_call(dcodes, rows, (gamma, fold, inverse_std, unit), grid):
         drows, dfold = weights.folded_backward(dcodes, rows, fold, unit, grid, clips)
@@ -106,7 +124,10 @@ def gradients(
 
 
 def _fits_one_call(dcodes: Tensor, rows: Tensor, vectors: tuple[Tensor, ...], grid: Grid) -> bool:
-    """Whether one function in C++ can compute :func:`gradients`; ``vectors`` are γ, γ/σ, ``1/σ`` and the unit."""
+    """Whether one function in C++ can compute :func:`gradients`; ``vectors`` are γ, γ/σ, ``1/σ`` and the unit.
+
+    That takes float32 tensors on the CPU, one scale per row and no zero point.
+    """
     if grid.scale.numel() != len(rows) or dcodes.stride() != rows.stride() or not are_vectors(*vectors):
         return False
     return weights.takes(rows, vectors[1], grid, dcodes)
@@ -121,7 +142,11 @@ def _in_one_call(
     statistics: RangeStatistics | None,
     out: Tensor | None,
 ) -> StepWeight | None:
-    """Compute :func:`quantize` by one function in C++; None, with nothing changed, if that can't compute it."""
+    """Compute :func:`quantize` by one function in C++; None, with nothing changed, if that can't compute it.
+
+    It takes a float32 weight of finite values, one scale per row without zero point, and a range that has data or is
+    observed in this call.
+    """
     if not (weights.takes(rows, running_var, grid, out) and weights.follows(grid, statistics, len(rows))):
         return None
     changes, rounds = observes(statistics), True

@@ -32,16 +32,16 @@ _lock = threading.Lock()
 
 @cache
 def compiler() -> str | None:
-    """Return the path of the C++ compiler: that of the environment variable ``CXX``, else one on the path.
+    """Return the path of the C++ compiler: ``CXX`` of the environment, without that c++, g++ or clang++ on the path.
 
-    Else None.
+    None if it is not found. The answer is kept for the process.
     """
     named = os.environ.get("CXX")
     return next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
 
 
 def obstacle() -> str | None:
-    """Return why compiled code can't run here, as a sentence; None if it can."""
+    """Return why compiled code can't run here, as a sentence; None on Linux with a compiler. Compiles nothing."""
     if sys.platform != "linux":
         return f"compiled code runs on Linux, this is {sys.platform}"
     if compiler() is None:
@@ -51,10 +51,11 @@ def obstacle() -> str | None:
 
 @cache
 def library() -> Any:
-    """Return the compiled functions as attributes of a ctypes library; compiles them if that was not done before.
+    """Return the compiled functions as attributes of a ctypes library; compiles them if the cache does not have them.
 
     Raises:
-        RuntimeError: they can't be compiled; the message has the compiler's.
+        RuntimeError: they can't run here (:func:`obstacle`), can't be compiled (the message has the compiler's), or no
+            folder can be written to.
     """
     with _lock:
         return _load()
@@ -71,7 +72,11 @@ def _load() -> Any:
 
 
 def _compiled() -> Path:
-    """Return the file of the compiled library; compiles it, unless it is in the cache."""
+    """Return the path of the compiled library, ``operators-<key>.so`` in the cache folder; compiles it if missing.
+
+    Raises:
+        RuntimeError: as :func:`library` says.
+    """
     blocked = obstacle()
     if blocked is not None:
         raise RuntimeError(f"backend 'compiled' cannot run here: {blocked}")
@@ -99,7 +104,14 @@ def _compiled() -> Path:
 
 
 def _cache_folder() -> Path:
-    """Return a folder that this user can write to: the user's cache, else one of the system's temporary folders."""
+    """Return a folder that this user owns and can write to, made if it is missing.
+
+    It is ``tritonq`` in ``XDG_CACHE_HOME`` (without that ``~/.cache``), else ``tritonq-<user number>`` in the system's
+    folder for temporary files.
+
+    Raises:
+        RuntimeError: neither can be written to.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for folder in (base / "tritonq", Path(tempfile.gettempdir()) / f"tritonq-{os.getuid()}"):
         try:
@@ -112,7 +124,10 @@ def _cache_folder() -> Path:
 
 
 def _key(command: list[str]) -> str:
-    """Return a hash of sources, compiler command and version, and processor: the name of the compiled file."""
+    """Return 16 hexadecimal digits, a hash of sources, compiler ``command`` and version, and processor.
+
+    They name the compiled file, so that a change of any of these compiles anew.
+    """
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*command, version, platform.machine(), _processor()]
     parts += [(Path(__file__).parent / name).read_text() for name in (*_HEADERS, *_SOURCES)]

@@ -38,16 +38,24 @@ def forward(
 ) -> TailResult:
     """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the statistics of this batch, with what the backward needs.
 
+    The result of BN is ``slope · c + shift`` with ``slope = |γ| / sqrt(var + eps · ratio²)`` and ``shift = β - slope ·
+    mean``, where mean and biased variance are those of c.
+
     Args:
-        c: float tensor, dense.
-        ratio: (channels,), what ``c`` is divided by; that gives the convolution with the unfolded weight.
+        c: (batch, channels, ...), any float dtype, contiguous or channels last.
+        ratio: (channels,), what ``c`` is divided by; that gives the convolution with the unfolded weight. Not zero; it
+            has the sign of γ, and is positive where γ is zero.
         gamma: (channels,); None for 1.
         beta: (channels,); None for 0.
-        bias: of the convolution, (channels,); None for 0.
+        bias: of the convolution, (channels,), which changes the running mean only; None for 0.
         norm: the BatchNorm, whose running statistics are updated in place.
         grid: per tensor, updated in place; None leaves the result in float.
         statistics: the running range of the grid, updated in place; None observes nothing.
-        ceiling: of the ReLU before the quantizer; None without one.
+        ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None without one.
+
+    Returns:
+        The result, in the dtype and memory format of ``c``; vectors of the step (mean, ``1/std``, |γ|, slope, shift,
+        share of eps in the variance); and a copy of the grid as this step used it, or None.
     """
     c = dense(c)
     vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)
@@ -72,7 +80,15 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(slope · c + shift))``, slope and shift (channels,): the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``, in ``c``'s dtype: the last pass of :func:`forward`. Observes nothing.
+
+    Args:
+        c: (batch, channels, ...), the convolution's output.
+        slope: (channels,).
+        shift: (channels,).
+        grid: per tensor, as one step used it; None leaves the result in float.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
+    """
     c = dense(c)
     if not (c.numel() and is_plain(c) and are_vectors(slope, shift) and takes_grid(grid, None)):
         return reference.apply(c, slope, shift, grid, ceiling)
@@ -90,17 +106,17 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """Return the gradient of ``c``, and ``Σ g`` and ``Σ g (c - mean) / std`` per channel.
+    """Return the gradient of ``c``, and ``Σ g`` and ``Σ g n`` per channel, with ``n = (c - mean) / std``.
 
-    g is the part of ``dy`` that ReLU and quantizer let pass.
+    g is the part of ``dy`` that ReLU and quantizer let pass; ``dc = slope (g - mean(g) - n · mean(g n))``.
 
     Args:
-        dy: gradient of the result.
+        dy: gradient of the result, shaped as ``c``.
         c: output of the convolution, as the forward got it.
-        result: the vectors of the forward, such as mean and ``1/std``.
+        result: the vectors of the forward, mean, ``1/std``, slope and shift among them.
         grid: the copy of the grid that :func:`forward` returned; None without a quantizer.
-        ceiling: of the ReLU; None without one.
-        out: memory for the gradient of ``c``; None: new memory.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
+        out: memory for the gradient of ``c``, laid out as ``c``; None: new memory.
     """
     c = dense(c)
     vectors = (result.mean, result.inverse_std, result.slope, result.shift)

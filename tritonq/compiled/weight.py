@@ -1,9 +1,10 @@
 """Folding, observing and quantizing a weight in C++: two reads and a write forward, and as much backward.
 
 Functions are those of `tritonq.reference.weight`, which computes what the compiled code can't. A weight is given as
-*rows*, (out, ...). Its *fold* is a factor per row, γ/σ of the BatchNorm. Results are `WeightCodes`: codes, their unit
-(codes times unit is the folded, rounded weight), whether a value may lie outside the codes, and a copy of the grid as
-this step used it.
+*rows*, (out, ...). Its *fold* is a factor per row, γ/σ of the BatchNorm. Results are `WeightCodes`: codes
+``clip(round(rows · fold / s) + z) - z`` with scale s and zero point z of the grid, float32; their unit s, (out,): codes
+times unit is the folded, rounded weight; whether a value may lie outside the codes; and a copy of the grid as this step
+used it. While the grid is switched off, codes are ``rows · fold``, and their unit is 1.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """Multiply a weight by its fold, observe its range, and quantize it.
+    """Multiply a weight by its fold, observe its range, and quantize it to the grid that follows.
 
     Args:
-        rows: the weight, (out, ...).
-        fold: (out,), the factor of each row.
-        grid: of the quantizer, updated in place; None leaves the folded weight in float.
-        statistics: the running range of the grid, updated in place; None observes nothing.
-        out: memory for the codes, shaped as ``rows``; None: new memory.
+        rows: the weight, (out, ...), any float dtype.
+        fold: (out,), the factor of each row, in the dtype of the arithmetic: float32 or float64.
+        grid: of the quantizer, per out channel (axis 0) or per tensor, updated in place; None leaves the folded weight
+            in float.
+        statistics: the running range of the grid, updated in place with the folded weight; None observes nothing.
+        out: memory for the codes, shaped as ``rows``, in the dtype of ``fold``; None: new memory.
     """
     if grid is None or not takes(rows, fold, grid, out) or not follows(grid, statistics, len(rows)):
         return reference.quantize_folded(rows, fold, grid, statistics, out)
@@ -66,7 +68,7 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Return what :func:`quantize_folded` returned once more, for the backward, without observing.
+    """Multiply a weight by its fold and quantize it, without observing: what :func:`quantize_folded` returned, again.
 
     Args:
         rows: the weight, (out, ...).
@@ -96,7 +98,7 @@ def folded_backward(
         dcodes: gradient of the codes, shaped as ``rows``; its memory may be overwritten.
         rows: the weight, not folded.
         fold: (out,), the factor of each row.
-        unit: (out,), from the forward; 1 if nothing was rounded.
+        unit: (out,), by which the codes that were convolved have to be multiplied to be the folded, rounded weight.
         grid: the copy of the grid from the forward; None without a quantizer.
         clips: from the forward; False: no value was clipped, so no gradient is blocked.
     """
@@ -153,9 +155,9 @@ def follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
 
 
 def _codes(rows: Tensor, fold: Tensor, grid: Grid, clips: bool, out: Tensor | None) -> WeightCodes:
-    """Return the codes of a weight; what the reference returns, if the grid is switched off.
+    """Return the codes of a folded weight on ``grid``, without observing; :func:`takes` must accept the weight.
 
-    ``clips`` may be True although nothing is clipped.
+    ``clips`` is whether codes are clipped to the range; it may be True although no value lies outside.
     """
     if not grid.is_enabled_on_host():
         return reference.folded_codes(rows, fold, grid, out)

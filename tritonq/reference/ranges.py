@@ -92,7 +92,7 @@ def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 
 
 def snapshot_of(grid: Grid, rounds: bool) -> Grid:
-    """Return :func:`snapshot` where the host knows whether the grid is on and something was observed: ``rounds``."""
+    """Return a copy of the grid for a backward, with the switch ``rounds``: it is on, and something was observed."""
     return _with_copies(grid, SWITCH[rounds])
 
 
