@@ -44,6 +44,15 @@ def plot_histogram(
     Raises:
         ValueError: nothing was observed, or the channel is missing, not wanted or out of range.
         ImportError: matplotlib is not installed (extra ``report``).
+
+    Examples:
+        >>> import os, tempfile, tritonq
+        >>> observer = tritonq.HistogramObserver()
+        >>> _ = observer(torch.randn(1000))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_histogram(observer, f"{folder}/histogram.png")
+        ...     os.listdir(folder)
+        ['histogram.png']
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

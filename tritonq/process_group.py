@@ -23,6 +23,10 @@ class GroupReference:
 
     Raises:
         ValueError: another string.
+
+    Examples:
+        >>> GroupReference("auto").resolve() is None    # torch.distributed is not initialised: this rank alone
+        True
     """
 
     def __init__(self, process_group: ProcessGroupLike) -> None:

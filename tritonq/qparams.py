@@ -41,6 +41,11 @@ class QParams(NamedTuple):
     Attributes:
         scale: float32.
         zero_point: int32.
+
+    Examples:
+        >>> scale, zero_point = QParams(torch.tensor(0.5), torch.tensor(3, dtype=torch.int32))
+        >>> (torch.tensor(4) - zero_point) * scale    # the value of code 4
+        tensor(0.5000)
     """
 
     scale: Tensor

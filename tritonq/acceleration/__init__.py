@@ -117,7 +117,12 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report_of(model: nn.Module) -> AccelerationReport | None:
-    """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change."""
+    """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change.
+
+    Examples:
+        >>> report_of(nn.Sequential(nn.Linear(2, 2))) is None
+        True
+    """
     report: AccelerationReport | None = model.__dict__.get(_REPORT)
     return report
 

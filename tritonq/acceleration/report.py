@@ -14,6 +14,11 @@ class Row:
         kind: its class in the library, or the operations.
         outcome: what computes it now; empty where it was left alone.
         reason: why it was left alone.
+
+    Examples:
+        >>> row = Row("conv", "torch.ao.nn.qat.Conv2d", "tritonq.nn.Conv2d")
+        >>> row.is_accelerated, Row("tail", "Linear", reason="it has hooks").is_accelerated
+        (True, False)
     """
 
     name: str
@@ -35,6 +40,14 @@ class AccelerationReport:
         library: who prepared the model, with version, such as ``"torchao 0.18.0"``.
         rows: one for each quantized layer, operation and quantizer.
         faults: sentences about what the library is known to change in a model, where it was found here.
+
+    Examples:
+        >>> rows = [Row("conv", "Conv2d", "Conv2d"), Row("fc", "Linear", reason="hooks")]
+        >>> print(AccelerationReport("torchao 0.18.0", rows))
+        prepared by torchao 0.18.0: 1 of 2 parts run by tritonq
+          name  kind    computed by
+          conv  Conv2d  Conv2d
+          fc    Linear  the library: hooks
     """
 
     library: str

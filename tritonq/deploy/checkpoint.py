@@ -145,6 +145,16 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: a file that is damaged, of another kind or of a newer version.
         OSError: the file can't be read.
+
+    Examples:
+        >>> import tempfile, torch, tritonq
+        >>> images = torch.randn(2, 1, 8, 8)
+        >>> qat = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(1, 2, 3)), example_inputs=images)
+        >>> _ = qat(images)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_converted(tritonq.convert(qat.eval()), f"{folder}/model.pt", metadata={"size": 8})
+        ...     load_metadata(f"{folder}/model.pt")
+        {'size': 8}
     """
     return dict(_read(path).get("metadata") or {})
 

@@ -26,6 +26,13 @@ class LayerComparison:
         island: names of operators between the codes that the layer reads and those it makes whose sums have no defined
             order (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits or of floats:
             there one code may differ. Empty: none may.
+
+    Examples:
+        >>> layer = LayerComparison("conv", codes=1000, differing=5, largest=1)
+        >>> layer.fraction
+        0.005
+        >>> layer.is_within(max_fraction=0.0, max_step=0), layer.is_within(max_fraction=0.01, max_step=1)
+        (False, True)
     """
 
     name: str
@@ -62,6 +69,10 @@ class OutputComparison:
         differing_predictions: how many of them differ.
         differing_integers: how many whole numbers differ. Indices may: of equal values ``topk`` and ``sort`` return
             any first, and quantized tensors have many equal values.
+
+    Examples:
+        >>> OutputComparison(20, 0.5, predictions=2, differing_predictions=1, differing_integers=0).agreement
+        0.5
     """
 
     elements: int
@@ -84,6 +95,16 @@ class VerificationReport:
         layers: one comparison per quantizer and call, in the order in which the model runs them.
         outputs: the model's outputs, all together.
         unread: names of layers, as in ``layers``, with results that nothing reads; the deployed model leaves these out.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU())
+        >>> images = torch.linspace(-1, 1, 32).view(2, 1, 4, 4)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=images)
+        >>> _ = qat(images)
+        >>> report = tritonq.verify(qat.eval(), tritonq.convert(qat), images)
+        >>> report.agrees(), report.first_difference, [layer.name for layer in report.layers]
+        (True, None, ['0.input_fake_quant', '0'])
     """
 
     layers: tuple[LayerComparison, ...]

@@ -54,6 +54,17 @@ def export_fixed_point_onnx(
         ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits, or
             what ``convert`` raises.
         ImportError: onnx is not installed (the extra ``tritonq[onnx]``).
+
+    Examples:
+        >>> import tempfile, tritonq
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        >>> network = tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig("f8net"), example_inputs=images)
+        >>> _ = network(images)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_fixed_point_onnx(network.eval(), f"{folder}/model.onnx", images)
+        ...     tritonq.verify(network, f"{folder}/model.onnx", images).agrees()
+        True
     """
     require_onnx("onnx")
     import onnx

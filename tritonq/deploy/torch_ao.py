@@ -43,6 +43,11 @@ class TorchAoReport:
         unmapped: names of the other tensors of the checkpoint, with the reason.
         missing: names of buffers of the model's quantizers that the checkpoint does not set; they are as they were.
         notes: sentences about what will differ from torch.ao when training goes on.
+
+    Examples:
+        >>> print(TorchAoReport(16, (("fc.qconfig", "no tensor"),), (), ()))
+        16 tensors loaded, 1 not mapped, 0 not in the file
+          not mapped: fc.qconfig: no tensor
     """
 
     loaded: int

@@ -61,6 +61,13 @@ class QATBatchNormLayer(QATLayer):
 
     Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training"; "scale" is Esser et al. (2020), LSQ, whose
         weights are rounded before BatchNorm.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(1, 4, 3, qconfig=tritonq.get_qconfig("tensorrt"))
+        >>> layer.mode = "corrected"
+        >>> isinstance(layer, QATBatchNormLayer), layer(torch.randn(2, 1, 8, 8)).shape
+        (True, torch.Size([2, 4, 6, 6]))
     """
 
     bn: nn.modules.batchnorm._BatchNorm

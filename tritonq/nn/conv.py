@@ -37,6 +37,12 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
         ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
 
     Source: torch.ao.nn.qat.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = Conv2d(1, 4, 3, qconfig=tritonq.get_qconfig("tensorrt"))
+        >>> isinstance(layer, QATConv), layer(torch.randn(2, 1, 8, 8)).shape
+        (True, torch.Size([2, 4, 6, 6]))
     """
 
     _float_type: ClassVar[type[nn.modules.conv._ConvNd]]

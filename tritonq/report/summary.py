@@ -76,6 +76,13 @@ class ModelSummary:
         layers: every layer, in order of use; what was fused into another follows as a layer of its own.
         absorbed: names of the layers that are part of another one and have no row of their own in the table.
         quantizers: further activation quantizers, by name, with their grids.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Softmax(1))
+        >>> found = summary(tritonq.prepare_qat(model, example_inputs=torch.randn(1, 1, 8, 8)))
+        >>> [layer.name for layer in found.quantized], [layer.name for layer in found.in_float]
+        (['0'], ['2'])
     """
 
     model: str

@@ -46,6 +46,11 @@ class LayerRecord:
         part: what it counts as. ``"layer"``: it has weights and is no part of another layer; ``"join"``: an operation
             on several activations; ``"other"``: any other operation, such as a function of one tensor, arithmetic with
             a number or a constant, and what became part of a layer.
+
+    Examples:
+        >>> record = LayerRecord("stem.0", "Conv2d", ("stem.1",), "quantized", "")
+        >>> record.part, counts([record])
+        ('layer', 'quantized 1 of 1 layers, 0 of 0 joins')
     """
 
     name: str
