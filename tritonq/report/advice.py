@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tritonq.report.measure import LayerMeasure, ModelMeasure
@@ -10,8 +11,10 @@ from tritonq.report.measure import LayerMeasure, ModelMeasure
 _WELL_AGREEMENT = 0.99
 _WELL_ACCURACY_LOSS = 0.005
 _WELL_ERROR = 0.1
-# Below this only predictions that were undecided change.
+# Below this mostly predictions that were undecided change.
 _NEGLIGIBLE_ERROR = 0.01
+# Answers that change by chance get better and worse alike: a loss beyond two deviations of that is none.
+_DEVIATIONS = 2
 # A layer that alone makes this much of the error of the whole model is named.
 _DOMINANT = 0.5
 # Wider ranges are advised where they take away at least a fifth of the layer's error.
@@ -36,22 +39,24 @@ class Advice:
 def advise(measured: ModelMeasure) -> Advice:
     """Return advice about the layer whose rounding costs most; or that nothing needs to be done.
 
-    All is well without an error, with one of at most 1 % of the output's norm, or with one of at most 10 % if at least
-    99 % of the predictions and all but 0.5 % of accuracy stay. No layer stands out if the worst one alone makes less
-    than half of the error. A layer that does gets wider ranges if these leave less than 80 % of its error, and else to
-    be left in float or to have its range searched.
+    All is well without an error, or with one of at most 10 % of the output's norm if at least 99 % of the predictions
+    and all but 0.5 % of accuracy stay. Rounding is not to blame for the predictions that change if the error is at most
+    1 % and they get better and worse alike. No layer stands out if the worst one alone makes less than half of the
+    error. A layer that does gets wider ranges if these leave less than 80 % of its error, and else to be left in float
+    or to have its range searched.
     """
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")
-    accuracies = f"{percent(measured.float_accuracy)} without rounding, {percent(measured.quantized_accuracy)} with it"
-    keeps_answers = (
-        measured.agreement >= _WELL_AGREEMENT
-        and measured.quantized_accuracy >= measured.float_accuracy - _WELL_ACCURACY_LOSS
-    )
-    if measured.error <= _NEGLIGIBLE_ERROR or (keeps_answers and measured.error <= _WELL_ERROR):
-        agree = percent(measured.agreement)
-        text = f"All is well: the output's error is {percent(measured.error)}, {agree} of the predictions stay the same"
-        return Advice("", f"{text}; accuracy is {accuracies}.")
+    before, after = percent(measured.float_accuracy), percent(measured.quantized_accuracy)
+    accuracies = f"accuracy is {before} without rounding, {after} with it."
+    error, agree = f"the output's error is {percent(measured.error)}", percent(measured.agreement)
+    loss = measured.float_accuracy - measured.quantized_accuracy
+    if measured.error <= _WELL_ERROR and measured.agreement >= _WELL_AGREEMENT and loss <= _WELL_ACCURACY_LOSS:
+        return Advice("", f"All is well: {error}, {agree} of the predictions stay the same; {accuracies}")
+    changed = measured.images * (1 - measured.agreement)
+    if measured.error <= _NEGLIGIBLE_ERROR and measured.images * loss <= _DEVIATIONS * math.sqrt(changed):
+        undecided = f"the {percent(1 - measured.agreement)} of the predictions that change were nearly undecided"
+        return Advice("", f"Rounding is not to blame: {error}, and {undecided}; {accuracies}")
     worst = measured.layers[0]
     if worst.sensitivity < _DOMINANT * measured.error:
         reason = ": leaving a single one in float would change little" if worst.has_float_form else ""
