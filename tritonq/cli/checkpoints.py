@@ -62,11 +62,27 @@ def recipe_from_data(data: Any) -> ModelRecipe:
         others = {key: value for key, value in data.items() if key not in ("size", "channels")}
         data = {**others, "preprocessing": preprocessing_to_data(Preprocessing(size, size, channels=channels))}
         data["classes"] = ()
-    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(ModelRecipe)}:
+    check_names(data)
+    if set(data) != {field.name for field in fields(ModelRecipe)} or not isinstance(data["qconfig"], Mapping):
         raise ValueError("its recipe is not one")
     preprocessing = preprocessing_from_data(data["preprocessing"])
     listed = {name: tuple(data[name]) for name in ("model_arguments", "classes")}
     return ModelRecipe(**{**data, **listed, "preprocessing": preprocessing})
+
+
+def check_names(data: Any) -> None:
+    """Check what a file says of its model, as far as it does: the factory, its arguments and the names of the classes.
+
+    Raises:
+        ValueError: one of them is no text, or ``data`` no dict.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError("what it says of its model is no dict")
+    for name, several in (("model", False), ("model_arguments", True), ("classes", True)):
+        value = data.get(name, () if several else "")
+        texts = (value if isinstance(value, (list, tuple)) else [None]) if several else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"its {name.replace('_', ' ')}: {value!r}")
 
 
 def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
@@ -94,7 +110,7 @@ def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
     """Return the model recipe and all entries (weights, optimizer and so on) of a checkpoint of :func:`save_training`.
 
     Raises:
-        ValueError: no such file, a damaged one, or one of another kind.
+        ValueError: no such file, a damaged one, one of another kind, or one without weights.
     """
     content = read_tensors(path)
     version = content.get("version")
@@ -107,9 +123,21 @@ def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
         if checksum != _digest(content):
             raise ValueError(f"{path} is damaged: its contents don't match their checksum")
     try:
+        check_entries(content, {"state_dict": Mapping})
         return recipe_from_data(content["recipe"]), content
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def check_entries(content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has every entry in ``expected``, of the type or one of the types given there.
+
+    Raises:
+        ValueError: the first that is missing or of another type.
+    """
+    for name, kind in expected.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"it has no {name.replace('_', ' ')}")
 
 
 def is_training_file(content: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tritonq.cli.checkpoints import (
     ModelRecipe,
+    check_names,
     is_training_file,
     load_state,
     load_weights,
@@ -134,7 +135,7 @@ def _from_training(path: Path, arguments: argparse.Namespace, digits: bool) -> T
 
 
 def _from_converted(path: Path, arguments: argparse.Namespace, digits: bool) -> Trained:
-    metadata = load_metadata(path)
+    metadata = _checked(load_metadata(path), path)
     if metadata:
         _check_factory(path, metadata.get("model"), arguments.model)
         _check_model_arguments(path, metadata.get("model_arguments", ()), arguments)
@@ -157,7 +158,7 @@ def _float(arguments: argparse.Namespace, digits: bool, title: str, weights: Pat
 
 def _from_onnx(path: Path, arguments: argparse.Namespace, digits: bool) -> Trained:
     answer, properties = onnx_session(path)
-    metadata = json.loads(properties.get(METADATA_KEY, "{}"))
+    metadata = _metadata_in(properties, path)
     preprocessing = _own(path, arguments, _preprocessing_in(metadata, path), nn.Identity(), digits)
     classes = tuple(metadata.get("classes", ()))
     words = tuple(metadata.get("model_arguments", ()))
@@ -187,6 +188,23 @@ def _own(
     return own
 
 
+def _metadata_in(properties: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Return what an ONNX file says of its model in ``properties``; ``{}`` if nothing."""
+    try:
+        metadata = json.loads(properties.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: what it says of its model is no JSON") from error
+    return _checked(metadata, path)
+
+
+def _checked(metadata: Any, path: Path) -> dict[str, Any]:
+    try:
+        check_names(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return dict(metadata)
+
+
 def _preprocessing_in(metadata: Mapping[str, Any], path: Path) -> Preprocessing | None:
     if "preprocessing" not in metadata:
         return None
@@ -197,7 +215,7 @@ def _preprocessing_in(metadata: Mapping[str, Any], path: Path) -> Preprocessing 
 
 
 def _check_factory(path: Path, saved: str | None, given: str) -> None:
-    if saved != given:
+    if saved is not None and saved != given:
         raise ValueError(f"{path} was made with {saved}, not with {given}")
 
 

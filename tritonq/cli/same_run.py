@@ -7,13 +7,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tritonq.cli.checkpoints import ModelRecipe, recipe_to_data
+from tritonq.cli.checkpoints import ModelRecipe, check_entries, read_training, recipe_to_data
 from tritonq.cli.settings import Settings
+from tritonq.cli.training_log import history_from_data
 
 # What is known once the images were read, mean and deviation included.
 _OF_IMAGES = frozenset({"data", "preprocessing"})
 # What a run that is finished may be given anew, to go on for more epochs.
 _OF_THE_SCHEDULE = frozenset({"epochs", "frozen_epochs", "learning_rate", "begin"})
+
+
+# What a run needs to go on, besides the weights.
+_OF_A_RUN = {"settings": Mapping, "step": int, "optimizer": Mapping, "scaler": Mapping, "random": (Mapping, list)}
+
+
+def read_run(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
+    """Return the model recipe and all entries of a checkpoint from which a run can go on, such as ``last.pt``.
+
+    Raises:
+        ValueError: what :func:`~tritonq.cli.checkpoints.read_training` raises, or a checkpoint of weights alone, such
+            as ``best.pt``.
+    """
+    made, content = read_training(path)
+    try:
+        check_entries(content, _OF_A_RUN)
+        check_entries(content["optimizer"], {"state": Mapping, "param_groups": list})
+        history_from_data(content.get("history", []))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} can't be resumed: {error}; last.pt holds a run, best.pt the weights of an epoch"
+        ) from error
+    return made, content
 
 
 def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | None = None) -> bool:

@@ -29,9 +29,9 @@ from tritonq.cli.models import (
 from tritonq.cli.paths import writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
 from tritonq.cli.processes import Processes, join, leave
-from tritonq.cli.same_run import check_before_images
+from tritonq.cli.same_run import check_before_images, read_run
 from tritonq.cli.settings import AMP, Settings
-from tritonq.cli.training_log import TensorBoard, check_tensorboard
+from tritonq.cli.training_log import Epoch, TensorBoard, check_tensorboard
 from tritonq.cli.training_loop import Run
 from tritonq.deploy.convert import why_not_deployable
 from tritonq.prepare import update_bn_stats
@@ -209,7 +209,7 @@ def _saved_run(
         return None
     if not arguments.resume:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
-    saved_recipe, saved = read_training(path)
+    saved_recipe, saved = read_run(path)
     check_before_images(path, made, settings, saved_recipe, saved)
     return saved
 
@@ -244,14 +244,29 @@ def _try_float_model(
 
 
 def _take_deployed_epoch(run: Run, choice: Deployed) -> None:
-    """Give the model the weights of the epoch that is deployed: the best, or the last, which it has already."""
+    """Give the model the weights of the epoch that is deployed: the best, or the last, which it has already.
+
+    Raises:
+        ValueError: the best is wanted, and its file is gone, damaged or of another epoch.
+    """
     if run.stopped:
         print(f"stopped after epoch {run.history[-1].epoch}: no better accuracy for {run.patience} epochs", flush=True)
     best = run.best
     if choice == "best" and best is not None and best is not run.history[-1]:
         update_bn_stats(run.model)  # a state dict says only of frozen layers that they are
-        load_state(run.model, read_training(run.best_path)[1]["state_dict"], str(run.best_path))
+        try:
+            load_state(run.model, _best_weights(run.best_path, best), str(run.best_path))
+        except ValueError as error:
+            raise ValueError(f"{error}; --resume --deploy last takes the last epoch") from error
         print(f"deployed is epoch {best.epoch}, the best; --deploy last takes the last", flush=True)
+
+
+def _best_weights(path: Path, best: Epoch) -> dict[str, torch.Tensor]:
+    _, content = read_training(path)
+    if content.get("step") != best.step:  # a disk was full when it should have been written
+        raise ValueError(f"{path} holds step {content.get('step')}; epoch {best.epoch}, the best, ended at {best.step}")
+    state: dict[str, torch.Tensor] = content["state_dict"]
+    return state
 
 
 def _check_classes(model: nn.Module, made: ModelRecipe) -> None:

@@ -51,7 +51,14 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def history_from_data(data: Any) -> list[Epoch]:
-    """Return the epochs that a checkpoint holds, from the list of their fields."""
+    """Return the epochs that a checkpoint holds, from the list of their fields.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    names = {field.name for field in fields(Epoch)}
+    if not isinstance(data, list) or not all(isinstance(row, dict) and set(row) == names for row in data):
+        raise ValueError("its history is not one")
     return [Epoch(**row) for row in data]
 
 

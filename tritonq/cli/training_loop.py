@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tritonq.cli.augment import Augmentation
-from tritonq.cli.checkpoints import ModelRecipe, load_state, read_training, save_training
+from tritonq.cli.checkpoints import ModelRecipe, load_state, save_training
 from tritonq.cli.classification import Batches, batches_of, count_right, first_tensor, in_order, logits
 from tritonq.cli.data import Examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch, check_finite
@@ -23,7 +23,7 @@ from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import Interrupted, Interruptions
 from tritonq.cli.messages import in_one_line
 from tritonq.cli.processes import Processes
-from tritonq.cli.same_run import check_same_run, is_extended, processes_of, saved_settings, step_among
+from tritonq.cli.same_run import check_same_run, is_extended, processes_of, read_run, saved_settings, step_among
 from tritonq.cli.settings import AMP, Settings
 from tritonq.cli.training_log import Epoch, TensorBoard, history_from_data, write_csv
 from tritonq.deploy.files import remove_leftovers
@@ -323,7 +323,7 @@ class Run:
             ValueError: a damaged checkpoint, one of another run or of another architecture, or one before a step that
                 so many processes leave out.
         """
-        made, content = read_training(self.path)
+        made, content = read_run(self.path)
         saved = saved_settings(content)
         step, finished = int(content["step"]), int(saved.get("epochs", 0))
         begun = self.settings.steps_per_epoch(len(self.data.train), processes_of(content))
