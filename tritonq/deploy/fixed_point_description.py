@@ -120,7 +120,11 @@ def integer_difference(entry: Description, module: nn.Module) -> str | None:
 
 
 def _float_geometry(layer: IntegerLayer) -> Description:
-    """Return the attributes, by name, that the float layer in the place of ``layer`` must have."""
+    """Return the attributes, by name, that the float layer in the place of ``layer`` must have.
+
+    Of a linear layer ``in_features`` and ``out_features``; of a convolution channels, ``kernel_size`` and the integer
+    layer's ``geometry``.
+    """
     out, per_group, *kernel = layer.weight.shape
     if layer.linear:
         return {"in_features": per_group, "out_features": out}

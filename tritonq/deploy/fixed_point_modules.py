@@ -41,7 +41,7 @@ class FixedPointFormat:
 
     @property
     def largest(self) -> int:
-        """Largest magnitude of a code."""
+        """Largest magnitude of a code, ``max(-quant_min, quant_max)``: 128 for int8."""
         return max(-self.quant_min, self.quant_max)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -65,7 +65,10 @@ class IntegerModule(DeployedModule):
 
     @property
     def shift(self) -> Tensor | None:
-        """How many bits accumulators are shifted right to become codes; None: they stay accumulators."""
+        """How many bits accumulators are shifted right to become codes, ``frac_len - output.frac_len``.
+
+        int32, shaped as ``frac_len``; None: they stay accumulators.
+        """
         return None if self.output is None else self.frac_len - self.output.frac_len
 
     def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:

@@ -48,7 +48,7 @@ def export_fixed_point_onnx(
         model: a network of :func:`tritonq.prepare.prepare_qat` with preset ``"f8net"``, or what ``convert`` made of it.
         path: file to write (under a temporary name, then renamed).
         example_input: the network's one input, for the sizes of the other axes.
-        metadata: texts by name that the file holds besides, as :func:`tritonq.export_onnx` takes them.
+        metadata: texts by name that the file's metadata hold besides; None: none.
 
     Raises:
         ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits, or

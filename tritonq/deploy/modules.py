@@ -138,7 +138,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Compute the bound of the layer's sums from weight and zero point; called after each load."""
+        """Compute an upper bound of integer sums' magnitude from weight and zero point; called after each load."""
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.types.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())

@@ -85,7 +85,7 @@ class _CodesInterpreter(fx.Interpreter):
         self._pairs = {node: name for node in nodes if (name := _pair_quantizer(node)) is not None}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; record the codes that it makes or reads, and replace them by given ones."""
+        """Run one node and return its result; record the codes that it makes or reads, or use given ones instead."""
         if n in self._pairs:
             codes = super().run_node(n)
             args, _ = self.fetch_args_kwargs_from_env(n)

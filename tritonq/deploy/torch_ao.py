@@ -202,7 +202,10 @@ class _Reader:
             self._read_quantizer(owner, quantizer_tensors.get(owner, {}))
 
     def notes(self) -> list[str]:
-        """Return what will differ from torch.ao when training goes on, as sentences; empty if nothing does."""
+        """Return what will differ from torch.ao when training goes on, as sentences; empty if nothing does.
+
+        That is the rule from ranges to scales of quantizers that were trained with version 1 of torch's arithmetic.
+        """
         if not self._other_rule:
             return []
         return [

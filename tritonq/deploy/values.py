@@ -49,7 +49,7 @@ class LazyValues(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, make: Callable[[], Tensor], dtype: torch.dtype) -> LazyValues:
-        """Make a tensor that stands for the result of ``make``, with shape, strides and device of ``codes``."""
+        """Make a tensor of ``dtype`` that stands for the result of ``make``, shaped and laid out as ``codes``."""
         made: LazyValues = Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device
         )

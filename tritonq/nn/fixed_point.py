@@ -237,7 +237,7 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
         *args: arguments of ``nn.Linear``.
         qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
         signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
-        bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
+        bias_word_len: bits of the bias in eval, 2 to 32; None: a float bias, which can't be deployed.
         **kwargs: named arguments of ``nn.Linear``.
 
     Raises:

@@ -26,7 +26,10 @@ def one_sided_layers(model: nn.Module) -> list[str]:
 
 
 def _is_one_sided(layer: QATLayer) -> bool:
-    """Whether a layer has one-sided filters and a weight quantizer with that rule."""
+    """Whether a layer has a filter with values of one sign, and a weight quantizer to which that gives a zero point.
+
+    The quantizer is symmetric, per channel, with ``rule="torch_v1"``.
+    """
     quantizer = layer.weight_fake_quant
     if not isinstance(quantizer, FakeQuantize) or quantizer.qtype.axis is None or not quantizer.qtype.symmetric:
         return False

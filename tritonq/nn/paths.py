@@ -50,12 +50,13 @@ def choose_path(state: LayerState) -> Path:
     """Return the name of the computation for a layer in this state.
 
     - ``"train"``: training without a BatchNorm: the weight is rounded, and the layer runs in float.
-    - ``"train_frozen"``: the running statistics are folded into weight and bias.
-    - ``"train_operator"``, ``"train_approximate"``: the approximate mode, in one operator or in several.
-    - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: the other modes.
-    - ``"eval_traced"``: a graph that reads on the device whether grids are switched on.
-    - ``"eval_integers"``: exact integers, as in the converted layer.
-    - ``"eval_float"``: the weight is rounded, and the layer runs in float.
+    - ``"train_frozen"``: training with a ``frozen`` BatchNorm: running statistics are folded into weight and bias.
+    - ``"train_operator"``, ``"train_approximate"``: mode "approximate" in one operator, if it ``fits_operator``, or in
+      several.
+    - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: training in these modes.
+    - ``"eval_traced"``: eval mode while ``tracing``: a graph that reads on the device whether grids are switched on.
+    - ``"eval_integers"``: eval mode that ``knows_grids``: exact integers, as in the converted layer.
+    - ``"eval_float"``: eval mode otherwise: the weight is rounded, and the layer runs in float.
     """
     if not state.training:
         if state.tracing:
@@ -75,7 +76,7 @@ def choose_path(state: LayerState) -> Path:
 
 
 def check_mode(mode: str) -> Mode:
-    """Return ``mode`` if it is a mode of folding a BatchNorm.
+    """Return ``mode`` if it is a mode of folding a BatchNorm: "approximate", "exact", "corrected" or "scale".
 
     Raises:
         ValueError: it is none.

@@ -89,7 +89,10 @@ def _make_layers_ready(
 
 
 def _observed_grid_of(layer: QATBatchNormLayer) -> tuple[Grid, RangeStatistics] | None:
-    """Return grid and observed range of a layer's weight quantizer; None if the launch can't take the layer."""
+    """Return grid and observed range of a layer's weight quantizer; None if the launch can't take the layer.
+
+    It takes float32 weights on a device with kernels, with one scale per row, of layers that one operator trains.
+    """
     weight = layer.weight
     if weight.dtype != torch.float32 or not layer.trains_in_one_operator or select(weight) != "triton":
         return None

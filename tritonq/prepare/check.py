@@ -75,9 +75,10 @@ def check_same_output(model: nn.Module, run: Run) -> None:
 
 
 def _advice(model: nn.Module) -> str:
-    """Return the last sentence of the error's message.
+    """Return the last sentence of the error's message, without a full stop.
 
-    If the model has quantizers of the user's own, it names the function that checks these; else it asks for a report.
+    If the model has quantizers of classes of neither tritonq nor torch, it names these and
+    ``tritonq.testing.check_quantizer``; else it asks for a report.
     """
     places = (getattr(part, name, None) for part in model.modules() for name in _PLACES)
     kinds = {type(found) for found in places if found is not None}

@@ -84,6 +84,9 @@ def arguments_of(call: Call) -> dict[str, Any]:
 def find_called_layer(call: Call, child: str, analysis: Analysis) -> CalledLayer | str:
     """Return the layer that a call of a convolution or ``F.linear`` becomes, or the reason why it stays in float.
 
+    All calls at its place must be alike, run in each recorded mode, read an input that is no constant, and take the
+    same weight, which a program can compute from parameters and buffers; and the forward must be editable.
+
     Args:
         call: the first of its calls.
         child: name of the child that will take its place.

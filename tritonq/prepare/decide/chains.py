@@ -71,7 +71,12 @@ class Chains:
         return isinstance(forward, ForwardGraph) and site is not None and forward.has_constant_arguments(site.node)
 
     def _become_one(self, before: Call, call: Call) -> bool:
-        """Whether ``before`` and ``call``, which reads its result, become one operation."""
+        """Whether ``before`` and ``call``, which reads its result, become one operation.
+
+        Both are clips, or one of the two is arithmetic with a number and ``before`` is a clip, function or arithmetic
+        with a fixed number. ``call`` alone reads the result, which lies on no grid, and ``before`` is not among those
+        that stay.
+        """
         is_alike = bounds_of_call(before) is not None and bounds_of_call(call) is not None
         if not is_alike and arithmetic_of_call(before) is None and arithmetic_of_call(call) is None:
             return False

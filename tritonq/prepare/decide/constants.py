@@ -158,5 +158,5 @@ def _tensors(module: nn.Module) -> list[tuple[str, object]]:
 
 
 def _is_random(call: Call) -> bool:
-    """Whether the result of a call differs from run to run because it is drawn at random."""
+    """Whether the result of a call differs from run to run: functions such as ``rand``, dropout and ``empty``."""
     return call.name in _RANDOM or isinstance(call.target, _RANDOM_MODULES)

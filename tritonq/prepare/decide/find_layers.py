@@ -62,7 +62,10 @@ class LayerSearch:
         return [layer for layer in found if layer.name not in adapters]
 
     def _modules(self) -> list[Layer]:
-        """Return the layers that are modules."""
+        """Return the layers that are modules; note in ``reasons`` why others of a swapped class stay in float.
+
+        They must run in each recorded mode, have plain weights and a qconfig, and read something else than constants.
+        """
         found = []
         for name, module in self.analysis.modules.items():
             kind, calls = float_type(module, self.swapped), self.analysis.flow.calls_of(name)
@@ -89,7 +92,10 @@ class LayerSearch:
         return found
 
     def _functions(self) -> list[Layer]:
-        """Return the layers that are functions."""
+        """Return the layers that are functions with weights, such as ``F.conv2d``; note why others stay in float.
+
+        Calls at one place in a forward are one layer.
+        """
         found: list[Layer] = []
         seen: set[int] = set()
         taken: set[str] = set()

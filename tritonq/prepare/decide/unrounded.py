@@ -69,7 +69,10 @@ class Unrounded:
                 self.makers.update(dict.fromkeys(values, layer))
 
     def add_joins(self) -> list[Join]:
-        """Find the joins whose results only islands read, and may read unrounded; return them."""
+        """Return the joins whose results only islands read, if their qconfig leaves islands' inputs unrounded.
+
+        Their results are added to ``values``.
+        """
         found: list[Join] = []
         for join in self.joins:
             qconfig, ends = self.qconfig_of(join.owner), [self.analysis.flow.calls[end] for end in join.ends]

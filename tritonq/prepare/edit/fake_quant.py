@@ -238,7 +238,10 @@ class _PlanWork:
             keep_class(type(module), made)
 
     def _add_quantizer(self, quantizer: PlannedQuantizer) -> None:
-        """Make a planned quantizer and put it in its place."""
+        """Make a planned quantizer and put it in its place: behind a module or a call, or in what reads the tensor.
+
+        An operation of one tensor before it becomes a module that computes on codes, with this quantizer.
+        """
         module = self._placed(quantizer.qconfig.activation(), quantizer.like)
         self._quantizers[id(quantizer)] = module
         if quantizer.where == "output" and quantizer.value in self._plan.unary:

@@ -148,7 +148,12 @@ def _random_states() -> tuple[Any, ...]:
 
 
 def _own_graph(module: fx.GraphModule) -> fx.Graph:
-    """Return a copy of a GraphModule's graph, which is its forward in both modes."""
+    """Return a copy of a GraphModule's graph, which is its forward in both modes.
+
+    Raises:
+        TraceError: the graph takes or returns structures in a way of its own, or reads a tensor that is neither
+            parameter nor buffer.
+    """
     if type(module.graph._codegen) is not fx.graph.CodeGen:
         raise TraceError("its graph takes and returns structures in a way of its own, as those of torch.export do")
     graph = fx.Graph()
@@ -190,7 +195,11 @@ def _same_contents(before: Any, after: Any) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Trace one forward: children are leaves, buffers stay attributes, parameters of the forward keep their names."""
+    """Trace one forward: children are leaves, buffers stay attributes, parameters of the forward keep their names.
+
+    Raises TraceError where the forward changes the grad mode or autocast, hands functions to torch's checkpoint, builds
+    a container of a class of its own, or takes tensors through ``*args`` or ``**kwargs``.
+    """
 
     proxy_buffer_attributes = True
 
