@@ -30,8 +30,6 @@ BOUND_BY_INSTRUCTIONS = (
     *("function of one tensor", "function of one tensor, backward"),
     *(f"{reads}, one write, rows that begin anywhere" for reads in ("one read", "two reads")),
 )
-# (case, target) that spills 8 bytes under this Triton and nothing under 3.7.
-SPILLS = {("int8_conv/128 channels to codes", "cuda:100")} if triton.__version__.startswith("3.8.") else set()
 
 
 def dtypes(case: CodegenCase, target: str) -> tuple[torch.dtype, ...]:
@@ -60,9 +58,7 @@ def compilations() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("case", "target"), list(compilations()))
-def test_compiles_as_it_should(case: CodegenCase, target: str, request: pytest.FixtureRequest) -> None:
-    if (case.name, target) in SPILLS:
-        request.applymarker(pytest.mark.xfail(reason="Triton 3.8 spills 8 bytes", raises=AssertionError))
+def test_compiles_as_it_should(case: CodegenCase, target: str) -> None:
     report = list(codegen.rows([case], [target], dtypes(case, target)))
     assert report
     assert [fault for row in report for fault in row.faults()] == []
@@ -75,6 +71,11 @@ def test_compiles_as_it_should(case: CodegenCase, target: str, request: pytest.F
         assert (row.budget is not None) is (target == BUDGETED)
         if case.budget not in BOUND_BY_INSTRUCTIONS:
             assert all(share < 1 for share in (row.issue_share or {}).values()), row
+
+
+def test_other_compilers_are_allowed_a_little() -> None:
+    assert codegen.allowance(json.loads(codegen.BUDGET_FILE.read_text())["triton"] + "1") == (0, 1.0)
+    assert codegen.allowance("3.8.0") == (8, 1.05)
 
 
 @triton.jit
