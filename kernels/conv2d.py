@@ -214,9 +214,10 @@ def integer_conv2d(
     """Return ``FQ(relu?(float32(conv(codes, weight) + bias) · multiplier))`` in ``dtype``; integer sums are exact.
 
     ``codes`` and ``weight`` are integers minus their zero points in any float dtype, bias int32 and multiplier float32
-    (out,). With ``onto`` products are rounded to that grid: ``round(v) · scale``, not clipped. The other arguments are
-    those of :func:`conv2d`. No product of two codes exceeds ``largest_product`` in magnitude: the smaller it is, the
-    longer are the sums that float32 adds exactly.
+    (out,). With ``onto`` products are rounded to that grid: ``round(v) · scale``, not clipped. Stride, padding (zeros),
+    dilation, ``groups``, ``ceiling`` (of the ReLU; None: none), ``grid`` (None: no FQ) and ``tile`` are those of
+    :func:`conv2d`. No product of two codes exceeds ``largest_product`` in magnitude: the smaller it is, the longer are
+    the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)

@@ -106,7 +106,7 @@ def statistics_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write the statistics of one share about the mean of its first tile: a large offset of c costs no precision."""
+    """Write mean, squared distances from it (added up), ends and count of a share of c, as ``partial_ptr`` lists."""
     c_strides = aligned_strides(c_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)

@@ -106,7 +106,11 @@ def int8_conv_kernel(
     OUTS: tl.constexpr,  # size of the tile
     CHANNELS: tl.constexpr,  # in channels per step of the sum
 ):
-    """Compute one tile of the output: PIXELS pixels of one image by OUTS out channels."""
+    """Compute PIXELS pixels of one image by OUTS out channels: ``acc = Σ x · weight + bias``, clamped to ±(2^31 - 1).
+
+    With ``shift_ptr`` write ``clip(round_half_even(acc · 2^-shift))`` instead. Without ``saturated_ptr`` nothing is
+    clamped.
+    """
     image = tl.program_id(2).to(tl.int64)
     x_ptr += image * x_strides[0]
     y_ptr += image * y_strides[0]

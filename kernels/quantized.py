@@ -174,7 +174,10 @@ class RangeStatistics(Protocol):
 
     @property
     def has_data(self) -> bool:
-        """Whether the host knows that something was observed."""
+        """True: the host has found that something was observed.
+
+        False: nobody looked, so that kernels read the range.
+        """
 
 
 # What the range rule compiles to where nothing observes.

@@ -247,8 +247,9 @@ def _observe(
 ) -> Grid:
     """Update range and grid with ``relu?(f(a, b))``, in place, and return a snapshot of the grid.
 
-    The kernel finds the ends of ``f(a, b)``; the ReLU is applied to these. Arguments are as in :func:`write_rounded`;
-    an empty operand updates nothing.
+    The kernel finds the ends of ``f(a, b)``; the ReLU, up to ``ceiling`` (None: no ReLU), is applied to these. a and b
+    are the ``operands``, f the ``operation`` with the numbers ``arguments``; without ``statistics``, the running range,
+    or for an empty operand, nothing is updated.
     """
     a, n = operands[0], operands[0].numel()
     reads = sum(operand is not None for operand in operands)

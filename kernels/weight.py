@@ -124,7 +124,7 @@ def folded_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Write the gradients of ROWS rows and of their folds or γ; what was clipped is computed again from the rows."""
+    """Write ``drows = fold · q`` of ROWS rows and ``dfold = Σ q · rows`` (or γ's); ``q = dcodes / unit``, or 0."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]
@@ -183,7 +183,7 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return what :func:`quantize_folded` returned once more, without observing: its codes are not kept.
+    """Return ``(codes, unit, clips, grid)`` as :func:`quantize_folded` once more, without observing.
 
     Args:
         rows: the weight, (out, ...).
@@ -196,7 +196,7 @@ def folded_codes(
 
 
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
-    """Observe a weight with one scale in a launch of its own; return whether that was done.
+    """Observe ``rows · fold`` of a weight with one scale in a launch of its own; return whether that was done.
 
     It is not done for a scale per row, which the quantizing kernel observes, and if nothing is to be observed.
     """
@@ -316,7 +316,9 @@ def gradients(
     grid: Grid | None,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of :func:`folded_backward`, of the weight and of the fold; with ``norm`` of γ.
+    """Return the gradients ``fold · q`` of the weight and ``Σ q · rows`` of the fold (with ``norm`` of γ instead).
+
+    ``q = dcodes / unit``, 0 where the code was clipped.
 
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.

@@ -85,7 +85,10 @@ def quantize_all_kernel(
     ROUNDING: tl.constexpr,
     COLS: tl.constexpr,  # elements of a row that are read at a time
 ):
-    """Fold, observe and quantize one row (out channel) of one weight."""
+    """Fold, observe and quantize one row of one weight: ``codes = clip(round(row · fold / s) + z) - z``, ``unit = s``.
+
+    While the weight's switch is off, codes are ``row · fold`` and the unit is 1. Range, s and z are updated first.
+    """
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS
     channel = (program - tl.load(entry + _START)).to(tl.int32) + tl.arange(0, 1)

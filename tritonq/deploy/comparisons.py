@@ -135,7 +135,10 @@ class VerificationReport:
         return self.first_beyond(max_fraction, max_step) is None
 
     def first_beyond(self, max_fraction: float = 0.0, max_step: int = 0) -> LayerComparison | None:
-        """Return the first layer that differs by more than :meth:`agrees` allows, or None."""
+        """Return the first layer with more than ``max_fraction`` of its codes differing, or one by over ``max_step``.
+
+        Behind islands any number of codes may differ by one. None: there is no such layer.
+        """
         return next((layer for layer in self.layers if not layer.is_within(max_fraction, max_step)), None)
 
     def __str__(self) -> str:
@@ -164,7 +167,7 @@ class VerificationReport:
 
 
 def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...] = ()) -> LayerComparison:
-    """Compare the codes of one layer: count those that differ, and find the largest difference in codes.
+    """Return how many codes of one layer differ, and the largest difference in codes.
 
     NaN in both is equal; NaN in one of them is a difference of 2^31.
 

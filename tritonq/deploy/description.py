@@ -201,7 +201,11 @@ def _describe(module: nn.Module) -> Description:
 
 
 def _further(join: Joint) -> Description:
-    """Return the entries that tell what is computed besides the operation of the join's kind; empty: nothing."""
+    """Return the entries that tell what is computed besides the operation of the join's kind; empty: nothing.
+
+    They are ``"equation"`` of an einsum, ``"product": True`` of baddbmm and the like, ``"halved"`` with the axis of a
+    GLU, and ``"attention": True``.
+    """
     if isinstance(join, Einsum):
         return {"equation": join.equation}
     if isinstance(join, AddMatMul):

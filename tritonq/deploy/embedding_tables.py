@@ -63,7 +63,7 @@ class QuantizedTable(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor by name, those in ``geometry_names``."""
+        """Arguments of the float layer's constructor by name, in ``geometry_names``; ``num_embeddings`` is one."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property

@@ -139,7 +139,13 @@ def _encoding(name: str, scale: Tensor, zero_point: Tensor | None, qtype: Quanti
 
 
 def _mark_layer(layer: QuantizedLayer, name: str) -> dict[str, Encoding]:
-    """Make a layer trace to its float operation with marks at weight and bias; return the grids of these marks."""
+    """Make a layer trace to its float operation with marks at weight and bias; return the grids of these marks.
+
+    The layer called ``name`` is changed in place: its weight and bias become floats.
+
+    Raises:
+        ValueError: scales per group, or of a grouped transposed convolution, or weights in a float format.
+    """
     encodings: dict[str, Encoding] = {}
     scale, qtype = layer.weight_scale, layer.types.weight
     if scale is not None and qtype is not None:

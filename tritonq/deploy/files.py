@@ -33,7 +33,7 @@ def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
     None gets its name before all are written.
 
     Raises:
-        OSError: a file can't be written; the error names it.
+        OSError: a file can't be written; the error names it (FileNotFoundError: its folder is missing).
     """
     targets = [Path(path) for path in paths]
     for target in targets:

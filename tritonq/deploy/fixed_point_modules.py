@@ -182,7 +182,7 @@ class IntegerLayer(IntegerModule):
         return self.decode(y) if self.decodes else y
 
     def decode(self, accumulators: Tensor) -> Tensor:
-        """Return the real values of accumulators, rounded to float32 once."""
+        """Return the real values of accumulators, ``acc · 2^-frac_len`` per out channel, rounded to float32 once."""
         shape = [1] * accumulators.dim()
         shape[-1 if self.linear else 1] = -1
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()

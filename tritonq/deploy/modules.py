@@ -315,7 +315,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self._modules.get("activation")
 
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
-        """Apply the ReLU (or other function) and the output quantizer to ``y``, which convolution or product gave.
+        """Return ``y``, which convolution or product gave, after the ReLU (or other function) and the output quantizer.
 
         With ``relu_done`` the ReLU was applied already.
         """

@@ -69,7 +69,7 @@ class Ends:
     def of(cls, properties: dict[str, str]) -> Ends:
         """Return the ends that a file's metadata (key to text) describe, as :meth:`to_json` wrote them.
 
-        Without the key ``tritonq.ends``: ``Ends()``, values in and out.
+        The text has the key ``tritonq.ends``; without it: ``Ends()``, values in and out.
         """
         data = json.loads(properties.get(ENDS_KEY, "{}"))
         pixels = data.get("pixels")

@@ -197,6 +197,13 @@ def _export_fixed_point(
 ) -> None:
     """Write a fixed-point network for :func:`export_onnx`, whose options it must not have.
 
+    Args:
+        model: the network, trained or converted.
+        path: file to write.
+        example_inputs: its one input: a tensor, or a tuple or dict with one.
+        options: the arguments of :func:`export_onnx` by name, but for the others here.
+        metadata: texts by name that the file's metadata hold besides; None: none.
+
     Raises:
         ValueError: options other than the default ones and ``target="onnxruntime"``, or more than one input.
     """

@@ -173,7 +173,10 @@ def _fits(tensor: Any, limits: tuple[int, int]) -> bool:
 
 
 def _pack(tensor: Any, is_signed: bool) -> None:
-    """Give a constant with a byte per code half a byte per code, the first code in the low half; in place."""
+    """Give a constant with a byte per code half a byte per code, as INT4 (``is_signed``) or UINT4; in place.
+
+    The first code is in the low half of a byte.
+    """
     import onnx
 
     codes = onnx.numpy_helper.to_array(tensor).reshape(-1).astype(np.uint8) & 15

@@ -134,7 +134,7 @@ def _forward(layer: QuantizedLayer, phases: tuple[Phases, ...], dilation: tuple[
 
 
 def _interleave(y: Tensor, strides: Sequence[int]) -> Tensor:
-    """Put the phases, which are channels, between one another along their axes.
+    """Return ``y`` with its phases, which are channels, put between one another along their axes.
 
     ``y`` is (n, channels · phases, ...), the result (n, channels, ...) with each size multiplied by its stride: phase
     ``(r, s)`` becomes the elements ``(i·stride + r, j·stride + s)``.

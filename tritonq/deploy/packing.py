@@ -64,7 +64,7 @@ def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[
 
 
 def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
-    """Pack integers ``low .. low + 2^width - 1`` into bytes, ``width`` bits each: uint8 (bytes,).
+    """Return integers ``low .. low + 2^width - 1`` packed into bytes, ``width`` bits each: uint8 (bytes,).
 
     A byte holds ``code - low`` of ``8 / width`` neighbours, the first in the lowest bits; the last byte is filled with
     0.

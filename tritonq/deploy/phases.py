@@ -35,10 +35,12 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis; ``before`` or ``after`` is negative if the padding is larger than the kernel.
+        """Return the phases of an axis of a transposed convolution, by its kernel length, stride and paddings.
 
-        ``kernel`` is the length of the kernel, with the gaps of a dilated one; the rest is as in
-        ``nn.ConvTranspose1d``.
+        ``kernel`` counts the gaps of a dilated kernel. With ``taps = ceil(kernel / stride)`` and ``surplus = taps ·
+        stride - kernel + padding - output_padding``: before is ``taps - 1 - padding // stride``, first ``padding %
+        stride``; after and last are the same of the surplus. Before or after is negative if the padding is larger than
+        the kernel.
         """
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding

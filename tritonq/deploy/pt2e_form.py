@@ -236,7 +236,7 @@ def _is(value: Any, target: Any) -> bool:
 
 
 def _name_outputs_again(program: ExportedProgram) -> None:
-    """Make the program's signature name the values that the graph returns now."""
+    """Write the names of the values that the graph returns now into the program's signature, in place."""
     output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
     for spec, value in zip(program.graph_signature.output_specs, output.args[0], strict=True):
         if isinstance(value, fx.Node) and hasattr(spec.arg, "name"):

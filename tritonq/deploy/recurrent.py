@@ -74,7 +74,7 @@ class QuantizedRecurrent(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor by name, those in ``geometry_names``."""
+        """Arguments of the float layer's constructor by name, such as ``hidden_size``: those in ``geometry_names``."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -142,7 +142,10 @@ class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
 
 
 class QuantizedLSTM(_QuantizedSequence, nn.LSTM):
-    """``nn.LSTM`` of a converted model: integer weights with a scale per row or group, float gates and states."""
+    """``nn.LSTM`` of a converted model: integer weights with a scale per row or group, float gates, biases and states.
+
+    It has the quantizers of the trained layer, for its input and the returned sequence, and its results in eval mode.
+    """
 
     float_type = nn.LSTM
     geometry_names = LSTM.geometry_names

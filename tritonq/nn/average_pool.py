@@ -67,8 +67,8 @@ class AverageLayer(UnaryLayer):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the mean for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
-        the same arguments; else the mean in float.
+        ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
+        when it runs, it is the result of :meth:`exact`; else the mean in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode

@@ -34,7 +34,7 @@ class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.training = False
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stay in eval mode, whatever ``mode`` is."""
+        """Stay in eval mode, whatever ``mode`` is, and return the module."""
         return super().train(False)
 
     def _check_input_dim(self, input: Tensor) -> None:

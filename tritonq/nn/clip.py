@@ -126,8 +126,8 @@ class Clip(ElementwiseLayer):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
-        the same arguments; else ``min(max(x, low), high)`` in float.
+        ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
+        when it runs, it is the result of :meth:`exact`; else ``min(max(x, low), high)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

@@ -383,7 +383,7 @@ def _names_of(kind: type[nn.Module]) -> list[str]:
 def _split_arguments(
     args: tuple[Any, ...], kind: type[nn.Module], defaults: tuple[float, float | None, bool]
 ) -> tuple[tuple[Any, ...], tuple[float, float | None, bool]]:
-    """Split positional arguments into the float layer's and ``(eps, momentum, freeze_bn)``, which follow them.
+    """Return positional arguments as two tuples: the float layer's, and ``(eps, momentum, freeze_bn)``, which follow.
 
     Args:
         args: the positional arguments.

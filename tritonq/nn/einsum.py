@@ -115,7 +115,9 @@ class Contraction:
 
     @classmethod
     def of(cls, equation: str) -> Contraction:
-        """Read an equation such as ``"bqd,bkd->bqk"``.
+        """Return the contraction of an equation such as ``"bqd,bkd->bqk"``.
+
+        Without ``->`` the result has the indices that occur once, in alphabetical order.
 
         Raises:
             ValueError: it is no product of batches of matrices.
@@ -145,7 +147,9 @@ class Contraction:
         return self
 
     def without_ellipsis(self, a_axes: int, b_axes: int) -> Contraction:
-        """Return the contraction for operands with so many axes, with an index for each axis of an ellipsis.
+        """Return the contraction for operands with ``a_axes`` and ``b_axes`` axes, without an ellipsis.
+
+        Each axis of an ellipsis gets an index of its own.
 
         The axes of two ellipses are matched from the last one on, as in broadcasting.
 
@@ -220,7 +224,7 @@ class Contraction:
         return "".join(index for index in indices if index not in self.batch + self.summed)
 
     def _arranged(self, x: Tensor, indices: str, matrix: tuple[str, str], sizes: Mapping[str, int]) -> Tensor:
-        """Permute ``x`` to (batch..., rows..., columns...) and flatten its rows and its columns to one axis each.
+        """Return ``x`` permuted to (batch..., rows..., columns...), with rows and columns flattened to one axis each.
 
         A summed axis of size 1 is repeated if the other operand's is longer; batch axes broadcast in the product.
 

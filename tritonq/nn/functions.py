@@ -112,8 +112,9 @@ class FunctionLayer(ElementwiseLayer):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the function for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        While both grids are switched on, which the graph reads when it runs, it is ``FQ(f(x))``, read from the table of
-        the result of each code as in :meth:`exact`; else ``f(x)`` in float.
+        ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
+        when it runs, it is ``FQ(f(x))``, read from the table of the result of each code as in :meth:`exact`; else
+        ``f(x)`` in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -164,8 +165,8 @@ class PReLU(UnaryLayer, nn.PReLU):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, with
-        the same arguments; else ``max(0, x) + weight · min(0, x)`` in float.
+        ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
+        when it runs, it is the result of :meth:`exact`; else ``max(0, x) + weight · min(0, x)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

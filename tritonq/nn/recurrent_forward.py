@@ -40,7 +40,7 @@ def has_computed_weights(module: nn.Module) -> bool:
 
 
 def is_weight_quantizer(name: str) -> bool:
-    """Whether a module with this qualified name is the quantizer of a weight, in a recurrent or any other layer."""
+    """Whether a module's qualified name is that of a weight's quantizer: the last part is "weight…_fake_quant"."""
     child = name.rpartition(".")[2]
     return child.startswith("weight") and child.endswith(WEIGHT_QUANTIZER)
 

@@ -178,8 +178,8 @@ class UnaryLayer(nn.Module):
     def _on_codes(self, x: Tensor, source: Grid, output: Grid) -> Tensor | None:
         """Return the result, quantized, from 8-bit codes of ``x``: those it carries, else each value's nearest.
 
-        None if a grid has more than 256 codes, if a value lies beyond the grid's ends, or if the class can't compute on
-        codes (:meth:`exact_codes`).
+        ``source`` and ``output`` are the grids of input and result. None if one has more than 256 codes, if a value
+        lies beyond the grid's ends, or if the class can't compute on codes (:meth:`exact_codes`).
         """
         held = (source.scale, source.zero_point, output.scale, output.zero_point)
         memo: Memo[tuple[HostGrid | None, HostGrid | None]] = self.__dict__.setdefault("_host_grids", Memo())

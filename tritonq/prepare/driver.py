@@ -98,6 +98,8 @@ def prepare_recorded(
 def _carry_out(scheme: Scheme, analysis: Analysis, report: Callable[..., None]) -> None:
     """Edit a model by a scheme, check it, and report what became of it; on any error it is left as it was.
 
+    Raises ValueError if the model itself is a layer.
+
     Args:
         scheme: how to quantize it.
         analysis: the model and its record.

@@ -316,7 +316,7 @@ class Analysis:
         return not record.dtype.is_floating_point and not record.dtype.is_complex and record.dtype != torch.bool
 
     def _editable(self, owner: str) -> EditableForward | TraceError:
-        """Make what :meth:`forward` returns for a module, and note the sites in it."""
+        """Return the forward of a module, to be edited, or the error why it can't be; note the sites in it."""
         found = self._trace(owner)
         if isinstance(found, ForwardGraph):
             return found

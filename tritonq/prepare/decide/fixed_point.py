@@ -203,7 +203,12 @@ class _Finder:
         return {value for value in seen if not self.flow.is_state(value)}
 
     def _visit(self, call: Call) -> None:
-        """Add a call to :class:`Links`: as an addition or pooling, or by merging the groups of what it passes on."""
+        """Add a call to :class:`Links`: as an addition or pooling, or by merging the groups of what it passes on.
+
+        Raises:
+            ValueError: between two layers stands something without a fixed-point form, or without a single tensor as
+                result.
+        """
         if call.index in self.absorbed:
             return
         if call.index in self.links.layers:

@@ -33,7 +33,7 @@ def make_plan(
     qconfigs: Mapping[nn.Module, QConfig | None],
     inputs: Place | None = None,
 ) -> Plan:
-    """Decide fusions, joins and quantizers for a recorded model.
+    """Return the plan for a recorded model: its fusions, joins and quantizers.
 
     Args:
         analysis: the model and its record.

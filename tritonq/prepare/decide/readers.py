@@ -72,7 +72,7 @@ class SharedReading:
 
 
 def share_readings(readings: Iterable[Reading]) -> list[SharedReading]:
-    """Group readings, so that each operand of each reader has one quantizer, and so has each tensor.
+    """Return readings in groups, so that each operand of each reader has one quantizer, and so has each tensor.
 
     Readings of one value, or of one operand of one part, come into one group, also along chains of these.
     """

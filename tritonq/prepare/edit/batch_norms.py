@@ -61,9 +61,11 @@ def _followed_by(step: AffineStep, weight: Tensor, bias: Tensor, model: nn.Modul
 def _followed_by_batch_norm(
     step: AffineStep, operands: PlannedProgram, weight: Tensor, bias: Tensor, model: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(factor, summand)`` of ``x · weight + bias`` followed by a BatchNorm.
+    """Return ``(factor, summand)`` of the affine map that computes ``x · weight + bias`` and then a BatchNorm.
 
-    The factor of the BatchNorm is ``γ / sqrt(running_var + eps)``.
+    The BatchNorm is ``step``; ``operands`` is the program that computes its statistics, γ and β (1 and 0 without) from
+    the state of ``model``. Its own factor is ``γ / sqrt(running_var + eps)``, its summand ``β - running_mean ·
+    factor``.
     """
     given = {}
     for role, value in zip(step.roles, operands.results, strict=True):

@@ -86,6 +86,6 @@ def fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
 
 
 def _on_device_of(like: nn.Module, quantizer: nn.Module) -> nn.Module:
-    """Move a quantizer to the device of the parameters of ``like``, if it has any."""
+    """Move a quantizer to the device of the parameters of ``like``, if it has any, and return the quantizer."""
     parameter = next(like.parameters(), None)
     return quantizer if parameter is None else quantizer.to(parameter.device)

@@ -124,9 +124,9 @@ def earlier_names(model: nn.Module) -> dict[str, str]:
 
 
 def _rename_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Move the entries of input quantizers in a state dict to their names of today.
+    """Move the entries of input quantizers from their names in version 0.1.0 to those of today, in place.
 
-    Torch calls this before it loads.
+    Torch calls this before it loads ``state_dict``; ``prefix`` is that of the model's keys.
     """
     taken: set[str] = set()
     for name, earlier in earlier_names(model).items():

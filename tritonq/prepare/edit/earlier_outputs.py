@@ -24,7 +24,7 @@ def note_earlier_output(layer: nn.Module, factory: Callable[..., nn.Module]) -> 
 
 
 def _take_quantizer(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Add an output quantizer to a layer if the state dict has one; torch calls this before it loads."""
+    """Add an output quantizer to a layer if the state dict to be loaded has one; ``prefix`` is that of its keys."""
     held = any(key.startswith(f"{prefix}{_QUANTIZER}.") for key in state_dict)
     if held and isinstance(layer._modules.get(_QUANTIZER), nn.Identity):
         device = next(iter(layer.state_dict().values())).device

@@ -147,7 +147,7 @@ class _PlanWork:
         self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
 
     def _add_layer(self, layer: Layer) -> None:
-        """Put a quantized layer in the place of a module, or in a forward in place of a function."""
+        """Put a quantized layer in the place of a module, or of a function in a forward; else raise ValueError."""
         module = self._editor.modules[layer.home]
         qconfig = cast(QConfig, self._qconfigs[module])
         if layer.function is not None:
@@ -186,7 +186,10 @@ class _PlanWork:
             self._quantizers[id(layer)] = output
 
     def _fused(self, layer: Layer, module: nn.Module, qconfig: QConfig) -> nn.Module:
-        """Return the quantized layer of a row of modules, with their hooks; replace the BatchNorm in the model."""
+        """Return the quantized layer of a row of modules, the first is ``module``; replace the BatchNorm in the model.
+
+        The layer gets the hooks of the modules, and the quantizers of ``qconfig``.
+        """
         parts = [plain_form(module, layer.row[0])]
         bn = None if layer.batch_norm is None else self._editor.modules[layer.batch_norm]
         if layer.frozen is not None:
@@ -262,7 +265,7 @@ class _PlanWork:
                 self._add_to_reader(reader, quantizer, module)
 
     def _add_to_reader(self, reader: Reader, quantizer: PlannedQuantizer, module: nn.Module) -> None:
-        """Let a layer or join quantize what it reads, with ``module``."""
+        """Let a layer or join (``reader``) quantize what it reads, by ``module``: the quantizer that was planned."""
         part = reader.part
         owner_name = part.name if isinstance(part, Layer) else self.join_names[part]
         owner = self._quantized_module(part)
@@ -383,7 +386,7 @@ class _PlanWork:
         return self._editor.modules[grid.owner] if grid.where == "output" else self._quantizers[id(grid)]
 
     def _placed(self, module: nn.Module, like: str) -> nn.Module:
-        """Move ``module`` to the device of the parameters of the module ``like``, or of the model if that has none."""
+        """Move ``module`` to the device of the parameters of ``like``, or of the model's without; return ``module``."""
         tensor = next(self._editor.modules[like].parameters(), None)
         tensor = next(self._editor.model.parameters(), None) if tensor is None else tensor
         return module if tensor is None else module.to(tensor.device)

@@ -187,7 +187,10 @@ class _Builder:
                 found.share_step(leader(found))
 
     def _link(self, index: int, layer: FixedPointLayer) -> None:
-        """Give a layer the format of its input, that of its output's reader, and the factor of poolings before it."""
+        """Give a layer the format of its input, that of its output's reader, and the factor of poolings before it.
+
+        Raises ValueError if its input joins averages with different factors.
+        """
         call = self._analysis.flow.calls[index]
         group = self._links.groups[call.inputs[0]]
         layer.input_format = self._formats[id(group)]
@@ -211,7 +214,7 @@ class _Builder:
         return 1.0
 
     def _add(self, call: Call) -> None:
-        """Put a fixed-point addition in the place of a call."""
+        """Put a fixed-point addition in the place of a call; raise ValueError if an average with a factor feeds it."""
         groups = [self._links.groups[value] for value in _summands(call)]
         for group in groups:
             if any(self._factor(value) != 1 for value in group.values):
@@ -273,6 +276,8 @@ class _Builder:
 
     def _insert(self, call: Call, made: nn.Module, name: str, operands: Operands) -> None:
         """Call ``made`` in the forward of a call's owner, in place of the call.
+
+        Raises ValueError if that forward can't be edited there.
 
         Args:
             call: the recorded call.

@@ -240,7 +240,7 @@ class Answering(ForwardMode):
         return getattr(self._owner, then)(result) if then else result
 
     def _rounded(self, child: str, then: str, result: Any) -> Any:
-        """Round the result of a call whose arguments differ from the recorded ones, by the quantizer of its place.
+        """Return the result of a call with other arguments than recorded, rounded by the quantizer of its place.
 
         ``child`` is the module that would have answered the call, ``then`` the child after it ("" for none).
         """
@@ -262,7 +262,7 @@ class Answering(ForwardMode):
         return place_in_forward(caller, _is_answered, _HANDLER)
 
     def _repeated(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function that a checkpoint runs again in the backward: its calls are answered as in the first run."""
+        """Return ``function``, which a checkpoint runs again in the backward, wrapped: it answers the same calls."""
         counts = dict(self._counts)
 
         def repeated(*args: Any) -> Any:

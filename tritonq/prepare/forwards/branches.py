@@ -214,7 +214,10 @@ def _value(operand: ast.expr, names: dict[str, Any]) -> bool | None:
 
 
 def _called(tree: ast.AST, module: nn.Module, function: FunctionType, receiver: str) -> Iterator[Any]:
-    """Yield the methods of the module, and the functions, that a source names; None for names that are neither."""
+    """Yield the methods of the module, and the functions, that a source names; None for names that are neither.
+
+    ``tree`` is the syntax tree of ``function``, and ``receiver`` its name for the module.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == receiver:

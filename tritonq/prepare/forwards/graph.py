@@ -54,7 +54,7 @@ class ForwardGraph:
 
     @classmethod
     def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> Self:
-        """Trace the forward of ``module`` in both modes, with arguments as in the recorded ``frames``.
+        """Return the forward of ``module``, traced in both modes, with arguments as in the recorded ``frames``.
 
         Raises:
             TraceError: no graph can stand for the forward; the message says why.
@@ -182,7 +182,11 @@ class ForwardGraph:
         return [self.eval_graph] if self._train_graph is None else [self.eval_graph, self._train_graph]
 
     def _find(self, name: str) -> list[tuple[fx.Graph, fx.Node]]:
-        """Return ``(graph, node)`` for each mode's graph, given the node's name in the eval graph."""
+        """Return ``(graph, node)`` for each mode's graph, given the node's name in the eval graph.
+
+        Raises:
+            ValueError: there is no such node.
+        """
         if name not in self._nodes[0]:
             raise ValueError(f"no node {name!r} in the graph")
         names = [name, self._train_names.get(name, "")]

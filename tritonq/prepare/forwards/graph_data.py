@@ -153,7 +153,11 @@ def constant_from_data(data: Any) -> Any:
 
 
 def _node_to_data(node: fx.Node) -> NodeData:
-    """Return one node as a dict with name, op, target, args and kwargs."""
+    """Return one node as a dict with name, op, target, args and kwargs.
+
+    Raises:
+        ValueError: it calls a function outside of the table, or has an argument that is no plain constant.
+    """
     target = node.target
     if node.op == "call_function":
         name = _names().get(target) if isinstance(target, Callable) else None  # type: ignore[arg-type]
@@ -215,7 +219,13 @@ def _check_name(name: Any) -> str:
 
 
 def _to_data(item: Any) -> Any:
-    """Return an argument of a node as plain data; a node becomes ``{"node": name}``."""
+    """Return an argument of a node as plain data; a node becomes ``{"node": name}``.
+
+    Numbers, texts, None and lists stay; others become a dict of their kind, such as ``{"tuple": [...]}``.
+
+    Raises:
+        ValueError: an object of another class.
+    """
     if isinstance(item, fx.Node):
         return {"node": item.name}
     if item is None or type(item) in (bool, int, str):
@@ -241,7 +251,11 @@ def _to_data(item: Any) -> Any:
 
 
 def _from_data(item: Any, nodes: dict[str, fx.Node]) -> Any:
-    """Return the argument that :func:`_to_data` described; ``nodes`` holds the nodes before it by name."""
+    """Return the argument that :func:`_to_data` described; ``nodes`` holds the nodes before it by name.
+
+    Raises:
+        ValueError: data of another form.
+    """
     if isinstance(item, list):
         return [_from_data(child, nodes) for child in item]
     if not isinstance(item, dict):

@@ -26,13 +26,13 @@ class HidesChildren(nn.Module):
         return ((name, child) for name, child in super().named_children() if name not in self._tritonq_hidden)
 
     def train(self, mode: bool = True) -> Any:
-        """Switch the mode of the module and all its children, the hidden ones too."""
+        """Switch the mode of the module and all its children, the hidden ones too; return the module."""
         for child in self._hidden_children():
             child.train(mode)
         return super().train(mode)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> Any:
-        """Call ``fn`` on every module inside, the hidden ones too, and on the module itself."""
+        """Call ``fn`` on every module inside, the hidden ones too, and on the module itself, which is returned."""
         for child in self._hidden_children():
             child.apply(fn)
         return super().apply(fn)

@@ -47,7 +47,7 @@ class Recorded:
 
     @classmethod
     def of(cls, model: nn.Module, flow: Dataflow) -> Recorded:
-        """Look up the modules and tensors of a model that a record names."""
+        """Return a record with its model: modules by name, and values of the parameters and buffers that it read."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         held = [value for value in flow.values if value.source == "state"]
         state = {(value.run, id(tensors[str(value.path[0])])): Ref(value.index) for value in held}
@@ -106,7 +106,11 @@ class _Follower:
         return self._sites
 
     def _module(self, node: fx.Node) -> Any:
-        """Match a node that calls a child with the next recorded event; return the recorded result."""
+        """Match a node that calls a child with the next recorded event; return the recorded result.
+
+        Raises:
+            TraceError: the event is another one, or read other tensors.
+        """
         child = self._owner.get_submodule(str(node.target))
         if not self._events:
             raise TraceError(f"its trace calls {node.target}, which it did not")
@@ -168,7 +172,7 @@ class _Follower:
         return _NoTensor()
 
     def _output(self, node: fx.Node) -> None:
-        """Check that no recorded call is left over, and that the graph returns the recorded result."""
+        """Raise TraceError if a recorded call is left over, or if the graph returns other tensors than recorded."""
         if self._events:
             raise TraceError("its trace leaves out calls that it made")
         if self._read(node) != refs_in(self._frame.output):

@@ -66,7 +66,7 @@ def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
 
 
 def classify_arguments(signature: inspect.Signature, frames: Iterable[Frame]) -> Arguments:
-    """Decide which parameters of a forward a trace keeps symbolic, and which it fixes.
+    """Return which parameters of a forward a trace keeps symbolic, and which it fixes.
 
     A number other than the default stays symbolic, since it may have been computed from a shape.
 

@@ -359,7 +359,7 @@ def refs_in(structure: Any) -> tuple[int, ...]:
 
 
 def _grouped(pairs: Iterable[tuple[Key, Item]]) -> dict[Key, tuple[Item, ...]]:
-    """Group the items of ``(key, item)`` pairs by key, in their order."""
+    """Return the items of ``(key, item)`` pairs by key, in their order."""
     found: dict[Key, list[Item]] = {}
     for key, item in pairs:
         found.setdefault(key, []).append(item)

@@ -27,7 +27,7 @@ def float_type(module: nn.Module, known: Container[type[nn.Module]]) -> type[nn.
 
 
 def inherits_computation(kind: type[nn.Module], base: type[nn.Module]) -> bool:
-    """Whether the class ``kind`` overrides none of the methods of ``base`` that compute a layer's result."""
+    """Whether ``kind`` overrides none of the methods of ``base`` that compute a layer's result, such as ``forward``."""
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING)
 
 

@@ -159,7 +159,10 @@ _NOWHERE: _Position = (None, None, None, None)
 
 
 def _place_at(module: dict[str, Any], code: CodeType, position: _Position, instruction: int) -> str:
-    """Return the place for a position in the source; if that is incomplete, for the offset ``instruction``."""
+    """Return the place of an instruction of ``code``, ``"module:function:position"``; ``module`` are its globals.
+
+    If ``position`` (lines and columns) is incomplete, the offset ``instruction`` stands for it, as ``"@24"``.
+    """
     line, end, column, end_column = position
     where, code = f"@{instruction}", source_code(code)
     if None not in position:
