@@ -158,7 +158,7 @@ def _numbers_of(to: CodeRange) -> Any:
 
 
 def _has_channels_side_by_side(sums: Tensor, factors: Factors) -> bool:
-    """Whether factor i mod channels belongs to the i-th sum in memory."""
+    """Whether ``sums`` are dense and factor i mod channels belongs to the i-th of them in memory."""
     by_channel = factors.by_channel
     return is_dense(sums) and (by_channel.numel() == 1 or sums.stride(-by_channel.dim()) == 1)
 

@@ -78,7 +78,11 @@ def _takes(x: Tensor, axis: int | None) -> bool:
 
 
 def _count(x: Tensor, bins: FloatPrefixBins, counts: Tensor, low: Tensor, high: Tensor) -> int:
-    """Add ``x`` to ``counts``, widen ``low`` and ``high`` in place, and return how many values are not finite."""
+    """Add ``x`` to ``counts``, widen ``low`` and ``high`` in place, and return how many values are not finite.
+
+    ``counts`` are int64 (bins.count,), over ``bins``; ``low`` and ``high``, float32 0-d, the smallest and the largest
+    finite value so far.
+    """
     infinite = INFINITE_EXPONENT << bins.mantissa_bits
     numbers = (bins.shift, bins.first_prefix, bins.per_side, infinite)
     into = (counts.data_ptr(), low.data_ptr(), high.data_ptr())

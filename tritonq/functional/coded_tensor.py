@@ -241,7 +241,10 @@ def _may_pool(x: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _viewed(x: CodedTensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Apply a view operator ``func`` to a tensor's shape, strides and codes; returns a view, or a list of views."""
+    """Apply a view operator to shape, strides and codes of ``x``; return a CodedTensor that views it, or a list.
+
+    ``func`` is the operator, called with ``x`` and then ``rest`` and ``kwargs``.
+    """
     shape = func(torch.empty_strided(x.shape, x.stride(), device="meta"), *rest, **kwargs)
     if func is _aten.view.default:
         # The codes may lie in another order than the values seem to.
@@ -273,7 +276,7 @@ def _both(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor],
 
 
 def _concatenated(tensors: Any, dim: int = 0) -> CodedTensor | None:
-    """Concatenate tensors of codes on one grid; None if a tensor is no CodedTensor or has another grid."""
+    """Concatenate tensors of codes on one grid along ``dim``; None if one is no CodedTensor or has another grid."""
     first = tensors[0]
     if not all(isinstance(x, CodedTensor) and x.codes is not None and x.grid == first.grid for x in tensors):
         return None
@@ -281,9 +284,10 @@ def _concatenated(tensors: Any, dim: int = 0) -> CodedTensor | None:
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on float values.
+    """Run an operator ``func`` on arguments in which float tensors take the place of CodedTensors; return its result.
 
-    If it writes to its arguments or returns their memory, their codes are dropped.
+    If it writes to its arguments or returns their memory, their codes are dropped. If it writes to its first argument
+    and returns that, the result is the given tensor itself.
     """
     schema = func._schema
     shares = any(result.alias_info is not None for result in schema.returns)

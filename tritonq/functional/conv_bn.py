@@ -223,7 +223,10 @@ def _fitted(ready: ReadyWeight, dtype: torch.dtype) -> StepWeight:
 
 
 def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
-    """Return the weight that `quantize_weights_together` made for this step, once; None without, or if it changed."""
+    """Take the weight that `quantize_weights_together` made for this step out of ``memory``, and return it.
+
+    None if there is none, if ``weight`` changed since, in a recomputation, and while ``torch.compile`` traces.
+    """
     if torch.compiler.is_compiling() or is_recomputing() or memory.ready is None:
         return None
     ready: ReadyWeight = memory.ready

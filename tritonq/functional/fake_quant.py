@@ -158,7 +158,13 @@ def _checked_grid(
     quant_max: int,
     rounding: Rounding,
 ) -> Grid:
-    """Return the grid that a public function's arguments describe; raises the errors that its docstring lists."""
+    """Return the grid that a public function's arguments of these names describe; None for ``axis``: one scale.
+
+    Raises:
+        TypeError: ``x``, scale or zero point of the wrong kind.
+        ValueError: empty code range, zero point outside it, scale not positive and finite, qparams of another shape or
+            device, or an axis out of range.
+    """
     check_float_tensor("x", x)
     qtype = QuantizedType(quant_min, quant_max, False, None if axis is None else check_axis(x, axis), rounding)
     channels = None if qtype.axis is None else x.shape[qtype.axis]

@@ -82,6 +82,8 @@ def fold_conv_bn(
 def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
     """Return a copy of ``conv`` that computes ``bn(conv(x))`` in eval mode.
 
+    Its weight and bias (new if ``conv`` has none) are new parameters that require gradients if ``conv.weight`` does.
+
     Args:
         conv: ``nn.Conv1d`` to ``nn.Conv3d``, or a transposed one.
         bn: the BatchNorm after it, with running statistics.

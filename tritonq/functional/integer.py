@@ -257,8 +257,16 @@ def _raise_scale_for_sums(
     """Return the weight scale, raised in channels whose bias and sum of products together might pass 31 bits.
 
     With input scale s, n weights w and input codes up to c, such a channel's scale becomes
-    ``(|b| / s + c Σ|w|) / (2^31 - 128 - n c / 2)``: rounding adds half a code to each weight at most. Products of codes
-    of more than 8 bits are summed in 64 bits, so that the bias alone must fit 31.
+    ``(|b| / s + c Σ|w|) / (2^31 - 512 - n c / 2)``: rounding adds half a code to each weight at most. Products of codes
+    of more than 8 bits are summed in 64 bits: the limit is then 2^53 - 2^30, and the bias alone must fit 31 bits.
+
+    Args:
+        scale: the weight's scales, (out,).
+        zero_point: of the weight, (out,).
+        qtype: codes of the weight.
+        rows: the float weight w, (out, ...).
+        bias: b, (out,), or None.
+        source: the input's grid, per tensor.
     """
     is_wide = max(source.qtype.bits, qtype.bits) > BYTE_BITS
     if is_wide or rows[:1].numel() == 0:

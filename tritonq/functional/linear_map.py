@@ -153,7 +153,12 @@ class Convolution:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of input, weight and bias, None for those not needed, by torch's own backward."""
+        """Return the gradients of input, weight and bias by torch's own backward, None for those not needed.
+
+        ``dy`` is the gradient of the result, in the dtype of ``x`` and ``weight``; ``needs_x``, ``needs_weight`` and
+        ``needs_bias`` say which are needed. If only its own gradient is needed, the values of ``x`` or ``weight`` are
+        not read. The bias's gradient is ``Σ dy`` per out channel.
+        """
         mask = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *self._geometry, mask)
         return dx, dw, dy.sum((0, *range(2, dy.dim()))) if needs_bias else None
@@ -263,7 +268,10 @@ class MatrixProduct:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients ``dy @ weight``, ``dy.T @ x`` and ``Σ dy``, None for those not needed."""
+        """Return the gradients ``dy @ weight``, ``dy.T @ x`` and ``Σ dy``, with leading axes as one.
+
+        ``needs_x``, ``needs_weight`` and ``needs_bias`` say which are needed; the others are None.
+        """
         rows = dy.flatten(0, -2)
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if needs_x else None
         dw = rows.t() @ x.flatten(0, -2) if needs_weight else None

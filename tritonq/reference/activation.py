@@ -176,7 +176,7 @@ def straight_through_(
 
 
 def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
-    """Return ``dy`` where :func:`passes` is True, else 0, without reading a value on the host."""
+    """Return ``dy`` where neither ReLU nor the clip blocks it (:func:`passes`), else 0, without a read on the host."""
     return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
 
 

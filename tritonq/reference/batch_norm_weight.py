@@ -113,8 +113,9 @@ def composed(
     """Fold, observe and quantize a weight by the functions of two given modules; arguments and result of `quantize`.
 
     ``folds`` has the functions of `tritonq.reference.fold`, ``weights`` those of `tritonq.reference.weight`; the
-    backend "compiled" gives its own. ``rows`` is the weight, ``gamma`` None for 1, ``known`` fold and ``1/σ`` in place
-    of ``running_var``, ``out`` memory for the codes; range and grid are updated in place.
+    backend "compiled" gives its own. ``rows`` is the weight, ``gamma`` None for 1, ``eps`` the BatchNorm's, ``known``
+    fold and ``1/σ`` in place of ``running_var``, ``code_dtype`` that of the codes, ``dtype`` that of the arithmetic,
+    ``out`` memory for the codes; ``statistics`` and ``grid`` are updated in place.
     """
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)

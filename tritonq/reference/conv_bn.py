@@ -310,7 +310,7 @@ def _visible_backward(g: Tensor, c: Tensor, result: Normalization, dtype: torch.
 
 
 def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``pull`` and ``offset`` of ``slope · g + pull · (c - mean) + offset``, both (channels,)."""
+    """Return ``pull`` and ``offset``, (channels,), of the gradient of c, ``slope · g + pull · (c - mean) + offset``."""
     share = result.slope / operand(-float(c.numel() // c.shape[1]), result.slope)
     return share * result.inverse_std * sum_gn, share * sum_g
 

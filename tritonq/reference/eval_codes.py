@@ -45,7 +45,8 @@ class Factors:
 
     Attributes:
         by_channel: shaped to broadcast against the sums.
-        row: the same factors, repeated as often as rows of sums are to be long; see :func:`repeated`.
+        row: the same factors in a vector, all channels one after the other, several times: :func:`multiply_` takes a
+            part of it for sums that lie in memory with channels innermost.
     """
 
     by_channel: Tensor
@@ -53,7 +54,9 @@ class Factors:
 
 
 def repeated(by_channel: Tensor) -> Factors:
-    """Return factors with their row: a whole number of times the channels, the largest below 2048 that is a power of 2.
+    """Return factors with their row: all channels' factors, one after the other, 2^k times.
+
+    2^k is the largest power of 2 for which the row has at most 2048 numbers; 1 for more channels.
 
     Args:
         by_channel: float32, shaped to broadcast against the sums; one element or one per channel.
@@ -111,7 +114,10 @@ def is_within(sums: Tensor, reach: float) -> bool:
 
 
 def multiply_(sums: Tensor, factors: Factors) -> Tensor:
-    """Multiply ``sums`` by each channel's factor in place, several pixels in a row; return ``sums``."""
+    """Multiply ``sums`` by each channel's factor in place, and return them.
+
+    If channels lie innermost in memory, several pixels at a time are multiplied by a part of ``factors.row``.
+    """
     by_channel, channels = factors.by_channel, factors.by_channel.numel()
     pixels = sums.numel() // channels
     # The largest power of two that divides the pixels and makes no row too long.

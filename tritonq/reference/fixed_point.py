@@ -68,7 +68,10 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
 
 
 def _add_errors(errors: Tensor, block: Tensor, qtype: QuantizedType) -> None:
-    """Add the squared errors of a block (channels, elements) to ``errors`` (candidates, channels), in place."""
+    """Add the squared errors of a block (channels, elements) to ``errors`` (candidates, channels), in place.
+
+    Candidate l rounds to codes of ``qtype`` times ``2^-l``. ``block`` is float32 or float64 and not changed.
+    """
     # 0 is a code of every format: values set to it err nowhere. (A mask and `where` would take as long as three
     # candidates.)
     block = torch.nan_to_num(block, 0.0, 0.0, 0.0)

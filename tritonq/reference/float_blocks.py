@@ -107,9 +107,10 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _float_scales(largest: Tensor, elements: FloatFormat, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales of blocks, e4m3 times ``tensor_scale``, from their largest magnitudes, and the reciprocals.
+    """Return the scales ``e4m3(m / (L · t)) · t`` of blocks from their largest magnitudes m, and the reciprocals.
 
-    Both are 0 if the reciprocal is not a normal float32.
+    L is the largest number of ``elements``, t ``tensor_scale``. Both results are 0 where the scale is below float32's
+    normal numbers. ``largest`` is overwritten.
     """
     tensor_scale = tensor_scale.view(())
     steps = largest.mul_(_reciprocal_or_zero(tensor_scale * elements.largest))

@@ -75,7 +75,7 @@ class Function:
         return x
 
     def deployed(self, x: Tensor) -> Tensor:
-        """Return the function of a float32 tensor in the order of operations of engines; without gradient.
+        """Return the function of a float32 tensor ``x`` in the order of operations of engines; without gradient.
 
         What an engine approximates (exponentials, error functions) is computed in float64 and rounded to float32.
         """

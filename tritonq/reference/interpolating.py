@@ -101,7 +101,10 @@ def _points(limits: Tensor, count: int) -> Tensor:
 
 
 def _dealt_out(histogram: Tensor, index: Tensor, slices: int) -> Tensor:
-    """Return counts of new bins: each slice's share of its old bin goes to the new bin ``index`` of it, ascending."""
+    """Return counts of new bins, float64 (bins,): each slice's share of its old bin goes to a new bin.
+
+    ``index`` has the new bin of each slice, int64 (bins · slices,), ascending; ``histogram`` the old counts.
+    """
     bins = len(histogram)
     if is_readable(histogram):
         return torch.bincount(index, weights=histogram.repeat_interleave(slices) / slices, minlength=bins)
@@ -192,6 +195,8 @@ def greedy_range(histogram: Tensor, limits: Tensor, cells: int) -> Tensor:
 def _windows(histogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first and last bins of the windows that trimming leads to, (bins + 1,), and how many follow the whole.
 
+    ``histogram`` is float64, (bins,). The first window is the whole; entries behind the last window mean nothing.
+
     A step takes the end that frees more bins, the upper one where both free as many. So the order of all steps is that
     of merging two sequences by their heads, the larger first: as merging their running minima, which are sorted.
     """
@@ -228,7 +233,10 @@ def _windows(histogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the shares of the counts at which steps of either end stop, added up one by one as the search does."""
+    """Return the shares of the counts at which steps of the lower and of the upper end stop, float64 vectors.
+
+    They are multiples of 1e-5 from 0 up and from 1 down, added up one by one as the search does.
+    """
     lower = np.cumsum(np.full(_STEPS, _QUANTILE_STEP))
     upper = np.cumsum(np.concatenate(([1.0], np.full(_STEPS, -_QUANTILE_STEP))))
     return torch.tensor([0.0, *lower], dtype=torch.float64, device=device), torch.tensor(upper, device=device)
@@ -241,7 +249,11 @@ def _running_totals(histogram: Tensor) -> Tensor:
 
 
 def _window_errors(histogram: Tensor, edges: Tensor, first: Tensor, last: Tensor, cells: int) -> Tensor:
-    """Return squared errors of the windows ``first..last``, in units of bins."""
+    """Return the squared error of each window of bins ``first..last``, cut into ``cells`` cells: float64 (windows,).
+
+    It is the sum of counts times mean squared distances to the cells' centres, in units of bins. ``histogram`` is
+    (bins,), ``edges`` are 0 to bins, (bins + 1,).
+    """
     step = (last - first + 1).double()[None] / cells
     zero = torch.zeros_like(step)
     return cell_error(edges[None], histogram[None], step, first + step / 2, zero, zero + (cells - 1))[0]

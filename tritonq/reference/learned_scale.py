@@ -99,8 +99,16 @@ def _terms(
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """Return a mask of where the gradient passes, and what each value adds to the parameters' gradients per unit of dy.
 
-    Masks are 0.0 and 1.0, and 0.0 at NaN: on CPUs `where` takes as long as ten products. A value is inside where its
-    clamp leaves it as it is.
+    The second has a tensor for the parameter and one for the zero point (None: its gradient is 0). Masks are 0.0 and
+    1.0, and 0.0 at NaN: on CPUs `where` takes as long as ten products. A value is inside where its clamp leaves it as
+    it is.
+
+    Args:
+        values: x in the dtype of the arithmetic.
+        scale: the parameter, shaped to broadcast against x.
+        shift: the zero point, likewise; None for 0.
+        qtype: codes, and how the method ``"torch"`` rounds.
+        method: which of the formulas of :func:`learned_fake_quantize_backward`.
     """
     if method == "pact":
         above = _mask(torch.ge, values, scale)

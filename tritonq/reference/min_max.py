@@ -173,7 +173,8 @@ def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: G
 def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: Grid | None) -> None:
     """Merge a finite batch, ``low <= high``, into a running range of one element, and write what follows to ``grid``.
 
-    The bits are those of :func:`merge_range_`. A grid of None is not written.
+    ``statistics`` are updated in place; they say how batches are merged and how scale and zero point follow. The bits
+    are those of :func:`merge_range_`. A grid of None is not written.
 
     Raises:
         ValueError: the rule is ``"torch_v1"``.

@@ -46,7 +46,10 @@ def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> 
 
 
 def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kind: type[_Float]) -> _Float:
-    """Return the first value, in the direction ``outwards`` (±inf), that rounds to a code beyond ``code``."""
+    """Return the first value, in the direction ``outwards`` (±inf), that rounds to a code beyond ``code``.
+
+    Codes count from the zero point. ``step`` is the scale, ``kind`` the type of the arithmetic, that of the result.
+    """
     inverse = kind(np.float32(1) / np.float32(step))
 
     def is_outside(x: _Float) -> bool:

@@ -100,7 +100,7 @@ def _search(
     eps: float | None,
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the best ranges, (channels,) each, of a few channels: :func:`search_range` of counts (channels, bins)."""
+    """Return ``(lo, hi)``, (channels,) each: :func:`search_range` of a few channels, with counts (channels, bins)."""
     seen = low <= high
     # A channel without data is searched as if it held zeros, and keeps its unset range.
     safe_low, safe_high = torch.where(seen, low, 0), torch.where(seen, high, 0)
@@ -245,9 +245,10 @@ def _least_error_range(
     rule: RangeRule,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the range of least error: both ends are tried in geometric steps, then finer around the best.
+    """Return the ranges ``(lo, hi)`` of least :func:`range_error`, (channels,) each, of counts (channels, bins).
 
-    The two ends of an affine type are searched together.
+    Both ends are tried in geometric steps, then finer around the best; those of an affine type are searched together.
+    ``low`` and ``high`` are the exact extremes; the other arguments are those of :func:`range_error`.
     """
     octaves = _OCTAVES_OF_THRESHOLDS + qtype.bits + _SPARE_OCTAVES
     rounds = _ROUNDS_ONE_SIDED if qtype.symmetric else _ROUNDS_TWO_SIDED
@@ -299,7 +300,7 @@ def _percentile_range(
 
 
 def _magnitudes(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Return the histogram of ``|x|``: counts (channels, per_side + 1), and its edges, ascending."""
+    """Return the histogram of ``|x|`` from that of x: counts (channels, per_side + 1), and its edges, ascending."""
     side = bins.per_side
     folded = counts[:, side:].clone()
     folded[:, 1:] += counts[:, :side].flip(1)

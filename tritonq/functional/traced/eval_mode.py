@@ -117,7 +117,7 @@ def prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
 
 
 def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
-    """Return the means of ``x``: by exact integers, on the output's grid, if both grids are on, else by floats.
+    """Return the means of ``x``: by exact integers, on the output's grid, if both grids are on, else as torch does.
 
     The integer result is ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out``, not clipped: Σ is the exact sum of codes
     minus zero point, N the number that the mean divides by, fl rounding to float32.
@@ -214,7 +214,8 @@ def run_affine(
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Compute :func:`join` of kind ``kind`` when the compiled graph runs, in ``a``'s dtype.
 
-    If all three grids are on it is computed from codes and rounded to ``output``, not clipped; else in float.
+    If the grids of ``a`` and ``b`` (``grid_a``, ``grid_b``) and ``output`` are on, it is computed from codes and
+    rounded to ``output``, not clipped; else in float.
     """
     return _chosen(
         (grid_a, grid_b, output),
@@ -238,7 +239,7 @@ def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
 def run_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
     """Compute :func:`prelu`, ``max(0, x) + weight · min(0, x)``, when the compiled graph runs, in ``x``'s dtype.
 
-    If both grids are on it is rounded to ``output``, not clipped.
+    If both grids are on, ``x`` is rounded to ``source`` and the result to ``output``, not clipped.
     """
     return _chosen(
         (source, output),
