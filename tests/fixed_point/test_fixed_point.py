@@ -180,6 +180,26 @@ def test_statistic_at_an_exact_power_of_two_and_of_zeros():
     assert per_channel.tolist() == [1, 7]
 
 
+@pytest.mark.parametrize("statistic", ["std", "mean_abs", "rms"])
+def test_statistics_leave_out_what_is_not_finite(statistic):
+    """As the search does: a batch with an infinity, as mixed precision meets it, must not move the length."""
+    finite = torch.tensor([[0.3, -1.0, 2.5], [4.0, -9.0, 7.0]])
+    others = torch.tensor([[math.inf, math.nan], [-math.inf, math.inf]])
+    x = torch.cat((others, finite), dim=1)
+    for axis in (None, 0):
+        found = statistic_frac_len(x, statistic=statistic, axis=axis)
+        assert found.tolist() == statistic_frac_len(finite, statistic=statistic, axis=axis).tolist()
+    assert int(statistic_frac_len(others, statistic=statistic)) == 7
+
+
+def test_one_value_has_no_deviation():
+    """Its magnitude stands for it, without a warning; a weight of one in channel per channel is such a tensor."""
+    weight = torch.tensor([[1.0], [-0.25], [0.0], [20.0]])
+    found = statistic_frac_len(weight, statistic="std", axis=0)
+    assert found.tolist() == statistic_frac_len(weight, statistic="rms", axis=0).tolist() == [5, 7, 7, 1]
+    assert int(statistic_frac_len(torch.tensor([]))) == 7
+
+
 X = torch.ones(2, 3)
 
 

@@ -163,7 +163,8 @@ def statistic_frac_len(
 
     ``fl = clamp(floor(log2(c / metric)), 0, word_len - signed)`` with, at 8 bits, c = 40, 30, 40 (signed) or 70, 30, 50
     (unsigned) for standard deviation (n - 1), mean absolute value and root mean square. At other word lengths c scales
-    with ``2^(word_len - 8)``. A metric of zero gives the largest fractional length.
+    with ``2^(word_len - 8)``. A metric of zero gives the largest fractional length. Values that are not finite don't
+    count; of a single value the standard deviation is taken to be its magnitude.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
@@ -173,7 +174,7 @@ def statistic_frac_len(
         axis: None for one result, else one per index of this axis.
 
     Returns:
-        int32 on ``x``'s device, 0-d or (x.shape[axis],).
+        int32 on ``x``'s device, 0-d or (x.shape[axis],); the largest length for an empty tensor.
 
     Raises:
         TypeError: ``x`` is no float tensor.
@@ -191,16 +192,29 @@ def statistic_frac_len(
     if statistic not in _NUMERATORS:
         raise ValueError(f"unknown statistic {statistic!r}; known: {', '.join(get_args(Statistic))}")
     rows = x.detach().double()
-    rows = rows.reshape(-1) if axis is None else rows.movedim(axis, 0).flatten(1)
-    if statistic == "std":
-        metric = rows.std(-1)
-    else:
-        metric = rows.abs().mean(-1) if statistic == "mean_abs" else rows.square().mean(-1).sqrt()
+    metric = _metric(rows.reshape(-1) if axis is None else rows.movedim(axis, 0).flatten(1), statistic)
     numerator = _NUMERATORS[statistic][0 if signed else 1] * 2.0 ** (word_len - 8)
     # frexp gives a mantissa in [0.5, 1): its exponent is floor(log2) + 1, exactly.
     exponent = torch.frexp(numerator / metric).exponent - 1
     largest = largest_frac_len(word_len, signed)
     return torch.where(metric > 0, exponent.clamp(0, largest), largest).to(torch.int32)
+
+
+def _metric(rows: Tensor, statistic: Statistic) -> Tensor:
+    """Return a statistic of the finite values of each row (the last axis) of a float64 tensor; 0 if a row has none.
+
+    A single value has no standard deviation: its magnitude is returned.
+    """
+    finite = torch.isfinite(rows)
+    values, count = torch.where(finite, rows, 0.0), finite.sum(-1)
+    divisor = count.clamp(min=1)
+    if statistic == "mean_abs":
+        return values.abs().sum(-1) / divisor
+    rms = (values.square().sum(-1) / divisor).sqrt()
+    if statistic == "rms":
+        return rms
+    distances = torch.where(finite, values - (values.sum(-1) / divisor).unsqueeze(-1), 0.0)
+    return torch.where(count > 1, (distances.square().sum(-1) / (count - 1).clamp(min=1)).sqrt(), rms)
 
 
 def _check_frac_len(frac_len: float | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:
