@@ -150,6 +150,7 @@ def pack(
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the layer, per tensor; None: the layer gives float values.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
+            Without ``output`` it is not applied.
     """
     weight = layer.weight
     if not weight.is_cpu or not has_integer_kernels() or not weight.numel():

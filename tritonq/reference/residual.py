@@ -115,7 +115,10 @@ def mask_length(count: int) -> int:
 
 
 def pack(passes: Tensor) -> Tensor:
-    """Return a vector of 0.0 and 1.0 as a mask: uint8 (length,), element ``p · length + i`` is bit p of byte i."""
+    """Return a vector of 0.0 and 1.0 as a mask: uint8 (length,), element ``p · length + i`` is bit p of byte i.
+
+    The length is that of :func:`mask_length`: an eighth of the vector's, rounded up to a multiple of 16.
+    """
     length = mask_length(passes.numel())
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)

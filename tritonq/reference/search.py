@@ -2,7 +2,8 @@
 
 A *candidate* is a range that might be used. Inside a bin values count as evenly spread, so that an expected squared
 error is a sum over bins of an integral in closed form. Nothing here reads a value on the host. Histograms are
-(channels, bins); see `tritonq.bins` for the bins.
+(channels, bins). Bins (`tritonq.bins`) hold values with the same sign, exponent and top mantissa bits, ``per_side`` on
+each side of one around zero.
 """
 
 from __future__ import annotations
@@ -354,9 +355,10 @@ def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int =
     """Return the fraction of a linear histogram's bins that is best to keep, by TensorRT's measure; (0, 1].
 
     Best is where the quantized histogram Q diverges least from the clipped one P. For each candidate ``i``: P is the
-    first i bins, with all counts beyond added to the last; Q spreads the first i bins' counts over ``levels`` groups,
-    evenly over the bins of a group that are not empty. ``KL = Σ p log(p/q)``. The first bin counts as much as the
-    second: zeros cost nothing. Of equal candidates the largest wins.
+    first i bins, with all counts beyond added to the last; Q spreads the first i bins' counts over ``levels`` groups
+    (group g begins at bin ``ceil(g i / levels)``), evenly over the bins of a group that are not empty.
+    ``KL = Σ p log(p/q)``. The first bin counts as much as the second: zeros cost nothing. Of equal candidates the
+    largest wins.
 
     Args:
         counts: float64, (channels, n), not negative.
