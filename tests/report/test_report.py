@@ -196,6 +196,14 @@ def test_the_page_stands_alone_and_can_be_read_aloud(measured):
     assert len(drawn) == sum(len(layer.tensors) for layer in measured.layers)
 
 
+def test_the_chart_s_text_does_not_shrink_with_the_screen(measured):
+    """A phone shows the chart at half its size: its text is twice as large there."""
+    style = re.search(r"<style>(.*?)</style>", render(measured, "digits", "test"), re.DOTALL).group(1)
+    (everywhere,) = re.findall(r"^svg text { font: ([\d.]+)px", style, re.MULTILINE)
+    (narrow,) = re.findall(r"max-width: \d+px\) { \.chart text { font-size: ([\d.]+)px", style)
+    assert float(narrow) >= 2 * float(everywhere)
+
+
 def test_clipped_values_are_drawn_apart(measured):
     tensor = layer_of(measured, "stem.0").tensors[0]
     assert 'class="clip"' not in histogram(tensor)
