@@ -153,3 +153,31 @@ def test_a_best_checkpoint_that_is_not_the_best_epoch_s(make, message, workplace
     assert one_line(capsys, "train").endswith(f"{message}; --resume --deploy last takes the last epoch")
     assert not Path("out/model.int8.pt").exists()
     assert main([*RESUME, "--deploy=last"]) == 0
+
+
+def test_an_export_replaces_no_checkpoint(workplace, capsys):
+    before = (workplace / "out" / "last.pt").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        assert main(["export", MODEL, f"out/{name}", "--checkpoint", "out/last.pt"]) == 1
+        assert f"out/{name} exists and is no converted model" in one_line(capsys, "export")
+    assert (workplace / "out" / "last.pt").read_bytes() == before
+    assert main(["export", MODEL, "out/model.int8.pt", "--checkpoint", "out/last.pt"]) == 0
+
+
+@pytest.mark.parametrize("name", ["best.pt", "log.csv", "model.onnx", "model.int8.pt"])
+@pytest.mark.parametrize("words", [[], ["--resume"]], ids=["new", "resume"])
+def test_a_run_replaces_no_file_of_another_program(name, words, workplace, capsys):
+    """As where the float model's training left its files in the present folder."""
+    torch.save({"weight": torch.ones(1)}, workplace / name)
+    before = (workplace / name).read_bytes()
+    assert main(["train", MODEL, "photos", *SETTINGS, "--output", ".", *words]) == 1
+    assert f"{name} exists, and train writes a file of this name: pass another --output" in one_line(capsys, "train")
+    assert (workplace / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [["log.csv"], ["log.csv", "best.pt"]])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(left, workplace):
+    (workplace / "again").mkdir()
+    for name in left:
+        shutil.copy(workplace / "out" / name, workplace / "again" / name)
+    assert main(["train", MODEL, "photos", *SETTINGS, "--output", "again", "--no-onnx"]) == 0

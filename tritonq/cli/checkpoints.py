@@ -145,6 +145,14 @@ def is_training_file(content: Mapping[str, Any]) -> bool:
     return content.get("format") == FORMAT
 
 
+def has_format(path: Path, name: str) -> bool:
+    """Whether the file at ``path`` can be read and says that it has the format ``name``."""
+    try:
+        return bool(read_tensors(path).get("format") == name)
+    except ValueError:
+        return False
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """Return the dict of tensors and plain data in a file of ``torch.save``; code in it is not run.
 

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from tritonq.calibration import calibrate
-from tritonq.cli.checkpoints import ModelRecipe
+from tritonq.cli.checkpoints import ModelRecipe, has_format
 from tritonq.cli.data import add_data_option, open_examples, stacked
 from tritonq.cli.deployment import metadata, write_onnx
 from tritonq.cli.model_files import ONNX_SUFFIX, PROGRAM_SUFFIX, Trained, add_trained_arguments, open_trained
 from tritonq.cli.models import add_qconfig_argument, find_qconfig, prepare
 from tritonq.cli.paths import writable_file
 from tritonq.deploy import convert, export_program, save_converted
+from tritonq.deploy.checkpoint import FORMAT as CONVERTED
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.targets import ONNX_FORMS
 
@@ -56,6 +57,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")
     writable_file(path)
+    if path.suffix == _INT8_SUFFIX and path.exists() and not has_format(path, CONVERTED):
+        raise ValueError(f"{path} exists and is no converted model, such as a checkpoint: name another file")
     trained = open_trained(arguments, arguments.calibrate)
     if trained.form == "onnx" or trained.model is None:
         raise ValueError("an ONNX file can't be exported again: export the checkpoint that it came from")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
-from tritonq.cli.checkpoints import ModelRecipe, load_state, load_weights, read_training
+from tritonq.cli.checkpoints import FORMAT, ModelRecipe, has_format, load_state, load_weights, read_training
 from tritonq.cli.classification import accuracy, count_right, in_order, logits
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.deployment import Deployed, deploy
@@ -31,7 +31,7 @@ from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_prepro
 from tritonq.cli.processes import Processes, join, leave
 from tritonq.cli.same_run import check_before_images, read_run
 from tritonq.cli.settings import AMP, Settings
-from tritonq.cli.training_log import Epoch, TensorBoard, check_tensorboard
+from tritonq.cli.training_log import Epoch, TensorBoard, check_tensorboard, is_own_log
 from tritonq.cli.training_loop import Run
 from tritonq.deploy.convert import why_not_deployable
 from tritonq.prepare import update_bn_stats
@@ -200,18 +200,35 @@ def _saved_run(
     """Return the content of the checkpoint from which ``--resume`` goes on; None: the run begins.
 
     Raises:
-        ValueError: a checkpoint without ``--resume``, or one of another run.
+        ValueError: a checkpoint without ``--resume``, one of another run, or files of other programs that the run would
+            replace.
     """
     path = arguments.output / "last.pt"
     if processes.is_first:
         writable_folder(arguments.output)
     if not path.exists():
+        _check_for_others(arguments.output)
         return None
     if not arguments.resume:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
     saved_recipe, saved = read_run(path)
     check_before_images(path, made, settings, saved_recipe, saved)
     return saved
+
+
+def _check_for_others(folder: Path) -> None:
+    """Refuse a folder, without a run's ``last.pt``, in which the run would replace files of other programs.
+
+    A run that was killed before its first checkpoint may have left ``best.pt`` and ``log.csv``.
+    """
+    best = folder / "best.pt"
+    if best.exists() and has_format(best, FORMAT):
+        return
+    log = folder / "log.csv"
+    theirs = [best, folder / "model.int8.pt", folder / "model.onnx", *([] if is_own_log(log) else [log])]
+    found = next((path for path in theirs if path.exists()), None)
+    if found is not None:
+        raise ValueError(f"{found} exists, and train writes a file of this name: pass another --output")
 
 
 def _try_float_model(

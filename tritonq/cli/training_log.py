@@ -50,6 +50,15 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
         file.write(text.getvalue().encode())
 
 
+def is_own_log(path: Path) -> bool:
+    """Whether the file at ``path`` begins as those of :func:`write_csv` do, or there is none."""
+    header = ",".join(field.name for field in fields(Epoch)).encode()
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
 def history_from_data(data: Any) -> list[Epoch]:
     """Return the epochs that a checkpoint holds, from the list of their fields.
 
