@@ -323,7 +323,8 @@ def _steps_to_flush(exact_products: int | None, products: int, per_step: int) ->
 def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: bool) -> ConvTile:
     """Return the tile of a launch for which no table has a tuned one.
 
-    ``pixels`` are all output pixels, ``outs`` and ``channels`` the out and in channels of one group.
+    ``pixels`` are all output pixels, ``outs`` and ``channels`` the out and in channels of one group; ``depthwise``: one
+    in channel for each out channel.
     """
     # Without tf32, float32 products are no work for matrix units, and keep their operands in registers.
     widest = 128 if x.element_size() < 4 else 64

@@ -141,7 +141,7 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 
 
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`encode`, in ``dtype``.
+    """Return ``(codes - shift) · scale`` in ``dtype``: the tensor that was given to :func:`encode`.
 
     ``out`` is not used: a GPU's allocator hands out again what was freed.
     """

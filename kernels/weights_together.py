@@ -233,7 +233,7 @@ def _launch(
 
     Args:
         quantizer: grid and statistics of any one of the weights.
-        entries: as those of :func:`_table`.
+        entries: one per weight: its number of rows, and its columns of the table from ``_FIRST`` on.
         fold: the factors of all rows of all weights.
         codes: written.
         vectors: (3, rows) written: unit, scale, and whether rounding was on.

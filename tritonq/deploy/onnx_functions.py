@@ -224,7 +224,7 @@ def _put_table(proto: Any, source: str, result: str, node: Any, codes: Any) -> N
         source: name of the input's codes.
         result: name of the result's codes.
         node: the node that makes the result, which is removed.
-        codes: the table.
+        codes: the table, uint8: element i is the result's code for the input code i.
     """
     import onnx
 

@@ -62,7 +62,10 @@ def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Aver
 
 
 def _window(rank: int) -> Callable[..., Averaging | None]:
-    """Return the function from arguments of ``avg_pool1d``, ``2d`` or ``3d`` to an ``Averaging``, for ``rank`` axes."""
+    """Return a function that takes the arguments of ``avg_pool1d``, ``2d`` or ``3d`` and returns a ``WindowAverage``.
+
+    Numbers for all axes become one per axis, ``rank`` of them; without a stride it is the kernel size.
+    """
 
     def average(
         input: Ref,
@@ -84,7 +87,10 @@ def _window(rank: int) -> Callable[..., Averaging | None]:
 
 
 def _adaptive(rank: int) -> Callable[..., Averaging | None]:
-    """Return the function from arguments of ``adaptive_avg_pool1d`` etc. to an ``Averaging``, for ``rank`` axes."""
+    """Return a function that takes the arguments of ``adaptive_avg_pool1d`` etc. and returns an ``AdaptiveAverage``.
+
+    An output size for all axes becomes one per axis, ``rank`` of them; None is the input's.
+    """
 
     def average(input: Ref, output_size: Any) -> Averaging | None:
         return AdaptiveAverage(_whole_per_axis(output_size, rank))

@@ -139,7 +139,7 @@ def find_unary(
 
 
 def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
-    """Whether a call is an operation of one tensor that is worth computing on codes.
+    """Whether a call is an operation of one tensor that is worth computing on codes: a mean, function, clip or PReLU.
 
     A reciprocal is not: the step between two small codes becomes most of its range.
     """

@@ -47,7 +47,9 @@ class Unrounded:
     def add_layers(self, layers: Sequence[Layer]) -> None:
         """Find the layers whose results only joins or islands read, and may read unrounded.
 
-        Their names go into ``layers``, their results into ``values`` and ``makers``.
+        Islands may if the layer's qconfig has ``islands="float"``. Of joins, additions may if it has not
+        ``round_summands``, or if the target fuses joins: then a convolution's result, one for each addition, and
+        results that are concatenated. Names go into ``layers``, results into ``values`` and ``makers``.
         """
         fused: set[int] = set()  # additions that have their one summand
         # A residual's own convolution comes first, then the one that fits its shortcut.
@@ -116,7 +118,7 @@ class Unrounded:
         return kinds == {"add"} and is_free and layer.ceiling is None and issubclass(layer.row[0], _CONVOLUTIONS)
 
     def waits_for_concatenation(self, quantizer: PlannedQuantizer, values: Sequence[int]) -> bool:
-        """Whether only concatenations read the values that a quantizer would round, and may round them instead."""
+        """Whether only concatenations read the values that a quantizer would round, and the target lets them round."""
         if not quantizer.qconfig.find_target().fuses_joins:
             return False
         entered = [self._entered(value) for value in values]

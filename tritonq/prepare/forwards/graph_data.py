@@ -221,7 +221,7 @@ def _check_name(name: Any) -> str:
 def _to_data(item: Any) -> Any:
     """Return an argument of a node as plain data; a node becomes ``{"node": name}``.
 
-    Numbers, texts, None and lists stay; others become a dict of their kind, such as ``{"tuple": [...]}``.
+    Finite numbers, texts, None and lists stay; others become a dict of their kind, such as ``{"tuple": [...]}``.
 
     Raises:
         ValueError: an object of another class.
