@@ -49,7 +49,7 @@ class LayerComparison:
     def is_within(self, max_fraction: float, max_step: int) -> bool:
         """Whether at most ``max_fraction`` of the codes differ, and by ``max_step`` codes at most.
 
-        Behind an island any number of codes may differ by one.
+        Behind an island (``island`` is not empty) any number of codes may differ by one.
         """
         if self.island and self.largest <= ISLAND_STEP:
             return True

@@ -49,7 +49,7 @@ def stand_in(module: nn.Module, name: str) -> None:
 
 
 def stand_ins(module: nn.Module) -> list[str]:
-    """Return the names of a module's stand-ins, the meta tensors that :func:`stand_in` made."""
+    """Return the names of a module's stand-ins: meta tensors, without memory, that :func:`stand_in` made."""
     return [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
 
 

@@ -73,9 +73,9 @@ class Cat(WithOutputQuantizer):
     def _exact(self, tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
         """Return ``round(cat(tensors, dim) / s) · s`` with the output's scale s, before clipping, without gradient.
 
-        Tensors that carry codes are joined as codes, with the same values, then clipped. None without a per-tensor grid
-        that is switched on. A graph of ``torch.compile`` reads the switch when it runs; values then stay as they are if
-        it is off.
+        Tensors to which their codes are attached are joined as codes, with the same values, then clipped. None without
+        a per-tensor grid that is switched on. A graph of ``torch.compile`` reads the switch when it runs; values then
+        stay as they are if it is off.
         """
         output = self.activation_post_process
         if not is_grid_source(output) or output.qtype.axis is not None:

@@ -151,7 +151,7 @@ class Joint(WithOutputQuantizer):
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
 
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """Return the result of eval mode from 8-bit codes of a and b (carried or nearest); None if it can't be."""
+        """Return the result of eval mode from 8-bit codes of a and b (attached or nearest); None if it can't be."""
         own, producers = self.activation_post_process, self.producers
         quantizers = [*map(quantizer_of, producers), own]
         if own._forward_pre_hooks or not a.numel():

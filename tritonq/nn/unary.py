@@ -176,7 +176,7 @@ class UnaryLayer(nn.Module):
         return self.exact(x, *grids)
 
     def _on_codes(self, x: Tensor, source: Grid, output: Grid) -> Tensor | None:
-        """Return the result, quantized, from 8-bit codes of ``x``: those it carries, else each value's nearest.
+        """Return the result, quantized, from 8-bit codes of ``x``: those attached to it, else each value's nearest.
 
         ``source`` and ``output`` are the grids of input and result. None if one has more than 256 codes, if a value
         lies beyond the grid's ends, or if the class can't compute on codes (:meth:`exact_codes`).

@@ -1,4 +1,7 @@
-"""Find the modules that become one quantized layer, such as convolution, BatchNorm and ReLU, from the record."""
+"""Find the modules that become one quantized layer, such as convolution, BatchNorm and ReLU, from the record.
+
+A *frozen norm* is a module that normalises each channel with fixed numbers.
+"""
 
 from __future__ import annotations
 

@@ -384,7 +384,7 @@ class _Planner:
         return self.grids.get(self._root(value))
 
     def _root(self, value: int) -> int:
-        """Return the value from which a value was made by calls that keep a grid: the one to quantize.
+        """Return the value from which a value was made by calls that only move values, or ReLUs: the one to quantize.
 
         A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.
         """

@@ -138,7 +138,7 @@ class Unrounded:
         return None
 
     def _moved(self, value: int) -> Iterator[int]:
-        """Yield a value, then the result of its only reader if that keeps its grid, and so on."""
+        """Yield a value, then the result of its only reader if that only moves values or is a plain ReLU, and so on."""
         yield value
         reader = self.analysis.flow.single_consumer(value)
         moved = None if reader is None else self.analysis.value_of(reader)
