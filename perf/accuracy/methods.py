@@ -63,7 +63,7 @@ def _clipped(weights: int, activations: int) -> QConfig:
 
 
 def _thresholds(weights: int, activations: int) -> QConfig:
-    """Return the qconfig of TQT, whose scales are powers of two that are trained."""
+    """Return the qconfig of TQT: scales ``2^t`` with a trained t; ties go away from zero."""
     threshold = tritonq.TrainedThresholdFakeQuantize
     return learned_step_qconfig(weights, activations)._replace(
         activation=threshold.with_args(dtype=_away(_unsigned(activations))),
@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
     "LSQ+": _method(prepared(_learned_offset), "trained zero points too", at_all_widths=True, revision=2),
     "ranges": _method(prepared(_ranges), at_all_widths=True),
     "PACT": _method(prepared(_clipped), "trained bounds of activations, ranges of weights"),
-    "TQT": _method(prepared(_thresholds), "scales are powers of two"),
+    "TQT": _method(prepared(_thresholds), "ties go away from zero; ONNX Runtime's go to even"),
     "F8Net": _method(_fixed_point, "fixed point: scales are powers of two; every result is rounded"),
 }
 # Variants that show what a choice of the preset is worth; not in the full plan.

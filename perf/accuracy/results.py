@@ -73,7 +73,8 @@ def settings_of(item: Measurement) -> Record:
 def read(path: Path) -> Results:
     """Return the results in a file.
 
-    A line that was cut off is left out, and so are records of other settings than today's.
+    A line that was cut off is left out, and so are records of other settings than today's. Of several records of a
+    measurement the last one counts; an accuracy of the test split belongs to the record before it.
     """
     measured: dict[Measurement, Record] = {}
     failed: dict[Measurement, str] = {}
@@ -94,6 +95,7 @@ def read(path: Path) -> Results:
             tested[item] = record["test"]
         else:
             measured[item] = record
+            tested.pop(item, None)
     return Results(measured, {item: value for item, value in tested.items() if item in measured}, failed)
 
 

@@ -66,6 +66,17 @@ def test_a_changed_method_invalidates_its_rows_alone(tmp_path, monkeypatch):
     assert results.read(path).choice(rows[0]) is None
 
 
+def test_an_accuracy_belongs_to_the_measurement_before_it(tmp_path):
+    """Of a row that is measured again the test answers are compared again."""
+    path, item = tmp_path / "results.jsonl", Row("garments", "residual", 2, 2, "LSQ").measurement(0, "high rate")
+    results.append(path, item, {"validation": 80.0})
+    results.append(path, item, {"test": 79.0})
+    assert results.read(path).tested == {item: 79.0}
+    results.append(path, item, {"validation": 81.0})
+    assert results.read(path).tested == {}
+    assert results.read(path).measured[item]["validation"] == 81.0
+
+
 def test_a_library_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def fail(request):
         raise NotImplementedError("no such layer")
