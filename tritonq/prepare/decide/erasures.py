@@ -9,7 +9,8 @@ from tritonq.prepare.decide.plan import Plan
 def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Return how the ReLU calls ``erased`` (by index) are removed.
 
-    A ReLU that can't be removed stays in the model. Behind a quantizer a plain ReLU has no effect.
+    A module is replaced if all its calls are erased, and so is another call if all at its site are. Others stay in the
+    model: behind a quantizer a plain ReLU has no effect.
 
     Returns:
         Names of the modules that are replaced by ``nn.Identity``, and the places that are taken out of forwards:

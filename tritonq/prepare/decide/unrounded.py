@@ -100,6 +100,9 @@ class Unrounded:
     ) -> bool:
         """Whether the joins that read a layer's results may round them instead of the layer.
 
+        Additions may if the qconfig does not round summands. If the target fuses joins, so may concatenations, and an
+        addition for one convolution without ReLU.
+
         Args:
             layer: the layer.
             qconfig: its qconfig.

@@ -117,7 +117,10 @@ def _is_data(name: str, value: object) -> bool:
 
 
 def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> Any:
-    """Return ``target.from_float(module)``; meanwhile ``qconfig`` is an attribute of the module."""
+    """Return ``target.from_float(module)``, the form of ``module`` of the class ``target``.
+
+    Meanwhile ``qconfig`` is an attribute of the module; then it has its own ``qconfig`` again, or none.
+    """
     had_own, before = "qconfig" in vars(module), vars(module).get("qconfig")
     module.qconfig = qconfig  # type: ignore[assignment]
     try:
