@@ -16,6 +16,7 @@ Constants that many kernels take:
 - ROWS, COLS: rows and columns of a tile, powers of two.
 - CHANNEL: dimension of the view with the channels (0, 1 or 2); None for one channel.
 - FIRST: dimension of the view on the first axis of the launch; WIDE: whether offsets take 64 bits.
+- OPERATION: name of an elementwise operation; NUMBER, OTHER_NUMBER: its numbers, such as a slope, or None.
 - SAME_STRIDES: whether all tensors have equal strides, so that offsets are computed once.
 - ALIGN: a power of two that divides the strides and sizes of the view; AHEAD: tiles per dimension that are loaded at
   once.

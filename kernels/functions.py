@@ -37,8 +37,8 @@ def function_backward_kernel(
     active_ptr,
     n,
     OPERATION: tl.constexpr,  # name of the function
-    FIRST: tl.constexpr,  # its first number, or None
-    SECOND: tl.constexpr,  # its second number, or None
+    NUMBER: tl.constexpr,  # its first number, or None
+    OTHER_NUMBER: tl.constexpr,  # its second number, or None
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -53,11 +53,11 @@ def function_backward_kernel(
     x = load_operand(x_ptr, offsets, mask, 0, x_scale_ptr, x_shift_ptr)
     # As the forward read it: rounded to the dtype of the tensor.
     x = x.to(dy_ptr.dtype.element_ty).to(tl.float32)
-    y = function_value(x, OPERATION, FIRST, SECOND)
+    y = function_value(x, OPERATION, NUMBER, OTHER_NUMBER)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
     unit, low, high = gradient_bounds(scale, zero_point, active, None, True, QUANT_MIN, QUANT_MAX, ROUNDING)
     passes = gradient_passes(y, unit, low, high, None, True, ROUNDING)
-    dx = tl.where(passes, dy, 0.0) * function_derivative(x, OPERATION, FIRST, SECOND)
+    dx = tl.where(passes, dy, 0.0) * function_derivative(x, OPERATION, NUMBER, OTHER_NUMBER)
     tl.store(dx_ptr + offsets, dx, mask=mask)
 
 

@@ -39,10 +39,10 @@ def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
 
 
 @triton.jit
-def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+def operate(a, b, OPERATION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
     """Return ``a + b`` ("add"), ``a * b`` ("mul"), ``a`` ("none"), or a function of ``a``, as OPERATION names it.
 
-    FIRST and SECOND are the numbers of that function (the slope of "leaky_relu"), None if it has none.
+    NUMBER and OTHER_NUMBER are the numbers of that function (the slope of "leaky_relu"), None if it has none.
     """
     if OPERATION == "none":
         return a
@@ -51,12 +51,12 @@ def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.const
     elif OPERATION == "mul":
         return a * b
     else:
-        return function_value(a, OPERATION, FIRST, SECOND)
+        return function_value(a, OPERATION, NUMBER, OTHER_NUMBER)
 
 
 @triton.jit
-def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Return FUNCTION of float32 values; NaN stays NaN. FIRST and SECOND are its numbers, None if it has none.
+def function_value(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
+    """Return FUNCTION of float32 values; NaN stays NaN. NUMBER and OTHER_NUMBER are its numbers, None if it has none.
 
     The names, with their numbers: sigmoid, tanh, silu, hardsigmoid, hardswish, gelu, tanh_gelu, mish, square, abs,
     leaky_relu (slope), elu (alpha), softplus (beta, threshold), clip (low, high), plus (``x + a``), times (``x · a``),
@@ -77,24 +77,24 @@ def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.co
     elif FUNCTION == "tanh_gelu":
         return 0.5 * x * (1.0 + _tanh((x + x * x * x * _CUBE) * _ROOT_TWO_OVER_PI))
     elif FUNCTION == "leaky_relu":
-        return tl.where(x > 0, x, x * FIRST)
+        return tl.where(x > 0, x, x * NUMBER)
     elif FUNCTION == "elu":
-        return tl.where(x > 0, x, (tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0) * FIRST)
+        return tl.where(x > 0, x, (tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0) * NUMBER)
     elif FUNCTION == "softplus":
-        return tl.where(x * FIRST > SECOND, x, tl.div_rn(_softplus(x * FIRST), FIRST))
+        return tl.where(x * NUMBER > OTHER_NUMBER, x, tl.div_rn(_softplus(x * NUMBER), NUMBER))
     elif FUNCTION == "clip":
-        x = tl.maximum(x, FIRST, propagate_nan=tl.PropagateNan.ALL)
-        return tl.minimum(x, SECOND, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(x, NUMBER, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(x, OTHER_NUMBER, propagate_nan=tl.PropagateNan.ALL)
     elif FUNCTION == "plus":
-        return x + FIRST
+        return x + NUMBER
     elif FUNCTION == "times":
-        return x * FIRST
+        return x * NUMBER
     elif FUNCTION == "over":
-        return tl.div_rn(x, FIRST)
+        return tl.div_rn(x, NUMBER)
     elif FUNCTION == "from":
-        return FIRST - x
+        return NUMBER - x
     elif FUNCTION == "ratio":
-        return tl.div_rn(1.0, x) * FIRST
+        return tl.div_rn(1.0, x) * NUMBER
     elif FUNCTION == "square":
         return x * x
     elif FUNCTION == "abs":
@@ -105,7 +105,7 @@ def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.co
 
 
 @triton.jit
-def function_derivative(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+def function_derivative(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
     """Return the derivative of :func:`function_value` at ``x``, for the same FUNCTION and numbers."""
     if FUNCTION == "sigmoid":
         y = _sigmoid(x)
@@ -127,23 +127,23 @@ def function_derivative(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: 
         inner = (x * x * 3.0 * _CUBE + 1.0) * _ROOT_TWO_OVER_PI
         return 0.5 * (1.0 + y) + 0.5 * x * (1.0 - y * y) * inner
     elif FUNCTION == "leaky_relu":
-        return tl.where(x > 0, 1.0, FIRST)
+        return tl.where(x > 0, 1.0, NUMBER)
     elif FUNCTION == "elu":
-        return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)) * FIRST)
+        return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)) * NUMBER)
     elif FUNCTION == "softplus":
-        return tl.where(x * FIRST > SECOND, 1.0, _sigmoid(x * FIRST))
+        return tl.where(x * NUMBER > OTHER_NUMBER, 1.0, _sigmoid(x * NUMBER))
     elif FUNCTION == "clip":
-        return tl.where((x >= FIRST) & (x <= SECOND), 1.0, 0.0)
+        return tl.where((x >= NUMBER) & (x <= OTHER_NUMBER), 1.0, 0.0)
     elif FUNCTION == "plus":
         return tl.full(x.shape, 1.0, tl.float32)
     elif FUNCTION == "times":
-        return tl.full(x.shape, FIRST, tl.float32)
+        return tl.full(x.shape, NUMBER, tl.float32)
     elif FUNCTION == "over":
-        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), FIRST)
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), NUMBER)
     elif FUNCTION == "from":
         return tl.full(x.shape, -1.0, tl.float32)
     elif FUNCTION == "ratio":
-        return -FIRST * tl.div_rn(1.0, x) * tl.div_rn(1.0, x)
+        return -NUMBER * tl.div_rn(1.0, x) * tl.div_rn(1.0, x)
     elif FUNCTION == "square":
         return 2.0 * x
     elif FUNCTION == "abs":

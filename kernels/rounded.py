@@ -37,8 +37,8 @@ def scan_results(
     start,  # of the share, in elements, as is its end
     end,
     OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    OTHER_NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,  # elements read at a time
     FINITE_ONLY: tl.constexpr,  # whether results that are not finite are left out
 ):
@@ -61,7 +61,7 @@ def scan_results(
         offsets = at + BLOCK + lane
         next_a = tl.load(a_ptr + offsets, mask=offsets < end, other=first_a)
         next_b = next_a if b_ptr is None else tl.load(b_ptr + offsets, mask=offsets < end, other=first_b)
-        result = operate(a, b, OPERATION, FIRST, SECOND)
+        result = operate(a, b, OPERATION, NUMBER, OTHER_NUMBER)
         if FINITE_ONLY:
             finite = tl.abs(result) < INF
             low = tl.minimum(low, tl.where(finite, result, INF))
@@ -85,8 +85,8 @@ def rounded_range_kernel(
     n,
     share,  # elements per program: whole blocks
     OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    OTHER_NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,  # elements read at a time
     WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
@@ -96,11 +96,11 @@ def rounded_range_kernel(
     program = tl.program_id(0)
     start = program.to(tl.int64) * share if WIDE else program * share
     end = tl.minimum(start + share, n)
-    low, high, _ = scan_results(a_ptr, b_ptr, start, end, OPERATION, FIRST, SECOND, BLOCK, False)
+    low, high, _ = scan_results(a_ptr, b_ptr, start, end, OPERATION, NUMBER, OTHER_NUMBER, BLOCK, False)
     skipped = 0
     if tl.max(((tl.abs(low) < INF) & (tl.abs(high) < INF) & (low == low)).to(tl.int32) ^ 1, 0) > 0:
         # Rare: a result is NaN or infinite. Read the share again and leave those out.
-        low, high, bad = scan_results(a_ptr, b_ptr, start, end, OPERATION, FIRST, SECOND, BLOCK, True)
+        low, high, bad = scan_results(a_ptr, b_ptr, start, end, OPERATION, NUMBER, OTHER_NUMBER, BLOCK, True)
         skipped = tl.sum(bad, 0)
     # A share without finite results merges as zero elements would: its empty range is not finite and is skipped.
     tl.store(low_ptr + program, tl.min(low, 0))
@@ -122,8 +122,8 @@ def rounded_kernel(
     n,
     plane,  # elements of a plane, bytes of the mask
     OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    OTHER_NUMBER: tl.constexpr,
     CEILING: tl.constexpr,  # of the ReLU; infinity for a plain one, None without
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -144,7 +144,7 @@ def rounded_kernel(
         mask = (at < plane) & (offsets < n)
         a = tl.load(a_ptr + offsets, mask=mask, other=0).to(tl.float32)
         b = a if b_ptr is None else tl.load(b_ptr + offsets, mask=mask, other=0).to(tl.float32)
-        result = operate(a, b, OPERATION, FIRST, SECOND)
+        result = operate(a, b, OPERATION, NUMBER, OTHER_NUMBER)
         y = quantize_value(result, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
         tl.store(y_ptr + offsets, y, mask=mask)
         if mask_ptr is not None:
@@ -232,9 +232,9 @@ def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
 
 
 def operation_constants(operation: str, arguments: tuple[float, ...]) -> dict[str, object]:
-    """Return the constants OPERATION, FIRST and SECOND: an operation's name and its up to two numbers."""
+    """Return the constants OPERATION, NUMBER and OTHER_NUMBER: an operation's name and its up to two numbers."""
     first, second = (*arguments, None, None)[:2]
-    return {"OPERATION": operation, "FIRST": first, "SECOND": second}
+    return {"OPERATION": operation, "NUMBER": first, "OTHER_NUMBER": second}
 
 
 def _observe(
