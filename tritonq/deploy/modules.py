@@ -332,7 +332,10 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def output_quantizer(self) -> Quantizer | None:
-        """The quantizer that rounds the whole output to one grid, directly or behind a clip; None if there is none."""
+        """The quantizer that rounds the whole output to one grid: the layer's own, or that of a clip module behind it.
+
+        None if there is neither, if the quantizer is per channel, or if something else follows in float.
+        """
         quantizer = self.last_quantizer(self.activation_post_process)
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None

@@ -44,7 +44,11 @@ class QuantizesInput(nn.Module):
 
 
 class QuantizedBehindClip(nn.Module):
-    """A layer that may have no output quantizer, because a clip (such as ReLU6) follows and is quantized."""
+    """Base class of layers whose output may be rounded by the quantizer of a clip behind them, such as a ReLU6 module.
+
+    ``prepare_qat`` finds the clip and calls :meth:`set_quantizer_behind_clip`; the layer's own output quantizer is then
+    an Identity.
+    """
 
     # Shared by all that have none; models that earlier versions pickled have none.
     _behind_clip: Reference[nn.Module] = Reference()

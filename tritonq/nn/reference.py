@@ -113,10 +113,14 @@ class HookPlace(NamedTuple):
 class Route:
     """The places that a tensor passes between the module that rounds it and one that reads it.
 
+    The reader asks :meth:`change` before it trusts the rounding module's grid; if there is a change, it computes in
+    float.
+
     Args:
-        places: the places.
-        told: shared by the routes of one model, and set once a warning named a place that another module has taken.
-        hooks: the hooks on the way.
+        places: modules on the way that may be replaced.
+        told: a list of one bool that the routes of one model share: True once the model's warning of a change was
+            given; None: a new list for this route alone.
+        hooks: modules on the way to which hooks may be added.
     """
 
     __slots__ = ("_dicts", "hooks", "places", "told")

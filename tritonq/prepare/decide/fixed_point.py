@@ -141,7 +141,7 @@ class _Finder:
         return self.links
 
     def name_of(self, value: int) -> str:
-        """Return the names of the nearest layers that a value comes from, as text for messages."""
+        """Return as text the nearest layers before ``value``, the index of a recorded tensor, or "the input"."""
         names: list[str] = []
         pending, seen = [value], set()
         while pending:

@@ -110,7 +110,8 @@ class JoinKind:
     Attributes:
         read: returns the operands of a call, and what keeps it from becoming a module ("" if nothing does).
         module: makes the module that takes the place of a join.
-        setting: returns ``Join.setting`` for a call.
+        setting: returns what the module needs of a call besides its operands, such as the axis of a concatenation;
+            None by default.
         operands: takes a node of a graph and returns the arguments of the module.
         takes_relu: whether the module computes the ReLU behind it as well.
         constants: what happens to an operand computed from parameters alone. ``"rounded"``: rounded as the others;

@@ -158,11 +158,11 @@ def part_of_module(module: nn.Module) -> Part:
 
 
 class Counted(Protocol):
-    """What became of an operation; a `LayerRecord` is one."""
+    """What :func:`counts` asks of an operation of the model; a `LayerRecord` answers it."""
 
     @property
     def part(self) -> Part:
-        """What it counts as: "layer", "join" or "other"."""
+        """In which number it counts: "layer" (with a weight), "join" (of several operands), or "other" (in none)."""
 
     @property
     def status(self) -> Status:

@@ -89,7 +89,14 @@ class _Follower:
         self._sites: dict[int, Site] = {}
 
     def sites(self) -> Mapping[int, Site]:
-        """Match all nodes; return the site of each recorded call by its index."""
+        """Match every node of the graph with what was recorded, in order.
+
+        Returns:
+            For each recorded call (the key is its index in the record) the :class:`Site` with the node that makes it.
+
+        Raises:
+            TraceError: a node and the call in its place differ, or one of them is missing.
+        """
         arguments = bind_frame(inspect.signature(self._owner.forward), self._frame)
         for node in self._graph.nodes:
             if node.op == "placeholder":
