@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -109,14 +110,19 @@ def all_files() -> list[str]:
 
 
 def build(row: Row, folder: Path) -> None:
-    """Make the environment of ``row`` in ``folder``, unless it is there with the same pins."""
+    """Make the environment of ``row`` in ``folder``; what is there with the same pins and dependencies is kept.
+
+    If the pins are the same and the project depends on more than before, the rest is installed.
+    """
     python = folder / "bin" / "python"
-    constraints = constraints_of(row)
-    stamp = folder / "constraints.txt"
-    if stamp.exists() and stamp.read_text() == constraints:
+    constraints, wanted = constraints_of(row), dependencies()
+    stamp, installed = folder / "constraints.txt", folder / "dependencies.txt"
+    is_pinned = stamp.exists() and stamp.read_text() == constraints
+    if is_pinned and installed.exists() and installed.read_text() == wanted:
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([interpreter(row.python), "-m", "venv", str(folder)], check=True)
+    if not is_pinned:
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([interpreter(row.python), "-m", "venv", str(folder)], check=True)
     pending = folder / "constraints.pending"
     pending.write_text(constraints)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(pending)]
@@ -126,6 +132,14 @@ def build(row: Row, folder: Path) -> None:
     if row.absent:
         subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *row.absent], check=True)
     pending.rename(stamp)
+    installed.write_text(wanted)
+
+
+def dependencies() -> str:
+    """Return what the project and its extras depend on, one line each."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return "\n".join([*project["dependencies"], *(f"{name}: {', '.join(extras[name])}" for name in sorted(extras))])
 
 
 def constraints_of(row: Row) -> str:
