@@ -14,7 +14,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-import torch
 
 import tritonq
 
@@ -130,7 +129,8 @@ def environment(built, tmp_path_factory):
     (packages,) = folder.glob("lib/python*/site-packages")
     with zipfile.ZipFile(built[0]) as archive:
         archive.extractall(packages)
-    (packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    installed = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(installed) + "\n")
     return python
 
 
