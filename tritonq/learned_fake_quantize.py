@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tritonq.factory import Factory
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.groups import group_rows
-from tritonq.functional.learned_scale import MEGENGINE_FLOOR, StepGradient, learned_fake_quantize
+from tritonq.functional.learned_scale import MEGENGINE_FLOOR, StepGradient, learned_fake_quantize, least_error_scale
 from tritonq.grid import Grid
 from tritonq.learned_base import LearnedFakeQuantize, floored
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
 from tritonq.qparams import QParams
 
-Initialization = Literal["observer", "lsq"]
+Initialization = Literal["observer", "lsq", "mse"]
 
 
 class LearnedStepFakeQuantize(LearnedFakeQuantize):
@@ -37,6 +37,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         init: ``"observer"``, or ``"lsq"`` for ``s = 2 mean|x| / sqrt(q)`` of the first batch, or of all that
             :func:`tritonq.calibrate` saw. q is the largest code, counted from the zero point, to its farther side where
             the type is affine; the zero point is the observer's, so that each side keeps its share of the codes.
+            ``"mse"``: the scale of the least squared error of rounding the first batch, or the mean of those of all
+            that :func:`tritonq.calibrate` saw (:func:`tritonq.functional.learned_scale.least_error_scale`).
         learn_zero_point: train the zero point too (affine types, method ``"torch"``).
         grad_factor: factor of the gradients of scale and zero point. None takes the papers': for the scale LSQ's
             ``1/sqrt(N quant_max)``, where N counts the values that share a scale, of one sample for activations. The
@@ -90,7 +92,7 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         self.init: Initialization = init
         self.grad_factor = grad_factor
         self.learn_zero_point = learn_zero_point
-        # Until the parameters are set: the sum of the sizes that were observed, and their number.
+        # Until the parameters are set: the sum of |x|, or of each batch's scale, and how many were added.
         self._sizes: tuple[Tensor, Tensor] | None = None
         self.scale = nn.Parameter(torch.ones(self._channels))
         if learn_zero_point:
@@ -133,25 +135,35 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; with ``init="lsq"`` the mean of ``|x|`` is updated as well.
+        """Let the observer see ``x``; with another ``init`` what the first scale follows from is updated as well.
 
         The parameters stay as they are until :meth:`initialize`.
         """
         super().observe(x)
+        if self.init == "observer":
+            return
+        rows = group_rows(x, self.qtype.granularity)
+        x = x if rows is None else rows.split(x)
+        axis = self.qtype.row_type.axis
+        x = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+        finite = torch.isfinite(x)
+        values, numbers = torch.where(finite, x, 0), finite.sum(1)
         if self.init == "lsq":
-            rows = group_rows(x, self.qtype.granularity)
-            x = x if rows is None else rows.split(x)
-            axes = [axis for axis in range(x.dim()) if axis != self.qtype.row_type.axis]
-            finite = torch.isfinite(x)
-            sizes = torch.where(finite, x, 0).abs().sum(axes, dtype=torch.float64)
-            total, count = (0, 0) if self._sizes is None else self._sizes
-            self._sizes = (total + sizes, count + finite.sum(axes))
+            sizes = values.abs().sum(1, dtype=torch.float64)
+        else:
+            zero_point = self.activation_post_process.calculate_qparams().zero_point.view(-1, 1)
+            ends = (self.qtype.quant_min - zero_point, self.qtype.quant_max - zero_point)
+            numbers = (numbers > 0).long()
+            sizes = least_error_scale(values.float(), *ends).double() * numbers
+        total, count = (0, 0) if self._sizes is None else self._sizes
+        self._sizes = (total + sizes, count + numbers)
 
     @torch.no_grad()
     def initialize(self, qparams: QParams | None = None) -> None:
         """Set scale and zero point from ``qparams``, or from what the observer has seen.
 
-        With ``init="lsq"`` and without ``qparams`` the scale is ``2 mean|x| / sqrt(q)`` of all that was observed.
+        Without ``qparams`` and with ``init="lsq"`` the scale is ``2 mean|x| / sqrt(q)`` of all that was observed, with
+        ``init="mse"`` the mean of the scales of the least squared error of the batches.
 
         Raises:
             ValueError: no ``qparams`` are given, and the observer has seen nothing.
@@ -161,6 +173,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         if qparams is not None or sizes is None:
             return
         mean = (sizes[0] / sizes[1].clamp(min=1)).float().view_as(self.scale)
+        if self.init == "mse":
+            self.scale.copy_(mean.clamp(min=self.activation_post_process.eps))
+            return
         above, below = self.qtype.quant_max - self.zero_point, self.zero_point - self.qtype.quant_min
         largest = above if self.qtype.symmetric else torch.maximum(above, below)
         scale = 2 * mean / largest.clamp(min=1).sqrt()

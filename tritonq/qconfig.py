@@ -14,7 +14,7 @@ from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.learned_bits import LearnedBitsFakeQuantize
-from tritonq.learned_fake_quantize import LearnedStepFakeQuantize, TrainedThresholdFakeQuantize
+from tritonq.learned_fake_quantize import Initialization, LearnedStepFakeQuantize, TrainedThresholdFakeQuantize
 from tritonq.near_misses import did_you_mean
 from tritonq.observers import (
     InterpolatingHistogramObserver,
@@ -218,14 +218,14 @@ _UNSIGNED_ACTIVATION = FakeQuantize.with_args(
 )
 
 
-def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
+def learned_step_qconfig(weight_bits: int, activation_bits: int, init: Initialization = "lsq") -> QConfig:
     """Return the qconfig of LSQ for weights and activations of so many bits.
 
-    Scales are trained, and begin by LSQ's formula: one per output channel of a weight (signed, symmetric), one per
-    activation (unsigned, with a zero point). Weights are rounded before they are multiplied by their BatchNorm's
-    factor; summands are not rounded, but their sum is.
+    Scales are trained: one per output channel of a weight (signed, symmetric), one per activation (unsigned, with a
+    zero point). They begin by LSQ's formula, or as ``init`` of `LearnedStepFakeQuantize` says. Weights are rounded
+    before they are multiplied by their BatchNorm's factor; summands are not rounded, but their sum is.
     """
-    step = LearnedStepFakeQuantize.with_args(init="lsq")
+    step = LearnedStepFakeQuantize.with_args(init=init)
     return QConfig(
         step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False)),
         step.with_args(dtype=QuantizedType.of(weight_bits, axis=0)),

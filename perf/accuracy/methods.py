@@ -46,6 +46,11 @@ def _learned_offset(weights: int, activations: int) -> QConfig:
     return learned_step_qconfig(weights, activations)._replace(activation=step)
 
 
+def _least_error(weights: int, activations: int) -> QConfig:
+    """Return the qconfig of LSQ whose scales begin at the least squared error."""
+    return learned_step_qconfig(weights, activations, init="mse")
+
+
 def _folded(weights: int, activations: int) -> QConfig:
     """Return the qconfig of LSQ whose weights are rounded after the BatchNorm is folded in, as torch.ao folds it."""
     return learned_step_qconfig(weights, activations)._replace(folding="approximate")
@@ -117,6 +122,7 @@ def _method(make: Callable[[Request], nn.Module], differs: str = "", **choices: 
 
 METHODS: dict[str, Method] = {
     "LSQ": _method(prepared(learned_step_qconfig), "the preset lsq_w…a…", at_all_widths=True),
+    "LSQ, least error": _method(prepared(_least_error), 'init="mse"', at_all_widths=True),
     "LSQ+": _method(prepared(_learned_offset), "trained zero points too", at_all_widths=True, revision=2),
     "ranges": _method(prepared(_ranges), at_all_widths=True),
     "PACT": _method(prepared(_clipped), "trained bounds of activations, ranges of weights"),

@@ -178,6 +178,31 @@ def test_lsq_initialisation_leaves_codes_above_zero():
     assert (quantizer(x) > 0).any()
 
 
+@pytest.mark.parametrize("dtype", ["qint2", "qint4", "quint2", "qint8"])
+def test_first_scales_of_the_least_squared_error(dtype):
+    """No scale of a finer search errs less by more than a fraction; outliers of another row change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 400, generator=generator)
+    x = x.abs() if dtype.startswith("qu") else x
+    x[1, 0] = 40.0
+    quantizer = LearnedStepFakeQuantize(dtype=dtype, qscheme=torch.per_channel_symmetric, ch_axis=0, init="mse")
+    if dtype.startswith("qu"):
+        quantizer = LearnedStepFakeQuantize(dtype=dtype, qscheme=torch.per_channel_affine, ch_axis=0, init="mse")
+    quantizer(x)
+    codes = (quantizer.qtype.quant_min - quantizer.zero_point, quantizer.qtype.quant_max - quantizer.zero_point)
+    for row, scale, low, high in zip(x, quantizer.scale.detach(), *codes, strict=True):
+        tried = torch.linspace(0.01, 1.5, 600)[:, None] * row.abs().max() / max(-int(low), int(high))
+        errors = ((row / tried).round().clamp(int(low), int(high)) * tried - row).square().sum(1)
+        ours = ((row / scale).round().clamp(int(low), int(high)) * scale - row).square().sum()
+        assert float(ours) <= 1.03 * float(errors.min())
+    # The mean over batches; what is not finite counts nowhere.
+    x[0, 3] = math.nan
+    one, both = (LearnedStepFakeQuantize(dtype=dtype, init="mse") for _ in range(2))
+    tritonq.calibrate(nn.Sequential(one), [x[:1]])
+    tritonq.calibrate(nn.Sequential(both), [x[:1], 2 * x[:1]])
+    assert float(both.scale) == pytest.approx(1.5 * float(one.scale))
+
+
 @pytest.mark.parametrize("kind", [TrainedThresholdFakeQuantize, ClippedFakeQuantize])
 def test_unsigned_schemes(kind):
     x = torch.linspace(0, 3, 13)

@@ -25,6 +25,8 @@ from tritonq.reference.learned_scale import LearnedScale
 StepGradient = Literal["torch", "megengine"]
 # MegEngine's floor under a learned step.
 MEGENGINE_FLOOR = 1e-5
+# First scales that are tried, as shares of the one whose grid just reaches the largest magnitude.
+_SHARES = tuple(0.1 + 0.025 * step for step in range(57))
 
 
 def fake_quantize_learnable(
@@ -314,3 +316,33 @@ def _check_parameter(name: str, value: Tensor, x: Tensor, channels: int | None, 
     check_scale(torch.ones_like(detached), x, channels)
     if is_readable(detached) and not bool(torch.isfinite(detached).all()):
         raise ValueError(f"{name} must be finite, got {detached.flatten()[:8].tolist()}")
+
+
+def least_error_scale(rows: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Return for each row the scale s of the least squared error ``Σ (s · clip(round(x / s), lowest, highest) - x)²``.
+
+    57 scales are tried: 0.1 to 1.5 times ``max|x|`` over the larger of ``-lowest`` and ``highest``, in equal steps.
+
+    Args:
+        rows: (rows, values), finite float values that share a scale.
+        lowest: (rows, 1), the smallest code minus the zero point.
+        highest: (rows, 1), the largest code minus the zero point.
+
+    Returns:
+        (rows,), in the dtype of ``rows``; 0 for a row of zeros.
+
+    Examples:
+        >>> rows = torch.tensor([[-1.0, 1.0, 2.0, -2.0]])
+        >>> round(float(least_error_scale(rows, torch.tensor([[-2]]), torch.tensor([[2]]))), 4)
+        1.0
+    """
+    reach = torch.maximum(-lowest, highest).clamp(min=1)
+    full = rows.abs().amax(1, keepdim=True) / reach
+    best, least = full[:, 0].clone(), torch.full_like(full[:, 0], torch.inf)
+    for share in _SHARES:
+        scale = share * full
+        steps = torch.where(scale == 0, 0, rows / scale).round_()
+        error = (torch.minimum(torch.maximum(steps, lowest), highest) * scale).sub_(rows).square_().sum(1)
+        better = error < least
+        best, least = torch.where(better, scale[:, 0], best), torch.where(better, error, least)
+    return best
