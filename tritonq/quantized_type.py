@@ -168,7 +168,7 @@ class QuantizedType:
 
     @property
     def reach(self) -> float:
-        """Largest value of a symmetric range in scales: ``(quant_max - quant_min) / 2``, 127.5 for int8.
+        """Largest value of a symmetric range in scales, ``(quant_max - quant_min) / 2``; 127.5 for int8.
 
         Of float codes it is the format's largest number.
         """
@@ -177,7 +177,7 @@ class QuantizedType:
 
     @property
     def bits(self) -> int:
-        """Bits that number all codes: 8 for 0..255 and -127..127, 7 for 0..127."""
+        """Bits that number all codes; 8 for 0..255 and -127..127, 7 for 0..127."""
         return (self.quant_max - self.quant_min).bit_length()
 
     @property

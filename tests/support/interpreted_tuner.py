@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from interpreter_library import mend_interpreter
 from tritonq.kernels import conv2d, launch_sizes
 from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launch_sizes import Parameters
@@ -78,6 +79,7 @@ def report_of(result):
 
 
 def main(folder):
+    mend_interpreter()
     tuner.input_sets = lambda make, device: [make(torch.Generator().manual_seed(0), device)]
     table = tuner.Table.open(folder / "cpu.json", CPU)
     report = {"tiles": tiles_with(OPTIONS), "results": {}}
