@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -113,6 +113,16 @@ def observes(statistics: RangeStatistics | None) -> bool:
     return statistics.enabled is None or bool(statistics.enabled)
 
 
+def rests_on_data(statistics: RangeStatistics | None, changes: bool) -> bool:
+    """Whether a grid's scales follow from data once this batch is observed, or it has no running range.
+
+    ``changes`` is what :func:`observes` returns for the same ``statistics``.
+    """
+    if statistics is None or changes or statistics.has_data:
+        return True
+    return bool((statistics.min_val <= statistics.max_val).any())
+
+
 class GridArguments(NamedTuple):
     """A grid, its running range and the ReLU before it, as C++ functions take them, in this order; see ``Rule``.
 
@@ -149,10 +159,9 @@ def grid_arguments(grid: Grid | None, statistics: RangeStatistics | None, ceilin
     if grid is None:
         return GridArguments(None, False, False, top, None, None, None, None)
     zero_point = None if grid.zero_point is None else grid.zero_point.data_ptr()
-    changes, rounds = observes(statistics), grid.is_enabled_on_host()
+    changes = observes(statistics)
+    rounds = grid.is_enabled_on_host() and rests_on_data(statistics, changes)
     rule, min_val, max_val, scale = range_arguments(grid, statistics)
-    if rounds and not changes and statistics is not None and not statistics.has_data:
-        rounds = float(statistics.min_val) <= float(statistics.max_val)
     return GridArguments(rule, changes, rounds, top, min_val, max_val, scale, zero_point)
 
 
@@ -160,10 +169,10 @@ def range_arguments(grid: Grid, statistics: RangeStatistics | None) -> tuple[int
     """Return the addresses of :class:`Rule`, running minimum, running maximum (None: no range) and the grid's scale."""
     qtype, scale = grid.qtype, grid.scale.data_ptr()
     if statistics is None:
-        return rule_of(qtype), None, None, scale
+        return ctypes.addressof(rule_of(qtype)), None, None, scale
     moves = (statistics.averaging_constant, statistics.copy_above)
     ends = (statistics.min_val.data_ptr(), statistics.max_val.data_ptr())
-    return rule_of(qtype, statistics.rule, statistics.eps, *moves), *ends, scale
+    return ctypes.addressof(rule_of(qtype, statistics.rule, statistics.eps, *moves)), *ends, scale
 
 
 def note_observed(grid: Grid | None, statistics: RangeStatistics | None) -> None:
@@ -173,28 +182,15 @@ def note_observed(grid: Grid | None, statistics: RangeStatistics | None) -> None
         increment_version(changed if grid.zero_point is None else (*changed, grid.zero_point))
 
 
-@lru_cache(maxsize=4096)
-def _rule(
-    qtype: QuantizedType,
-    rule: RangeRule = "torch",
-    eps: float = 0.0,
-    averaging_constant: float | None = None,
-    copy_above: float | None = None,
-) -> Rule:
-    fixed = fixed_zero_point(qtype, rule)
-    constants = (-1.0 if number is None else number for number in (averaging_constant, copy_above))
-    zero = (fixed is not None, fixed or 0, rule == "megengine")
-    return Rule(*constants, FALL, qtype.reach, eps, *zero, qtype.quant_min, qtype.quant_max)
-
-
+@cache
 def rule_of(
     qtype: QuantizedType,
     rule: RangeRule = "torch",
     eps: float = 0.0,
     averaging_constant: float | None = None,
     copy_above: float | None = None,
-) -> int:
-    """Return the address of the :class:`Rule` with these values, which stays where it is.
+) -> Rule:
+    """Return the :class:`Rule` with these values, always the same object, so that its address stays valid.
 
     Args:
         qtype: the codes; integers.
@@ -204,17 +200,16 @@ def rule_of(
         copy_above: a batch whose magnitude is more than this times the running one's, or less than 1/100 of it,
             replaces the range; None: only the first batch does.
     """
-    return ctypes.addressof(_rule(qtype, rule, eps, averaging_constant, copy_above))
+    fixed = fixed_zero_point(qtype, rule)
+    constants = (-1.0 if number is None else number for number in (averaging_constant, copy_above))
+    zero = (fixed is not None, fixed or 0, rule == "megengine")
+    return Rule(*constants, FALL, qtype.reach, eps, *zero, qtype.quant_min, qtype.quant_max)
 
 
 def reciprocal(scale: float) -> float:
     """Return ``1 / scale`` in float32, for a float32 number; infinity for 0."""
     # A quotient of float32 numbers that is rounded to float64 and then to float32 is as if rounded once.
-    return _float32(1.0 / scale) if scale else math.inf
-
-
-def _float32(number: float) -> float:
-    return float(ctypes.c_float(number).value)
+    return float(ctypes.c_float(1.0 / scale).value) if scale else math.inf
 
 
 def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:

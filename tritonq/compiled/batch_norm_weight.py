@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonq.compiled import fold as folds
 from tritonq.compiled import weight as weights
-from tritonq.compiled.arguments import are_vectors, note_observed, observes, range_arguments
+from tritonq.compiled.arguments import are_vectors, note_observed, observes, range_arguments, rests_on_data
 from tritonq.compiled.build import library
 from tritonq.grid import SWITCH, Grid, RangeStatistics
 from tritonq.reference.batch_norm_weight import StepWeight, composed, fit_codes
@@ -149,10 +149,8 @@ def _in_one_call(
     """
     if not (weights.takes(rows, running_var, grid, out) and weights.follows(grid, statistics, len(rows))):
         return None
-    changes, rounds = observes(statistics), True
-    if statistics is not None and not (changes or statistics.has_data):
-        rounds = bool((statistics.min_val <= statistics.max_val).any())
-    if not rounds or not are_vectors(gamma):
+    changes = observes(statistics)
+    if not rests_on_data(statistics, changes) or not are_vectors(gamma):
         return None
     count, codes = len(rows), torch.empty_like(rows) if out is None else out
     vectors = torch.empty((4, count))
