@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(text(found))
     for item, error in found.failed.items():
         print(f"failed: {item.row.bits} {item.method}, seed {item.seed}, {item.recipe}: {error}")
-    for line in plan.describe_cut():
+    for line in plan.describe_cut(found.steps()):
         print(f"cut: {line}")
     left = len(list(_missing(plan, path, "")))
     if left:

@@ -42,15 +42,15 @@ def _sections(found: Results, plan: Plan) -> str:
         chosen = [row for row in rows if (row.task, row.net) == (task, net)]
         lines += [_line(_cells(found, row)) for row in sorted(chosen, key=lambda row: _order(found, row))]
         parts.append("\n".join(lines))
-    planned = {(step.row, step.seed) for step in plan.steps}
-    open_seeds = sum(seed not in found.seeds_of(row) for row, seed in planned)
-    if open_seeds:
-        parts.append(f"\n{open_seeds} of {len(planned)} rows and seeds of the plan are not measured yet.")
+    planned, measured = set(plan.steps), found.steps()
+    if planned - measured:
+        parts.append(f"\n{len(planned - measured)} of {len(planned)} rows and seeds of the plan are not measured yet.")
     if found.failed:
         errors = (f"{item.method} at {item.row.bits} ({error})" for item, error in found.failed.items())
         parts.append("\nFailed: " + "; ".join(dict.fromkeys(errors)) + ".")
-    if plan.cut:
-        parts.append("\nCut from the plan, for want of time: " + "; ".join(plan.describe_cut()) + ".")
+    cut = plan.describe_cut(measured)
+    if cut:
+        parts.append("\nCut from the plan, for want of time: " + "; ".join(cut) + ".")
     parts.append("\n" + _measured_with(found))
     return "\n".join(parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from tritonq.perf.accuracy.methods import METHODS, VARIANTS
@@ -118,11 +118,13 @@ class Plan:
     steps: Sequence[Step]
     cut: Sequence[Step]
 
-    def describe_cut(self) -> list[str]:
-        """Return a line per task and network that says what of it is left out."""
-        begun = {(step.row.task, step.row.net) for step in self.steps}
+    def describe_cut(self, measured: Collection[Step] = ()) -> list[str]:
+        """Return a line per task and network that says what of it is left out and not among the ``measured`` steps."""
+        begun = {(step.row.task, step.row.net) for step in (*self.steps, *measured)}
         lines: dict[tuple[str, str], dict[str, None]] = {}
         for step in self.cut:
+            if step in measured:
+                continue
             place = (step.row.task, step.row.net)
             cell = f"{step.row.bits} seed {step.seed}" if place in begun else "all of it"
             lines.setdefault(place, {})[cell] = None

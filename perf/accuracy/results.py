@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tritonq.perf.accuracy.plan import ALL_METHODS, Measurement, Row, recipes_of
+from tritonq.perf.accuracy.plan import ALL_METHODS, Measurement, Row, Step, recipes_of
 
 Record = dict[str, Any]
 
@@ -36,6 +36,10 @@ class Results:
         """Return the seeds of a row that are measured with its chosen recipe."""
         recipe = self.choice(row)
         return sorted(item.seed for item in self.measured if item.row == row and item.recipe == recipe)
+
+    def steps(self) -> set[Step]:
+        """Return the rows and seeds that are measured with the row's chosen recipe."""
+        return {Step(row, seed) for row in self.rows() for seed in self.seeds_of(row)}
 
     def choice(self, row: Row) -> str | None:
         """Return the recipe that is best on the validation split of seed 0; None as long as not all were tried."""
