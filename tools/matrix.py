@@ -94,7 +94,7 @@ def main() -> int:
     for row in ROWS:
         if row.name in arguments.rows:
             folder = arguments.environments.resolve() / row.name
-            build(row, folder)
+            build(row, folder, arguments.go_on)
             if not arguments.build_only:
                 run(folder, arguments.files or all_files(), arguments.workers, arguments.go_on)
                 cells = summarize(row, folder)
@@ -109,10 +109,11 @@ def all_files() -> list[str]:
     return sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-def build(row: Row, folder: Path) -> None:
+def build(row: Row, folder: Path, go_on: bool) -> None:
     """Make the environment of ``row`` in ``folder``; what is there with the same pins and dependencies is kept.
 
-    If the pins are the same and the project depends on more than before, the rest is installed.
+    If the project depends on more than before, the rest is installed. If pins have changed the environment is made
+    anew; where a run goes on, the changed versions are installed into it instead, and its reports stay.
     """
     python = folder / "bin" / "python"
     constraints, wanted = constraints_of(row), dependencies()
@@ -120,7 +121,7 @@ def build(row: Row, folder: Path) -> None:
     is_pinned = stamp.exists() and stamp.read_text() == constraints
     if is_pinned and installed.exists() and installed.read_text() == wanted:
         return
-    if not is_pinned:
+    if not is_pinned and not (go_on and python.exists()):
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([interpreter(row.python), "-m", "venv", str(folder)], check=True)
     pending = folder / "constraints.pending"

@@ -82,6 +82,20 @@ def test_a_run_is_reported_with_the_commit_it_ran_on(tmp_path, monkeypatch):
     assert "junit_suite_name=abc1234" in started[0]
 
 
+def test_reports_survive_changed_pins_where_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix.subprocess, "run", lambda command, **_: _done())
+    monkeypatch.setattr(matrix, "interpreter", lambda version: "python")
+    report, python = tmp_path / "reports" / "test_a-compiled.xml", tmp_path / "bin" / "python"
+    for path in (report, python):
+        path.parent.mkdir()
+        path.write_text("")
+    (tmp_path / "constraints.txt").write_text("torch==2.10.0\n")
+    (tmp_path / "constraints.pending").write_text("")
+    matrix.build(matrix.ROWS[0], tmp_path, go_on=True)
+    assert report.exists()
+    assert (tmp_path / "constraints.txt").read_text() == matrix.constraints_of(matrix.ROWS[0])
+
+
 def test_the_table_itself_is_no_difference(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
