@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.ao import quantization as ao
+from torch.ao.nn import qat as nnqat
+from torch.ao.nn.intrinsic import qat as nniqat
 
 import tritonq
 from tolerances import FLOAT32, FLOAT64_SUMS, assert_close
@@ -57,3 +59,11 @@ def test_two_ranks_over_gloo(tmp_path):
     for name, parameter in theirs.items():
         assert_close(ours[name], parameter, FLOAT64_SUMS, size=0.1, msg=name)
         assert torch.equal(other[name], parameter)
+
+
+def test_graphs_are_counted_per_class():
+    # One code object for all classes would share one limit of recompilations, for models without tritonq too.
+    tritonq.accelerate(prepared(ao.get_default_qat_qconfig("x86", 1)))
+    forwards = [kind.forward for kind in (nnqat.Conv2d, nnqat.Linear, nniqat.ConvBnReLU2d, ao.FakeQuantize)]
+    assert len({id(forward.__code__) for forward in forwards}) == len(forwards)
+    assert all(forward.__code__ is not forward.__wrapped__.__code__ for forward in forwards)
