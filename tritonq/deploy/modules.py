@@ -286,7 +286,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         y = None if packed is None else run_packed(x, packed)
         if y is None or packed is None:
             return None
-        if packed.output is None:
+        if packed.output_grid is None:
             return self.finish(y)
         # Who listens to the quantizer's results is told.
         return cast(Tensor, quantizer(y)) if quantizer._forward_hooks else y

@@ -42,7 +42,7 @@ class CodedJoin:
         ratios: each operand's scale over the output's, float32, the second negative for a difference; for a product one
             number, the product of both scales over the output's.
         fixed: the constant term, made of zero points and ratios, float32, 0-d.
-        result: zero, ends of the clip and ties; its ``zero`` is the code that an engine counts the result from.
+        code_range: zero, ends of the clip and ties; its ``zero`` is the code that an engine counts the result from.
     """
 
     kind: JoinKind
@@ -52,7 +52,7 @@ class CodedJoin:
     starts: tuple[int, int]
     ratios: tuple[float, ...]
     fixed: Tensor
-    result: CodeRange
+    code_range: CodeRange
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the codes of the result, uint8.
@@ -73,9 +73,9 @@ class CodedJoin:
         result: Tensor
         if self.kind == "mul":
             zeros = self.a.zero, self.b.zero
-            result = computed.codes_of_product(a, b, zeros, self.ratios[0], self.fixed, self.result)
+            result = computed.codes_of_product(a, b, zeros, self.ratios[0], self.fixed, self.code_range)
         else:
-            result = computed.codes_of_sum(a, b, self.starts, self.ratios, self.fixed, self.result)
+            result = computed.codes_of_sum(a, b, self.starts, self.ratios, self.fixed, self.code_range)
         return result
 
 

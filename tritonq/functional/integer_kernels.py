@@ -57,9 +57,9 @@ class PackedLayer:
             never rounds them.
         factors: one per channel; ``sums · factors`` are steps of the output's scale, or values if there is no output
             grid.
-        output: grid of the result; None: the result is float values.
-        rectifies: whether a ReLU stands between the layer and ``output``.
-        result: how steps become codes; None if there is no output grid.
+        output_grid: of the result; None: the result is float values.
+        rectifies: whether a ReLU stands between the layer and ``output_grid``.
+        code_range: the codes that steps become: zero, ends of the clip and ties. None if there is no output grid.
         sums_per_image: number of sums per image, by the input's shape without its first axis; a cache.
     """
 
@@ -70,9 +70,9 @@ class PackedLayer:
     exact_bias: Tensor | None
     reach: float | None
     factors: Factors
-    output: HostGrid | None
+    output_grid: HostGrid | None
     rectifies: bool
-    result: CodeRange | None
+    code_range: CodeRange | None
     sums_per_image: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, codes: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class PackedLayer:
     def _images_at_once(self, codes: Tensor) -> int:
         """Return how many images' sums fit into a cache; the whole batch if all do, or if the number is not known."""
         per_image = self.sums_per_image.get(codes.shape[1:], 0)
-        return len(codes) if self.output is None else images_at_once(per_image, len(codes))
+        return len(codes) if self.output_grid is None else images_at_once(per_image, len(codes))
 
     def _run(self, codes: Tensor) -> Tensor:
         total = self.sums(codes, self.bias, self.rectifies and not self.parts)
@@ -97,14 +97,14 @@ class PackedLayer:
             if len(self.sums_per_image) == _MAX_SIZES:
                 self.sums_per_image.clear()
             self.sums_per_image[codes.shape[1:]] = total.numel() // len(codes)
-        if self.result is None:
+        if self.code_range is None:
             if self.reach is not None and not is_within(total, self.reach):
                 total = self._exact_sums(codes)
             return multiply_(total, self.factors)
         computed: Any = without_kernel("eval_codes", total)
-        result: Tensor | None = computed.codes_of_sums(total, self.factors, self.result, self.reach)
+        result: Tensor | None = computed.codes_of_sums(total, self.factors, self.code_range, self.reach)
         if result is None:
-            result = computed.codes_of_sums(self._exact_sums(codes), self.factors, self.result, None)
+            result = computed.codes_of_sums(self._exact_sums(codes), self.factors, self.code_range, None)
         return cast(Tensor, result)
 
     def _exact_sums(self, codes: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
     if codes is None:
         return None
     result = layer(codes)
-    if layer.output is not None:
-        return give_codes(result, layer.output, x)
+    if layer.output_grid is not None:
+        return give_codes(result, layer.output_grid, x)
     return result.contiguous(memory_format=memory_format_of(x))
 
 
@@ -179,7 +179,7 @@ def pack(
     if output is not None and ceiling is not None:
         largest, rectifies = int(quantize(torch.tensor([ceiling]), output)) - output.qtype.quant_min, True
     # Kernels of a part have no ReLU.
-    result = None if target is None else code_range(target, target.zero if rectifies and parts else 0, largest)
+    codes_after = None if target is None else code_range(target, target.zero if rectifies and parts else 0, largest)
     return PackedLayer(
         source=on_host,
         sums=make(codes, zero),
@@ -188,9 +188,9 @@ def pack(
         exact_bias=bias,
         reach=None if exact else _reach(bias),
         factors=repeated(steps.view(-1, *[1] * (-1 - op.output_axis))),
-        output=target,
+        output_grid=target,
         rectifies=rectifies,
-        result=result,
+        code_range=codes_after,
     )
 
 
