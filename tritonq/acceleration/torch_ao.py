@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -143,8 +144,9 @@ def _put_before(kind: type[nn.Module], method: str, run: Callable[..., Tensor]) 
         return run(plain, self, *args, **kwargs) if MARK in self.__dict__ else plain(self, *args, **kwargs)
 
     # A code object of its own: torch.compile counts the graphs of a function by its code, over all classes.
-    look_for_mark.__code__ = look_for_mark.__code__.replace(co_name=method)
-    setattr(kind, method, look_for_mark)
+    replacement = cast(types.FunctionType, look_for_mark)
+    replacement.__code__ = replacement.__code__.replace(co_name=method)
+    setattr(kind, method, replacement)
     return plain
 
 
