@@ -39,6 +39,9 @@ class RecordingDriver:
     def load_binary(self, name, binary, shared, device):
         return object(), hash(binary), 32, 0, 1024
 
+    def unload_module(self, module):
+        """Triton 3.8 calls it when a compiled kernel is freed."""
+
     def get_device_properties(self, device):
         return {"max_shared_mem": 2**18}
 

@@ -72,6 +72,10 @@ def operation_name(function: Callable[..., Any]) -> str:
     return plain_name(name, is_operator=getattr(function, "__module__", None) == "_operator")
 
 
+# As torch.compiler.assume_constant_result does: the name that Dynamo of torch 2.14 gives for a function is no constant.
+vars(operation_name)["_dynamo_marked_constant"] = True
+
+
 def plain_name(name: str, is_operator: bool = False) -> str:
     """Return a name without underscores and prefixes, and one name for all synonyms.
 
