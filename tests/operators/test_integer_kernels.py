@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import tritonq
 from tritonq.deploy.modules import (
     CodeTypes,
     QuantizedConv1d,
@@ -21,7 +23,7 @@ from tritonq.functional.codes import can_use_codes, code_range, give_codes, take
 from tritonq.functional.host_grid import host_grid
 from tritonq.grid import Grid
 from tritonq.quantized_type import QuantizedType
-from tritonq.reference.eval_codes import codes_of_steps
+from tritonq.reference.eval_codes import LARGEST_STEP, codes_of_steps
 
 UNSIGNED, SIGNED = QuantizedType(0, 255, False), QuantizedType(-128, 127)
 WEIGHT = QuantizedType.of(8, narrow=True, axis=0)
@@ -231,15 +233,40 @@ def test_codes_carried_by_a_tensor_count_while_it_is_unchanged():
 
 @pytest.mark.parametrize("rounding", ["half_even", "half_away"])
 @pytest.mark.parametrize("in_one_pass", [True, False])
-def test_codes_round_as_the_quantizer(rounding, in_one_pass, monkeypatch):
+@pytest.mark.parametrize("bounded", [True, False])
+def test_codes_round_as_the_quantizer(rounding, in_one_pass, bounded, monkeypatch):
     if not in_one_pass:
-        monkeypatch.setattr("tritonq.reference.eval_codes.has_one_pass_rounding", lambda: False)
+        monkeypatch.setattr("tritonq.reference.eval_codes.has_one_pass_rounding", lambda bounded: False)
     qtype = QuantizedType(-20, 200, False, rounding=rounding)
     fixed = Quantizer(qtype, torch.ones(1), torch.tensor([7], dtype=torch.int32))
-    steps = torch.cat([torch.arange(-600, 600) / 2, torch.tensor([1e9, -1e9, 3e38, -3e38])])
-    codes = codes_of_steps(steps.clone(), code_range(host_grid(fixed.grid()), low=4, high=210))
+    far = LARGEST_STEP if bounded else 3e38
+    steps = torch.cat([torch.arange(-600, 600) / 2, torch.tensor([1e9, -1e9, far, -far])])
+    to = replace(code_range(host_grid(fixed.grid()), low=4, high=210), bounded=bounded)
+    codes = codes_of_steps(steps.clone(), to)
     expected = ((fixed(steps) + 7) + 20).clamp(4, 210)
     assert torch.equal(codes.float(), expected)
+
+
+def test_ordinary_layers_and_sums_are_known_to_fit_int32(monkeypatch):
+    # Without that some versions of torch take two passes more.
+    asked = []
+    monkeypatch.setattr("tritonq.reference.eval_codes.has_one_pass_rounding", lambda bounded: asked.append(bounded))
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x + self.second(x)
+
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = tritonq.prepare_qat(Residual(), example_inputs=x).train()
+    model(x)
+    tritonq.convert(model.eval())(x)
+    assert len(asked) >= 3
+    assert all(asked)
 
 
 def test_a_cpu_without_exact_products_computes_by_formula(monkeypatch):

@@ -26,7 +26,7 @@ from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.grid import Grid
-from tritonq.reference.eval_codes import CodeRange, Factors, is_within, multiply_, repeated
+from tritonq.reference.eval_codes import LARGEST_STEP, CodeRange, Factors, is_within, multiply_, repeated
 from tritonq.reference.fake_quant import quantize
 
 # ``(input codes, bias or None, whether a ReLU follows) -> float32 sums``.
@@ -179,7 +179,12 @@ def pack(
     if output is not None and ceiling is not None:
         largest, rectifies = int(quantize(torch.tensor([ceiling]), output)) - output.qtype.quant_min, True
     # Kernels of a part have no ReLU.
-    codes_after = None if target is None else code_range(target, target.zero if rectifies and parts else 0, largest)
+    codes_after = None
+    if target is not None:
+        largest_sum = layer.sum_bound + (0.0 if layer.bias is None else float(layer.bias.abs().max()))
+        is_bounded = largest_sum * float(steps.abs().max()) < LARGEST_STEP
+        low = target.zero if rectifies and parts else 0
+        codes_after = replace(code_range(target, low, largest), bounded=is_bounded)
     return PackedLayer(
         source=on_host,
         sums=make(codes, zero),

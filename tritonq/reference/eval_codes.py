@@ -7,8 +7,9 @@ these have no Triton kernel: on a GPU layers in eval mode compute on values.
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from tritonq.arithmetic import round_half_away
 from tritonq.reference.scratch import is_dense
 
+# Steps up to here, plus a zero point, fit into int32.
+LARGEST_STEP = 2.0**30
 _MAX_CODES = 256
 # Sums in one row of a multiplication; torch's loop starts anew with every row.
 _ROW = 2048
@@ -31,12 +34,14 @@ class CodeRange:
         low: smallest code of a result.
         high: largest code of a result, up to 255.
         half_even: whether ties go to the even step; else away from 0.
+        bounded: whether all steps are known to lie within ±:data:`LARGEST_STEP`, which some of torch's kernels need.
     """
 
     zero: int
     low: int
     high: int
     half_even: bool
+    bounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
     Returns:
         uint8, in the order of ``steps``.
     """
-    if to.half_even and has_one_pass_rounding():
+    if to.half_even and has_one_pass_rounding(to.bounded):
         # torch adds the zero point before it rounds, which moves ties.
         codes = _round_in_one_pass(steps.round_() if to.zero else steps, to.zero)
         # Now clipped to 0 and 255.
@@ -143,9 +148,10 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
         uint8, in the order of ``x``.
     """
     if largest is None:
-        if bool(torch.aminmax(x)[0].isnan()):
+        low, high = (float(end) for end in torch.aminmax(x))
+        if math.isnan(low):
             return None
-        step = torch.tensor(scale)
+        step, to = torch.tensor(scale), replace(to, bounded=max(-low, high) / scale < LARGEST_STEP)
         return codes_of_steps(x.mul(step.reciprocal()) if to.half_even else x.div(step), to)
     steps = (x / scale).round_().add_(to.zero)
     least, most = torch.aminmax(steps)
@@ -236,14 +242,18 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
 
 
 @cache
-def has_one_pass_rounding() -> bool:
+def has_one_pass_rounding(bounded: bool) -> bool:
     """Whether torch rounds float32 to uint8 in one pass, ties to even.
 
-    Tried once on ties without a zero point and on whole numbers with one, and on values beyond int32 (torch 2.11 makes
-    0 of large ones), in lengths that fill vectors and that don't.
+    Tried once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
+
+    Args:
+        bounded: whether steps lie within ±:data:`LARGEST_STEP`; if not, values beyond int32 are tried too, of which
+            torch 2.11 and 2.14 make 0.
     """
     halves = torch.arange(-300, 600, dtype=torch.float32).div_(2)
-    halves[1:600:150] = torch.tensor([1e10, torch.inf, -1e10, -torch.inf])
+    far, farther = (LARGEST_STEP / 2, LARGEST_STEP) if bounded else (1e10, math.inf)
+    halves[1:600:150] = torch.tensor([far, farther, -far, -farther])
     cases = [(halves.round() if zero else halves, zero) for zero in (0, 3, 128)]
     cases += [(steps[:773], zero) for steps, zero in cases]
     with warnings.catch_warnings():
