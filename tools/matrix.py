@@ -43,7 +43,7 @@ COLUMNS = tuple(
 SAMPLE = (
     *("test_commands.py", "test_docs.py", "test_pages.py", "test_examples.py", "test_doctor.py"),
     *("test_fake_quant.py", "test_min_max.py", "test_conv_bn_tail.py", "test_modules.py", "test_compile_eval.py"),
-    *("test_prepare.py", "test_calibration.py", "test_convert.py", "test_checkpoint.py", "test_onnx.py"),
+    *("test_prepare.py", "test_calibration.py", "test_convert.py", "test_converted_file.py", "test_onnx.py"),
 )
 # Installed without what they depend on, as by `make test`; see the Makefile.
 WITHOUT_DEPENDENCIES = ("torchvision", "timm", "triton-viz")

@@ -16,7 +16,7 @@ from tritonq.cli.model_files import ONNX_SUFFIX, PROGRAM_SUFFIX, Trained, add_tr
 from tritonq.cli.models import add_qconfig_argument, find_qconfig, prepare
 from tritonq.cli.paths import writable_file
 from tritonq.deploy import convert, export_program, save_converted
-from tritonq.deploy.checkpoint import FORMAT as CONVERTED
+from tritonq.deploy.converted_file import FORMAT as CONVERTED
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.targets import ONNX_FORMS
 

@@ -33,7 +33,7 @@ from tritonq.cli.preprocessing import (
     preprocessing_from_data,
 )
 from tritonq.deploy import load_converted, load_metadata
-from tritonq.deploy.checkpoint import FORMAT as CONVERTED
+from tritonq.deploy.converted_file import FORMAT as CONVERTED
 
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 

@@ -17,8 +17,8 @@ Words of these files:
   ``onnx.ModelProto``.
 """
 
-from tritonq.deploy.checkpoint import load_converted, load_metadata, save_converted
 from tritonq.deploy.convert import convert
+from tritonq.deploy.converted_file import load_converted, load_metadata, save_converted
 from tritonq.deploy.encodings import export_encodings
 from tritonq.deploy.fixed_point_modules import overflow_report
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx

@@ -22,7 +22,7 @@ from qat_models import (
 )
 from tritonq import nn as qnn
 from tritonq.deploy import convert, load_converted, save_converted
-from tritonq.deploy.checkpoint import FORMAT, VERSION, checksum
+from tritonq.deploy.converted_file import FORMAT, VERSION, checksum
 from tritonq.deploy.modules import DeployedModule
 from vision_models import timm_model, torchvision_model, transformers_resnet
 
