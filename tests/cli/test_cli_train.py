@@ -19,7 +19,7 @@ from torch import nn
 
 import tritonq
 from tritonq.__main__ import main
-from tritonq.cli.checkpoints import ModelRecipe, read_training
+from tritonq.cli.checkpoints import ModelRecipe, read_training, recipe_from_data, recipe_to_data, save_training
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch
 from tritonq.cli.models import find_qconfig, prepare
@@ -186,6 +186,23 @@ def test_a_checkpoint_of_version_1_goes_on(whole, tmp_path, capsys):
     torch.save(content, tmp_path / "last.pt")
     assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 0
     assert "resuming at step 16 of 16" in capsys.readouterr().out
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_yet_counts_as_its_default(whole, tmp_path, capsys):
+    """So a setting that is added later does not end the runs of released versions."""
+    made, content = read_training(whole / "last.pt")
+    del content["settings"]["augment"]
+    save_training(tmp_path / "last.pt", made, content)
+    assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--augment=flip", "--output", tmp_path) == 1
+    assert "its augment is 'none', not 'flip'" in capsys.readouterr().err
+    assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 0
+    assert "resuming at step 16 of 16" in capsys.readouterr().out
+
+
+def test_fields_that_a_file_does_not_know_yet_get_their_defaults():
+    data = recipe_to_data(replace(RECIPE, classes=("a", "b")))
+    del data["classes"], data["preprocessing"]["interpolation"]
+    assert recipe_from_data(data) == replace(RECIPE, classes=())
 
 
 def test_a_finished_run_can_be_extended(whole, tmp_path, capsys):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.cli.earlier_fields import with_defaults
 from tritonq.cli.preprocessing import Preprocessing, preprocessing_from_data, preprocessing_to_data
 from tritonq.deploy.files import atomic_file, why_unread
 
@@ -54,6 +55,8 @@ def recipe_to_data(made: ModelRecipe) -> dict[str, Any]:
 def recipe_from_data(data: Any) -> ModelRecipe:
     """Return the model recipe that :func:`recipe_to_data` turned into ``data``, also one of version 1 of the format.
 
+    A field that the version which wrote ``data`` did not have yet gets its default.
+
     Raises:
         ValueError: it is something else.
     """
@@ -63,6 +66,7 @@ def recipe_from_data(data: Any) -> ModelRecipe:
         data = {**others, "preprocessing": preprocessing_to_data(Preprocessing(size, size, channels=channels))}
         data["classes"] = ()
     check_names(data)
+    data = with_defaults(ModelRecipe, data)
     if set(data) != {field.name for field in fields(ModelRecipe)} or not isinstance(data["qconfig"], Mapping):
         raise ValueError("its recipe is not one")
     preprocessing = preprocessing_from_data(data["preprocessing"])

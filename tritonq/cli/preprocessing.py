@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tritonq.cli.earlier_fields import with_defaults
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -139,11 +141,13 @@ def preprocessing_to_data(preprocessing: Preprocessing) -> dict[str, Any]:
 def preprocessing_from_data(data: Any) -> Preprocessing:
     """Return the preprocessing that :func:`preprocessing_to_data` turned into ``data``.
 
+    A field that ``data`` lacks gets its default.
+
     Raises:
         ValueError: it is something else.
     """
-    known = {field.name for field in fields(Preprocessing)}
-    if not isinstance(data, Mapping) or set(data) != known:
+    data = with_defaults(Preprocessing, data) if isinstance(data, Mapping) else {}
+    if set(data) != {field.name for field in fields(Preprocessing)}:
         raise ValueError("its preprocessing is not one")
     try:
         moments = {name: tuple(float(value) for value in data[name]) for name in ("mean", "std")}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonq.cli.checkpoints import ModelRecipe, check_entries, read_training, recipe_to_data
+from tritonq.cli.earlier_fields import with_defaults
 from tritonq.cli.settings import Settings
 from tritonq.cli.training_log import history_from_data
 
@@ -137,10 +138,11 @@ def _check(
     content: Mapping[str, Any],
     ignored: Collection[str],
 ) -> None:
-    mine, theirs = {**asdict(settings), **recipe_to_data(made)}, {**saved_settings(content), **recipe_to_data(saved)}
+    mine = {**asdict(settings), **recipe_to_data(made)}
+    # A setting that the checkpoint's version did not have yet was what its default does.
+    theirs = {**with_defaults(Settings, saved_settings(content)), **recipe_to_data(saved)}
     if content["version"] == 1:  # which knew the folder's name, and nothing of preprocessing and classes
-        unknown = {"data", "preprocessing", "classes", *(set(asdict(settings)) - set(saved_settings(content)))}
-        mine = {name: value for name, value in mine.items() if name not in unknown}
+        ignored = {*ignored, "data", "preprocessing", "classes"}
     differing = [
         f"its {name.replace('_', ' ')} is {_shown(name, theirs.get(name), value)}"
         for name, value in mine.items()

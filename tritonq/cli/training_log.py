@@ -12,6 +12,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
+from tritonq.cli.earlier_fields import required_fields, with_defaults
 from tritonq.deploy.files import atomic_file
 
 
@@ -51,8 +52,8 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def is_own_log(path: Path) -> bool:
-    """Whether the file at ``path`` begins as those of :func:`write_csv` do, or there is none."""
-    header = ",".join(field.name for field in fields(Epoch)).encode()
+    """Whether there is no file at ``path``, or it begins as those of :func:`write_csv` do, also in earlier versions."""
+    header = ",".join(required_fields(Epoch)).encode()
     if not path.exists():
         return True
     with path.open("rb") as file:
@@ -62,13 +63,18 @@ def is_own_log(path: Path) -> bool:
 def history_from_data(data: Any) -> list[Epoch]:
     """Return the epochs that a checkpoint holds, from the list of their fields.
 
+    A field that an epoch lacks gets its default.
+
     Raises:
         ValueError: it is something else.
     """
     names = {field.name for field in fields(Epoch)}
-    if not isinstance(data, list) or not all(isinstance(row, dict) and set(row) == names for row in data):
+    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise ValueError("its history is not one")
-    return [Epoch(**row) for row in data]
+    rows = [with_defaults(Epoch, row) for row in data]
+    if any(set(row) != names for row in rows):
+        raise ValueError("its history is not one")
+    return [Epoch(**row) for row in rows]
 
 
 def check_tensorboard() -> None:
