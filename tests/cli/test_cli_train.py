@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,35 +16,11 @@ import torch
 from torch import nn
 
 import tritonq
-from tritonq.__main__ import main
-from tritonq.cli.checkpoints import ModelRecipe, read_training, recipe_from_data, recipe_to_data, save_training
-from tritonq.cli.data import load_digits, open_examples
-from tritonq.cli.divergence import DivergenceError, DivergenceWatch
-from tritonq.cli.models import find_qconfig, prepare
-from tritonq.cli.preprocessing import Preprocessing
-from tritonq.cli.settings import Settings
-from tritonq.cli.training_loop import Run, make_optimizer
+from digits_runs import DIGITS, FILES, RECIPE, new_run, state_of, train
+from tritonq.cli.checkpoints import read_training, recipe_from_data, recipe_to_data, save_training
+from tritonq.cli.data import load_digits
+from tritonq.cli.models import prepare
 from tritonq.demo.model import SmallResNet
-from tritonq.qconfig_files import mapping_to_data
-
-MODEL = ["tritonq.demo.model:SmallResNet", "digits", *(f"--model-arg={word}" for word in ("classes=10", "width=4"))]
-SHORT = ["--model-arg=in_channels=1", "--batch-size=128", "--epochs=2", "--learning-rate=0.05", "--no-onnx"]
-DIGITS = [*MODEL, *SHORT]
-FILES = ["best.pt", "last.pt", "log.csv", "model.int8.pt"]
-RECIPE = ModelRecipe(
-    "tritonq.demo.model:SmallResNet",
-    ("in_channels=1", "classes=10", "width=4"),
-    mapping_to_data(find_qconfig("onnxruntime")),
-    Preprocessing(8, 8, channels=1),
-)
-
-
-def train(*words):
-    return main(["train", *map(str, words)])
-
-
-def state_of(folder):
-    return read_training(Path(folder) / "last.pt")[1]
 
 
 def assert_same_run(one, other):
@@ -220,12 +194,6 @@ def test_a_finished_run_can_be_extended(whole, tmp_path, capsys):
     assert not any(v.item() for k, v in state["state_dict"].items() if k.endswith("observer_enabled"))
 
 
-def new_run(folder, amp="off", **options):
-    settings = Settings("", 1, 0, 256, 0.01, 0, amp)
-    data = open_examples("digits", RECIPE.preprocessing)
-    return Run(RECIPE, prepare(RECIPE), settings, data, folder, **options)
-
-
 def test_amp_is_on(tmp_path):
     run = new_run(tmp_path, "bfloat16")
     seen = []
@@ -296,104 +264,6 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_whole_step(whole, tmp_path):
     assert line == f"tritonq train: interrupted after step {step} of 16: --resume goes on from there"
     assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 0
     assert_same_run(whole, tmp_path)
-
-
-def finite(folder, name="last.pt"):
-    state = read_training(folder / name)[1]["state_dict"]
-    return all(torch.isfinite(t).all() for k, t in state.items() if t.is_floating_point() and "_val" not in k)
-
-
-@pytest.mark.filterwarnings("ignore:one batch took the range")
-@pytest.mark.parametrize("amp", ["off", "float16"])
-def test_a_loss_that_is_not_finite_stops_the_run(amp, tmp_path, capsys):
-    assert train(*DIGITS, "--learning-rate=1e30", "--checkpoint-every=1", "--amp", amp, "--output", tmp_path) == 1
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    place = "(: the first layer whose output|, but gradients are not finite: that of) "
-    assert re.search(rf"step \d+: the loss is [\w.+]+{place}.*'\w+", line), line
-    assert finite(tmp_path)
-    kept = state_of(tmp_path)["step"]
-    assert kept < 4
-    assert line.endswith(f"; {tmp_path / 'last.pt'} holds step {kept}, before it")
-
-
-class Trap(SmallResNet):
-    """Divides by 0 before its second block, from the step on that a test chooses."""
-
-    steps_left = 10**9
-
-    def forward(self, x):
-        x = self.down(self.block1(self.stem(x)))
-        if self.training:
-            type(self).steps_left -= 1
-            if type(self).steps_left <= 0:
-                x = x / 0
-        return self.head(self.pool(self.block2(x)).flatten(1))
-
-
-def test_weights_stay_those_before_the_step_that_failed(tmp_path, monkeypatch):
-    model = prepare(replace(RECIPE, model=f"{__name__}:Trap", model_arguments=RECIPE.model_arguments))
-    monkeypatch.setattr(Trap, "steps_left", 3)
-    settings = Settings("", 4, 0, 256, 0.01, 0, "off")
-    run = Run(RECIPE, model, settings, open_examples("digits", RECIPE.preprocessing), tmp_path)
-    batches = iter(run._batches(0))
-    for _ in range(2):
-        run._train_step(*next(batches))
-        run.step += 1
-    before = model.head.weight.detach().clone()
-    with pytest.raises(DivergenceError, match=r"step 3: the loss is nan: the first layer whose output is .* 'block2"):
-        run._train_step(*next(batches))
-    assert torch.equal(model.head.weight, before)
-    with pytest.raises(DivergenceError, match="; no checkpoint was written"):
-        run.train(checkpoint_every=1)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_layer_that_failed_is_named_in_place_of_its_quantizer():
-    images, labels = torch.randn(4, 3), torch.arange(4) % 2
-    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), example_inputs=images).train()
-    model(images)
-    nn.init.constant_(model[1].weight, math.nan)
-    watch = DivergenceWatch(torch.device("cpu"))
-    loss = nn.functional.cross_entropy(model(images), labels)
-    watch.note(1, images, labels, loss, model.parameters())
-    with pytest.raises(DivergenceError, match="the first layer whose output is not finite is '1'"):
-        watch.check(model, lambda model, images, labels: nn.functional.cross_entropy(model(images), labels))
-
-
-def test_a_step_after_the_one_that_failed_changes_nothing_either():
-    """On a GPU it runs before the host learns of the failure."""
-    torch.manual_seed(0)
-    model, watch = nn.Linear(2, 3), DivergenceWatch(torch.device("cpu"))
-    optimizer = make_optimizer(model, 0.1)
-
-    def loss_of(model, images, labels):
-        return nn.functional.cross_entropy(model(images), labels)
-
-    before = []
-    for step, value in enumerate((1.0, math.nan, 2.0), 1):
-        before.append(model.weight.detach().clone())
-        images, labels = torch.full((4, 2), value), torch.arange(4) % 3
-        optimizer.zero_grad()
-        loss = loss_of(model, images, labels)
-        loss.backward()
-        watch.note(step, images, labels, loss, model.parameters())
-        optimizer.found_inf = watch.failed
-        optimizer.step()
-    assert not torch.equal(before[0], before[1])
-    assert torch.equal(before[1], before[2])
-    assert torch.equal(before[1], model.weight)
-    with pytest.raises(DivergenceError, match="step 2: the loss is nan: its images hold values that are not finite"):
-        watch.check(model, loss_of, late=False)
-
-
-def test_a_weight_that_overflows_is_not_saved(tmp_path):
-    run = new_run(tmp_path)
-    run.save()
-    with torch.no_grad():
-        run.model.head.weight[0, 0] = math.inf
-    with pytest.raises(DivergenceError, match=r"'head.weight' is not finite"):
-        run.save()
-    assert finite(tmp_path)
 
 
 def test_a_full_disk_loses_nothing(whole, tmp_path):
