@@ -211,13 +211,14 @@ def integer_conv2d(
     tile: ConvTile | None = None,
     largest_product: int = _LARGEST_PRODUCT,
 ) -> Tensor:
-    """Return ``FQ(relu?(float32(conv(codes, weight) + bias) · multiplier))`` in ``dtype``; integer sums are exact.
+    """Return ``FQ(relu?(v))`` in ``dtype`` with ``v = fl(conv(codes, weight) + bias) · multiplier`` and an exact sum.
 
-    ``codes`` and ``weight`` are integers minus their zero points in any float dtype, bias int32 and multiplier float32
-    (out,). With ``onto`` products are rounded to that grid: ``round(v) · scale``, not clipped. Stride, padding (zeros),
-    dilation, ``groups``, ``ceiling`` (of the ReLU; None: none), ``grid`` (None: no FQ) and ``tile`` are those of
-    :func:`conv2d`. No product of two codes exceeds ``largest_product`` in magnitude: the smaller it is, the longer are
-    the sums that float32 adds exactly.
+    With ``onto``, of scale s, ``multiplier`` gives v in steps of s, and ``round(v) · s``, not clipped, takes its place
+    before the ReLU; fl rounds to float32. ``codes`` and ``weight`` are integers minus their zero points in any float
+    dtype, bias int32 and multiplier float32 (out,). Stride, padding (zeros), dilation, ``groups``, ``ceiling`` (of the
+    ReLU; None: none), ``grid`` (None: no FQ) and ``tile`` are those of :func:`conv2d`. No product of an input's and a
+    weight's code exceeds ``largest_product`` in magnitude: the smaller it is, the longer are the sums that float32 adds
+    exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)

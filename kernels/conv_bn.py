@@ -91,10 +91,10 @@ def statistics_kernel(
     c_ptr,  # outer × rows × cols, by strides
     partial_ptr,  # 6 × splits × channels float32: centre, mean - centre, M2, minimum, maximum, count
     c_strides,
-    sizes,
-    share,  # see `share_bounds`, as for the next
-    split_strides,
-    splits,
+    sizes,  # (outer, rows, cols)
+    share,  # elements that one program reads along each dimension, whole tiles
+    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    splits,  # how many there are: partial results per channel
     channels,
     blocks,  # of AHEAD tiles, in a share
     ALIGN: tl.constexpr,

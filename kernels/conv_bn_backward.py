@@ -96,10 +96,10 @@ def gradient_sums_kernel(
     active_ptr,  # one element, 0 blocks nothing; None counts as 1
     dy_strides,
     c_strides,
-    sizes,
-    share,  # see `share_bounds`, as for the next
-    split_strides,
-    splits,
+    sizes,  # (outer, rows, cols)
+    share,  # elements that one program reads along each dimension, whole tiles
+    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    splits,  # how many there are: partial results per channel
     channels,
     blocks,  # of AHEAD tiles, in a share
     ALIGN: tl.constexpr,
@@ -115,9 +115,9 @@ def gradient_sums_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write the partial results ``Σ g`` and ``Σ g (c - mean)`` of one share.
+    """Write the partial results ``Σ g`` and ``Σ g (c - mean)`` of one share, the elements that this program reads.
 
-    ``g`` is the part of ``dy`` that ReLU and quantizer let pass.
+    ``g`` is ``dy`` where ReLU and quantizer of ``slope · c + shift`` let the gradient pass, and 0 elsewhere.
     """
     dy_strides = aligned_strides(dy_strides, ALIGN)
     c_strides = aligned_strides(c_strides, ALIGN)

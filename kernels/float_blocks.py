@@ -39,10 +39,10 @@ def fake_quantize_blocks_kernel(
     sizes,
     CHANNEL: tl.constexpr,  # dimension that the blocks run along: 1 or 2
     SIZE: tl.constexpr,  # elements of a block; divides the tile along CHANNEL
-    MANTISSA_BITS: tl.constexpr,  # of the elements' format, as the next three
-    LEAST_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,  # of the elements' format
+    LEAST_EXPONENT: tl.constexpr,  # of its normal numbers
     GREATEST_EXPONENT: tl.constexpr,
-    LARGEST: tl.constexpr,  # largest finite number
+    LARGEST: tl.constexpr,  # its largest finite number
     ROUNDS_UP: tl.constexpr,  # whether power-of-two scales are rounded up, so that no element saturates
     ROWS: tl.constexpr,
     COLS: tl.constexpr,

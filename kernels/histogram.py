@@ -61,10 +61,10 @@ def prefix_histogram_kernel(
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     nonfinite_ptr,  # one int64, added to
     x_strides,
-    sizes,
-    share,  # see `share_bounds`, as for the next
-    split_strides,
-    splits,
+    sizes,  # (outer, rows, cols)
+    share,  # elements that one program reads along each dimension, whole tiles
+    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    splits,  # how many there are: partial results per channel
     channels,
     SHIFT: tl.constexpr,  # low bits of a float32 that a prefix leaves out
     FIRST_PREFIX: tl.constexpr,  # prefix of the smallest magnitude with a bin of its own

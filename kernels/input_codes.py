@@ -61,8 +61,8 @@ def encode_kernel(
     x_strides,
     codes_strides,
     sizes,
-    CODE_MIN: tl.constexpr,  # of what a byte holds, as the next
-    CODE_MAX: tl.constexpr,
+    CODE_MIN: tl.constexpr,  # smallest value that a byte holds
+    CODE_MAX: tl.constexpr,  # largest
     MIDDLE: tl.constexpr,  # the code that a byte holds as 0
     CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,

@@ -128,10 +128,10 @@ def learned_backward_kernel(
     dy_strides,
     x_strides,
     dx_strides,
-    sizes,
-    share,  # see `share_bounds`, as for the next
-    split_strides,
-    splits,
+    sizes,  # (outer, rows, cols)
+    share,  # elements that one program reads along each dimension, whole tiles
+    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    splits,  # how many there are: partial results per channel
     channels,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,

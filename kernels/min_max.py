@@ -141,10 +141,10 @@ def observe_kernel(
     averaging_constant,
     eps,
     x_strides,
-    sizes,
-    share,  # see `share_bounds`, as for the next
-    split_strides,
-    splits,
+    sizes,  # (outer, rows, cols)
+    share,  # elements that one program reads along each dimension, whole tiles
+    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    splits,  # how many there are: partial results per channel
     channels,
     blocks,  # of AHEAD tiles, in a share
     QUANT_MIN: tl.constexpr,

@@ -36,8 +36,8 @@ def scan_results(
     b_ptr,  # (n,), or None for an operation of one operand
     start,  # of the share, in elements, as is its end
     end,
-    OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
-    NUMBER: tl.constexpr,
+    OPERATION: tl.constexpr,  # "add", "mul", "none", or a function of a; names: `tritonq.kernels.pointwise`
+    NUMBER: tl.constexpr,  # of that function, as a slope; None: it has none
     OTHER_NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,  # elements read at a time
     FINITE_ONLY: tl.constexpr,  # whether results that are not finite are left out
@@ -84,8 +84,8 @@ def rounded_range_kernel(
     observing_ptr,  # one uint8, 0 ends the kernel
     n,
     share,  # elements per program: whole blocks
-    OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
-    NUMBER: tl.constexpr,
+    OPERATION: tl.constexpr,  # "add", "mul", "none", or a function of a; names: `tritonq.kernels.pointwise`
+    NUMBER: tl.constexpr,  # of that function, as a slope; None: it has none
     OTHER_NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,  # elements read at a time
     WIDE: tl.constexpr,  # whether offsets take 64 bits
@@ -121,8 +121,8 @@ def rounded_kernel(
     active_ptr,  # 0 leaves the result unrounded; None counts as 1
     n,
     plane,  # elements of a plane, bytes of the mask
-    OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
-    NUMBER: tl.constexpr,
+    OPERATION: tl.constexpr,  # "add", "mul", "none", or a function of a; names: `tritonq.kernels.pointwise`
+    NUMBER: tl.constexpr,  # of that function, as a slope; None: it has none
     OTHER_NUMBER: tl.constexpr,
     CEILING: tl.constexpr,  # of the ReLU; infinity for a plain one, None without
     QUANT_MIN: tl.constexpr,

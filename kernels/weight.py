@@ -63,8 +63,8 @@ def quantize_folded_kernel(
     eps,  # smallest scale
     channels,
     length,  # elements of a row
-    switch_stride,  # 0 or 1, as the next
-    scale_stride,
+    switch_stride,  # 1 if switch_ptr has an element per channel, else 0
+    scale_stride,  # 1 if scale and range have an element per channel, else 0
     KNOWN: tl.constexpr,  # whether the host knows that the range holds data
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -104,11 +104,11 @@ def folded_backward_kernel(
     dcodes_ptr,  # channels × length, dense
     rows_ptr,  # channels × length, dense
     drows_ptr,  # channels × length float32, dense
-    dfold_ptr,  # (channels,) float32: gradient of the fold, or of γ where the next four are given
-    gamma_ptr,  # (channels,), or None, as the next three: see `gamma_gradient`
-    inverse_std_ptr,
-    eps_share_ptr,
-    sum_gn_ptr,
+    dfold_ptr,  # (channels,) float32, written: gradient of the fold; with gamma_ptr that of γ in its place
+    gamma_ptr,  # (channels,) γ of the BatchNorm; None: this and the next three are, and the fold's gradient is written
+    inverse_std_ptr,  # (channels,) float32: 1/σ
+    eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
+    sum_gn_ptr,  # (channels,) float32: Σ g n, the gradient of γ behind the convolution; n is its normalised output
     fold_ptr,  # (channels,) float32
     unit_ptr,  # (channels,) float32
     scale_ptr,  # (channels,) float32 or one element; None: nothing was quantized
@@ -116,15 +116,20 @@ def folded_backward_kernel(
     active_ptr,  # (channels,) or one element, not zero where the row was quantized
     channels,
     length,
-    switch_stride,  # 0 or 1, as the next
-    scale_stride,
+    switch_stride,  # 1 if active_ptr has an element per channel, else 0
+    scale_stride,  # 1 if scale_ptr has an element per channel, else 0
     CODE_MIN: tl.constexpr,
     CODE_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Write ``drows = fold · q`` of ROWS rows and ``dfold = Σ q · rows`` (or γ's); ``q = dcodes / unit``, or 0."""
+    """Write the gradients of ROWS rows, ``drows = fold · q``, and of their folds, ``dfold = Σ q · rows``.
+
+    ``q`` is ``dcodes / unit``, and 0 where the code was clipped. With ``gamma_ptr`` the gradient of γ is written in the
+    fold's place: the part that reaches γ through the fold, and the part behind the convolution
+    (`tritonq.kernels.weight_rows.gamma_gradient`).
+    """
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]
@@ -293,12 +298,7 @@ def quantize(
 
 
 def folded_backward(
-    dcodes: Tensor,
-    rows: Tensor,
-    fold: Tensor,
-    unit: Tensor,
-    grid: Grid | None,
-    clips: bool,
+    dcodes: Tensor, rows: Tensor, fold: Tensor, unit: Tensor, grid: Grid | None, clips: bool
 ) -> tuple[Tensor, Tensor]:
     """Return two gradients from that of the codes, in float32: of the weight, shaped as it, and of the fold, (out,).
 

@@ -42,10 +42,10 @@ def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
 def gamma_gradient(
     dfold,  # (ROWS, 1) float32, gradient of the fold
     fold,  # (ROWS, 1) float32
-    gamma_ptr,  # (channels,), as the next three
-    inverse_std_ptr,
-    eps_share_ptr,  # see `tritonq.reference.conv_bn.Normalization`
-    sum_gn_ptr,  # Σ g n, with n the normalised output of the convolution
+    gamma_ptr,  # (channels,)
+    inverse_std_ptr,  # (channels,) float32: 1/σ
+    eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
+    sum_gn_ptr,  # (channels,) float32: Σ g n, with n the normalised output of the convolution
     channel,  # (ROWS, 1) channel numbers
     valid,  # (ROWS, 1) which of them exist
 ):

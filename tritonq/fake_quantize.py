@@ -170,7 +170,7 @@ class FakeQuantize(FakeQuantizeBase):
         self._beginning = None
 
     def rank_state(self) -> RankState:
-        """Return the tensors on which ranks agree.
+        """Return the tensors that all ranks are to share. :func:`merge_ranges` communicates; nothing is merged here.
 
         - An observer of minimum and maximum: the smallest minimum and the largest maximum of all ranks, and the grid
           whose scale and zero point follow from them.

@@ -82,14 +82,17 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
 
     def rests_on_examples(self) -> bool:
-        """Whether scale and zero point are still those of the example inputs of ``prepare_qat``.
+        """Whether scale and zero point are still those that the example inputs of ``prepare_qat`` gave.
 
-        No training batch changed them.
+        False if no run on example inputs gave them, or once a training batch or a loaded state replaced them.
         """
         return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
 
     def begins_with_next_batch(self) -> bool:
-        """Whether the next training batch replaces the scale that the example inputs of ``prepare_qat`` gave."""
+        """Whether the next training batch replaces the scale that the example inputs of ``prepare_qat`` gave.
+
+        False if no run on example inputs gave it.
+        """
         return self._beginning is not None
 
     def is_active(self) -> bool:

@@ -187,7 +187,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.scale.copy_(power_of_two(-self.rounded_frac_len()))
 
     def rank_state(self) -> RankState:
-        """Return the running fractional length and its scale, of which all ranks take the first rank's."""
+        """Return the running fractional length and its scale, of which all ranks will take the first rank's."""
         return RankState(first=[self.frac_len, self.scale])
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return torch.where(largest >= 0, largest.clamp(min=_LEAST), 0.0)
 
     def rank_state(self) -> RankState:
-        """Return the history of magnitudes, of which all ranks take the largest values."""
+        """Return the history of magnitudes, of which all ranks will take the largest values; nothing is merged here."""
         return RankState(highest=[self.amax_history] if self.has_observed_scale else [])
 
     def follow_ranks(self) -> None:

@@ -100,9 +100,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self._qparams_known = False
 
     def rests_on_examples(self) -> bool:
-        """Whether the parameters are still those of the example inputs of ``prepare_qat``.
+        """Whether the parameters are still those that the example inputs of ``prepare_qat`` gave.
 
-        False for a weight's quantizer, whose parameters follow from the weight.
+        False if no run on example inputs gave them, once a training batch or a loaded state replaced them, and for a
+        weight's quantizer, whose parameters follow from the weight.
         """
         return self.batch_axis is not None and super().rests_on_examples()
 
@@ -159,7 +160,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return self.initialized
 
     def rank_state(self) -> RankState:
-        """Return the trained parameters and the buffer ``zero_point``, if any; all ranks take the first rank's."""
+        """Return the trained parameters and the buffer ``zero_point``, if any; all ranks will take the first rank's."""
         own = self.parameters(recurse=False)
         zero_point = self._buffers.get("zero_point")
         return RankState(first=[*own, *([] if zero_point is None else [zero_point])])

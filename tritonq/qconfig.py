@@ -343,7 +343,7 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"onnxruntime"`` (default): activations unsigned 8-bit with a zero point (0 behind a ReLU) and a moving average
       that follows growth at once (``copy_above``), weights symmetric narrow int8 per channel.
     - ``"tensorrt"``: the same with symmetric int8 activations; the function behind a layer (SiLU and the like) is
-      computed before rounding.
+      computed before rounding, and tensors before softmax and norms stay in float (``islands="float"``).
     - ``"openvino"``, ``"qnn"``: the numbers of ``"onnxruntime"`` for these engines' files.
     - ``"xnnpack"``: signed 8-bit activations with a zero point, for ExecuTorch's delegate.
     - ``"a16w8"``, ``"a16w4"``: as ``"qnn"`` with activations of 16 bits, and weights of 8 or 4, as Qualcomm's targets

@@ -67,7 +67,10 @@ class SharesRange(nn.Module):
     """
 
     def rank_state(self) -> RankState:
-        """Return the tensors that all ranks share; they have the same shapes on every rank. Here: none."""
+        """Return the tensors that all ranks are to share, with the same shapes on every rank; in this class none.
+
+        Nothing is communicated here: :func:`merge_ranges` reads and merges what all quantizers return.
+        """
         return RankState()
 
     def follow_ranks(self) -> None:

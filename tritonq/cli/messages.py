@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why something failed, without the name of the file: ``No such file or directory``."""
+    """Return why something failed, in one line.
+
+    Of an OSError it is the reason without the file's name (``No such file or directory``), of any other error the
+    message, or the name of the error's class if the message is empty.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

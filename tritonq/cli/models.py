@@ -103,10 +103,14 @@ def prepare(made: ModelRecipe, model: nn.Module | None = None) -> nn.Module:
 
 
 def check_trains(model: nn.Module, preset: str) -> None:
-    """Raise an error if training with a preset never makes the model round; ``preset`` is its name for the error.
+    """Raise an error if training never makes a prepared model round.
+
+    Args:
+        model: the prepared model.
+        preset: name of the preset that it was prepared with, for the error's text.
 
     Raises:
-        ValueError: a fake quantizer of the prepared model is switched off, as presets for calibration have it, or has a
+        ValueError: a fake quantizer of the model is switched off, as presets for calibration have it, or has a
             PassiveObserver, whose scale is given by hand.
     """
     for name, quantizer in model.named_modules():

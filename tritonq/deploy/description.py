@@ -346,7 +346,7 @@ def _function_here(module: nn.Module) -> Function | None:
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
     """Return the edited forward of a module, as plain data that ``apply_forward`` takes; None if it is the class's own.
 
-    Files of version 0.1.0 (format 2 and earlier) have hooks in its place, which are part of the forward now.
+    Files of versions 1 to 3 of the format have hooks in its place, which are part of the forward now.
 
     Args:
         entry: the module's description.

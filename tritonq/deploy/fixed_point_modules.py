@@ -204,10 +204,11 @@ class IntegerLayer(IntegerModule):
 
 
 class IntegerAdd(IntegerModule):
-    """The sum of two tensors of codes or accumulators, shifted left to the finer fractional length of the two.
+    """The sum of two tensors of codes or accumulators: ``(a << left0) + (b << left1)``.
 
-    ``(a << left0) + (b << left1)``. With an output format the sum is then shifted right to 8-bit codes and clipped;
-    without one (``output`` None) it is returned as an int32 accumulator, clamped to ±(2^31 - 1).
+    All channels of both are shifted left to one fractional length, the largest that any of these channels has. With an
+    output format the sum is then shifted right to 8-bit codes and clipped; without one (``output`` None) it is returned
+    as an int32 accumulator, clamped to ±(2^31 - 1).
 
     Args:
         frac_lens: fractional lengths of the two summands, int32 (channels,) or (1,) each.

@@ -44,8 +44,14 @@ def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
 def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> None:
     """Make a layer trace to a sum of codes and one requantization, for ONNX Runtime.
 
-    A mean over the whole image becomes GlobalAveragePool. Windows of open size, or of 2^14 elements and more, are
-    traced as a float mean, with a warning (UserWarning).
+    A mean over the whole image becomes GlobalAveragePool where the output's type rounds ties to even. The following
+    means stay in float, with a warning (UserWarning), since no ONNX operator adds their codes exactly:
+
+    - windows of 2^14 elements and more;
+    - windows of an adaptive pool that have different sizes, with 65,794 elements and more;
+    - where the file leaves height and width open (``dynamic_sizes``), windows whose number of elements depends on them:
+      those of adaptive pools (but for the GlobalAveragePool above), of pools with ``ceil_mode``, and of pools that
+      leave padding out of the mean.
 
     Args:
         layer: a pool or mean with known grids; its forward, buffers and children are changed in place.
@@ -86,8 +92,8 @@ def _forward(layer: Any, name: str, half_away: bool, input: Tensor) -> Tensor:
     sums = _sums(averaging, input, layer.input_scale)
     if sums is None:
         warnings.warn(
-            f"{name}: its windows are of open size or too large: the ONNX file computes this mean in float, and "
-            "codes may differ by one where a mean lies between two of them",
+            f"{name}: its windows are too large, or their sizes depend on open axes of the input: the ONNX file "
+            "computes this mean in float, and codes may differ by one where a mean lies between two of them",
             stacklevel=2,
         )
         return quantizer(averaging.mean(input))

@@ -148,7 +148,7 @@ class QATBatchNormLayer(QATLayer):
     def weight_to_quantize(self) -> Tensor:
         """Return the present weight as its quantizer gets it in training.
 
-        It is folded; in mode "scale" it is multiplied by the sign of γ instead.
+        It is folded; in mode "scale" it is multiplied by -1 where γ < 0 instead.
         """
         if self._mode != "scale":
             return super().weight_to_quantize()

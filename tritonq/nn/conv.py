@@ -156,7 +156,7 @@ class ConvReLU3d(Conv3d):
 
 
 class TakesOutputSize(nn.Module):
-    """Mixin of transposed convolutions: a call may give the size of its result, as torch's may.
+    """Let a call of a transposed convolution give the size of its result, as torch's may.
 
     The size decides the output padding of this call alone. It is taken in ``__call__``, so that forwards, and what
     replaces them, do not get it.

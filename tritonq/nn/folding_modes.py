@@ -122,8 +122,8 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
 def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
-    ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with u the sign of γ. One kernel computes
-    it with its ReLU, if the kernel is faster.
+    ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with ``u = -1`` where γ < 0, else
+    1. One kernel computes it with its ReLU, if the kernel is faster.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
     kernel = find_kernel(x, folded, layer.linear_map)
@@ -139,9 +139,10 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the mode "scale": ``BN(op(x, u FQ_w(u W)) + b)`` with ``u`` the sign of γ.
+    """Compute the mode "scale": ``BN(op(x, u FQ_w(u W)) + b)`` with ``u = -1`` where γ < 0, else 1.
 
-    The weight's codes do not depend on the statistics.
+    BN is the layer's BatchNorm, by the batch's statistics, which update the running ones. The weight's codes do not
+    depend on them.
     """
     signs = gamma_signs(layer.bn)
     rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
@@ -152,7 +153,7 @@ def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor |
 def scaled_weight(layer: QATBatchNormLayer, weight: Tensor) -> Tensor:
     """Return ``|t| FQ_w(u W)``, the rounded folded weight in mode "scale".
 
-    ``t = γ/σ(running_var)``, and ``u`` is the sign of γ.
+    ``t = γ/σ(running_var)``, and ``u`` is -1 where γ < 0, else 1.
     """
     rounded = layer.quantized_weight(scale_out_channels(weight, gamma_signs(layer.bn), *layer.grouping))
     scale = fold_scale(_running_var(layer), layer.bn.weight, layer.bn.eps)

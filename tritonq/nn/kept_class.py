@@ -13,7 +13,10 @@ from tritonq.nn.original_class import original_class
 
 
 class KeepsClass(nn.Module):
-    """Mixin of classes made at run time, which derive from a new module's class and from the replaced module's class.
+    """Let objects of the classes that :func:`joined_class` makes be pickled and copied.
+
+    Such a class is made at run time, so that ``pickle`` can't import it by name: its objects are written with the two
+    classes that it derives from, the new module's and the replaced module's, and it is made again when they are read.
 
     Attributes:
         _tritonq_joined: the two classes, in this order.

@@ -82,7 +82,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     paths: ClassVar[dict[Path, Callable[..., Tensor]]]
 
     def attach_quantizers(self, qconfig: QConfig | None, out_channels: int) -> None:
-        """Create the quantizers of ``qconfig``, with buffers in their final shapes.
+        """Create ``weight_fake_quant`` and ``activation_post_process`` as children, with buffers in final shapes.
 
         Raises:
             TypeError: no QConfig.

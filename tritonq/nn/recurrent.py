@@ -44,10 +44,17 @@ class QATRecurrent(nn.Module):
     geometry_names: ClassVar[tuple[str, ...]]
 
     def attach_quantizers(self, qconfig: QConfig | None, layers: int) -> None:
-        """Create the quantizers of ``qconfig``: one per weight, one between layers, one for the output.
+        """Create the quantizers of ``qconfig`` as children, with buffers in their final shapes.
 
-        Their buffers get their final shapes. ``layers`` is the number of layers that the module runs one after the
-        other.
+        - one per weight, under its name and ``_fake_quant`` (``weight_ih_l0_fake_quant``);
+        - one between each two layers, ``layers - 1`` in all; a cell, which is one step of one layer, has none;
+        - one for the output, ``activation_post_process``.
+
+        The input's quantizer is the business of ``prepare_qat``.
+
+        Args:
+            qconfig: makes the quantizers.
+            layers: how many layers the module runs one after the other.
 
         Raises:
             TypeError: no QConfig.

@@ -46,9 +46,9 @@ class UnaryLayer(nn.Module):
     activation_post_process: nn.Module
 
     def attach_quantizers(self, qconfig: QConfig | None) -> None:
-        """Create the output's quantizer by ``qconfig``.
+        """Create the output's quantizer by ``qconfig``, as the child ``activation_post_process``.
 
-        None: the output stays in float, or another module quantizes it.
+        None: the output stays in float, or another module quantizes it; the child is then an Identity.
         """
         self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
         self._source: Reference[nn.Module] = Reference()

@@ -55,7 +55,8 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
         factory_kwargs: ``device`` for the buffers.
-        eps: floor under the scale; None takes the rule's own (torch 1.19e-7, MegEngine 1e-5).
+        eps: floor under the scale; None takes the rule's own (torch 1.19e-7, MegEngine 1e-5). The rule ``"torch_v1"``
+            ignores it.
         is_dynamic: accepted for torch.ao's sake; only False is supported.
         ch_axis: channel axis for per-channel schemes; None means 0, or the axis of a QuantizedType.
         rounding: how ties are rounded: ``"half_even"`` or ``"half_away"``; None: the former, or what a QuantizedType

@@ -59,14 +59,15 @@ def integer_conv2d(
 ) -> Tensor:
     """Return ``FQ(relu?(v))`` with ``v = fl(conv(codes, weight) + bias) · multiplier`` and an exact sum.
 
-    With ``onto``, of scale s, v is then rounded to ``round(v) · s``; fl rounds to float32.
+    With ``onto``, of scale s, ``multiplier`` gives v in steps of s, and ``round(v) · s``, not clipped, takes its place
+    before the ReLU; fl rounds to float32.
 
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
         weight: (out, c/groups, kh, kw), integers minus their zero points. No partial sum may reach 2^24.
         bias: int32 (out,), which is added to the sums; None: none.
         multiplier: float32 (out,), by which the sums are multiplied: values per unit of the sums, or steps of ``onto``.
-        onto: grid per tensor, to which the products are rounded (``round(v) · scale``, not clipped); None: no rounding.
+        onto: grid per tensor, to whose multiples v is rounded; None: v is not rounded here.
         dtype: of the result.
         stride: (vertical, horizontal), as are padding and dilation.
         padding: zeros on each side.

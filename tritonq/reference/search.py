@@ -70,7 +70,7 @@ def search_range(
         search: which of the measures above.
         rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
             :func:`tritonq.qparams.range_to_qparams`. Only ``"mse"`` reads it, and ``eps``.
-        eps: smallest scale; None: 2^-23 for the rule ``"torch"``, 1e-5 for ``"megengine"``.
+        eps: smallest scale; None: 2^-23 for the rule ``"torch"``, 1e-5 for ``"megengine"``. ``"torch_v1"`` ignores it.
         percentile: percent of the values inside, for ``"percentile"``; in (50, 100].
 
     Returns:
@@ -222,7 +222,7 @@ def range_error(
         search: ``"l2"``: the distance to the centres of equal cells of the range; else to the values of the grid that
             follows from the range.
         rule: how a range becomes scale and zero point, see :func:`tritonq.qparams.range_to_qparams`; not of ``"l2"``.
-        eps: smallest scale; None: 2^-23 for the rule ``"torch"``, 1e-5 for ``"megengine"``.
+        eps: smallest scale; None: 2^-23 for the rule ``"torch"``, 1e-5 for ``"megengine"``. ``"torch_v1"`` ignores it.
     """
     if search == "l2":
         cells = qtype.quant_max - qtype.quant_min + 1

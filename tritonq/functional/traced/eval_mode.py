@@ -2,7 +2,9 @@
 
 Eager code reads on the host whether grids are switched on and have observed data. These operators read it on the
 device: they compute both answers and select one, or only the right one if reading doesn't wait. Integers and what
-follows them are eager code's, bit for bit. A grid "is on" if it is switched on and has data.
+follows them are eager code's, bit for bit. A grid "is on" if it is switched on and has data. ``round`` rounds ties as
+the type of the grid rounded to says. "Not clipped" results are multiples of a grid's scale that may lie beyond its
+codes: the output's quantizer clips them.
 """
 
 from __future__ import annotations
@@ -228,7 +230,8 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
 def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
     """Return ``round(x / s) · s`` in ``x``'s dtype if the grids are on, else a copy, when the compiled graph runs.
 
-    s is the scale of ``output``; with ``source`` ``x`` is first rounded to that grid in float32.
+    s is the scale of ``output``, whose type says how ties are rounded. The result is not clipped to the codes of
+    ``output``. With ``source``, ``x`` is first rounded to multiples of that grid's scale, in float32.
     """
     if source is None:
         return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())

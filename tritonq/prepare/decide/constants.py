@@ -73,9 +73,13 @@ class Constants:
         return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
 
     def program(self, results: Iterable[int]) -> PlannedProgram | None:
-        """Return the calls that compute the constants ``results``.
+        """Return the program that computes constants from parameters and buffers.
 
-        None if one of them was made by no recorded call, or if a call changes a parameter or buffer in place.
+        None if one of them, or a value that one is computed from, is neither a parameter or buffer nor the result of a
+        recorded call, or if one of the calls changes a parameter or buffer in place.
+
+        Args:
+            results: the constants, by index in ``Dataflow.values``.
         """
         results = tuple(results)
         calls: dict[int, Call] = {}
@@ -91,12 +95,12 @@ class Constants:
         return PlannedProgram(state, tuple(calls[index] for index in sorted(calls)), results)
 
     def state_names(self, results: Iterable[int]) -> frozenset[str]:
-        """Return names of the parameters and buffers from which the values ``results`` are computed."""
+        """Return names of the parameters and buffers from which values are computed; ``results`` are their indices."""
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
     def rests_on(self, results: Iterable[int]) -> Literal["unknown", "input", "random"]:
-        """Return why values are no constants.
+        """Return why the values with the indices ``results`` are no constants.
 
         ``"unknown"``: some tensor comes from code that was not recorded; else ``"input"``: they depend on an input of
         the model; else ``"random"``: random numbers.

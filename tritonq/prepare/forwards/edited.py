@@ -34,7 +34,11 @@ from tritonq.prepare.forwards.quantized import Read, quantizing
 
 
 class EditedForward(HidesChildren):
-    """Mixin of the classes that carry an edited forward; each is a subclass of the module's own class.
+    """Let modules with an edited forward be pickled and copied, and hide the children that the edit added.
+
+    The class of such a module is made at run time, with this one and the module's own class as bases, and its forward
+    is the edited one. ``pickle`` can't import it by name, so the module's own class and the edited forward, as data,
+    are written in its place.
 
     Attributes:
         _tritonq_class: the module's own class.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 
 class HidesChildren(nn.Module):
-    """Mixin whose ``children()`` leaves out the names in ``_tritonq_hidden``.
+    """Leave the children named in ``_tritonq_hidden`` out of ``children()`` and ``named_children()``.
 
-    Hidden children switch mode, move to devices and are visited by ``apply`` as all others are.
+    So ``children()`` gives what the module had before, such as a Sequential that got quantizers as children. Hidden
+    children switch mode, move to devices and are visited by ``apply`` as all others are.
     """
 
     _tritonq_hidden: frozenset[str] = frozenset()

@@ -52,7 +52,12 @@ class Arguments:
 
 
 def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
-    """Return the arguments of a recorded frame by parameter name, with defaults filled in.
+    """Return the arguments of one recorded run of a forward by parameter name, with defaults filled in.
+
+    Args:
+        signature: of the forward, without self.
+        frame: the recorded run; its arguments have a :class:`~tritonq.prepare.record.dataflow.Ref` in the place of
+            each tensor, and so has the result.
 
     Raises:
         TraceError: the signature doesn't take these arguments.
