@@ -103,7 +103,7 @@ fake-cuda: .fake-cuda/.installed ## run the operators' tests and every preset on
 	touch $@
 
 .PHONY: trainers
-trainers: .trainers/.installed ## train with Lightning, Accelerate, transformers' Trainer, timm, SWA and Ultralytics and write TRAINERS.md
+trainers: .trainers/.installed ## train with the trainers of other libraries and write TRAINERS.md
 	.trainers/bin/python tools/trainers.py
 
 .trainers/.installed: tools/trainers-requirements.txt pyproject.toml

@@ -62,8 +62,10 @@ class RankState:
 class SharesRange(nn.Module):
     """Base class of quantizers whose range is that of all ranks under DistributedDataParallel.
 
-    A subclass calls :func:`join_ranks` when it observes, and returns its running minimum and maximum from
-    :meth:`rank_state`: after each forward the minimum becomes the smallest and the maximum the largest of all ranks'.
+    A subclass calls :func:`join_ranks`, without arguments, when it observes, and its :meth:`rank_state` returns a
+    :class:`RankState` with its running minimum in ``lowest`` and its running maximum in ``highest``. After each forward
+    in training these are overwritten, in place, by the smallest and the largest of all ranks. A quantizer without such
+    a range, or whose scale is trained, gives what the first rank has for all, in ``first``.
     """
 
     def rank_state(self) -> RankState:

@@ -37,8 +37,8 @@ def remember(*values: Tensor) -> list[Tensor]:
 def made_again() -> Iterator[None]:
     """Return a context manager for tensors that are computed again in the backward pass, instead of being kept.
 
-    A compiler does so with everything that it traces in the block. It sets the mark of activation checkpointing. Meant
-    for elementwise work on tensors that are kept anyhow.
+    A compiler does so with everything that it traces in the block, by the mark of activation checkpointing. Outside of
+    a trace the block changes nothing. Meant for elementwise work on tensors that are kept anyhow.
     """
     meta = traceback.get_current_meta() if traceback.has_preserved_node_meta() else {}
     before = meta.get("recompute")

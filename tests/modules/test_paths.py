@@ -1,11 +1,13 @@
 """Which path a layer takes: the whole decision as a table, and that layers in these states take it."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 import tritonq
-from tritonq.nn.paths import LayerState, choose_path
+from tritonq.nn.paths import LayerState, Path, choose_path
 
 CASES = {
     "train": [{"training": True}, {"training": True, "tracing": True}, {"training": True, "frozen": True}],
@@ -20,6 +22,7 @@ CASES = {
     "train_approximate": [{"training": True, "mode": "approximate"}],
     "train_exact": [{"training": True, "mode": "exact"}, {"training": True, "mode": "exact", "fits_operator": True}],
     "train_corrected": [{"training": True, "mode": "corrected"}],
+    "train_scale": [{"training": True, "mode": "scale"}, {"training": True, "mode": "scale", "fits_operator": True}],
     "eval_traced": [{"training": False, "tracing": True}, {"training": False, "tracing": True, "mode": "exact"}],
     "eval_integers": [
         {"training": False, "knows_grids": True},
@@ -32,6 +35,10 @@ CASES = {
 @pytest.mark.parametrize(("path", "state"), [(path, state) for path, states in CASES.items() for state in states])
 def test_the_table(path, state):
     assert choose_path(LayerState(**state)) == path
+
+
+def test_the_table_is_whole():
+    assert set(CASES) == set(get_args(Path))
 
 
 def layer_of(**arguments):

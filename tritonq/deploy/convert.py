@@ -139,7 +139,7 @@ def _with_own_zero_points(converted: nn.Module) -> list[str]:
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace children of ``model`` everywhere, hooks included, and return it.
+    """Replace children of ``model`` everywhere, and return it; the hooks of a module move to its replacement.
 
     Args:
         model: changed in place.

@@ -84,7 +84,7 @@ class Clip(ElementwiseLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> Clip:
-        """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; its hooks stay with it.
+        """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; hooks stay with the float module.
 
         Args:
             module: the float module.

@@ -85,7 +85,7 @@ class Joint(WithOutputQuantizer):
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Replace producers by the modules that took their places in the model; these are given by the old ones."""
+        """Replace producers: ``replacements`` maps old modules to those in their places now; others stay."""
         self._producers = tuple(
             Reference(None if held.module is None else replacements.get(held.module, held.module))
             for held in self._producers

@@ -87,7 +87,7 @@ class FunctionLayer(ElementwiseLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> FunctionLayer:
-        """Return the quantized form of a module of torch.nn, in its mode; its hooks stay with it.
+        """Return the quantized form of a module of torch.nn, in its mode; hooks stay with the float module.
 
         Args:
             module: the float module.
@@ -142,7 +142,7 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     @classmethod
     def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
-        """Return the quantized form of an ``nn.PReLU``, whose weight it shares, in its mode; its hooks stay with it.
+        """Return the quantized form of a float ``nn.PReLU``, with its weight and mode; hooks stay with the float one.
 
         ``qconfig`` makes the quantizer of the output; None: the layer has none of its own.
         """

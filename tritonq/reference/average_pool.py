@@ -211,7 +211,7 @@ def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
     Args:
         codes: codes minus zero point: float32, whole numbers.
         averaging: which elements each mean takes.
-        largest: no code is larger in magnitude.
+        largest: no element of ``codes``, a code minus the zero point, is larger in magnitude.
 
     Returns:
         float32 or float64 in the shape of the means; the same in every memory format.

@@ -60,7 +60,9 @@ def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor
     """Return the scale that :func:`fake_quantize_blocks` gives each block of a finite tensor.
 
     With m the block's largest magnitude and ``L = 2^E · f`` (1 <= f < 2) the largest element: ``2^(floor(log2 m) - E)``
-    for e8m0 scales, with ``"ceil"`` twice that where m would saturate; ``e4m3(m / (L · t)) · t`` for e4m3 scales.
+    for e8m0 scales, with ``"ceil"`` twice that where m would saturate; ``e4m3(m / (L · t)) · t`` for e4m3 scales. The
+    exponent of e8m0 scales is clamped to ``-127 .. 127 - E``. A block of zeros has the scale ``2^(-1-E)``, or 0 with
+    e4m3 scales.
 
     Args:
         x: float32, with whole blocks along ``axis``.
