@@ -125,8 +125,11 @@ def test_cited_pages_and_sections_exist():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path, monkeypatch):
-    """All cells in order, in quick form; what is committed holds the outputs of a whole run without errors."""
+def test_notebook_runs(path, tmp_path, monkeypatch, capsys):
+    """All cells in order, in quick form; what is committed holds the outputs of a whole run without errors.
+
+    Lines without numbers, such as the header of a table, are those that the code prints today.
+    """
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
@@ -137,3 +140,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
             assert cell["execution_count"], "run the notebook and save it"
             assert all(output["output_type"] != "error" for output in cell["outputs"])
             exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
+            printed = capsys.readouterr().out.splitlines()
+            kept = "".join(text for output in cell["outputs"] for text in output.get("text", ())).splitlines()
+            stale = [line for line in kept if not re.search(r"\d", line) and line not in printed]
+            assert stale == [], "run the notebook again and save it: it shows what an earlier version printed"
