@@ -33,7 +33,7 @@ from tritonq.cli.same_run import check_before_images, read_run
 from tritonq.cli.settings import AMP, Settings
 from tritonq.cli.training_log import Epoch, TensorBoard, check_tensorboard, is_own_log
 from tritonq.cli.training_loop import Run
-from tritonq.deploy.convert import why_not_deployable
+from tritonq.deploy.convertible import why_not_deployable
 from tritonq.prepare import update_bn_stats
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.qconfig_mapping import QConfigMapping

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.deploy.computed import drop_computations
-from tritonq.deploy.embedding_tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
+from tritonq.deploy.convertible import WEIGHTED, check_convertible, check_finite, warn_if_untrained
+from tritonq.deploy.embedding_tables import deployed_table
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.hooked_weights import settle_weights
 from tritonq.deploy.layer_types import LAYER_TYPES
 from tritonq.deploy.modules import CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import deployed_recurrent
-from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, codes_of_weight, rounds, unless_zero, weight_type
+from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_weight, rounds, unless_zero, weight_type
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
@@ -27,7 +26,6 @@ from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
-from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.changes import note_report, take_report, warn_of_changes
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
@@ -36,15 +34,6 @@ from tritonq.prepare.edit.swap import take_place_again
 from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
 from tritonq.prepare.record.snapshot import copied
 from tritonq.quantized_type import QuantizedType
-from tritonq.switched_quantizer import SwitchedQuantizer
-
-_WEIGHTED = (QATLayer, QATRecurrent, Embedding, EmbeddingBag)
-# By what the names of the modules begin with that define their quantized layers and fake quantizers.
-_OTHERS = {
-    "torch.ao": ("torch.ao.quantization.fake_quantize", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"),
-    "torchao": ("torchao.quantization.pt2e.fake_quantize",),
-    "Model-Optimizer": ("modelopt.torch.quantization.nn",),
-}
 
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
@@ -82,11 +71,11 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         (torch.int8, True)
     """
     model = uncompiled(model)
-    _check_finite(model)
+    check_finite(model)
     if has_fixed_point(model):
         return convert_fixed_point(model, inplace)
-    _check(model, allow_unquantized)
-    _warn_if_untrained(model)
+    check_convertible(model, allow_unquantized)
+    warn_if_untrained(model, stacklevel=2)
     warn_of_changes(model, stacklevel=2)
     converted = model if inplace else copied(model)
     records = take_report(converted)
@@ -116,21 +105,6 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     return converted if isinstance(converted, DeployedModule) else carry_codes(converted)
 
 
-def why_not_deployable(model: nn.Module) -> str | None:
-    """Return why :func:`convert` refuses a prepared model, however it is trained, as a sentence; None: no such reason.
-
-    The sentence names a quantizer that rounds activations in blocks of floats (``"mxfp8"``, ``"nvfp4"``), whose blocks
-    find their scales while the model runs. For other reasons, such as missing training, :func:`convert` may refuse too.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
-            return (
-                f"the quantizer {name!r} rounds to {module.format}, which has no deployed form: its blocks find their "
-                "scales while the model runs; those of weights have one, and single elements, such as fp8_e4m3"
-            )
-    return None
-
-
 def _with_own_zero_points(converted: nn.Module) -> list[str]:
     """Return the names of layers in integers whose weight zero points differ between out channels."""
     layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
@@ -154,80 +128,6 @@ def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> 
     return replacements.get(model, model)
 
 
-def _check(model: nn.Module, allow_unquantized: bool) -> None:
-    kinds = (*_WEIGHTED, SwitchedQuantizer)
-    if any(isinstance(module, DeployedModule) for module in model.modules()):
-        raise ValueError("this model is converted already")
-    if not any(isinstance(module, kinds) for module in model.modules()):
-        other = _other_library(model)
-        if other is not None:
-            raise ValueError(
-                f"{other} prepared this model, and its own convert and export deploy it: of an accelerated model "
-                "convert what tritonq.restore(model) returns"
-            )
-        raise ValueError(
-            f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
-        )
-    reason = why_not_deployable(model)
-    if reason is not None:
-        raise ValueError(f"{reason}; evaluate the trained model itself, in eval mode")
-    for name, module in model.named_modules():
-        if isinstance(module, QUANTIZERS) and not rounds(module) and not allow_unquantized:
-            why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
-            raise ValueError(
-                f"the quantizer {name!r} {why}, so the model that was trained does not round there; train or calibrate "
-                "it, or pass allow_unquantized=True to leave that tensor in float"
-            )
-        if isinstance(module, _WEIGHTED) and _weight_dtype(module) == torch.float64:
-            raise ValueError(
-                f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
-            )
-
-
-def _other_library(model: nn.Module) -> str | None:
-    """Return the name of another library that prepared the model, such as ``"torch.ao"``, or None.
-
-    An accelerated model counts as that library's, too.
-    """
-    modules = {base.__module__ for module in model.modules() for base in type(module).__mro__}
-    return next((name for name, start in _OTHERS.items() if any(each.startswith(start) for each in modules)), None)
-
-
-def _warn_if_untrained(model: nn.Module) -> None:
-    named = ((name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase))
-    untrained = [name for name, quantizer in named if quantizer.rests_on_examples()]
-    if untrained:
-        shown = ", ".join(untrained[:3]) + (" and others" if len(untrained) > 3 else "")
-        warnings.warn(
-            f"no training step reached {len(untrained)} quantizers ({shown}): their ranges are those of prepare_qat's "
-            "example inputs",
-            stacklevel=3,
-        )
-
-
-def _weight_dtype(layer: QATLayer | QATRecurrent | Embedding | EmbeddingBag) -> torch.dtype:
-    with torch.no_grad():
-        weight = layer.float_parameters()[0] if isinstance(layer, QATLayer) else next(layer.parameters())
-        return weight.dtype
-
-
-def _check_finite(model: nn.Module) -> None:
-    """Raise ValueError, with the tensor's name, unless parameters, BatchNorm statistics and scales are finite."""
-    for name, module in model.named_modules():
-        held: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))
-        if isinstance(module, _BatchNorm):
-            held += module.named_buffers(recurse=False)
-        if isinstance(module, FakeQuantizeBase) and module.is_enabled_on_host():
-            held.append(("scale", module.calculate_qparams().scale))
-        for key, tensor in held:
-            bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
-            if bad:
-                raise ValueError(
-                    f"{f'{name}.{key}'.lstrip('.')!r} holds NaN or infinity in {bad} of {tensor.numel()} elements: the "
-                    "training diverged, and integers have no such values"
-                )
-
-
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
     known = (module for module in model.modules() if isinstance(module, QUANTIZERS) and module.qtype is not None)
     quantizers: dict[nn.Module, nn.Module] = {module: _quantizer(module) for module in known}
@@ -241,14 +141,14 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
             elif isinstance(module, QATRecurrent):
                 replacements[module] = deployed_recurrent(module, quantizers)
             elif isinstance(module, (Embedding, EmbeddingBag)):
-                replacements[module] = _table(module)
+                replacements[module] = deployed_table(module)
         except ValueError as error:
             raise ValueError(f"{name!r} can't be converted: {error}") from error
     for module, replacement in replacements.items():
         own_input = module._modules.get(INPUT_QUANTIZER)
         if own_input is not None:
             replacement.add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
-        if isinstance(module, _WEIGHTED):
+        if isinstance(module, WEIGHTED):
             take_place_again(module, replacement)
         _keep_quantizers(module, replacement, quantizers)
     return replacements
@@ -379,22 +279,3 @@ def _float_tensors(
         "weight_zero_point": zero_point,
         "bias": bias,
     }
-
-
-def _table(table: Embedding | EmbeddingBag) -> nn.Module:
-    target: Any = TABLE_TYPES[nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag]
-    geometry = {name: getattr(table, name) for name in target.geometry_names}
-    quantizer = table.weight_fake_quant
-    if isinstance(quantizer, FloatFakeQuantize) and quantizer.rounds():
-        # A table of numbers that the format has: nothing computes on its codes.
-        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
-        return kind(**geometry, _weight=quantizer.rounded(table.weight.detach()))
-    if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
-        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
-        return kind(**geometry, _weight=table.weight.detach().clone())
-    weight = table.weight if quantizer.rounds_to_nearest else quantizer(table.weight)
-    codes, scale, zero = codes_of_rows(weight, quantizer.grid())
-    tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
-    made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
-    made.target = table.qconfig.target
-    return made

@@ -19,9 +19,9 @@ from tritonq.deploy.description import (
     build_module,
     describe_modules,
     described_forward,
-    difference,
     link_operands,
 )
+from tritonq.deploy.description_difference import difference
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.packing import pack_weights, unpack_weights

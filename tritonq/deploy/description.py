@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from torch import Tensor, fx, nn
-from torch.jit import ScriptModule
+from torch import Tensor, nn
 
 from tritonq.deploy import fixed_point_description
 from tritonq.deploy.computed import stand_ins
+from tritonq.deploy.description_difference import by_name, class_name
 from tritonq.deploy.embedding_tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
-from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
+from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.layer_types import LAYER_TYPES
 from tritonq.deploy.modules import TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
@@ -33,18 +33,15 @@ from tritonq.nn import (
     Maximum,
     Minimum,
     Mul,
-    RepVGGBlock,
     Sub,
 )
 from tritonq.nn.average_pool import POOL_TYPES
-from tritonq.nn.clip import Clip, Clipping, clipping_of
+from tritonq.nn.clip import Clip, Clipping
 from tritonq.nn.einsum import Einsum
 from tritonq.nn.folded import FoldedBatchNorm
-from tritonq.nn.functions import FunctionLayer, PReLU, function_of
+from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.glu import GLU
-from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.kept_class import made_class, users_class
-from tritonq.nn.original_class import original_class
 from tritonq.nn.products import AddMatMul, ScaledDotProductAttention
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import INPUTS, InputFakeQuants, InputPlace, hooked_forward
@@ -52,16 +49,14 @@ from tritonq.prepare.forwards.edited import forward_data
 from tritonq.prepare.forwards.graph import ForwardData
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.average_pool import averaging_from_data, averaging_to_data
-from tritonq.reference.functions import Function, function_from_data, function_to_data
+from tritonq.reference.functions import function_from_data, function_to_data
 
 Description = dict[str, Any]
-T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
 _JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul, Minimum, Maximum)}
 # These know the quantizers of the tensors that they read.
 _LINKED = (*_JOINTS, "average", "pool", "function", "prelu", "clip")
-_FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES, *RECURRENT_TYPES)
 _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
@@ -119,13 +114,6 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
         elif "quantizer_behind_clip" in entry:
             layer = cast(QuantizedLayer, modules[entry["name"]])
             layer.set_quantizer_behind_clip(modules[entry["quantizer_behind_clip"]])
-
-
-def _class_name(module: nn.Module) -> str:
-    """Return the name of a module's class; torch.fx and torch.jit give traced modules classes of varying names."""
-    if isinstance(module, ScriptModule):  # a copy of what was traced has another class
-        return ScriptModule.__name__
-    return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__
 
 
 def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:
@@ -196,7 +184,7 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "sequential"}
     if isinstance(module, DeployedModule):
         raise ValueError(f"{type(module).__name__} has no form in a file of converted models")
-    found = {"kind": "module", "type": _class_name(module)}
+    found = {"kind": "module", "type": class_name(module)}
     return {**found, "stand_ins": stand_ins(module)} if stand_ins(module) else found
 
 
@@ -234,7 +222,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if made_of_integers is not None:
         return made_of_integers
     if kind == "layer":
-        cls = _by_name(LAYER_TYPES, entry["type"])
+        cls = by_name(LAYER_TYPES, entry["type"])
         types = CodeTypes(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
         held: dict[str, Tensor | None] = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
         layer = cls(entry["geometry"], types, held, _ceiling(entry))
@@ -242,7 +230,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         layer.takes_weight = bool(entry.get("takes_weight"))
         return layer
     if kind == "table":
-        make: Callable[..., QuantizedTable] = _by_name(TABLE_TYPES, entry["type"])
+        make: Callable[..., QuantizedTable] = by_name(TABLE_TYPES, entry["type"])
         table = make(
             entry["geometry"],
             _grid_from_data(entry["weight"]),
@@ -253,7 +241,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind == "recurrent":
         weights = {key: _grid_from_data(grid) for key, grid in entry["weights"].items()}
         kept = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
-        recurrent = _by_name(RECURRENT_TYPES, entry["type"])(entry["geometry"], weights, kept)
+        recurrent = by_name(RECURRENT_TYPES, entry["type"])(entry["geometry"], weights, kept)
         recurrent.target = entry.get("target")
         return recurrent
     if kind == "quantizer":
@@ -282,7 +270,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind == "prelu":
         return PReLU(entry["num_parameters"])
     if kind == "pool":
-        pool: nn.Module = _by_name(POOL_TYPES, entry["type"])(**entry["geometry"])
+        pool: nn.Module = by_name(POOL_TYPES, entry["type"])(**entry["geometry"])
         return pool
     if kind == "cat":
         return Cat(entry["dim"], arrangement=entry.get("arrangement", "cat"))
@@ -301,46 +289,6 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind == "module":
         return None
     raise ValueError(f"unknown kind of module {kind!r}")
-
-
-def difference(entry: Description, module: nn.Module) -> str | None:
-    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
-
-    Layers, tables, pools and recurrent layers fit if class and constructor arguments (without ``bias``) are equal,
-    functions if class, name and numbers are, clips if the bounds are, and other modules if the class's name is. Kinds
-    without a counterpart in the float model, such as ``"quantizer"``, always fit. Weights are not compared.
-    """
-    kind, here = entry["kind"], _class_name(module)
-    if kind in ("integer_layer", "integer_maximum"):
-        return integer_difference(entry, module)
-    if kind in ("layer", "table", "pool", "recurrent"):
-        module = module[0] if isinstance(module, FusedModule) else module
-        module = module.conv3 if isinstance(module, RepVGGBlock) else module
-        if not isinstance(module, _by_name({cls: cls for cls in _FLOAT_TYPES}, entry["type"])):
-            return f"{entry['type']} in the file, {here} in the model"
-        for key, saved in entry["geometry"].items():
-            if getattr(module, key) != saved:
-                return f"{entry['type']} with {key}={saved} in the file, {key}={getattr(module, key)} in the model"
-    elif kind == "function" and entry["type"] != here:
-        return f"{entry['type']} in the file, {here} in the model"
-    elif kind == "function" and _function_here(module) != function_from_data(entry["function"]).steps[-1]:
-        return f"{here} of other arguments in the file: {entry['function']}"
-    elif kind == "clip" and clipping_of(module) != Clipping(entry["low"], entry["high"]):
-        return f"{here} of other bounds in the file: {entry['low']:g}, {entry['high']:g}"
-    elif kind == "prelu" and not isinstance(module, nn.PReLU):
-        return f"PReLU in the file, {here} in the model"
-    elif kind == "module" and entry["type"] != here:
-        return f"{entry['type']} in the file, {here} in the model"
-    return None
-
-
-def _function_here(module: nn.Module) -> Function | None:
-    """Return the function that a module of ``torch.nn`` computes, clips included.
-
-    None if it is none of the known ones.
-    """
-    clipping = clipping_of(module)
-    return function_of(module) if clipping is None else clipping.function
 
 
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
@@ -381,13 +329,6 @@ def _grid_to_data(grid: QuantizedType | None) -> Description | None:
 
 def _grid_from_data(data: Description | None) -> QuantizedType | None:
     return None if data is None else QuantizedType(**data)
-
-
-def _by_name(types: Mapping[type[nn.Module], T], name: str) -> T:
-    for float_type, made in types.items():
-        if float_type.__name__ == name:
-            return made
-    raise ValueError(f"unknown layer type {name!r}")
 
 
 def _join(name: str, key: str) -> str:

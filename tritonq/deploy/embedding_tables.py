@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.values import check_shape, lazy_values, stored
+from tritonq.deploy.weight_codes import codes_of_rows
+from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.float_fake_quantize import FloatFakeQuantize
+from tritonq.nn import Embedding, EmbeddingBag
 from tritonq.nn.embedding import embedding_bag
 from tritonq.quantized_type import QuantizedType
 
@@ -119,3 +123,26 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
 TABLE_TYPES: dict[type[nn.Module], type[QuantizedTable]] = {
     cls.float_type: cls for cls in (QuantizedEmbedding, QuantizedEmbeddingBag)
 }
+
+
+def deployed_table(table: Embedding | EmbeddingBag) -> nn.Module:
+    """Return the deployed form of an embedding: integer codes, or a module of ``torch.nn`` if nothing rounds the table.
+
+    A table of floats of few bits becomes a module of ``torch.nn``, too, which holds the rounded values.
+    """
+    target: Any = TABLE_TYPES[nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag]
+    geometry = {name: getattr(table, name) for name in target.geometry_names}
+    quantizer = table.weight_fake_quant
+    if isinstance(quantizer, FloatFakeQuantize) and quantizer.rounds():
+        # A table of numbers that the format has: nothing computes on its codes.
+        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
+        return kind(**geometry, _weight=quantizer.rounded(table.weight.detach()))
+    if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
+        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
+        return kind(**geometry, _weight=table.weight.detach().clone())
+    weight = table.weight if quantizer.rounds_to_nearest else quantizer(table.weight)
+    codes, scale, zero = codes_of_rows(weight, quantizer.grid())
+    tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
+    made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
+    made.target = table.qconfig.target
+    return made

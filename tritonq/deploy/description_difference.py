@@ -1,0 +1,84 @@
+"""Whether the modules of a float model are those that a file of a converted model describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import fx, nn
+from torch.jit import ScriptModule
+
+from tritonq.deploy.embedding_tables import TABLE_TYPES
+from tritonq.deploy.fixed_point_description import Description, integer_difference
+from tritonq.deploy.layer_types import LAYER_TYPES
+from tritonq.deploy.recurrent import RECURRENT_TYPES
+from tritonq.nn import RepVGGBlock
+from tritonq.nn.average_pool import POOL_TYPES
+from tritonq.nn.clip import Clipping, clipping_of
+from tritonq.nn.functions import function_of
+from tritonq.nn.intrinsic import FusedModule
+from tritonq.nn.original_class import original_class
+from tritonq.reference.functions import Function, function_from_data
+
+T = TypeVar("T")
+
+_FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES, *RECURRENT_TYPES)
+
+
+def difference(entry: Description, module: nn.Module) -> str | None:
+    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
+
+    Layers, tables, pools and recurrent layers fit if class and constructor arguments (without ``bias``) are equal,
+    functions if class, name and numbers are, clips if the bounds are, and other modules if the class's name is. Kinds
+    without a counterpart in the float model, such as ``"quantizer"``, always fit. Weights are not compared.
+    """
+    kind, here = entry["kind"], class_name(module)
+    if kind in ("integer_layer", "integer_maximum"):
+        return integer_difference(entry, module)
+    if kind in ("layer", "table", "pool", "recurrent"):
+        module = module[0] if isinstance(module, FusedModule) else module
+        module = module.conv3 if isinstance(module, RepVGGBlock) else module
+        if not isinstance(module, by_name({cls: cls for cls in _FLOAT_TYPES}, entry["type"])):
+            return f"{entry['type']} in the file, {here} in the model"
+        for key, saved in entry["geometry"].items():
+            if getattr(module, key) != saved:
+                return f"{entry['type']} with {key}={saved} in the file, {key}={getattr(module, key)} in the model"
+    elif kind == "function" and entry["type"] != here:
+        return f"{entry['type']} in the file, {here} in the model"
+    elif kind == "function" and _function_here(module) != function_from_data(entry["function"]).steps[-1]:
+        return f"{here} of other arguments in the file: {entry['function']}"
+    elif kind == "clip" and clipping_of(module) != Clipping(entry["low"], entry["high"]):
+        return f"{here} of other bounds in the file: {entry['low']:g}, {entry['high']:g}"
+    elif kind == "prelu" and not isinstance(module, nn.PReLU):
+        return f"PReLU in the file, {here} in the model"
+    elif kind == "module" and entry["type"] != here:
+        return f"{entry['type']} in the file, {here} in the model"
+    return None
+
+
+def _function_here(module: nn.Module) -> Function | None:
+    """Return the function that a module of ``torch.nn`` computes, clips included.
+
+    None if it is none of the known ones.
+    """
+    clipping = clipping_of(module)
+    return function_of(module) if clipping is None else clipping.function
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class; torch.fx and torch.jit give traced modules classes of varying names."""
+    if isinstance(module, ScriptModule):  # a copy of what was traced has another class
+        return ScriptModule.__name__
+    return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__
+
+
+def by_name(types: Mapping[type[nn.Module], T], name: str) -> T:
+    """Return what ``types`` has for the class of this name.
+
+    Raises:
+        ValueError: no class has it.
+    """
+    for float_type, made in types.items():
+        if float_type.__name__ == name:
+            return made
+    raise ValueError(f"unknown layer type {name!r}")
