@@ -16,10 +16,13 @@ import torch
 
 import tritonq
 from tritonq.cli.messages import in_one_line
+from tritonq.cli.output import printed_whole
 from tritonq.near_misses import did_you_mean
 
 # What shells expect of a process that Ctrl-C ended.
 _INTERRUPTED = 130
+# And of one whose output nobody reads any more, as in `tritonq predict … | head`.
+_OUTPUT_CLOSED = 141
 _USAGE = 2
 
 
@@ -124,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments`` (None: those of the process) and return its exit status.
 
     0 is success; 1 a ValueError, TypeError, OSError, RuntimeError or MemoryError, which is told in one line on stderr;
-    130 Ctrl-C, or the ``status`` of the KeyboardInterrupt. Warnings are printed in one line, too.
+    130 Ctrl-C, or the ``status`` of the KeyboardInterrupt; 141 that who reads the output ended (nothing is told then).
+    Warnings are printed in one line, too.
 
     Raises:
         SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing.
@@ -135,10 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _warn_in_one_line
         try:
-            return _run(words)
+            with printed_whole():
+                return _run(words)
         except KeyboardInterrupt as error:
             print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
             return int(getattr(error, "status", _INTERRUPTED))
+        except BrokenPipeError:
+            return _OUTPUT_CLOSED
         except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
             print(f"{program}: {_in_one_line(error)}", file=sys.stderr)
             return 1

@@ -152,9 +152,11 @@ class Run:
                     self.step += 1
                     ends = self.step % self.steps_per_epoch == 0
                     if ends:
-                        self._tell(bar, self._end_epoch(epoch + 1))
+                        self._end_epoch(epoch + 1)
                     if ends or self.step % checkpoint_every == 0:
                         self.save(last=self.step == self.steps or self.stopped)
+                    if ends:  # after the checkpoint, because what is told may have nowhere to go
+                        self._tell(bar, self.history[-1])
                     if not bar.disable and (ends or self.step % _STEPS_PER_DISPLAY == 0):
                         bar.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.4f}")
                     bar.update()
@@ -232,7 +234,7 @@ class Run:
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             return F.cross_entropy(first_tensor(model(images)).float(), labels)
 
-    def _end_epoch(self, number: int) -> Epoch:
+    def _end_epoch(self, number: int) -> None:
         """Measure the accuracy on the held-out images, and add the epoch ``number`` (from 1) to history and logs.
 
         If it is the best so far, the model is written to ``best.pt``. ``stopped`` is set if ``patience`` is over.
@@ -259,7 +261,6 @@ class Run:
                 check_finite(self.model, self.step)
                 state = {"step": self.step, "state_dict": self.model.state_dict(), "accuracy": done.accuracy}
                 self._kept(lambda: save_training(self.best_path, self.made, state))
-        return done
 
     def _has_waited(self) -> bool:
         """Whether the best accuracy is as many epochs ago as ``patience`` allows."""
