@@ -19,3 +19,9 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return reason_of(error)
+
+
+def named(error: BaseException) -> str:
+    """Return what was raised, and why: ``KeyError: 'width'``. For errors of code that is not tritonq's."""
+    name = type(error).__name__
+    return f"{name}: {str(error).rstrip()}".removesuffix(": ")

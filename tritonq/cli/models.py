@@ -8,12 +8,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from tritonq.cli.checkpoints import ModelRecipe
+from tritonq.cli.messages import named, reason_of
 from tritonq.near_misses import did_you_mean
 from tritonq.observers import PassiveObserver
 from tritonq.prepare import prepare_qat
@@ -61,32 +63,47 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     module_name, _, factory_name = spec.partition(":")
     if not module_name or not factory_name:
         raise ValueError(f"a model is given as module:factory, such as torchvision.models:resnet18, got {spec!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        factory: Any = importlib.import_module(module_name)
-    except Exception as error:  # an import runs the module, which may raise anything
-        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        if module_name.endswith(".py"):
-            reason = f"a module is named without its ending: {module_name.removesuffix('.py')}:{factory_name}"
-        raise ValueError(f"the module {module_name!r} of {spec!r} can't be imported: {reason}") from error
+    module = _import(module_name, factory_name)
+    factory: Any = module
     for part in factory_name.split("."):
         if not hasattr(factory, part):
             near = did_you_mean(part, (name for name in dir(factory) if not name.startswith("_")))
-            raise ValueError(f"the module {module_name!r} has no {factory_name!r}{near}")
+            where = f" ({module.__file__})" if getattr(module, "__file__", None) else ""
+            raise ValueError(f"the module {module_name!r}{where} has no {factory_name!r}{near}")
         factory = getattr(factory, part)
-    if not callable(factory):
-        raise ValueError(f"{spec!r} is not a factory but a {type(factory).__name__}")
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise ValueError(f"{spec!r} is not a factory but a {type(factory).__name__}: name a function that returns one")
     words = dict(map(_argument, arguments))
     try:
         model = factory(**words)
-    except TypeError as error:
-        raise ValueError(f"{spec} refuses its arguments ({', '.join(arguments) or 'none'}): {error}") from error
-    except Exception as error:  # whatever a user's code raises
-        raise ValueError(f"{spec} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
+        hint = "; --model-arg KEY=VALUE gives an argument" if isinstance(error, TypeError) else ""
+        raise ValueError(f"{spec}({', '.join(arguments)}) raised {named(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec} returned an object of type {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _import(name: str, factory: str) -> ModuleType:
+    """Return the module of this name, of the working directory first, as ``python -m`` looks for it.
+
+    Raises:
+        ValueError: there is none, it fails or ends the program when it is imported, or ``name`` is a path.
+    """
+    if name.startswith(".") or name.endswith(".py") or "/" in name or "\\" in name:
+        parts = name.removesuffix(".py").replace("\\", "/").split("/")
+        dotted = ".".join(part.strip(".") for part in parts if part.strip("."))
+        raise ValueError(f"a module is named as in an import, from the folder where it is found: {dotted}:{factory}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except SystemExit as error:  # of a script that runs wherever it is imported
+        reason = 'it ends the program: put what it does as a script under `if __name__ == "__main__":`'
+        raise ValueError(f"the module {name!r} can't be imported: {reason}") from error
+    except Exception as error:  # an import runs the module, which may raise anything
+        reason = str(error) if isinstance(error, ImportError) else named(error)
+        raise ValueError(f"the module {name!r} can't be imported: {reason}") from error
 
 
 def prepare(made: ModelRecipe, model: nn.Module | None = None) -> nn.Module:
@@ -113,6 +130,8 @@ def check_trains(model: nn.Module, preset: str) -> None:
         ValueError: a fake quantizer of the model is switched off, as presets for calibration have it, or has a
             PassiveObserver, whose scale is given by hand.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
     for name, quantizer in model.named_modules():
         if not isinstance(quantizer, SwitchedQuantizer):
             continue
@@ -132,7 +151,7 @@ def find_qconfig(name: str) -> QConfigMapping:
         try:
             return load_qconfig_mapping(name)
         except OSError as error:
-            raise ValueError(f"{name} can't be read: {error}") from error
+            raise ValueError(f"{name} can't be read: {reason_of(error)}") from error
     backend, _, version = name.partition("-v")
     if backend in TORCH_BACKENDS and version in ("", "0", "1"):
         return QConfigMapping().set_global(get_default_qat_qconfig(backend, int(version or 1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +18,8 @@ def writable_folder(folder: Path) -> Path:
     Raises:
         OSError: it is a file, or nothing can be written there.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_file(folder / _PROBE) as file:

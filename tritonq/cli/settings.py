@@ -53,6 +53,11 @@ class Settings:
         if self.frozen_epochs >= self.epochs:
             raise ValueError(f"of {self.epochs} epochs fewer can be frozen, got {self.frozen_epochs}")
 
+    def check_shares(self, processes: int) -> None:
+        """Raise ValueError if a step has less than two images for each of so many processes."""
+        if self.batch_size < 2 * processes:
+            raise ValueError(f"batch size {self.batch_size} gives {processes} processes less than two images each")
+
     def steps_per_epoch(self, images: int, processes: int = 1) -> int:
         """Return how many steps an epoch of ``images`` images has.
 

@@ -17,6 +17,7 @@ from tritonq.cli.checkpoints import FORMAT, ModelRecipe, has_format, load_state,
 from tritonq.cli.classification import accuracy, count_right, in_order, logits
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.deployment import Deployed, deploy
+from tritonq.cli.messages import named
 from tritonq.cli.models import (
     add_model_arguments,
     add_qconfig_argument,
@@ -116,6 +117,7 @@ def _main(arguments: argparse.Namespace) -> int:
     mapping = find_qconfig(arguments.qconfig)
     settings = _settings(arguments, mapping)
     processes, device = join(find_device(arguments.device))
+    settings.check_shares(processes.count)
     torch.manual_seed(settings.seed)
     model = make_model(arguments.model, arguments.model_arg)
     if arguments.weights is not None:
@@ -292,8 +294,7 @@ def _check_classes(model: nn.Module, made: ModelRecipe) -> None:
         answers = logits(model, made.preprocessing.example()).shape
     except Exception as error:  # a user's forward may raise anything
         shape = tuple(made.preprocessing.example().shape)
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{made.model} rejects images of shape {shape}: {reason}") from error
+        raise ValueError(f"{made.model} rejects images of shape {shape}: {named(error)}") from error
     if len(answers) != 2 or answers[1] < classes:
         raise ValueError(
             f"{made.model} returns {tuple(answers)} for two images; the data need (2, {classes} or more): pass the "

@@ -91,10 +91,8 @@ class Run:
         self._told: set[str] = set()
         # Sum of the losses of this epoch's images, on the device.
         self.loss_sum = torch.zeros((), device=self.device)
-        size, count = settings.batch_size, self.processes.count
-        if size < 2 * count:
-            raise ValueError(f"batch size {size} gives {count} processes less than two images each")
-        self.steps_per_epoch = settings.steps_per_epoch(len(data.train), count)
+        settings.check_shares(self.processes.count)
+        self.steps_per_epoch = settings.steps_per_epoch(len(data.train), self.processes.count)
         self._parallel = self._wrapped()
 
     @property

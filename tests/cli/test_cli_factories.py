@@ -1,0 +1,104 @@
+"""Factories of users that fail in their own ways, and modules that are not what they are taken for."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from image_folders import FOLDER_MODEL, image_folder
+from tritonq.__main__ import main
+from tritonq.cli.models import find_qconfig, make_model
+from tritonq.cli.processes import Processes
+
+HERE = __name__
+MODEL = nn.Linear(2, 2)
+
+
+def leaves():
+    sys.exit("usage: make.py")
+
+
+def asserts():
+    raise AssertionError
+
+
+def adds():
+    return None + 1
+
+
+def frozen(classes=2):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("factory", "words", "message"),
+    [
+        ("leaves", (), f"{HERE}:leaves() raised SystemExit: usage: make.py"),
+        ("asserts", (), f"{HERE}:asserts() raised AssertionError"),
+        ("adds", (), f"{HERE}:adds() raised TypeError: unsupported operand"),
+        ("frozen", ("clases=3",), f"{HERE}:frozen(clases=3) raised TypeError: frozen() got an unexpected"),
+        ("frozen", ("clases=3",), "; --model-arg KEY=VALUE gives an argument"),
+        ("MODEL", (), f"'{HERE}:MODEL' is not a factory but a Linear: name a function that returns one"),
+        ("adze", (), f"({__file__}) has no 'adze'; did you mean 'adds'?"),
+    ],
+)
+def test_what_a_factory_does_wrong_is_told(factory, words, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make_model(f"{HERE}:{factory}", words)
+    assert not str(error.value).endswith(":")
+
+
+@pytest.mark.parametrize(
+    ("name", "dotted"),
+    [("./net", "net"), ("models/net.py", "models.net"), ("..net", "net"), ("src\\net", "src.net"), (".net", "net")],
+)
+def test_a_path_is_no_module(name, dotted):
+    with pytest.raises(ValueError, match=rf"named as in an import, .*: {dotted}:small$"):
+        make_model(f"{name}:small")
+
+
+def test_a_script_that_ends_the_program_is_named(tmp_path, monkeypatch):
+    (tmp_path / "my_script_for_this_test.py").write_text("import sys\nsys.exit(2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match=r"can't be imported: it ends the program: .*__main__"):
+        make_model("my_script_for_this_test:small")
+
+
+def test_modules_of_the_working_directory_come_first(tmp_path, monkeypatch):
+    for folder in ("installed", "here"):
+        (tmp_path / folder).mkdir()
+        text = f"from torch import nn\ndef make():\n    return nn.Linear(1, {len(folder)})\n"
+        (tmp_path / folder / "my_shadowed_models_for_this_test.py").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
+    assert make_model("my_shadowed_models_for_this_test:make").out_features == len("here")
+
+
+def test_what_cannot_be_trained_is_told_before_an_image_is_read(tmp_path, capsys, monkeypatch):
+    folder = image_folder(tmp_path / "images")
+    (folder / "ants" / "broken.png").write_text("no image")
+    words = ["train", f"{HERE}:frozen", str(folder), "--image-size=8", "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert capsys.readouterr().err == "tritonq train: Sequential has no parameter that requires a gradient\n"
+    monkeypatch.setattr("tritonq.cli.train.join", lambda device: (Processes(0, 2), torch.device("cpu")))
+    words = [
+        "train",
+        FOLDER_MODEL[0],
+        str(folder),
+        *FOLDER_MODEL[1:],
+        "--batch-size=2",
+        "--output",
+        str(tmp_path / "b"),
+    ]
+    assert main(words) == 1
+    assert capsys.readouterr().err == "tritonq train: batch size 2 gives 2 processes less than two images each\n"
+
+
+def test_a_missing_file_of_qconfigs_is_named_once():
+    with pytest.raises(ValueError, match=r"^none.json can't be read: No such file or directory$"):
+        find_qconfig("none.json")
