@@ -149,7 +149,7 @@ def range_kernel(
     observing_ptr,  # one uint8; None or 0 leaves the range as it is
     switch_ptr,  # one uint8: whether fake quantization is on
     min_ptr,  # one float32, updated in place
-    max_ptr,
+    max_ptr,  # one float32, updated in place
     scale_ptr,  # one float32, updated in place
     zero_point_ptr,  # one int32, updated in place; None stands for zero
     scale_out,  # one float32: a copy

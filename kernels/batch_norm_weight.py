@@ -29,9 +29,9 @@ def fold_kernel(
     gamma_ptr,  # (channels,), or None for 1
     fold_ptr,  # (channels,) float32
     inverse_std_ptr,  # (channels,) float32
-    eps,
+    eps,  # of the BatchNorm
     channels,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # channels of a program
 ):
     """Write the fold ``γ/σ`` of BLOCK channels (``1/σ`` for a γ of 0), and ``1/σ``; ``σ = sqrt(running_var + eps)``."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -73,17 +73,17 @@ def conv2d_kernel(
     weight_strides,
     y_strides,
     channels,  # of a group
-    height,
-    width,
+    height,  # of an input image
+    width,  # of an input image
     outs,  # of a group; all of them where DEPTHWISE
     out_tiles,  # tiles that the outs of a group make
-    out_width,
+    out_width,  # of an output image
     image_pixels,  # out_height × out_width
     pixels,  # of all images
     STRIDE: tl.constexpr,  # (vertical, horizontal), as are the next three
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    KERNEL: tl.constexpr,
+    PADDING: tl.constexpr,  # zeros on each side
+    DILATION: tl.constexpr,  # distance of taps
+    KERNEL: tl.constexpr,  # taps
     DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
     MULTIPLIER: tl.constexpr,  # channels of the output per channel of the input, of a depthwise convolution
     CEILING: tl.constexpr,  # of the ReLU; infinity for a plain one, None without

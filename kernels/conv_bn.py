@@ -169,7 +169,7 @@ def finish_kernel(
     running_mean_ptr,  # (channels,), updated in place
     running_var_ptr,  # (channels,), updated in place
     momentum_ptr,  # one float32, or None: the next argument has it
-    momentum,
+    momentum,  # weight of this batch in the running statistics
     eps,  # of the BatchNorm
     count,  # values per channel
     unbias,  # count / (count - 1)

@@ -182,11 +182,11 @@ def gradient_kernel(
     dy_ptr,  # outer × rows × cols, by strides
     c_ptr,  # outer × rows × cols, by strides
     dc_ptr,  # outer × rows × cols, by strides
-    mean_ptr,  # (channels,) float32, as are the next four
-    slope_ptr,
-    shift_ptr,
-    pull_ptr,  # pull[0] of finish_gradients_kernel
-    offset_ptr,  # pull[1] of finish_gradients_kernel
+    mean_ptr,  # (channels,) float32, of c
+    slope_ptr,  # (channels,) float32: the result before the ReLU is slope · c + shift
+    shift_ptr,  # (channels,) float32
+    pull_ptr,  # (channels,) float32: pull[0] of finish_gradients_kernel
+    offset_ptr,  # (channels,) float32: pull[1] of finish_gradients_kernel
     scale_ptr,  # one float32; None without a quantizer
     zero_point_ptr,  # one int32, or None for zero
     active_ptr,  # one element, 0 blocks nothing; None counts as 1

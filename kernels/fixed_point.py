@@ -32,8 +32,8 @@ def frac_len_errors_kernel(
     x_ptr,  # channels × outer × rows × cols, by strides
     error_ptr,  # splits × channels × CANDIDATES float64, CANDIDATES contiguous
     x_strides,
-    rows,
-    cols,
+    rows,  # of a channel, in each of outer
+    cols,  # elements of a row
     col_tiles,  # tiles of BLOCK elements in a row
     tiles,  # outer × rows × col_tiles
     channels,
@@ -42,7 +42,7 @@ def frac_len_errors_kernel(
     QUANT_MAX: tl.constexpr,
     LENGTHS: tl.constexpr,  # number of candidates: fractional lengths 0, 1, …
     CANDIDATES: tl.constexpr,  # LENGTHS, rounded up to a power of two
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements read at a time
 ):
     """Write one share's squared rounding errors of one channel, for every fractional length.
 

@@ -41,7 +41,7 @@ def fake_quantize_blocks_kernel(
     SIZE: tl.constexpr,  # elements of a block; divides the tile along CHANNEL
     MANTISSA_BITS: tl.constexpr,  # of the elements' format
     LEAST_EXPONENT: tl.constexpr,  # of its normal numbers
-    GREATEST_EXPONENT: tl.constexpr,
+    GREATEST_EXPONENT: tl.constexpr,  # of its largest number
     LARGEST: tl.constexpr,  # its largest finite number
     ROUNDS_UP: tl.constexpr,  # whether power-of-two scales are rounded up, so that no element saturates
     ROWS: tl.constexpr,

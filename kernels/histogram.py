@@ -149,9 +149,9 @@ def linear_histogram_kernel(
     limits_ptr,  # (2,) float32: lower end of the first bin, upper end of the last one
     length,  # elements of a channel
     blocks,  # of BLOCK elements, in a channel
-    bins,
+    bins,  # how many a channel has
     parts,  # the bins as a float: Triton makes an integer that is 1 a number of Python
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a channel read at a time
 ):
     """Add the counts of BLOCK elements of one channel to its histogram of equal bins."""
     program = tl.program_id(0)

@@ -87,15 +87,15 @@ def int8_conv_kernel(
     weight_strides,
     y_strides,
     channels,
-    height,
-    width,
-    outs,
-    out_width,
+    height,  # of an input image
+    width,  # of an input image
+    outs,  # out channels
+    out_width,  # of an output image
     pixels,  # out_height × out_width
     STRIDE: tl.constexpr,  # (vertical, horizontal), as are the next three
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    KERNEL: tl.constexpr,
+    PADDING: tl.constexpr,  # zeros on each side
+    DILATION: tl.constexpr,  # distance of taps
+    KERNEL: tl.constexpr,  # taps
     DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
     MULTIPLIER: tl.constexpr,  # out channels per in channel, of a depthwise convolution
     UNSIGNED: tl.constexpr,  # whether x is uint8; it is read minus 128

@@ -136,7 +136,7 @@ def learned_backward_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
-    METHOD: tl.constexpr,
+    METHOD: tl.constexpr,  # "torch", "megengine", "tqt" or "pact": see `tritonq.reference.learned_scale`
     CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,

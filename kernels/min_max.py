@@ -135,9 +135,9 @@ def observe_kernel(
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     nonfinite_ptr,  # one int64, grows by the number of values skipped
     min_ptr,  # state as in update_range, used with SINGLE
-    max_ptr,
-    scale_ptr,
-    zero_point_ptr,
+    max_ptr,  # as min_ptr
+    scale_ptr,  # state as in update_range; None without a grid
+    zero_point_ptr,  # as scale_ptr
     averaging_constant,
     eps,
     x_strides,
@@ -208,9 +208,9 @@ def finish_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     min_ptr,  # state as in update_range
-    max_ptr,
-    scale_ptr,
-    zero_point_ptr,
+    max_ptr,  # as min_ptr
+    scale_ptr,  # state as in update_range; None without a grid
+    zero_point_ptr,  # as scale_ptr
     averaging_constant,
     eps,
     splits,

@@ -116,8 +116,8 @@ def rounded_kernel(
     b_ptr,  # (n,), or None
     y_ptr,  # (n,)
     mask_ptr,  # (plane,) uint8, written: bits that are 1 where the gradient passes; or None
-    scale_ptr,  # one element each, or None without a quantizer
-    zero_point_ptr,
+    scale_ptr,  # one element; None without a quantizer
+    zero_point_ptr,  # one element; None stands for zero
     active_ptr,  # 0 leaves the result unrounded; None counts as 1
     n,
     plane,  # elements of a plane, bytes of the mask

@@ -54,7 +54,7 @@ def quantize_folded_kernel(
     switch_ptr,  # one uint8, or (channels,) of any dtype: whether fake quantization is on
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
     min_ptr,  # (channels,) float32 or one element, updated in place; None where the qparams are known to be good
-    max_ptr,
+    max_ptr,  # as min_ptr
     nonfinite_ptr,  # one int64
     scale_ptr,  # (channels,) float32 or one element, updated in place
     zero_point_ptr,  # as scale, int32; None stands for zero
@@ -115,7 +115,7 @@ def folded_backward_kernel(
     zero_point_ptr,  # as scale, int32; None stands for zero
     active_ptr,  # (channels,) or one element, not zero where the row was quantized
     channels,
-    length,
+    length,  # elements of a row
     switch_stride,  # 1 if active_ptr has an element per channel, else 0
     scale_stride,  # 1 if scale_ptr has an element per channel, else 0
     CODE_MIN: tl.constexpr,

@@ -361,14 +361,14 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"megengine_passive"``: scales are given, not observed.
     - ``"f8net"``: 8-bit fixed point; between layers values are multiplied by powers of two only.
     - ``"lsq_w8a8"``, ``"lsq_w4a8"``, ``"lsq_w4a4"``, ``"lsq_w3a3"``, ``"lsq_w2a4"``, ``"lsq_w2a2"``: trained scales
-      (LSQ) for weights and activations of so many bits, which begin as in the paper; the sum of an addition is rounded,
-      its summands are not. First and last layer and inputs should have 8 bits: :func:`tritonq.get_qconfig_mapping`
-      gives that mapping.
+      (LSQ) for weights and activations of so many bits, which begin as in the paper. Of an addition the sum is rounded,
+      not its summands, and a weight before its BatchNorm multiplies it (``folding="scale"``). First and last layer and
+      inputs should have 8 bits: :func:`tritonq.get_qconfig_mapping` gives that mapping.
     - ``"dorefa_w1a2"``, ``"dorefa_w1a4"``, ``"dorefa_w2a2"``, ``"dorefa_w4a4"``: DoReFa-Net, activations between 0 and
-      1; ``"bwn_w1a8"``, ``"twn_w2a8"``: binary and ternary weights. First and last layer and inputs as with LSQ.
+      1; ``"bwn_w1a8"``, ``"twn_w2a8"``: binary and ternary weights. Sums, folding and the ends as with LSQ.
     - ``"learned_bits_a8"``: weights of 2 to 8 bits, a trained number per layer (FracBits, over LSQ's trained scales):
-      :func:`tritonq.learned_size` gives the penalty, :func:`tritonq.fix_learned_bits` ends the search. First and last
-      layer and inputs as with LSQ.
+      :func:`tritonq.learned_size` gives the penalty, :func:`tritonq.fix_learned_bits` ends the search. Sums,
+      folding and the ends as with LSQ.
     - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
       the largest magnitudes of 16 batches.
     - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. They have no

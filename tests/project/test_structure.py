@@ -187,6 +187,24 @@ def test_public_names_are_those_of_the_list():
     assert all(hasattr(importlib.import_module(module), name) for module, _, name in (n.rpartition(".") for n in found))
 
 
+def test_parameters_of_kernels_have_a_comment_or_are_words_of_the_package():
+    """So what a launch hands over can be told from the signature; `kernels/__init__.py` has what many kernels take."""
+    words = set(re.findall(r"\w+", (ROOT / "kernels" / "__init__.py").read_text()))
+    found = []
+    for path in (ROOT / "kernels").glob("*.py"):
+        lines = path.read_text().splitlines()
+        kernels = [
+            node
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "Launcher" for d in node.decorator_list)
+        ]
+        for kernel in kernels:
+            bare = [argument.arg for argument in kernel.args.args if "#" not in lines[argument.lineno - 1]]
+            bare = [name for name in bare if name not in words and not name.endswith("_strides")]
+            found += [(path.name, kernel.name, name) for name in bare]
+    assert found == []
+
+
 def test_files_that_the_documents_name_exist():
     for document in ("CONTRIBUTING.md", "SECURITY.md", "UPGRADING.md"):
         text = (ROOT / document).read_text()

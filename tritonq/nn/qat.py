@@ -199,7 +199,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return weight, ranging.grid_or_warning()
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_grid: Grid | None = None) -> Tensor:
-        """Return ``op(x, weight) + bias`` in a form that saves little for the backward.
+        """Return the layer's convolution or product, plus bias, in a form that saves little for the backward.
 
         Args:
             x: the input.

@@ -155,7 +155,10 @@ def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
 
 
 def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
-    """Return the program that computes some constants; None if a parameter that trains is needed."""
+    """Return the program that computes the constants with the indices ``values``.
+
+    None if there is none, or if it reads a parameter that is trained.
+    """
     program = analysis.constants.program(values)
     if program is None:
         return None

@@ -186,7 +186,7 @@ def _untaken(why: str) -> Callable[[Call], Reading]:
 
 
 def _halves(call: Call) -> Reading:
-    """Read a call of glu: one tensor, whose halves are multiplied."""
+    """Read a call of glu: its only operand is the tensor whose halves are multiplied; nothing hinders it."""
     item = call.args[0] if call.args else call.kwargs.get("input")
     return ((item,), "") if isinstance(item, Ref) else ((), "")
 

@@ -250,7 +250,8 @@ class _Builder:
     def _pool(self, pooling: Pooling) -> None:
         """Put a fixed-point average pooling in the place of a module or call.
 
-        Raises ValueError if its factor isn't 1 and something else than layers reads its result.
+        Codes are divided by a power of two in place of the number of elements; layers behind it multiply by the rest,
+        its factor. Raises ValueError if that isn't 1 and something else than layers reads the result.
         """
         call = pooling.call
         group = self._links.groups[call.inputs[0]]
