@@ -113,23 +113,30 @@ _DATA_HELP = (
 )
 
 
-def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
+def class_names(source: str, validation: str = "0.5", *, trains: bool = True) -> tuple[str, ...]:
     """Return the classes that :func:`open_examples` will find for the same arguments; no image is read.
 
     Args:
         source: ``"digits"``, or a folder with one sub-folder per class, whose sorted names are the classes.
         validation: a folder of the same classes, or the share that is held out.
+        trains: whether a model is trained with some of them, for which there must be two classes.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
-            training has not.
+        ValueError: no such folder, too few classes, a class without image files, or validation classes that training
+            has not.
     """
     folder, _ = _validation(validation, source)
-    return _CLASSES_OF_DIGITS if source == DIGITS else find_layout(Path(source), folder).classes
+    return _CLASSES_OF_DIGITS if source == DIGITS else find_layout(Path(source), folder, _least(trains)).classes
 
 
 def open_examples(
-    source: str, preprocessing: Preprocessing, validation: str = "0.5", workers: int = 0, *, quiet: bool = False
+    source: str,
+    preprocessing: Preprocessing,
+    validation: str = "0.5",
+    workers: int = 0,
+    *,
+    quiet: bool = False,
+    trains: bool = True,
 ) -> Examples:
     """Return scikit-learn's digits, or the images of a folder, whose pixels are read when they are asked for.
 
@@ -141,16 +148,18 @@ def open_examples(
         validation: a folder of the same classes, or the share that is held out.
         workers: threads that read files; 0: one per processor.
         quiet: print nothing, because another process does.
+        trains: whether a model is trained with some of them, for which there must be two classes, and images of each to
+            train with and to hold out.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, a class with too few readable images, validation classes
-            that training has not, or channels that can't be made.
+        ValueError: no such folder, too few classes, a class with too few readable images, validation classes that
+            training has not, or channels that can't be made.
     """
     folder, share = _validation(validation, source)
     if source == DIGITS:
         return _digits(preprocessing, share)
-    layout = find_layout(Path(source), folder)
-    least = 2 if layout.validation is None else 1
+    layout = find_layout(Path(source), folder, _least(trains))
+    least = _least(trains and layout.validation is None)
     files = readable_images(layout.train, layout.classes, preprocessing, workers, least, quiet=quiet)
     if layout.validation is None:
         train, test = (
@@ -160,8 +169,9 @@ def open_examples(
     else:
         train = files
         test = readable_images(layout.validation, layout.classes, preprocessing, workers, 0, quiet=quiet)
-    _check_parts(layout.classes, *([file.label for file in part] for part in (train, test)))
-    preprocessing = preprocessing.with_moments(*moments(train))
+    if trains:
+        _check_parts(layout.classes, *([file.label for file in part] for part in (train, test)))
+    preprocessing = preprocessing.with_moments(*moments(train or test))
     trained, held_out = (
         FileImages([file.path for file in part], [file.label for file in part], preprocessing) for part in (train, test)
     )
@@ -226,6 +236,11 @@ def _validation(text: str, source: str) -> tuple[Path | None, float]:
     return None, share
 
 
+def _least(both_parts: bool) -> int:
+    """Return how many there must be at least: two, so that there is one for each part, or one."""
+    return 2 if both_parts else 1
+
+
 def _check_parts(classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
     """Raise ValueError if a class has no label in ``train``, or ``test`` no label at all."""
     have = set(train)
@@ -237,7 +252,7 @@ def _check_parts(classes: Sequence[str], train: Sequence[int], test: Sequence[in
 
 
 def _fingerprint(classes: Sequence[str], *parts: Sequence[ImageFile]) -> str:
-    digest = hashlib.sha256("\n".join(classes).encode())
+    digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))  # names of folders may be no text
     for part in parts:
         digest.update(b"\n\n")
         digest.update("\n".join(f"{file.label} {file.digest}" for file in part).encode())

@@ -34,10 +34,11 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: a model or images that can't be opened, or a class that the model does not know.
     """
-    names = class_names(arguments.data, arguments.validation)
+    trains = arguments.part != "all"
+    names = class_names(arguments.data, arguments.validation, trains=trains)
     trained = open_trained(arguments, arguments.data)
     labels = _labels(trained, names)
-    data = open_examples(arguments.data, trained.preprocessing, arguments.validation, arguments.workers)
+    data = open_examples(arguments.data, trained.preprocessing, arguments.validation, arguments.workers, trains=trains)
     right, count = _score(trained, data, labels, arguments.part, arguments.workers)
     total = int(count.sum())
     print(f"{trained.title}: {int(right.sum()) / total:.2%} of {total} images right")

@@ -140,7 +140,7 @@ class FolderLayout:
     classes: tuple[str, ...]
 
 
-def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
+def find_layout(folder: Path, validation: Path | None = None, least: int = 2) -> FolderLayout:
     """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
 
     For ``val`` the names ``valid``, ``validation`` and ``test`` are taken, too, in this order.
@@ -149,9 +149,10 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
         folder: holds one sub-folder per class, or ``train`` and ``val`` that do. Hidden folders are no classes.
         validation: another folder with one sub-folder per class, used instead of ``val``; None: ``val`` if there is
             one, else none (the caller then holds images out from training).
+        least: how many classes there must be.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, a class without image files, or a validation folder without
+        ValueError: no such folder, fewer classes, a class without image files, or a validation folder without
             images or with classes that training has not.
     """
     names = _folders(folder)
@@ -161,8 +162,9 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
             validation = folder / held_out[0]
         folder = folder / _TRAIN
         names = _folders(folder)
-    if len(names) < 2:
-        raise ValueError(f"expected folders of at least two classes, {folder} holds {', '.join(names) or 'none'}")
+    if len(names) < least:
+        expected = "folders of at least two classes" if least > 1 else "a folder for each class"
+        raise ValueError(f"expected {expected}, {folder} holds {', '.join(names) or 'none'}")
     if validation is not None and (foreign := sorted(set(_folders(validation)) - set(names))):
         raise ValueError(f"{validation} has a class {foreign[0]!r} that {folder} has not")
     if validation is not None and all(next(image_paths(validation / name), None) is None for name in names):
@@ -269,8 +271,28 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 
 def image_paths(folder: Path) -> Iterator[Path]:
-    """Yield the image files in ``folder`` and its sub-folders, sorted, without hidden files and folders."""
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir():
-            yield path
+    """Yield the image files in ``folder`` and its sub-folders, sorted, without hidden files and folders.
+
+    Links are followed, except those to a folder that they lie in.
+
+    Raises:
+        OSError: a folder that can't be read.
+    """
+    if folder.is_dir():
+        yield from sorted(
+            path for path in _files(folder, frozenset(folder.resolve().parents)) if path.suffix.lower() in SUFFIXES
+        )
+
+
+def _files(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Yield the files below ``folder``; ``above`` are the folders in which it lies."""
+    within = above | {folder.resolve()}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield path
+            elif path.resolve() not in within:
+                yield from _files(path, within)

@@ -14,7 +14,11 @@ from tritonq.cli.messages import reason_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+# Those that Pillow reads here or with a plugin; of a file that it can't read, a command says so.
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".jp2", ".avif"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"}
+)
 # Pillow's modes of one channel with more than 8 bits.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 _DEEPEST = 65535
