@@ -52,6 +52,21 @@ def run(body: str, *tensors: Tensor, threads: int = 32, blocks: int = 1, shared:
 STORE = "mad.wide.s32 %rd9, %r0, 4, %rd0; st.global.b32 [ %rd9 + 0 ], { %r0 };"
 
 
+# Writes two halves of a word to local memory, by a generic address, and stores the word.
+LOCAL = """
+    .local .align 4 .b8 __local_depot0[4];
+    mov.b64 %rd7, __local_depot0;
+    cvta.local.u64 %rd8, %rd7;
+    cvt.u16.u32 %rs0, %r0;
+    st.b16 [ %rd8 ], %rs0;
+    mov.b16 %rs1, 7;
+    st.local.b16 [ %rd7{end} ], %rs1;
+    ld.b32 %r4, [ %rd8 ];
+    mad.wide.s32 %rd9, %r0, 4, %rd0;
+    st.b32 [ %rd9 ], %r4;
+"""
+
+
 class TestMemory:
     def test_stores_within_bounds(self) -> None:
         x = torch.zeros(32, dtype=torch.int32)
@@ -85,6 +100,19 @@ class TestMemory:
         run(f"shl.b32 %r2, %r0, 2; {body}", torch.zeros(1), shared=128)
         with pytest.raises(EmulatorError, match=r"shared (store|load) of 4 bytes at byte 124 of 124, out of bounds"):
             run(f"shl.b32 %r2, %r0, 2; {body}", torch.zeros(1), shared=124)
+
+    def test_each_thread_has_its_own_local_memory(self) -> None:
+        x = torch.zeros(32, dtype=torch.int32)
+        run(LOCAL.format(end="+2"), x)
+        low, high = torch.arange(32, dtype=torch.int32), 7
+        assert torch.equal(x, low + (high << 16))
+        with pytest.raises(EmulatorError, match="local store of 2 bytes at byte 4 of 4, out of bounds"):
+            run(LOCAL.format(end="+4"), x)
+
+    def test_generic_addresses_of_two_memories(self) -> None:
+        body = "setp.lt.s32 %p1, %r0, 9; selp.b64 %rd2, %rd0, %rd8, %p1; st.b32 [ %rd2 + 0 ], %r0;"
+        with pytest.raises(EmulatorError, match="generic addresses of two memories"):
+            run(LOCAL.format(end="+2") + body, torch.zeros(32))
 
     def test_atomics_add_one_after_the_other(self) -> None:
         total, before = torch.tensor([5], dtype=torch.int32), torch.zeros(32, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Global and shared memory: bounds and alignment of every access are checked."""
+"""Global, shared and local memory: bounds and alignment of every access are checked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from emulator.faults import EmulatorError
 from emulator.words import UNSIGNED, Words
 
-# Shared memory that nothing wrote.
+# Shared and local memory that nothing wrote.
 _POISON = 0xCD
-# A row of shared memory is a multiple of every access.
+# A row of shared or local memory is a multiple of every access.
 _ROW = 16
 
 
@@ -102,37 +102,44 @@ class GlobalMemory:
         return f"at byte {address - max(below)} of a tensor of {self._ranges[max(below)]} bytes"
 
 
-class SharedMemory:
-    """Shared memory of every block; nothing is in it before it is written."""
+class OwnMemory:
+    """Memory that each owner has for itself; nothing is in it before it is written.
 
-    def __init__(self, blocks: int, length: int) -> None:
-        self.length = length
+    Args:
+        space: ``"shared"``, whose owners are blocks, or ``"local"``, whose owners are threads.
+        owners: how many.
+        length: bytes of each.
+    """
+
+    def __init__(self, space: str, owners: int, length: int) -> None:
+        self.space, self.length = space, length
         row = -(-max(length, 1) // _ROW) * _ROW
-        memory = np.full((blocks, row), _POISON, np.uint8)
+        memory = np.full((owners, row), _POISON, np.uint8)
         self._views = {size: memory.view(UNSIGNED[8 * size]) for size in (1, 2, 4, 8)}
 
-    def load(self, blocks: Words, addresses: Words, size: int) -> Words:
-        """Return words of ``size`` bytes of the threads' blocks."""
-        return self._views[size][blocks, self._places(addresses, size, "load")]
+    def load(self, owners: Words, addresses: Words, size: int) -> Words:
+        """Return words of ``size`` bytes, one of each owner given."""
+        return self._views[size][owners, self._places(addresses, size, "load")]
 
-    def store(self, blocks: Words, addresses: Words, words: Words, size: int) -> None:
+    def store(self, owners: Words, addresses: Words, words: Words, size: int) -> None:
         """Write words."""
-        self._views[size][blocks, self._places(addresses, size, "store")] = words
+        self._views[size][owners, self._places(addresses, size, "store")] = words
 
-    def add_atomically(self, blocks: Words, addresses: Words, words: Words, size: int) -> Words:
+    def add_atomically(self, owners: Words, addresses: Words, words: Words, size: int) -> Words:
         """Add integers, one thread after the other; return what was there before each addition."""
         view, places = self._views[size], self._places(addresses, size, "atomic addition")
-        flat = blocks * view.shape[1] + places
+        flat = owners * view.shape[1] + places
         out = before_each(view.reshape(-1), flat, words)
-        np.add.at(view, (blocks, places), words)
+        np.add.at(view, (owners, places), words)
         return out
 
     def _places(self, addresses: Words, size: int, action: str) -> Words:
-        check_aligned(addresses, size, f"shared {action}")
+        check_aligned(addresses, size, f"{self.space} {action}")
         outside = addresses.astype(np.int64) + size > self.length
         if outside.any():
             raise EmulatorError(
-                f"shared {action} of {size} bytes at byte {int(addresses[outside][0])} of {self.length}, out of bounds"
+                f"{self.space} {action} of {size} bytes at byte {int(addresses[outside][0])} of {self.length}, "
+                "out of bounds"
             )
         return (addresses // addresses.dtype.type(size)).astype(np.int64)
 

@@ -10,6 +10,8 @@ from emulator.ptx import Instruction
 from emulator.threads import Threads
 from emulator.words import UNSIGNED, Words, resized, width
 
+# Generic addresses from here on are of local memory, below of global memory.
+_LOCAL = 1 << 62
 # Bytes of an asynchronous copy that are moved together.
 _CHUNK = 4
 
@@ -32,10 +34,10 @@ def _mov(threads: Threads, instruction: Instruction, which: Words) -> None:
 
 
 def _space(instruction: Instruction) -> str:
-    for space in ("global", "shared", "param"):
+    for space in ("global", "shared", "local", "param"):
         if space in instruction.modifiers:
             return space
-    raise EmulatorError("a memory that is not known")
+    return "generic"
 
 
 def _ld(threads: Threads, instruction: Instruction, which: Words) -> None:
@@ -47,7 +49,7 @@ def _ld(threads: Threads, instruction: Instruction, which: Words) -> None:
         threads.write(registers[0], np.full(len(which), number % (1 << bits), UNSIGNED[bits]), which)
         return
     size = bits // 8
-    addresses = threads.addresses(instruction.address(1), 64 if space == "global" else 32, which)
+    addresses = threads.addresses(instruction.address(1), 32 if space == "shared" else 64, which)
     check_aligned(addresses, size * len(registers), f"{space} load")
     for place, register in enumerate(registers):
         words = load(threads, space, addresses + addresses.dtype.type(place * size), size, which)
@@ -57,7 +59,7 @@ def _ld(threads: Threads, instruction: Instruction, which: Words) -> None:
 def _st(threads: Threads, instruction: Instruction, which: Words) -> None:
     bits, space = width(instruction.type_name), _space(instruction)
     size, registers = bits // 8, instruction.registers(1)
-    addresses = threads.addresses(instruction.address(0), 64 if space == "global" else 32, which)
+    addresses = threads.addresses(instruction.address(0), 32 if space == "shared" else 64, which)
     check_aligned(addresses, size * len(registers), f"{space} store")
     for place, register in enumerate(registers):
         words = threads.words(register, bits, which)
@@ -66,6 +68,9 @@ def _st(threads: Threads, instruction: Instruction, which: Words) -> None:
 
 def load(threads: Threads, space: str, addresses: Words, size: int, which: Words) -> Words:
     """Return words that threads read from one space, one each."""
+    space, addresses = _resolved(space, addresses)
+    if space == "local":
+        return threads.local.load(which, addresses, size)
     threads.record(space, "read", addresses, size, which, None)
     if space == "global":
         return threads.memory.load(addresses, size)
@@ -74,6 +79,10 @@ def load(threads: Threads, space: str, addresses: Words, size: int, which: Words
 
 def store(threads: Threads, space: str, addresses: Words, words: Words, size: int, which: Words) -> None:
     """Write words to one space, one a thread."""
+    space, addresses = _resolved(space, addresses)
+    if space == "local":
+        threads.local.store(which, addresses, words, size)
+        return
     threads.record(space, "write", addresses, size, which, words)
     if space == "global":
         threads.memory.store(addresses, words, size)
@@ -81,13 +90,37 @@ def store(threads: Threads, space: str, addresses: Words, words: Words, size: in
         threads.shared.store(threads.block[which], addresses, words, size)
 
 
+def _resolved(space: str, addresses: Words) -> tuple[str, Words]:
+    """Return the memory that generic addresses are of, and the addresses in it; those of other spaces as they are.
+
+    Raises:
+        EmulatorError: some are of global and some of local memory.
+    """
+    if space != "generic":
+        return space, addresses
+    is_local = addresses >= np.uint64(_LOCAL)
+    if is_local.any() and not is_local.all():
+        raise EmulatorError("generic addresses of two memories")
+    return ("local", addresses - np.uint64(_LOCAL)) if is_local.all() else ("global", addresses)
+
+
+def _cvta(threads: Threads, instruction: Instruction, which: Words) -> None:
+    """``cvta.local`` and ``cvta.global``: from an address in one memory to a generic one."""
+    if "to" in instruction.modifiers or not {"local", "global"} & set(instruction.modifiers):
+        raise EmulatorError("an unknown conversion of addresses")
+    base = np.uint64(_LOCAL if "local" in instruction.modifiers else 0)
+    threads.write(instruction.register(0), threads.words(instruction.register(1), 64, which) + base, which)
+
+
 def _atomic(threads: Threads, instruction: Instruction, which: Words) -> None:
     type_name, space = instruction.type_name, _space(instruction)
     if "add" not in instruction.modifiers or type_name[0] not in "us":
         raise EmulatorError("an atomic that is no sum of integers")
+    if space not in ("global", "shared"):
+        raise EmulatorError("an atomic in a memory that is not known")
     bits, returns = width(type_name), instruction.name == "atom"
     size = bits // 8
-    addresses = threads.addresses(instruction.address(int(returns)), 64 if space == "global" else 32, which)
+    addresses = threads.addresses(instruction.address(int(returns)), 32 if space == "shared" else 64, which)
     words = threads.words(instruction.register(1 + int(returns)), bits, which)
     threads.record(space, "atomic", addresses, size, which, None)
     if space == "global":
@@ -120,4 +153,4 @@ def _cp(threads: Threads, instruction: Instruction, which: Words) -> None:
         store(threads, "shared", target + np.uint32(place), words, _CHUNK, which)
 
 
-TABLE = {"mov": _mov, "ld": _ld, "st": _st, "atom": _atomic, "red": _atomic, "cp": _cp}
+TABLE = {"mov": _mov, "ld": _ld, "st": _st, "atom": _atomic, "red": _atomic, "cp": _cp, "cvta": _cvta}

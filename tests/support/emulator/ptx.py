@@ -16,9 +16,10 @@ _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-zA-Z0-9_.:]+)\s*(.*)", re.S)
 _ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _REGISTERS = re.compile(r"(%?\w+)(?:<\d+>)?")
+_LOCAL = re.compile(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]")
 _LABEL = re.compile(r"\s*([$\w]+):(?!:)")
 # Lines that say nothing about what is computed.
-_DIRECTIVES = (".loc", ".file", ".pragma", ".version", ".target", ".address_size")
+_DIRECTIVES = (".loc ", ".loc\t", ".file", ".pragma", ".version", ".target", ".address_size")
 
 
 class Address(NamedTuple):
@@ -99,6 +100,8 @@ class Program:
         instructions: in order.
         labels: name to the index of the instruction behind it.
         widths: register, or prefix of registers, to bits.
+        local: name of each array in local memory to where it begins there.
+        local_bytes: local memory of a thread.
     """
 
     name: str
@@ -107,6 +110,8 @@ class Program:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    local: dict[str, int] = field(default_factory=dict)
+    local_bytes: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Program:
@@ -144,6 +149,10 @@ class Program:
                 declared = _REGISTERS.match(name.strip())
                 if declared is not None:
                     self.widths[declared.group(1)] = width(type_name.lstrip("."))
+        elif (array := _LOCAL.fullmatch(statement)) is not None:
+            alignment, name, length = int(array.group(1)), array.group(2), int(array.group(3))
+            self.local[name] = -(-self.local_bytes // alignment) * alignment
+            self.local_bytes = self.local[name] + length
         elif statement.startswith("."):
             raise EmulatorError(f"unknown declaration `{statement}`")
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emulator.faults import EmulatorError
-from emulator.memory import GlobalMemory, SharedMemory
+from emulator.memory import GlobalMemory, OwnMemory
 from emulator.ptx import Address, Program
 from emulator.races import AccessLog
 from emulator.words import UNSIGNED, Words, decode, encode, resized, width
@@ -50,6 +50,7 @@ class Threads:
         lane: (count,) place of each thread in its warp.
         memory: global memory.
         shared: shared memory of the blocks.
+        local: local memory of the threads.
         log: of accesses, for races; None where they are not looked for.
         epoch: (blocks,) how many barriers each block has passed.
     """
@@ -63,7 +64,8 @@ class Threads:
         self.everyone = numbers
         self.block = numbers // self.per_block
         self.lane = numbers % WARP
-        self.shared = SharedMemory(self.blocks, launch.shared_bytes)
+        self.shared = OwnMemory("shared", self.blocks, launch.shared_bytes)
+        self.local = OwnMemory("local", self.count, self.program.local_bytes)
         self.log = AccessLog(self.per_block) if check_races else None
         self.epoch = np.zeros(self.blocks, np.int64)
         self.parameters = launch.parameters
@@ -158,6 +160,8 @@ class Threads:
         if found is None:
             if operand == "global_smem":
                 number = 0
+            elif operand in self.program.local:
+                number = self.program.local[operand]
             elif operand[:2] in ("0f", "0d"):
                 number = int(operand[2:], 16)
             else:
