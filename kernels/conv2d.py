@@ -64,7 +64,7 @@ def conv2d_kernel(
     weight_ptr,  # (groups · outs) × channels × KERNEL of x's dtype, by strides
     bias_ptr,  # (groups · outs,) floats; int32 with multiplier_ptr; or None
     multiplier_ptr,  # (groups · outs,) float32 where x and weight are integer codes; else None
-    grid_scale_ptr,  # one float32, see `requantize`; or None
+    grid_scale_ptr,  # one float32: scale of the grid that sums are rounded to before the ReLU; None: they are not
     scale_ptr,  # one float32: the output is fake-quantized; None: it is not
     zero_point_ptr,  # one int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 leaves the output unrounded. None counts as 1
