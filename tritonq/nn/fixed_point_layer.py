@@ -53,7 +53,7 @@ class ActivationFormat(FixedPointFakeQuantize):
         self.alpha = nn.Parameter(torch.full((1,), _INITIAL_ALPHA), requires_grad=scaled)
 
     def share_step(self, other: ActivationFormat) -> None:
-        """Use the step ``|α| / levels`` of another format; the η of the two then differ by a power of two."""
+        """Share α, and the step ``|α| / levels`` before scaling, with ``other``; their η differ by a power of two."""
         self.alpha, self.levels = other.alpha, other.levels
 
     def eta(self) -> Tensor:

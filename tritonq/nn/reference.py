@@ -34,7 +34,7 @@ class ChildPlace(NamedTuple):
     name: str
 
     def is_kept(self) -> bool:
-        """Whether the module stands there still, or what hands on its results."""
+        """Whether the child of that name is still the module, or a wrapper that returns its results."""
         occupant = self.siblings.get(self.attribute)
         return occupant is self.module or hands_on(occupant, self.module)
 

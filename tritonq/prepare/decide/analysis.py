@@ -181,7 +181,7 @@ class Analysis:
         return {call.run for call in calls} == set(range(self.flow.runs))
 
     def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
-        """Return the reason why calls that only one of the two runs made stay in float."""
+        """Return why calls stay in float that only the run in eval mode, or only that in training mode, made."""
         if {call.run for call in calls} == {0}:
             return "it runs in eval mode only, so that training would not teach its range"
         return "it runs in training mode only, and would not be deployed"
