@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 
 import pytest
+import torch
 from PIL import Image
 
 from image_folders import FOLDER_MODEL, image_folder
 from tritonq.__main__ import main
-from tritonq.cli.data import open_examples
+from tritonq.cli.data import class_names, open_examples
 from tritonq.cli.folder import image_paths, readable_images
+from tritonq.cli.image_files import decode
 from tritonq.cli.preprocessing import Preprocessing
 
 SMALL = Preprocessing(8, 8)
@@ -92,3 +95,48 @@ def test_a_folder_of_one_class_is_measured_whole(tmp_path, capsys):
     assert "expected a folder for each class" in capsys.readouterr().err
     whole = open_examples(str(new), SMALL, trains=False)
     assert (len(whole.train), len(whole.test)) == (0, 1)
+
+
+def test_a_folder_for_output_is_no_class(tmp_path, capsys, monkeypatch):
+    folder = image_folder(tmp_path / "insects")
+    monkeypatch.chdir(folder)
+    assert main(["train", FOLDER_MODEL[0], ".", *FOLDER_MODEL[1:]]) == 1
+    assert capsys.readouterr().err == "tritonq train: train-output would be a class of .: pass an --output elsewhere\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["ants", "bees"]
+    assert main(["train", FOLDER_MODEL[0], ".", *FOLDER_MODEL[1:], "--output", "../out"]) == 0
+    assert capsys.readouterr().out.startswith("insects: 6 images to train with")
+    (folder / "__pycache__").mkdir()
+    assert main(["train", FOLDER_MODEL[0], ".", *FOLDER_MODEL[1:], "--output", "../again"]) == 1
+    assert "__pycache__ holds no images, such as .png or .jpg; a folder that is no class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_palette_with_transparency(channels, tmp_path):
+    image = Image.effect_noise((8, 8), 50).convert("P")
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=bytes(range(256)))
+    preprocessing = Preprocessing(8, 8, channels=channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, clear = (preprocessing.pixels(decode(tmp_path / name)) for name in ("plain.png", "clear.png"))
+    assert torch.equal(plain, clear)
+
+
+def test_blocks_that_do_not_divide_are_told_before_training(tmp_path, capsys):
+    folder = image_folder(tmp_path / "insects")
+    words = [FOLDER_MODEL[0], str(folder), *FOLDER_MODEL[1:], "--qconfig=w_mxfp4"]
+    assert main(["train", *words, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "without int8 and ONNX files: " in printed
+    assert printed.index("can't be converted: mxfp4 has a deployed form where") < printed.index("epoch 1:")
+
+
+def test_a_folder_beside_train_and_val_makes_no_classes_of_them(tmp_path):
+    for part in ("train", "val"):
+        image_folder(tmp_path / "insects" / part)
+    image_folder(tmp_path / "insects", ("unsorted",))
+    folder = str(tmp_path / "insects")
+    with pytest.raises(ValueError, match=r"train, val, and 'unsorted' beside them: name .*train, and --valid"):
+        class_names(folder)
+    assert class_names(f"{folder}/train", f"{folder}/val") == ("ants", "bees")
+    assert class_names(str(image_folder(tmp_path / "vehicles", ("test", "train", "van")))) == ("test", "train", "van")

@@ -89,3 +89,9 @@ def long_bytes():
     stream = io.BytesIO()
     torch.save({str(k): torch.zeros(100) for k in range(200)}, stream)
     return stream.getvalue()
+
+
+def test_a_converted_model_holds_no_float_weights(tmp_path):
+    torch.save({"format": "tritonq.converted", "version": 1}, tmp_path / "model.int8.pt")
+    with pytest.raises(ValueError, match=r"model.int8.pt is a converted model, not the weights of a float model"):
+        load_weights(model(), tmp_path / "model.int8.pt")

@@ -183,8 +183,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
             names the first tensor.
     """
     content = read_tensors(path)
-    if is_training_file(content):
-        raise ValueError(f"{path} is a checkpoint of `tritonq train`, not the weights of a float model")
+    if str(content.get("format")).startswith("tritonq."):
+        kind = "a checkpoint of `tritonq train`" if is_training_file(content) else "a converted model"
+        raise ValueError(f"{path} is {kind}, not the weights of a float model")
     for key in _STATE_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]

@@ -176,7 +176,7 @@ def open_examples(
         FileImages([file.path for file in part], [file.label for file in part], preprocessing) for part in (train, test)
     )
     fingerprint = _fingerprint(layout.classes, train, test)
-    return Examples(Path(source).name, layout.classes, preprocessing, trained, held_out, fingerprint)
+    return Examples(Path(source).resolve().name, layout.classes, preprocessing, trained, held_out, fingerprint)
 
 
 def load_digits(preprocessing: Preprocessing | None = None) -> Images:

@@ -152,12 +152,17 @@ def find_layout(folder: Path, validation: Path | None = None, least: int = 2) ->
         least: how many classes there must be.
 
     Raises:
-        ValueError: no such folder, fewer classes, a class without image files, or a validation folder without
-            images or with classes that training has not.
+        ValueError: no such folder, other folders beside ``train`` and ``val``, fewer classes, a class without image
+            files, or a validation folder without images or with classes that training has not.
     """
     names = _folders(folder)
     held_out = [name for name in _VALIDATION if name in names]
-    if _TRAIN in names and held_out and set(names) <= {_TRAIN, *_VALIDATION}:
+    others = sorted(set(names) - {_TRAIN, *_VALIDATION})
+    # A folder of that name without folders is a class among others.
+    if _TRAIN in names and held_out and (not others or _folders(folder / _TRAIN)):
+        if others:
+            parts = f"{folder / _TRAIN}, and --validation {folder / held_out[0]}"
+            raise ValueError(f"{folder} holds {_TRAIN}, {held_out[0]}, and {others[0]!r} beside them: name {parts}")
         if validation is None:
             validation = folder / held_out[0]
         folder = folder / _TRAIN
@@ -171,7 +176,10 @@ def find_layout(folder: Path, validation: Path | None = None, least: int = 2) ->
         raise ValueError(f"{validation} holds no images in a folder per class, such as {validation / names[0]}")
     for name in names:
         if next(image_paths(folder / name), None) is None:
-            raise ValueError(f"class folder {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(
+                f"class folder {folder / name} holds no images, such as .png or .jpg; a folder that is no class lies "
+                "elsewhere, or its name begins with a dot"
+            )
     return FolderLayout(folder, validation, names)
 
 
@@ -206,7 +214,9 @@ def readable_images(
     def look(item: tuple[Path, int]) -> ImageFile | str:
         return _look(*item, preprocessing)
 
-    bar = tqdm(total=len(paths), desc=f"reading {folder.name}", unit="image", leave=False, disable=quiet or None)
+    bar = tqdm(
+        total=len(paths), desc=f"reading {folder.resolve().name}", unit="image", leave=False, disable=quiet or None
+    )
     with ThreadPoolExecutor(workers or os.cpu_count()) as readers, bar:
         for start in range(0, len(paths), _FILES_AT_A_TIME):
             for outcome in readers.map(look, paths[start : start + _FILES_AT_A_TIME]):

@@ -66,4 +66,6 @@ def _in_eight_bits(image: Image) -> Image:
         return Image.fromarray(((values * 255 + _DEEPEST // 2) // _DEEPEST).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range: save the image with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns of other ways from here to three channels
+        return image.convert("RGBA")
     return image.copy()

@@ -202,10 +202,12 @@ def _saved_run(
     """Return the content of the checkpoint from which ``--resume`` goes on; None: the run begins.
 
     Raises:
-        ValueError: a checkpoint without ``--resume``, one of another run, or files of other programs that the run would
-            replace.
+        ValueError: a checkpoint without ``--resume``, one of another run, files of other programs that the run would
+            replace, or a folder among those of the classes.
     """
     path = arguments.output / "last.pt"
+    if arguments.data != DIGITS and arguments.output.resolve().parent == Path(arguments.data).resolve():
+        raise ValueError(f"{arguments.output} would be a class of {arguments.data}: pass an --output elsewhere")
     if processes.is_first:
         writable_folder(arguments.output)
     if not path.exists():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.deploy.modules import DeployedModule
-from tritonq.deploy.weight_codes import QUANTIZERS, rounds
+from tritonq.deploy.weight_codes import QUANTIZERS, rounds, why_no_blocks
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn import Embedding, EmbeddingBag, QATLayer, QATRecurrent
@@ -30,7 +30,8 @@ def why_not_deployable(model: nn.Module) -> str | None:
     """Return why ``convert`` refuses a prepared model, however it is trained, as a sentence; None: no such reason.
 
     The sentence names a quantizer that rounds activations in blocks of floats (``"mxfp8"``, ``"nvfp4"``), whose blocks
-    find their scales while the model runs. For other reasons, such as missing training, ``convert`` may refuse too.
+    find their scales while the model runs, or a layer whose weight such blocks don't divide. For other reasons, such as
+    missing training, ``convert`` may refuse too.
     """
     for name, module in model.named_modules():
         if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
@@ -38,6 +39,12 @@ def why_not_deployable(model: nn.Module) -> str | None:
                 f"the quantizer {name!r} rounds to {module.format}, which has no deployed form: its blocks find their "
                 "scales while the model runs; those of weights have one, and single elements, such as fp8_e4m3"
             )
+    for name, layer in model.named_modules():
+        quantizer = layer.weight_fake_quant if isinstance(layer, QATLayer) else None
+        if isinstance(layer, QATLayer) and isinstance(quantizer, FloatFakeQuantize) and rounds(quantizer):
+            reason = why_no_blocks(layer.linear_map.to_rows(layer.float_parameters()[0]), quantizer)
+            if reason is not None:
+                return f"{name!r} can't be converted: {reason}"
     return None
 
 

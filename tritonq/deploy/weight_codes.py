@@ -88,13 +88,9 @@ def codes_of_weight(
     blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
     if blocks is None or not isinstance(quantizer, FloatFakeQuantize):
         return codes_of_rows(rows, quantizer.grid() if grid is None else grid())
-    axis = quantizer.block_axis(rows)
-    if axis != 1 or rows.shape[1] % blocks.size:
-        raise ValueError(
-            f"{quantizer.format} has a deployed form where its blocks of {blocks.size} divide the input channels (axis "
-            f"1), and here they lie along axis {axis} of {rows.shape[axis]}: give this layer 8 bits, by a "
-            "QConfigMapping"
-        )
+    reason = why_no_blocks(rows, quantizer)
+    if reason is not None:
+        raise ValueError(reason)
     rows = rows.float()
     scale = block_scales(rows, blocks, 1, quantizer.tensor_scale)
     along = scale.repeat_interleave(blocks.size, 1)
@@ -102,6 +98,20 @@ def codes_of_weight(
     steps = torch.where(along == 0, 0.0, quantizer.rounded(rows) / along)
     codes = codes_of_floats(round_to_float_(steps, blocks.element_format), blocks.element_format)
     return codes, scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def why_no_blocks(rows: Tensor, quantizer: FloatFakeQuantize) -> str | None:
+    """Return why a weight of these ``rows`` (out, in, ...) has no deployed form in blocks of floats.
+
+    None: it has one, or the quantizer has no blocks.
+    """
+    axis, size = quantizer.block_axis(rows), 1 if quantizer.blocks is None else quantizer.blocks.size
+    if size == 1 or (axis == 1 and rows.shape[1] % size == 0):
+        return None
+    return (
+        f"{quantizer.format} has a deployed form where its blocks of {size} divide the input channels (axis 1), and "
+        f"here they lie along axis {axis} of {rows.shape[axis]}: give this layer 8 bits, by a QConfigMapping"
+    )
 
 
 def unless_zero(zero_point: Tensor) -> Tensor | None:
