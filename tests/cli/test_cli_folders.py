@@ -140,3 +140,8 @@ def test_a_folder_beside_train_and_val_makes_no_classes_of_them(tmp_path):
         class_names(folder)
     assert class_names(f"{folder}/train", f"{folder}/val") == ("ants", "bees")
     assert class_names(str(image_folder(tmp_path / "vehicles", ("test", "train", "van")))) == ("test", "train", "van")
+
+
+def test_less_than_no_workers(tmp_path):
+    with pytest.raises(ValueError, match=r"^workers must be at least 0, got -3$"):
+        open_examples(str(image_folder(tmp_path / "insects")), SMALL, workers=-3)

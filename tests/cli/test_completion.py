@@ -33,6 +33,16 @@ def test_bash_completes():
     assert completed("tritonq", "completion", "z") == ["zsh"]
 
 
+@pytest.mark.skipif(BASH is None, reason="there is no bash")
+def test_bash_completes_names_with_spaces(tmp_path, monkeypatch):
+    (tmp_path / "my photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = "COMP_WORDS=(tritonq train m:f my)\nCOMP_CWORD=3"
+    code = f"{script('bash')}\n{words}\n_tritonq\nprintf '%s|' \"${{COMPREPLY[@]}}\""
+    ended = subprocess.run([BASH, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "my photos|"
+
+
 def test_zsh_takes_the_same():
     assert "bashcompinit" in script("zsh")
     assert script("zsh").endswith(script("bash").partition("_tritonq()")[2])

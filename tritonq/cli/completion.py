@@ -21,6 +21,7 @@ _TEMPLATE = """\
 {options}
         esac
     else
+        local IFS=$'\\n'
         COMPREPLY=($(compgen -f -- "$word"))
     fi
 }}

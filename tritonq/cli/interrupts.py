@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM between steps: the run ends after the present step, when its checkpoint is written."""
+"""Ctrl-C, SIGTERM and the end of a terminal: the run ends after the present step, when its checkpoint is written."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,7 +26,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptions:
-    """A context manager: the first SIGINT or SIGTERM in the block is noted, a second one interrupts as usual.
+    """A context manager: the first SIGINT, SIGTERM or SIGHUP in the block is noted, a second one interrupts as usual.
+
+    SIGHUP, which a terminal sends as it closes, is left alone where ``nohup`` said that it is ignored.
 
     In another thread than the main one, where Python has no signals, nothing is noted.
 
@@ -39,7 +42,10 @@ class Interruptions:
 
     def __enter__(self) -> Interruptions:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
