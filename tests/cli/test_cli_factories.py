@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -102,3 +103,18 @@ def test_what_cannot_be_trained_is_told_before_an_image_is_read(tmp_path, capsys
 def test_a_missing_file_of_qconfigs_is_named_once():
     with pytest.raises(ValueError, match=r"^none.json can't be read: No such file or directory$"):
         find_qconfig("none.json")
+
+
+def test_what_a_factory_prints_is_kept_apart_from_the_answers(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_talking_models_for_this_test.py").write_text(
+        "from torch import nn\nprint('imported')\ndef make():\n    print('made')\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
+    )
+    folder = image_folder(tmp_path / "images", count=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["--image-size=8", "--mean=0.5", "--std=0.5", "--json"]
+    assert main(["predict", "my_talking_models_for_this_test:make", str(folder), *words]) == 0
+    printed = capsys.readouterr()
+    assert [sorted(json.loads(line)) for line in printed.out.splitlines()] == [["classes", "image"]] * 2
+    assert printed.err == "imported\nmade\n"

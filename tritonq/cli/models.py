@@ -7,6 +7,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +55,7 @@ def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> N
 def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     """Return the model that ``"module:factory"`` makes with the given ``KEY=VALUE`` arguments.
 
-    Modules of the working directory are found as well.
+    Modules of the working directory are found as well. What modules and factories print goes to stderr.
 
     Raises:
         ValueError: no such module or factory, arguments that it refuses, an error of its own, or a result that is no
@@ -75,7 +76,8 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
         raise ValueError(f"{spec!r} is not a factory but a {type(factory).__name__}: name a function that returns one")
     words = dict(map(_argument, arguments))
     try:
-        model = factory(**words)
+        with redirect_stdout(sys.stderr):  # what a command itself prints may be read by a program
+            model = factory(**words)
     except (Exception, SystemExit) as error:  # whatever a user's code raises
         hint = "; --model-arg KEY=VALUE gives an argument" if isinstance(error, TypeError) else ""
         raise ValueError(f"{spec}({', '.join(arguments)}) raised {named(error)}{hint}") from error
@@ -97,7 +99,8 @@ def _import(name: str, factory: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return importlib.import_module(name)
+        with redirect_stdout(sys.stderr):
+            return importlib.import_module(name)
     except SystemExit as error:  # of a script that runs wherever it is imported
         reason = 'it ends the program: put what it does as a script under `if __name__ == "__main__":`'
         raise ValueError(f"the module {name!r} can't be imported: {reason}") from error
