@@ -124,6 +124,7 @@ def test_a_float_model_is_calibrated(trained, tmp_path, capsys):
     assert run("export", *words) == 1
     assert "is a float model: train it, or calibrate it with --calibrate DATA" in capsys.readouterr().err
     assert run("export", *words, "--calibrate", trained / "insects", "--target=tensorrt") == 0
+    assert "; it reads images scaled to 8 x 8" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(tmp_path / "c.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: torch.zeros(1, 3, 8, 8).numpy()})
     assert logits.shape == (1, 2)

@@ -77,7 +77,9 @@ def main(arguments: argparse.Namespace) -> int:
         export_program(model, path, made.preprocessing.example())
     else:
         save_converted(model, path, metadata=metadata(made))
-    said = "" if path.suffix != PROGRAM_SUFFIX else f"; it reads images {made.preprocessing}"
+    # A program holds no preprocessing, and that of a float model was chosen just now.
+    tells = path.suffix == PROGRAM_SUFFIX or trained.form == "float"
+    said = f"; it reads images {made.preprocessing}" if tells else ""
     print(f"written: {path} ({path.stat().st_size / 1000:.1f} kB), from {trained.title}{said}")
     return 0
 
