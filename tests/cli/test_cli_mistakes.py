@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ import tritonq
 from image_folders import FOLDER_MODEL, image_folder
 from tritonq.__main__ import main
 from tritonq.cli.models import find_qconfig, make_model
-from tritonq.cli.paths import writable_file
+from tritonq.cli.paths import held_folder, writable_file
 
 MODEL = [
     "tritonq.demo.model:SmallResNet",
@@ -146,6 +147,26 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
     for target, message in ((tmp_path / "none" / "r.html", "make it first"), (tmp_path, "is a folder")):
         assert main(["report", *DIGITS, "--output", str(target)]) == 1
         assert message in one_line(capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_two_runs_into_one_folder(tmp_path, capsys):
+    with held_folder(tmp_path):
+        assert train(*DIGITS, "--output", tmp_path) == 1
+        told = "another run writes to {} now: wait until it ends, or pass another --output"
+        assert one_line(capsys) == f"tritonq train: {told.format(tmp_path)}"
+        ready, begins = os.pipe()
+        child = os.fork()
+        if child == 0:  # as a data loader's worker, which outlives a parent that is killed
+            os.write(begins, b"!")
+            signal.pause()
+        os.read(ready, 1)
+    try:
+        with held_folder(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

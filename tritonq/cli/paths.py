@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tritonq.deploy.files import atomic_file, remove_leftovers
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _PROBE = "tritonq-probe"
+# Descriptors of held folders, which processes that are forked from this one do not hold.
+_held: set[int] = set()
 
 
 def writable_folder(folder: Path) -> Path:
@@ -46,3 +54,42 @@ def writable_file(path: Path) -> Path:
         raise ValueError(f"{path.parent} is no folder: make it first")
     writable_folder(path.parent)
     return path
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder while the block runs, so that no other run writes there; it is free again when the process ends.
+
+    Where folders can't be locked, on Windows and some network file systems, nothing is held.
+
+    Raises:
+        ValueError: another process holds the folder.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another run writes to {folder} now: wait until it ends, or pass another --output"
+            raise ValueError(message) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    """Close in a forked process what the parent holds: the lock would outlive a parent that is killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +28,7 @@ from tritonq.cli.models import (
     make_model,
     prepare,
 )
-from tritonq.cli.paths import writable_folder
+from tritonq.cli.paths import held_folder, writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
 from tritonq.cli.processes import Processes, join, leave
 from tritonq.cli.same_run import check_before_images, read_run
@@ -106,14 +107,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Train, convert, verify, and print the accuracy of each form; return 0 if the converted model agrees, else 1."""
-    try:
-        return _main(arguments)
-    finally:
-        leave()
+    with ExitStack() as held:
+        held.callback(leave)
+        return _main(arguments, held)
 
 
-def _main(arguments: argparse.Namespace) -> int:
-    """Run the command. Every mistake that can be found without an image is reported before the first image is read."""
+def _main(arguments: argparse.Namespace, held: ExitStack) -> int:
+    """Run the command. Every mistake that can be found without an image is reported before the first image is read.
+
+    ``held`` is left when the command ends: it frees the output folder.
+    """
     mapping = find_qconfig(arguments.qconfig)
     settings = _settings(arguments, mapping)
     processes, device = join(find_device(arguments.device))
@@ -132,7 +135,10 @@ def _main(arguments: argparse.Namespace) -> int:
     wants_board = arguments.tensorboard and processes.is_first
     if wants_board:
         check_tensorboard()
-    saved = _saved_run(arguments, made, settings, processes)
+    _check_place(arguments)
+    if processes.is_first:
+        held.enter_context(held_folder(writable_folder(arguments.output)))
+    saved = _saved_run(arguments, made, settings)
     board = TensorBoard(arguments.output / "tensorboard") if wants_board else None
 
     quiet = not processes.is_first
@@ -196,20 +202,20 @@ def _settings(arguments: argparse.Namespace, mapping: QConfigMapping) -> Setting
     return settings
 
 
-def _saved_run(
-    arguments: argparse.Namespace, made: ModelRecipe, settings: Settings, processes: Processes
-) -> dict[str, Any] | None:
+def _check_place(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if the output folder would lie among the classes' folders."""
+    if arguments.data != DIGITS and arguments.output.resolve().parent == Path(arguments.data).resolve():
+        raise ValueError(f"{arguments.output} would be a class of {arguments.data}: pass an --output elsewhere")
+
+
+def _saved_run(arguments: argparse.Namespace, made: ModelRecipe, settings: Settings) -> dict[str, Any] | None:
     """Return the content of the checkpoint from which ``--resume`` goes on; None: the run begins.
 
     Raises:
-        ValueError: a checkpoint without ``--resume``, one of another run, files of other programs that the run would
-            replace, or a folder among those of the classes.
+        ValueError: a checkpoint without ``--resume``, one of another run, or files of other programs that the run would
+            replace.
     """
     path = arguments.output / "last.pt"
-    if arguments.data != DIGITS and arguments.output.resolve().parent == Path(arguments.data).resolve():
-        raise ValueError(f"{arguments.output} would be a class of {arguments.data}: pass an --output elsewhere")
-    if processes.is_first:
-        writable_folder(arguments.output)
     if not path.exists():
         _check_for_others(arguments.output)
         return None
