@@ -10,7 +10,8 @@ from torch import nn
 import tritonq
 from tolerances import FLOAT32, assert_close
 from tritonq.deploy.encodings import encodings_json
-from tritonq.deploy.encodings_form import Encoding, take_marks
+from tritonq.deploy.encodings_form import Encoding, encodings_form, take_marks
+from tritonq.nn import UnaryLayer
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -227,6 +228,29 @@ class Tables(nn.Module):
 
     def forward(self, indices):
         return self.head(self.table(indices).sum(1) + self.bag(indices))
+
+
+class Halved(UnaryLayer):
+    """An operation of one tensor that no list of layers names."""
+
+    def compute(self, x):
+        return x / 2
+
+    def exact(self, x, source, output):
+        raise AssertionError("a file with encodings has float operators")
+
+    traced = exact
+
+
+def test_any_operation_of_one_tensor_is_written_in_float():
+    converted = tritonq.convert(trained(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 2, 1))))
+    halved = Halved()
+    halved.attach_quantizers(None)
+    source, output = converted[1].linked_quantizers
+    halved.set_quantizers(source, output)
+    converted = nn.Sequential(converted[0], halved, output, converted[2]).eval()
+    form, _ = encodings_form(converted)
+    assert_close(form[1](X), X / 2, FLOAT32)
 
 
 def test_embedding_tables_stay_in_float_and_are_named(tmp_path):

@@ -195,11 +195,16 @@ def both_sides(m, x):
 CONVS = {"one": lambda: nn.Conv2d(2, 2, 3, padding=1), "two": lambda: nn.Conv2d(2, 2, 3, padding=1)}
 
 
+GELU = "the output of layers 'one' and 'one_more' goes through gelu"
+
+
 @pytest.mark.parametrize(
     ("function", "replace", "message"),
     [
         (gate, {}, "'one' goes through sigmoid"),
-        (input_sum, {}, "comes from no layer"),
+        (input_sum, {}, "comes from no layer to the output of layer 'one'; its"),
+        (lambda m, x: m.two(F.relu(x + m.one(x))), {}, "comes from no layer to the output of layer 'one'; its"),
+        (lambda m, x: m.two(F.gelu(m.one(x) + m.one_more(x))), {"one_more": CONVS["one"]}, GELU),
         (returned_sum, {}, "'one' is read by add besides"),
         (returned_twice, {}, "'one' is read by the model's caller"),
         (shared, {}, "'two' is called 2 times"),

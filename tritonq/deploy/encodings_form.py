@@ -23,8 +23,7 @@ from tritonq.deploy.onnx_average_pool import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
 from tritonq.nn import AverageLayer, Joint
-from tritonq.nn.clip import Clip
-from tritonq.nn.functions import FunctionLayer, PReLU
+from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.quantized_type import QuantizedType
 
@@ -89,7 +88,7 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
     for module in model.modules():
         if isinstance(module, Joint):
             module.replace_producers(traced)
-        elif isinstance(module, (FunctionLayer, PReLU, Clip)):
+        elif isinstance(module, UnaryLayer):
             module.replace_quantizers(traced)
     model = swap_modules(model, traced)
     tables: list[str] = []

@@ -140,8 +140,11 @@ class _Finder:
         self._check_units()
         return self.links
 
-    def name_of(self, value: int) -> str:
-        """Return as text the nearest layers before ``value``, the index of a recorded tensor, or "the input"."""
+    def output_of(self, value: int) -> str:
+        """Return text for errors: "the output of layer 'a'", "… of layers 'a' and 'b'", or "the network's input".
+
+        The layers are the nearest before ``value``, the index of a recorded tensor; without any it is the input.
+        """
         names: list[str] = []
         pending, seen = [value], set()
         while pending:
@@ -155,7 +158,9 @@ class _Finder:
                 names.append(self.links.layers[index].name)
             else:
                 pending += call.inputs
-        return " and ".join(repr(name) for name in dict.fromkeys(reversed(names))) or "the network's input"
+        found = [repr(name) for name in dict.fromkeys(reversed(names))]
+        layers = f"layer{'s' if len(found) > 1 else ''} {' and '.join(found)}"
+        return f"the output of {layers}" if found else "the network's input"
 
     def _find_layers(self) -> None:
         for name, module in self.analysis.modules.items():
@@ -218,7 +223,7 @@ class _Finder:
         result = self.analysis.value_of(call)
         if not inputs or not any(out in self.before for out in call.outputs):
             return  # before the first layers, or after the last ones: it stays in float
-        where = f"the output of layer {self.name_of(inputs[0])}"
+        where = self.output_of(inputs[0])
         if result is None:
             raise ValueError(f"the layer that follows can't be found: {where} goes through {call.name}")
         self._check_called_once(call)
@@ -252,21 +257,20 @@ class _Finder:
 
     def _check_called_once(self, call: Call) -> None:
         if len(self.analysis.calls_like(call)) > 1 and not self.analysis.keeps_grid(call) and not self._is_relu(call):
-            raise ValueError(
-                f"{call.name} in {call.module_name or call.owner or 'the model'!r} runs more than once: the format of "
-                f"the output of layer {self.name_of(call.inputs[0])} is ambiguous"
-            )
+            place = call.module_name or call.owner or "the model"
+            made = self.output_of(call.inputs[0])
+            raise ValueError(f"{call.name} in {place!r} runs more than once: the format of {made} is ambiguous")
 
     def _is_addition(self, call: Call) -> bool:
         operands = _operands(call)
         if call.kind != "function" or call.name != "add" or len(operands) != 2 or call.kwargs.get("alpha", 1) != 1:
             return False
-        for value in operands:
-            if value not in self.after:
-                raise ValueError(
-                    f"the sum in {call.owner or 'the model'!r} adds something that comes from no layer to the output "
-                    f"of layer {self.name_of(call.inputs[0])}; its scaling factor is unknown"
-                )
+        known = [value for value in operands if value in self.after]
+        if len(known) < 2:
+            raise ValueError(
+                f"the sum in {call.owner or 'the model'!r} adds something that comes from no layer to "
+                f"{self.output_of(known[0])}; its scaling factor is unknown"
+            )
         first, second = (self.flow.values[value].shape for value in operands)
         return first == second
 
@@ -335,18 +339,14 @@ class _Finder:
         group.has_format = len(additions) != len(group.readers) or shared or group.rectified
         others = self._other_readers(group)
         if group.readers and others:
-            raise ValueError(
-                f"the output of layer {self.name_of(min(group.values))} is read by {others[0]} besides its following "
-                "layer; that has no fixed-point form"
-            )
+            made = self.output_of(min(group.values))
+            raise ValueError(f"{made} is read by {others[0]} besides its following layer; that has no fixed-point form")
         group.returned = not group.readers
         if any(rectified) and not group.rectified:
             clipped = [call for call in self.links.relus if call.inputs[0] in group.values]
             if clipped:
-                raise ValueError(
-                    f"the output of layer {self.name_of(min(group.values))} is read both before and after "
-                    f"{clipped[0].name}, whose clipping no format can take over"
-                )
+                made, name = self.output_of(min(group.values)), clipped[0].name
+                raise ValueError(f"{made} is read both before and after {name}, whose clipping no format can take over")
 
     def _other_readers(self, group: Group) -> list[str]:
         """Return names of what reads a group's values besides its readers, such as "relu" or "the model's caller"."""
@@ -382,8 +382,8 @@ class _Finder:
             group = self.links.groups[self.links.ends[call.index]]
             if self.links.units(group) is None:
                 raise ValueError(
-                    f"the layer that follows {call.name} on the output of layer {self.name_of(call.inputs[0])} can't "
-                    "be found: the network returns it"
+                    f"the layer that follows {call.name} on {self.output_of(call.inputs[0])} can't be found: the "
+                    "network returns it"
                 )
 
 
