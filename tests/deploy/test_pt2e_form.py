@@ -93,7 +93,8 @@ def test_presets_of_engines_differ_in_the_sign_of_activations():
 
 
 def test_inductor_lowers_each_layer_to_an_int8_kernel():
-    pytest.importorskip("torchao")
+    # The import registers patterns that torch 2.14 has no more.
+    pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
     torch.manual_seed(0)
