@@ -161,7 +161,10 @@ def observe_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write the smallest and largest finite value of one share per channel; with SINGLE update the range by them."""
+    """Write the smallest and largest finite value that each channel has in one share, which may hold several channels.
+
+    With SINGLE these values update the channels' ranges, scales and zero points instead.
+    """
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)

@@ -85,7 +85,12 @@ class Reduction(NamedTuple):
         return self.view.constants(self.tile, self.grid)
 
     def partial(self, results: int, device: torch.device) -> Tensor:
-        """Return uninitialised memory for partial results: float32 (results, splits, channels)."""
+        """Return uninitialised memory for partial results: float32 (results, splits, channels).
+
+        Args:
+            results: how many numbers a share gives per channel: 2 for minimum and maximum.
+            device: where the memory is.
+        """
         return torch.empty((results, self.splits, self.channels), dtype=torch.float32, device=device)
 
     @property

@@ -55,8 +55,9 @@ def forward(
     Args:
         a: any shape.
         b: of ``a``'s shape and dtype.
-        grid: of the quantizer, per tensor, updated in place from the range; None: the sum is not rounded.
-        statistics: the running range of the grid, updated first by ``relu?(a + b)``; None: nothing is observed.
+        grid: of the quantizer, per tensor; None: the sum is neither observed nor rounded.
+        statistics: the running range of the grid: ``relu?(a + b)`` updates it first, in place, and the grid follows.
+            None: nothing is observed, and the grid stays as it is.
         ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
     y = torch.empty_like(a)

@@ -108,9 +108,9 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.qtype.quant_min, self.qtype.quant_max
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers the length ``num_channels``; nothing is done per tensor, or if they have it.
+        """Give per-channel buffers the length ``num_channels``, if they have none yet.
 
-        Fractional lengths begin as ``word_len - signed``.
+        Fractional lengths begin as ``word_len - signed``. A quantizer with one per tensor stays as it is.
 
         Raises:
             ValueError: they have another length already.

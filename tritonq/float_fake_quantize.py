@@ -138,9 +138,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return Grid(self.scale, None, self.qtype, self.fake_quant_enabled)
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers the length ``num_channels``; nothing is done per tensor, or if they have it.
+        """Give per-channel buffers the length ``num_channels``, if they have another.
 
-        Buffers of another length are emptied, without an error: the scale becomes 1 and the history of magnitudes 0.
+        Those of another length are emptied, without an error: the scale becomes 1 and the history of magnitudes 0. A
+        quantizer with one scale per tensor, or of blocks, stays as it is.
         """
         if self.blocks is None and self.ch_axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)

@@ -52,7 +52,7 @@ class Grid:
         return switch is None or switch is SWITCH[True] or (switch is not SWITCH[False] and bool(switch))
 
     def enabled_on_device(self) -> Tensor:
-        """Return the switch as a 0-d bool tensor. Never synchronises."""
+        """Return the switch as a 0-d bool tensor, True without a switch. Never synchronises."""
         if self.enabled is None:
             return torch.ones((), dtype=torch.bool, device=self.scale.device)
         return self.enabled.view(()) != 0

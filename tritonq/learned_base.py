@@ -138,10 +138,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         """
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel parameters and the observer's buffers their final length; nothing is done per tensor.
+        """Give per-channel parameters and the observer's buffers their final length.
 
         Parameters of another length get their ``first_values``. They stay the same objects, so that optimizers keep
-        them.
+        them. A quantizer with one scale per tensor stays as it is.
 
         Args:
             num_channels: number of scales: channels, or all groups of all channels.
@@ -229,9 +229,11 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             self.initialize()
 
     def _top(self, qparams: QParams) -> Tensor:
-        """Return the largest value of the grid that ``qparams`` give: ``scale · max(quant_max - zero_point, 1)``.
+        """Return the largest value of the grid that ``qparams`` give, at least one step above zero.
 
-        Warn (UserWarning) if the zero point says that values below zero were seen, which the scheme sets to 0.
+        It is ``scale · max(quant_max - zero_point, 1)``. Schemes whose grids begin at zero take their first scale or
+        bound from it. A zero point above the smallest code means that values below zero were seen, which such a scheme
+        sets to 0: that is warned of (UserWarning).
         """
         if bool((qparams.zero_point > self.qtype.quant_min).any()):
             lowest = float((qparams.scale * (self.qtype.quant_min - qparams.zero_point)).min())

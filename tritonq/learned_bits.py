@@ -115,7 +115,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     def allocate(self, num_channels: int) -> None:
         """Give scale, zero point and the observer's buffers one element per channel; ``bits`` stays one number.
 
-        Scales of another length become 1, zero points 0. Nothing is done per tensor.
+        Scales of another length become 1, zero points 0. A quantizer with one scale per tensor stays as it is.
 
         Args:
             num_channels: number of channels.

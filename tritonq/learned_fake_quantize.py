@@ -101,9 +101,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             self.register_buffer("zero_point", torch.zeros(self._channels, dtype=torch.int32))
 
     def allocate(self, num_channels: int) -> None:
-        """Give scale, zero point and the observer's buffers their final length; nothing is done per tensor.
+        """Give scale, zero point and the observer's buffers their final length.
 
-        Scales of another length become 1, and zero points 0.
+        Scales of another length become 1, and zero points 0. A quantizer with one scale per tensor stays as it is.
 
         Args:
             num_channels: number of scales: channels, or all groups of all channels.

@@ -252,7 +252,9 @@ class QuantizedType:
 
 
 class WithQuantizedType:
-    """Properties by which torch.ao and torchao ask an observer or a quantizer for its codes; they read ``qtype``.
+    """Properties by which torch.ao and torchao ask an observer or a quantizer for its codes; all follow from ``qtype``.
+
+    They are ``quant_min`` and ``quant_max``, the smallest and largest code, ``qscheme`` and ``ch_axis``.
 
     Attributes:
         qtype: the quantized type.

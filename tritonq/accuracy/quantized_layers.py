@@ -111,9 +111,15 @@ def fold_factors(layer: QATLayer) -> Tensor:
 
 @torch.no_grad()
 def write_quantized_weight(layer: QATLayer, rows: Tensor, where: Tensor) -> None:
-    """Set the layer's weight so that its quantizer, in training mode, gets ``rows`` where the mask ``where`` is True.
+    """Set elements of the layer's weight so that its quantizer, in training mode, gets given values for them.
 
-    Elsewhere, and in channels that the BatchNorm multiplies by 0, the weight stays as it is.
+    The quantizer gets the weight times a factor per channel, that of a BatchNorm, or 1. So the elements become ``rows /
+    factor``. Channels whose factor or whose whole weight is 0 stay as they are.
+
+    Args:
+        layer: changed in place.
+        rows: the values that the quantizer is to get, (out, ...).
+        where: bool, shaped as ``rows``: which elements are set.
     """
     op = layer.linear_map
     own, seen = op.to_rows(layer.weight), op.to_rows(layer.weight_to_quantize())

@@ -91,7 +91,13 @@ def metadata(made: ModelRecipe) -> dict[str, Any]:
 
 
 def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) -> None:
-    """Write a converted model as ONNX, with :func:`metadata` in the file; ``options`` go to ``export_onnx``.
+    """Write a converted model as ONNX, with :func:`metadata` in the file.
+
+    Args:
+        model: the converted model.
+        made: how it was made: the file's metadata tells it, and its preprocessing gives the size of the example input.
+        path: of the file.
+        **options: further arguments of ``export_onnx``.
 
     Raises:
         ImportError: onnx is not installed.

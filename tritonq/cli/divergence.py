@@ -73,6 +73,9 @@ class DivergenceWatch:
     def note(self, step: int, images: Tensor, labels: Tensor, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         """Remember the outcome of a step, before the optimizer changes anything. The host reads nothing.
 
+        If loss or a gradient is not finite, ``failed`` becomes 1 on the device. With ``shared`` it becomes so in all
+        processes; each of them must call this once per step, or the others wait.
+
         Args:
             step: its number, from 1.
             images: the batch that it trained with, which is kept until the outcome is read.

@@ -106,7 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train, convert, verify, and print the accuracy of each form; return 0 if the converted model agrees, else 1."""
+    """Train, convert, verify, and print the accuracy of each form.
+
+    Return 1 if the converted model does not agree with the trained one, else 0: also where the model can't be deployed,
+    and in all processes but the first.
+    """
     with ExitStack() as held:
         held.callback(leave)
         return _main(arguments, held)

@@ -23,7 +23,7 @@ def forward(
 ) -> RoundedResult:
     """Return ``FQ(relu?(a + b))``, in ``a``'s dtype, and the mask of its gradient: a bit is 1 where ``dy`` passes.
 
-    First ``relu?(a + b)`` updates range and grid; then it is rounded to the new grid.
+    With ``statistics``, ``relu?(a + b)`` first updates range and grid. With a grid, it is then rounded to that.
 
     Args:
         a: any shape and float dtype.

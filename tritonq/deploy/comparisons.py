@@ -25,7 +25,7 @@ class LayerComparison:
         largest: the largest difference, in codes.
         island: names of operators between the codes that the layer reads and those it makes whose sums have no defined
             order (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits or of floats:
-            there one code may differ. Empty: none may.
+            then any number of codes may differ, by one each. Empty: none may.
 
     Examples:
         >>> layer = LayerComparison("conv", codes=1000, differing=5, largest=1)

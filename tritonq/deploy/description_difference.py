@@ -73,10 +73,10 @@ def class_name(module: nn.Module) -> str:
 
 
 def by_name(types: Mapping[type[nn.Module], T], name: str) -> T:
-    """Return what ``types`` has for the class of this name.
+    """Return the entry of ``types`` whose key, a class, has this name.
 
     Raises:
-        ValueError: no class has it.
+        ValueError: no key has it.
     """
     for float_type, made in types.items():
         if float_type.__name__ == name:

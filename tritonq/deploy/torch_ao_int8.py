@@ -48,7 +48,16 @@ def is_converted(state: Mapping[str, Any]) -> bool:
 
 
 def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
-    """Return the state of a model that torch.ao converted, in the names of ``model``, which `prepare_qat` prepared.
+    """Translate the state of a model that torch.ao converted into the names of ``model``, which `prepare_qat` prepared.
+
+    Where torch.ao keeps no grid of a result (of ReLU6, ELU and PReLU), the model's quantizer is switched off.
+
+    Args:
+        model: the prepared model; it is not changed.
+        state: the state dict of torch.ao's model.
+
+    Returns:
+        A :class:`Translation`: the state for ``model``, and what became of the entries of ``state``.
 
     Raises:
         ValueError: a layer, or the grid of a result, that the file lacks; a tensor of another shape; or a grid that is

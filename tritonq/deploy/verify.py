@@ -221,6 +221,7 @@ class _Tally:
 def _twin(calls: list[Tensor], expected: Codes, found: Codes) -> str | None:
     """Return the name of another quantizer that makes the same codes as ``calls`` and that both models have, or None.
 
+    Only quantizers that run once are looked at: ``calls`` of more tensors have none.
     ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, with one tensor per call.
     An exporter merges branches that compute the same, such as heads that were copied and not trained.
     """

@@ -151,7 +151,8 @@ def to_integers(
         layout: brings the weight's out channels to axis 0 and back.
         source: the input's grid, per tensor.
         grid: the weight's, per tensor or per out channel (axis 0 of the rows).
-        may_wait: whether the bound of the sums may be read from the device later; if not, it is infinite.
+        may_wait: whether the bound of the sums may be computed from the codes when it is asked for, which waits for a
+            GPU; if not, infinity stands for it.
     """
     rows = layout.to_rows(weight.float())
     zero, qtype = _zero_point(grid).expand(len(rows)), grid.qtype

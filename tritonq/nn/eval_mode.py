@@ -29,7 +29,7 @@ from tritonq.nn.qat import QATLayer
 def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))``, computed in float: a training step without a BatchNorm.
 
-    Both quantizers observe.
+    FQ_w and FQ_a observe, while their observers are on.
     """
     weight, bias = layer.folded_parameters(weight, bias)
     weight, grid = layer.weight_to_map(weight)

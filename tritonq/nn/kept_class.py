@@ -62,6 +62,10 @@ _joined: WeakValueDictionary[tuple[type, type], type[nn.Module]] = WeakValueDict
 def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Module]:
     """Return the class that derives from ``first``, then from ``second``; the same class in every call.
 
+    Args:
+        first: the new module's class, whose methods come first; the result has its name.
+        second: the class of the module that was replaced.
+
     Raises:
         TypeError: Python can't make such a class.
     """
@@ -81,6 +85,11 @@ def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Mod
 
 
 def new_joined(first: type[nn.Module], second: type[nn.Module]) -> nn.Module:
-    """Return an object of :func:`joined_class` without attributes, for a pickle or copy that sets them next."""
+    """Return an object of :func:`joined_class` without attributes, for a pickle or copy that sets them next.
+
+    Args:
+        first: the new module's class.
+        second: the class of the module that was replaced.
+    """
     kind = joined_class(first, second)
     return kind.__new__(kind)

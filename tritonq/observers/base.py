@@ -192,7 +192,9 @@ class RangeObserver(ObserverBase):
         self.register_buffer("nonfinite_count", torch.zeros((), dtype=torch.int64, device=self.device))
 
     def allocate(self, num_channels: int) -> None:
-        """Give ``min_val`` and ``max_val`` the length ``num_channels``, with +inf and -inf; nothing is done per tensor.
+        """Give ``min_val`` and ``max_val`` the length ``num_channels``, with +inf and -inf.
+
+        An observer with one range per tensor stays as it is, and so does one that has this length.
 
         Raises:
             ValueError: they already have another length.

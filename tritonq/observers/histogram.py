@@ -142,9 +142,9 @@ class HistogramObserver(RangeObserver):
             self.histogram.add_(other.histogram)
 
     def allocate(self, num_channels: int) -> None:
-        """Give range and histogram their final number of channels; nothing is done per tensor.
+        """Give range and histogram their final number of channels; counts become 0 with the new length.
 
-        Counts become 0 with the new length.
+        An observer with one range per tensor stays as it is.
 
         Raises:
             ValueError: they have another number of channels already.

@@ -228,7 +228,11 @@ class FixedPointScheme:
         return fixed_point_records(self.links)
 
     def check(self) -> None:
-        """Compare outputs while the network computes in float, unless learned levels clip; then switch to fixed point.
+        """Compare the outputs with the recorded ones of the float model, then switch to fixed point.
+
+        They must be equal while the network computes in float without clipping (phase ``"floating_wo_clip"``). A model
+        with ReLU6 is not compared: its ReLU6 are plain ReLUs now, since learned levels clip in their place. The model
+        is left in phase ``"fixed"``.
 
         Raises:
             RuntimeError: an output differs.

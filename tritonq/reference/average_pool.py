@@ -171,7 +171,7 @@ class AdaptiveAverage:
         return all(out in (None, 1) or size % out == 0 for size, out in self._axes(shape[-len(self.output_size) :]))
 
     def bounds(self, shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:
-        """Return for each pooled axis a list of windows: (first element, one past the last)."""
+        """Return the windows along each pooled axis, for an input of ``shape``: (first element, one past the last)."""
         return [_bounds(size, out) for size, out in self._axes(shape[-len(self.output_size) :])]
 
     def _axes(self, sizes: tuple[int, ...]) -> list[tuple[int, int | None]]:

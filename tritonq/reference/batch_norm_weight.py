@@ -110,12 +110,25 @@ def composed(
     known: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> StepWeight:
-    """Fold, observe and quantize a weight by the functions of two given modules; arguments and result of `quantize`.
+    """Fold, observe and quantize a weight by the functions of two given modules; the result is that of `quantize`.
 
-    ``folds`` has the functions of `tritonq.reference.fold`, ``weights`` those of `tritonq.reference.weight`; the
-    backend "compiled" gives its own. ``rows`` is the weight, ``gamma`` None for 1, ``eps`` the BatchNorm's, ``known``
-    fold and ``1/σ`` in place of ``running_var``, ``code_dtype`` that of the codes, ``dtype`` that of the arithmetic,
-    ``out`` memory for the codes; ``statistics`` and ``grid`` are updated in place.
+    Args:
+        folds: has the functions of `tritonq.reference.fold`; the backend "compiled" gives its own.
+        weights: has the functions of `tritonq.reference.weight`.
+        rows: the weight, (out, ...).
+        running_var: (out,), not changed; not read if ``known`` is given.
+        gamma: (out,), or None for 1.
+        eps: of the BatchNorm.
+        code_dtype: dtype of the codes.
+        dtype: of the arithmetic.
+        grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
+        statistics: the running range of the grid, updated in place; None observes nothing.
+        known: fold and ``1/σ`` of a step that is run again; None: computed from ``running_var``.
+        out: memory for the codes; None: new memory.
+
+    Returns:
+        A :class:`StepWeight`: codes and their unit, the ratio of fold and unit, fold and ``1/σ``, whether a value was
+        clipped, and a copy of the grid.
     """
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)

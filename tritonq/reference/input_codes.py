@@ -18,7 +18,8 @@ class InputCodes(NamedTuple):
     Attributes:
         codes: int8, ``code - zero_point + shift``: the middle of the code range is 0.
         scale: one element, a copy of the grid's.
-        shift: one element; None for zero. int32, or float32 if a kernel wrote it.
+        shift: one element, what was added to ``round(x / scale)`` so that codes fit int8 (:func:`shift_of`); int32, or
+            float32 if a kernel wrote it. None: the grid has no zero point, and nothing was added.
     """
 
     codes: Tensor

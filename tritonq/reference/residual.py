@@ -47,7 +47,8 @@ def forward(
 ) -> RoundedResult:
     """Return ``FQ(relu?(a + b))``, computed in float32 and rounded once to ``a``'s dtype, and its mask.
 
-    If there is a grid, ``relu?(a + b)`` first updates range and grid, in place; then it is rounded to the new grid.
+    With ``statistics``, ``relu?(a + b)`` first updates range and grid, in place. With a grid, it is then rounded to
+    that.
 
     Args:
         a: any shape and float dtype (float64 computes in float64).
@@ -64,9 +65,9 @@ def forward(
 def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
     """Return ``FQ(relu?(y))``, in ``y``'s dtype, and its mask (:class:`RoundedResult`).
 
-    If there is a grid, ``relu?(y)`` is observed first: it updates the range in ``statistics``, and the grid's scale and
-    zero point follow, in place. Then values are rounded to the new grid. While the grid is switched off, or its range
-    has no data, the result is ``relu?(y)``.
+    With a grid and ``statistics``, ``relu?(y)`` is observed first: it updates the range in ``statistics``, and the
+    grid's scale and zero point follow, in place. With a grid, values are then rounded to it. While the grid is switched
+    off, or its range has no data, the result is ``relu?(y)``.
 
     Args:
         y: any shape, dense, float32 or float64; overwritten.

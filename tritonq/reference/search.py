@@ -119,9 +119,10 @@ def _search(
 
 
 def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
-    """Return the edges of the bins, cut off beyond the data: float64 (channels, bins.count + 1).
+    """Return the edges of the bins, moved so that none lies far beyond the data: float64 (channels, bins.count + 1).
 
-    The outermost edges lie 2^-20 of their size beyond ``low`` and ``high``, the exact extremes, float32 (channels,).
+    The first and last edge lie 2^-20 of their size beyond ``low`` and ``high``, the exact extremes, float32
+    (channels,); edges that lay farther out lie there, too.
     """
     low, high = low.double().view(-1, 1), high.double().view(-1, 1)
     low, high = low - low.abs() * _BEYOND, high + high.abs() * _BEYOND
@@ -318,7 +319,10 @@ def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
 
 
 def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return y at the points ``at``, (channels, points), of a function given by its corners (x, y), ascending in x."""
+    """Return y at the points ``at``, (channels, points), of a function that is straight between given corners.
+
+    The corners are ``x`` (ascending) and ``y``, (channels, corners) each; beyond them y stays that of the last one.
+    """
     right = torch.searchsorted(x.contiguous(), at.contiguous()).clamp(1, x.shape[1] - 1)
     x0, x1 = x.gather(1, right - 1), x.gather(1, right)
     y0, y1 = y.gather(1, right - 1), y.gather(1, right)

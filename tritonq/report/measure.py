@@ -284,11 +284,11 @@ def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Itera
 def _nothing_clipped(
     quantizers: Iterable[FakeQuantizeBase], tallies: dict[FakeQuantizeBase, Tally]
 ) -> Iterator[list[FakeQuantizeBase]]:
-    """Widen ranges inside the block so that no value is clipped, and put them back afterwards.
+    """Widen the ranges that clipped a value, inside the block, so that none is clipped; put them back afterwards.
 
     Args:
-        quantizers: those to widen; one with a trained scale stays as it is.
-        tallies: what each saw.
+        quantizers: those to look at; one with a trained scale, or that clipped nothing, stays as it is.
+        tallies: what each saw, from which follows how wide its range must be.
 
     Yields:
         The quantizers that were widened.

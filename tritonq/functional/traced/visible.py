@@ -26,7 +26,9 @@ _JOINS = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 def make_visible(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
-    """Register that a compiler replaces an operator's call by the PyTorch operations inside, if no kernel runs.
+    """Register that ``torch.compile`` replaces an operator's call by the PyTorch operations inside, if no kernel runs.
+
+    The call stays one call in ``torch.export``, and for tensors of a user's subclass of ``Tensor``.
 
     Args:
         call: the operator, from ``torch.library.custom_op``.

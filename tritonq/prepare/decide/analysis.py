@@ -165,10 +165,10 @@ class Analysis:
         return None if site.in_place and len(call.writes) > 1 else site
 
     def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
-        """Return all recorded calls that one site made.
+        """Return all calls that one place in a forward, a site, made in the recorded runs.
 
         Args:
-            owner: name of the module in whose forward the site is.
+            owner: name of the module whose forward it is.
             node: ``Site.node`` of the site.
         """
         return tuple(self._calls_at.get((owner, node), ()))
@@ -276,8 +276,8 @@ class Analysis:
     def mask_of(self, call: Call) -> int | None:
         """Return the index of the value that a call adds to attention scores as their mask; None for other calls.
 
-        A summand that follows from the model's inputs, without a layer on the way, is a mask if only a softmax reads
-        the sum, or if the other summand vanished beside it in the recorded run.
+        A mask follows from the model's inputs without a layer between. Only a softmax reads the sum (moved, scaled or
+        shifted on the way), or the other summand vanished in the recorded run beside the mask, or beside a sum with it.
         """
         if call.dwarfing is not None and call.dwarfing in self._masking:
             return call.dwarfing

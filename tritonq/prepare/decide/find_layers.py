@@ -139,7 +139,10 @@ class LayerSearch:
             self.reasons |= {found.module_name or found.owner: obstacle for found in followers if found is not None}
 
     def _unreached(self, name: str) -> str:
-        """Return the reason why no call of a module was recorded."""
+        """Return the reason, for the user, why no call of a module was recorded.
+
+        Either nothing ran it, or it is inside of a module whose call was recorded as one.
+        """
         parts = name.split(".")
         outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
         whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)

@@ -30,7 +30,8 @@ class AffineStep:
         operation: ``"add"``, ``"sub"``, ``"mul"`` or ``"div"`` of x and the operand; ``"reversed_sub"``, which is
             ``operand - x``; or ``"batch_norm"``.
         number: the operand, if it is a number; for ``"batch_norm"`` its epsilon.
-        operands: how the operands are computed, if they are tensors: one, or those of a BatchNorm; else None.
+        operands: the calls that compute the operand from parameters and buffers, if it is a tensor; for
+            ``"batch_norm"`` those of all ``roles``, with a result for each. None if the operand is a number.
         roles: for ``"batch_norm"`` what the operands are, such as ``("running_mean", "running_var", "weight")``.
     """
 

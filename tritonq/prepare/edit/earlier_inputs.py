@@ -42,7 +42,7 @@ class InputPlace:
 
     @property
     def read(self) -> Read:
-        """The same argument as a ``Read``, by which a forward quantizes it."""
+        """The place for an edited forward: the same argument, and the quantizer ``input_fake_quants.<key>`` for it."""
         return Read(f"{INPUTS}.{self.key}", self.position, self.name, self.path)
 
 

@@ -238,7 +238,7 @@ class _Builder:
         module.raw_output = not group.has_format and not group.returned
 
     def _find_sources(self, call: Call) -> None:
-        """Tell an addition which modules make those of its summands that nothing rounds; None for the others."""
+        """Tell an addition which module makes each summand; None for a summand that is rounded to a format before."""
         groups = [self._links.groups[value] for value in _summands(call)]
         makers = [
             next((self._makers[value] for value in group.values if value in self._makers), None) for group in groups

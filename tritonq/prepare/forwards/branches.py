@@ -23,9 +23,9 @@ _CONDITIONAL = (ast.If, ast.IfExp, ast.While, ast.Assert)
 
 
 def frozen_branch(module: nn.Module) -> str | None:
-    """Return a condition in a module's forward that may have another result in another call, as text.
+    """Return the first condition in a module's forward that may have another result in another call, as text.
 
-    None if there is none.
+    A trace would freeze it: it holds one of the two branches. None if there is no such condition.
 
     For example ``"`x.shape[0] > 1`"``. Conditions on the module alone (``self.downsample is not None``,
     ``self.training``) do not count: they have one result in each mode. The methods and functions that the forward calls

@@ -201,10 +201,10 @@ def _reads_nodes(argument: Any) -> bool:
 
 
 def first_operand(node: fx.Node) -> fx.Node:
-    """Return the first node among the arguments of a node.
+    """Return the first node among the arguments of a node. Nodes inside of lists, as ``cat`` takes them, do not count.
 
     Raises:
-        ValueError: it reads no node.
+        ValueError: no argument is a node.
     """
     for argument in (*node.args, *node.kwargs.values()):
         if isinstance(argument, fx.Node):
