@@ -106,8 +106,8 @@ def export_onnx(
             file's metadata); or ``"argmax"``, the index of the largest along axis 1.
         pack: store weights of four bits and fewer as INT4 and UINT4, two codes per byte, in a file of opset 21 at
             least. ONNX Runtime computes their layers in float, which takes longer, and in no defined order, so that
-            :func:`tritonq.verify` allows one code there. Floats of four bits become FLOAT4E2M1 (opset 23), which ONNX
-            Runtime (1.31) has not: ``verify`` runs them as FLOAT8E4M3FN, which holds the same numbers.
+            :func:`tritonq.verify` lets codes differ by one there. Floats of four bits become FLOAT4E2M1 (opset 23),
+            which ONNX Runtime (1.31) has not: ``verify`` runs them as FLOAT8E4M3FN, which holds the same numbers.
         metadata: what else a reader must know (preprocessing, class names), as texts by name; ONNX Runtime returns them
             as ``session.get_modelmeta().custom_metadata_map``.
 
