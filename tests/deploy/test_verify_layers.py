@@ -69,7 +69,7 @@ def test_islands_are_named(tmp_path):
     assert report.agrees(), report
     islands = {layer.name: layer.island for layer in report.layers if layer.island}
     assert sorted(islands.values()) == [("LayerNormalization",), ("Softmax",)], report
-    assert "one code may differ" in str(report)
+    assert "codes may differ by one" in str(report)
 
 
 @pytest.mark.parametrize("function", [nn.SiLU(), nn.GELU(), nn.GELU("tanh")])

@@ -151,7 +151,7 @@ class VerificationReport:
         ]
         if any(layer.island for layer in self.layers):
             why = "add floats in no defined order, or round to codes of 16 bits or of floats"
-            lines.append(f"island: these operators {why}; one code may differ")
+            lines.append(f"island: these operators {why}; codes may differ by one")
         if self.unread:
             lines.append(f"not compared, since nothing reads what they make: {', '.join(self.unread)}")
         first, outputs = self.first_difference, self.outputs
