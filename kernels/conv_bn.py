@@ -299,10 +299,10 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """Return ``FQ(relu?(BN(c / ratio + bias)))`` of a training step, the vectors of `Normalization`, and a snapshot.
+    """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the batch's statistics, the vectors of `Normalization`, a snapshot.
 
-    γ, β, bias (None: 1, 0, 0) and ``ratio`` are (channels,). BN normalises by the batch. ``norm``'s running statistics,
-    ``statistics`` and ``grid`` (None: no FQ) are updated in place; the snapshot is a copy of ``grid``.
+    γ, β, bias (None: 1, 0, 0) and ``ratio`` (the fold over the weight codes' unit) are (channels,). ``norm``'s
+    statistics, ``statistics`` and ``grid`` (None: no FQ) are updated in place; the snapshot is a copy of ``grid``.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)

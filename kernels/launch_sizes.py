@@ -250,9 +250,9 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def programs_that_fill(device: torch.device) -> int:
-    """Return how many programs of a reduction keep the device busy: 4 per multiprocessor (132, if it is no GPU).
+    """Return how many programs of a reduction keep the device busy: 4 per multiprocessor.
 
-    More would only make more partial results to join.
+    A device that is no GPU counts as 132 multiprocessors. More programs would only make more partial results to join.
     """
     return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
 

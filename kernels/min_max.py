@@ -48,8 +48,8 @@ def scan_min_max(
 ):
     """Return minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the number of values left out.
 
-    With FINITE_ONLY NaN and infinities are left out. Without it nothing is, and NaN propagates, which costs two
-    instructions per element.
+    With FINITE_ONLY NaN and infinities are left out, and counted, one number for the share. Without it nothing is, and
+    NaN propagates: two instructions per element.
     """
     low = tl.full([ROWS, COLS], INF, tl.float32)
     high = tl.full([ROWS, COLS], -INF, tl.float32)
@@ -95,9 +95,9 @@ def update_range(
 ):
     """Merge a batch's range into the running one, and write the scale and zero point that follow.
 
-    Running extremes without ``averaging_constant``; else ``running + constant · (batch - running)``. The first batch,
-    and one whose magnitude is more than COPY_ABOVE times the running one (or less than 1/100 of it), replaces the
-    range.
+    Running extremes without ``averaging_constant``; else ``running + constant · (batch - running)``. The first batch
+    replaces the range of an average; with COPY_ABOVE so does one whose magnitude is more than that times the running
+    one, or less than 1/100 of it but not 0.
     """
     min_val = tl.load(min_ptr + channel, mask=valid, other=INF)
     max_val = tl.load(max_ptr + channel, mask=valid, other=-INF)

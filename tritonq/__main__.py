@@ -126,9 +126,10 @@ def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argp
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments`` (None: those of the process) and return its exit status.
 
-    0 is success; 1 a ValueError, TypeError, OSError, RuntimeError or MemoryError, which is told in one line on stderr;
-    130 Ctrl-C, or the ``status`` of the KeyboardInterrupt; 141 that who reads the output ended (nothing is told then).
-    Warnings are printed in one line, too.
+    0 is success; 1 what a command itself reports as a failure (``doctor``: problems, ``predict``: unreadable images) or
+    a ValueError, TypeError, OSError, RuntimeError or MemoryError, which is told in one line on stderr; 130 Ctrl-C, or
+    the ``status`` of the KeyboardInterrupt; 141 that who reads the output ended (nothing is told then). Warnings are
+    printed in one line, too.
 
     Raises:
         SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing.

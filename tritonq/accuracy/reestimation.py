@@ -34,7 +34,10 @@ class _Statistics:
         self.put_back()
 
     def take_batch(self) -> None:
-        """Add the statistics of the last batch, if that went through this BatchNorm, and call :meth:`put_back`."""
+        """Add the statistics of the last batch, if it went through this BatchNorm.
+
+        Then restore the running statistics from before all batches (:meth:`put_back`).
+        """
         if int(self._count):
             mean = self._mean.double()
             self._sum, self._squares = self._sum + mean, self._squares + self._var.double() + mean.square()

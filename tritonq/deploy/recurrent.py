@@ -109,7 +109,7 @@ class QuantizedRecurrent(DeployedModule):
         return values.unsqueeze(1) if group is None else values.repeat_interleave(group, 1)
 
     def quantized(self, name: str) -> Tensor:
-        """Return the float32 values of the weight or bias ``name``."""
+        """Return the values of the weight or bias ``name``: float32 of codes, else the tensor as it is stored."""
         value, scale = cast(Tensor, self.held(name)), self.held(name + _SCALE)
         if scale is None:
             return value

@@ -58,7 +58,11 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
 
 
 def has_observed_grid(quantizer: nn.Module) -> bool:
-    """Whether :func:`observed_grid` returns a grid for this quantizer and a non-empty tensor."""
+    """Whether an operator can observe and round in a quantizer's place, so that :func:`observed_grid` gives its grid.
+
+    It can for a plain `FakeQuantize` to integers, without groups, with a min-max observer of its own process; neither
+    has hooks.
+    """
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False
     if quantizer.qtype.group is not None:

@@ -46,7 +46,10 @@ class GridSource(Protocol):
 
 
 def is_grid_source(module: object) -> TypeGuard[GridSource]:
-    """Whether ``module`` is a :class:`GridSource` of integers, not of a float format; faster than ``isinstance``."""
+    """Whether ``module`` puts values on a grid of integers: a fake quantizer, or what it becomes in deployment.
+
+    False for float formats. A :class:`GridSource` is found by its methods, faster than by ``isinstance``.
+    """
     kind = type(module)
     if not callable(getattr(kind, "is_enabled_on_host", None)) or not callable(getattr(kind, "grid", None)):
         return False

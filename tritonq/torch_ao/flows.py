@@ -245,8 +245,9 @@ def fold_known_modules(
 
     Args:
         mod_list: such as ``[conv, bn, relu]``.
-        is_qat: False.
-        additional_fuser_method_mapping: for types of modules in a row, the function that fuses them.
+        is_qat: not used; torch.ao has it.
+        additional_fuser_method_mapping: for tuples of types, the function that fuses such a row; it is called with
+            False (not for training) and the modules.
 
     Raises:
         ValueError: a module in training mode, or a row that has no fused form.

@@ -74,9 +74,13 @@ def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
 
 
 def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
-    """Whether nothing reads the results of some calls, by index: an LSTM's sequence if only its last state is used.
+    """Whether nothing reads the results of some calls: an LSTM's sequence if only its last state is used.
 
-    False if none of the calls returns a single tensor.
+    Calls that return no single tensor are left out; False if all do so.
+
+    Args:
+        ends: indices of the calls in ``analysis.flow.calls``.
+        analysis: of the model.
     """
     made = results((analysis.flow.calls[end] for end in ends), analysis)
     values = [analysis.flow.values[value] for value in made]

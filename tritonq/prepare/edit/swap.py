@@ -74,7 +74,8 @@ def kept_names(made: nn.Module) -> tuple[str, ...]:
 def keep_attributes(module: nn.Module, made: nn.Module, without: Container[str] = ()) -> None:
     """Give ``made`` the attributes of a float module that it lacks, since the user's code may read them.
 
-    These are what the instance holds, and what its class holds besides methods.
+    These are its parameters, buffers and public attributes (the same objects; no children), and public data of its
+    classes below torch's, without methods and properties.
 
     Args:
         module: the float module.

@@ -13,10 +13,10 @@ from torch.nn.modules import module as module_hooks
 
 @contextmanager
 def listening_to_scripted(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """Call ``hook`` after each call of a module that torch.jit made, inside of the block.
+    """Call ``hook`` after each call of any module in the block, if ``modules`` holds one that torch.jit made.
 
-    Such modules take no hooks of their own, so the hook is registered for all modules. Nothing is registered if
-    ``modules`` holds none that torch.jit made.
+    Such modules take no hooks of their own, so that the hook is registered for all modules, and must leave the others
+    alone. What it returns replaces the result, unless it is None.
 
     Args:
         modules: all modules of the model.
