@@ -169,7 +169,7 @@ def range_kernel(
     COPY_ABOVE: tl.constexpr,
     BLOCK: tl.constexpr,  # parts read at a time
 ):
-    """Merge the ranges of all parts into the quantizer's running range, and write a snapshot of its qparams.
+    """Merge the ranges of all parts into the running range, and write a copy of scale, zero point and switch.
 
     One program does it all. The ReLU, if there is one, is applied to the ends of the batch's range before that is
     merged.

@@ -47,7 +47,7 @@ def share_channels(start, channels, CHANNEL: tl.constexpr, ROWS: tl.constexpr, C
     """Return the numbers of the channels of a share, and a mask of those below ``channels``.
 
     Both have ROWS elements if the channels lie along rows (CHANNEL 1), COLS along columns (2), else one. ``start`` is
-    that of :func:`share_bounds`.
+    the first corner of the share, (outer, row, col).
     """
     if CHANNEL == 1:
         channel = start[1] + tl.arange(0, ROWS)
@@ -117,7 +117,8 @@ def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS:
     """Return the place (outer, row, col) of the block after the one at ``place``: columns first, then rows, then outer.
 
     A block is AHEAD[0] × AHEAD[1] × AHEAD[2] tiles of (1, ROWS, COLS). After the last block the place lies beyond
-    ``end``. With a SKEW, see `load_tile`, a share has one tile along rows and columns.
+    ``end``. With a SKEW above 1 (rows begin anywhere, and are read from a multiple of SKEW before them) a share has one
+    tile along rows and columns.
     """
     if SKEW != 1:
         return place[0] + AHEAD[0], start[1], start[2]
@@ -169,7 +170,10 @@ def load_block(
 
 @triton.jit
 def partial_tile(start, channel, valid, splits, channels, SPLITS: tl.constexpr):
-    """Return offsets and mask, (SPLITS, channels of this program): the partial results number ``start`` and following.
+    """Return offsets and mask, (SPLITS, channels of this program), of SPLITS partial results of each channel.
+
+    The offset of split p and channel k is ``p · channels + k``, with p from ``start`` on; the mask leaves out splits
+    from ``splits`` on and channels that do not exist.
 
     Args:
         start: number of the first split to read.

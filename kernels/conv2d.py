@@ -336,7 +336,7 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
-    """Return ``"tf32"`` for float32 values on NVIDIA GPUs whose convolutions in torch may use it, else ``"ieee"``."""
+    """Return ``"tf32"`` if torch's float32 convolutions may use it (not on AMD); else, or for codes, ``"ieee"``."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"
@@ -345,7 +345,7 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
 
 
 def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | str | None:
-    """Return what the table of launch sizes has for a convolution, of the GPU that ``x`` lies on.
+    """Return the entry for a convolution in the table of the GPU of ``x``; that of an enclosing override comes first.
 
     A :class:`ConvTile`: the kernel with this tile beats torch's convolution. ``"torch"``: torch's is faster. None:
     there is no entry, or no GPU. ``is_codes``: whether ``x`` and ``weight`` are integer codes.

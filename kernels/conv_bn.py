@@ -1,7 +1,7 @@
 """The tail of a convolution with BatchNorm: three passes over its output forward, five over it and dy backward.
 
 One pass reduces each channel of the convolution's output c; two small kernels make slope and shift, running statistics
-and qparams of it; one pass applies them. Sums have a fixed order: the same input gives the same bits. The functions are
+and scale of it; one pass applies them. Sums have a fixed order: the same input gives the same bits. The functions are
 specified by `tritonq.reference.conv_bn`. `tritonq.kernels` explains the constants that have no comment.
 """
 
@@ -301,8 +301,8 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
     """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the batch's statistics, the vectors of `Normalization`, a snapshot.
 
-    γ, β, bias (None: 1, 0, 0) and ``ratio`` (the fold over the weight codes' unit) are (channels,). ``norm``'s
-    statistics, ``statistics`` and ``grid`` (None: no FQ) are updated in place; the snapshot is a copy of ``grid``.
+    Vectors are (channels,): mean, 1/std, |γ|, slope, shift, eps_share; γ, β, bias (None: 1, 0, 0), ``ratio`` (fold over
+    unit of codes). ``norm``, ``statistics``, ``grid`` (None: no FQ; its copy is the snapshot) are updated in place.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)

@@ -71,7 +71,7 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
         statistics: the running range behind the grid, which f(x) updates first; None observes nothing, the grid stays.
 
     Returns:
-        The result, and a copy of the grid as this step used it (or the grid itself), for :func:`backward`.
+        The result, and a copy of the grid as this step used it, for :func:`backward`.
     """
     y = torch.empty_like(x)
     operands = (laid_out_as(y, x), None)

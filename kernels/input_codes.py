@@ -110,10 +110,10 @@ def decode_kernel(
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return the one-byte codes of ``x``, which lies on ``grid``, per tensor, with a copy of scale and shift.
+    """Return ``round(x / scale) + shift``, one-byte codes, with copies of the scale and shift of ``grid``, per tensor.
 
-    With ``trusted`` that is taken for granted. Otherwise the codes are decoded and compared (the host waits): if they
-    don't give ``x`` back, bit for bit, the result is None.
+    With ``trusted`` it is taken for granted that ``x`` lies on the grid. Otherwise the codes are decoded and compared
+    with ``x`` (the host waits): if a value differs, the result is None.
     """
     codes, middle = torch.empty_like(x, dtype=torch.int8), middle_of(grid)
     if x.numel() == 0:

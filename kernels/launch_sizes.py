@@ -109,7 +109,10 @@ def override(kernel: str, entry: Entry) -> Iterator[None]:
 
 
 def overridden(kernel: str) -> Entry | None:
-    """Return the entry that an enclosing :func:`override` block gives ``kernel``; None outside of such blocks."""
+    """Return the entry that an enclosing :func:`override` block gives ``kernel``; None if there is no such block.
+
+    A block for :data:`EVERY_KERNEL` counts for all kernels but convolutions, whose entries are tiles of another kind.
+    """
     overrides = _OVERRIDES.get()
     if not overrides:
         return None
@@ -164,7 +167,7 @@ def _parameters(
 
 
 def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
-    """Return the override of ``kernel``, else its entry in the table of the GPU; None without either.
+    """Return what an enclosing :func:`override` block gives ``kernel``, else its entry in the GPU's table, else None.
 
     Args:
         kernel: its name in tables.
@@ -226,7 +229,10 @@ def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
 def flat_parameters(kernel: str, x: Tensor, default: Parameters) -> Parameters:
     """Return the launch size of a ``kernel`` that reads ``x`` as one row: override, GPU's table, or ``default``.
 
-    ``kernel`` is its name in tables; the key there is the dtype of ``x`` and "flat". Of ``x`` dtype and device count.
+    Args:
+        kernel: its name in tables. The key there has no size class: ``"float32/flat"``.
+        x: the tensor, of which only dtype and device are read.
+        default: the launch size without override and table entry.
     """
     key = f"{str(x.dtype).removeprefix('torch.')}/flat"
     entry = tuned(kernel, key, x.device.index if x.device.type == "cuda" else None)

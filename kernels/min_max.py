@@ -134,10 +134,10 @@ def observe_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima; None with SINGLE
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     nonfinite_ptr,  # one int64, grows by the number of values skipped
-    min_ptr,  # state as in update_range, used with SINGLE
-    max_ptr,  # as min_ptr
-    scale_ptr,  # state as in update_range; None without a grid
-    zero_point_ptr,  # as scale_ptr
+    min_ptr,  # (channels,) float32, updated in place with SINGLE, as are the next three; not read without
+    max_ptr,  # (channels,) float32
+    scale_ptr,  # (channels,) float32; None without a grid
+    zero_point_ptr,  # (channels,) int32; None without a grid, or where the type fixes it
     averaging_constant,
     eps,
     x_strides,
@@ -210,10 +210,10 @@ def observe_kernel(
 def finish_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
-    min_ptr,  # state as in update_range
-    max_ptr,  # as min_ptr
-    scale_ptr,  # state as in update_range; None without a grid
-    zero_point_ptr,  # as scale_ptr
+    min_ptr,  # (channels,) float32, updated in place, as are the next three
+    max_ptr,  # (channels,) float32
+    scale_ptr,  # (channels,) float32; None without a grid
+    zero_point_ptr,  # (channels,) int32; None without a grid, or where the type fixes it
     averaging_constant,
     eps,
     splits,
@@ -227,7 +227,10 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Reduce the partial results of CHANNELS channels, and update their running ranges."""
+    """Merge CHANNELS channels' smallest and largest values of all shares into their running ranges.
+
+    Scale and zero point that follow are written, too, if there is a grid.
+    """
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

@@ -240,9 +240,10 @@ def has_data(statistics: RangeStatistics | None) -> bool:
 
 
 def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> dict[str, Any]:
-    """Return the constants of the rule that turns a range into qparams; placeholders if nothing is observed.
+    """Return the constants with which a kernel merges a range and computes scale and zero point from it.
 
-    They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE.
+    They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE; placeholders if one of both is
+    None or the range is frozen, so that nothing is observed.
     """
     if grid is None or statistics is None or statistics.frozen:
         return NO_RANGE

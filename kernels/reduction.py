@@ -64,7 +64,7 @@ class Reduction(NamedTuple):
     def ahead(self, reads: int = 1) -> tuple[int, int, int]:
         """Return how many tiles along (outer, rows, cols) a program loads at a time: a *block*.
 
-        The product is four at most, and less for kernels that read several tensors (``reads``).
+        The product is ``4 // reads`` at most, 1 at least, with ``reads`` the number of tensors that the kernel reads.
         """
         room, ahead = TILES_AHEAD // reads, [1, 1, 1]
         for d, step in ((2, self.tile.cols), (1, self.tile.rows), (0, 1)):
@@ -73,7 +73,10 @@ class Reduction(NamedTuple):
         return ahead[0], ahead[1], ahead[2]
 
     def blocks(self, reads: int = 1) -> int:
-        """Return how many blocks of :meth:`ahead` tiles a share has; 0 for an empty tensor."""
+        """Return how many blocks of :meth:`ahead` tiles a share has; 0 for an empty tensor.
+
+        ``reads`` is the number of tensors that the kernel reads.
+        """
         if 0 in self.view.sizes:
             return 0
         steps = zip(self.share, self.ahead(reads), (1, self.tile.rows, self.tile.cols), strict=True)
@@ -81,7 +84,10 @@ class Reduction(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Constants and launch options of the first kernel, as keyword arguments: those of :meth:`View.constants`."""
+        """Constants and launch options of the first kernel, as keyword arguments.
+
+        They are CHANNEL, WIDE, ROWS, COLS, FIRST, ``num_warps`` and ``enable_fp_fusion=False``.
+        """
         return self.view.constants(self.tile, self.grid)
 
     def partial(self, results: int, device: torch.device) -> Tensor:
@@ -95,9 +101,9 @@ class Reduction(NamedTuple):
 
     @property
     def joining_programs(self) -> tuple[int]:
-        """The launch grid of the second kernel, ``(programs,)``: each program joins CHANNELS channels (rounded up).
+        """The launch grid of the second kernel, ``(ceil(channels / CHANNELS),)``.
 
-        CHANNELS is one of :attr:`joining_constants`.
+        Each program joins the partial results of CHANNELS channels, a number in :attr:`joining_constants`.
         """
         return (triton.cdiv(self.channels, self.joining_constants["CHANNELS"]),)
 

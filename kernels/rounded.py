@@ -184,7 +184,7 @@ def write_rounded(
         operands: ``(a, b)``, laid out as ``y``; b is None for an operation of one operand.
         y: where the result is written; dense; may be an operand.
         mask: where the mask is written, as long as :func:`mask_like` makes it; None leaves it out.
-        operation: a name that `tritonq.kernels.pointwise.operate` knows.
+        operation: ``"add"``, ``"mul"``, ``"none"`` (a itself) or a function of a, such as ``"silu"``.
         arguments: the numbers of that operation, at most two.
         grid: per tensor, updated in place; None leaves the result in float.
         statistics: the range behind the grid, which ``relu?(f(a, b))`` updates first; None observes nothing.

@@ -1,4 +1,4 @@
-"""Fold, observe and quantize a weight in one kernel: one read, one write, and the qparams never leave the device.
+"""Fold, observe and quantize a weight in one kernel: one read, one write, and the scales never leave the device.
 
 A *row* is all values of one out channel. The *fold* multiplies a row by its BatchNorm's γ/σ. Codes times their *unit*
 are the folded, rounded row. *clips*: whether a value may lie outside the codes, where it gets no gradient. A *snapshot*
@@ -53,7 +53,7 @@ def quantize_folded_kernel(
     bn_eps,  # of the BatchNorm
     switch_ptr,  # one uint8, or (channels,) of any dtype: whether fake quantization is on
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
-    min_ptr,  # (channels,) float32 or one element, updated in place; None where the qparams are known to be good
+    min_ptr,  # (channels,) float32 or one element, updated in place; None: nothing is observed, and the scale holds
     max_ptr,  # as min_ptr
     nonfinite_ptr,  # one int64
     scale_ptr,  # (channels,) float32 or one element, updated in place
@@ -79,7 +79,7 @@ def quantize_folded_kernel(
     COLS: tl.constexpr,
     WHOLE: tl.constexpr,  # whether a tile holds whole rows
 ):
-    """Turn ROWS rows into codes; if ``observing_ptr`` is not 0, first update their ranges and scales."""
+    """Write ``clip(round(rows · fold / scale) + z) - z``, z the zero point; first update the range, if observing."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     if running_var_ptr is None:
@@ -105,7 +105,7 @@ def folded_backward_kernel(
     rows_ptr,  # channels × length, dense
     drows_ptr,  # channels × length float32, dense
     dfold_ptr,  # (channels,) float32, written: gradient of the fold; with gamma_ptr that of γ in its place
-    gamma_ptr,  # (channels,) γ of the BatchNorm; None: this and the next three are, and the fold's gradient is written
+    gamma_ptr,  # (channels,) γ of the BatchNorm; None, as are the next three: the fold's gradient is written
     inverse_std_ptr,  # (channels,) float32: 1/σ
     eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
     sum_gn_ptr,  # (channels,) float32: Σ g n, the gradient of γ behind the convolution; n is its normalised output
@@ -188,7 +188,7 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return ``(codes, unit, clips, grid)`` as :func:`quantize_folded` once more, without observing.
+    """Return ``(codes, unit, clips, grid)``, ``codes = clip(round(rows · fold / s) + z) - z``; nothing is observed.
 
     Args:
         rows: the weight, (out, ...).
@@ -203,7 +203,7 @@ def folded_codes(
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
     """Observe ``rows · fold`` of a weight with one scale in a launch of its own; return whether that was done.
 
-    It is not done for a scale per row, which the quantizing kernel observes, and if nothing is to be observed.
+    False: there is a scale per row, which the quantizing kernel observes, or ``statistics`` are None or frozen.
     """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
@@ -326,8 +326,8 @@ def gradients(
         fold: (out,).
         unit: (out,), of the codes.
         grid: as in the forward; None where nothing clips.
-        norm: γ, ``1/σ``, ``Normalization.eps_share`` and ``Σ g n`` of the BatchNorm, each (out,). With it the second
-            result is the gradient of γ in place of the fold's.
+        norm: γ, ``1/σ``, eps_share and ``Σ g n``, each (out,). With it the second result is γ's gradient, ``m + dfold
+            / σ - m · eps_share`` with ``m = sign(fold) Σ g n`` (m where ``|γ/σ| < 1e-12``), dfold the fold's.
     """
     rows, unit = dense_rows(rows), unit.contiguous()
     if not same_layout(dcodes, rows):

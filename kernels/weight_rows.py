@@ -63,48 +63,47 @@ def gamma_gradient(
 
 @triton.jit
 def quantize_rows(
-    rows_ptr,
-    codes_ptr,
-    unit_out,
-    scale_out,
-    active_out,
-    ratio_out,
-    zero_point_out,
+    rows_ptr,  # channels × length, dense
+    codes_ptr,  # channels × length, dense, written
+    unit_out,  # (channels,) float32, written, as are the next four: values are codes · unit
+    scale_out,  # (channels,) float32
+    active_out,  # (channels,) whether the row was rounded
+    ratio_out,  # (channels,) float32: fold over unit
+    zero_point_out,  # (channels,) int32
     fold,  # (ROWS, 1) float32
-    switch_ptr,
-    observing_ptr,
-    min_ptr,
-    max_ptr,
-    nonfinite_ptr,
-    scale_ptr,
-    zero_point_ptr,
-    averaging_constant,
-    eps,
+    switch_ptr,  # one element, or one per channel: 0 leaves the folded row in float
+    observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
+    min_ptr,  # (channels,) float32 or one element: running range, updated in place; None: there is none
+    max_ptr,  # as min_ptr
+    nonfinite_ptr,  # one int64, grows by the number of values that are not finite
+    scale_ptr,  # (channels,) float32 or one element, updated in place
+    zero_point_ptr,  # as scale, int32; None stands for zero
+    averaging_constant,  # of the running range; None: the extremes of all batches
+    eps,  # smallest scale
     channel,  # (ROWS,) rows of this weight
     valid,  # (ROWS,) which of them exist
-    length,
-    switch_stride,
-    scale_stride,
-    KNOWN: tl.constexpr,
+    length,  # elements of a row
+    switch_stride,  # 1 if switch_ptr has an element per channel, else 0
+    scale_stride,  # 1 if scale and range have an element per channel, else 0
+    KNOWN: tl.constexpr,  # whether the host knows that the range holds data
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
     COPY_ABOVE: tl.constexpr,
-    CODE_MIN: tl.constexpr,
-    CODE_MAX: tl.constexpr,
+    CODE_MIN: tl.constexpr,  # smallest code, as QUANT_MIN, which is a placeholder where nothing is observed
+    CODE_MAX: tl.constexpr,  # largest code
     ROUNDING: tl.constexpr,
     COLS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether a tile holds whole rows
 ):
     """Fold, observe and quantize some rows of a weight.
 
     ``codes = clip(round(rows · fold / scale) + zero_point) - zero_point``, and ``unit = scale``; what ends in ``_out``
     is written per row. If ``observing_ptr`` is not 0, the range of each row, scale and zero point are updated first.
     With codes in float16, codes are multiplied by the power of two nearest to the unit, which is divided by it. If
-    rounding is switched off, codes are ``rows · fold`` and the unit is 1. Arguments without a comment have those of
-    :func:`tritonq.kernels.weight.quantize_folded_kernel`.
+    rounding is switched off, codes are ``rows · fold`` and the unit is 1.
     """
     start = channel.to(tl.int64)[:, None] * length
     col = tl.arange(0, COLS)[None, :]

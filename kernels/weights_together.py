@@ -53,8 +53,8 @@ _Quantizer = tuple[Grid, RangeStatistics | None]
 def address(entry, COLUMN: tl.constexpr, dtype: tl.constexpr):
     """Load an address from the table, and return it as a pointer to elements of ``dtype``.
 
-    ``entry`` points to the first column of the weight's row. COLUMN is the column of the address: one from
-    ``_ROWS`` on.
+    ``entry`` points to the first column of the weight's row in the table, int64. COLUMN is the index of the column with
+    the address; columns 0 to 3 hold numbers, and all others addresses.
     """
     return tl.load(entry + COLUMN).to(tl.pointer_type(dtype))
 

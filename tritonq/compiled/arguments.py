@@ -23,8 +23,9 @@ _PLAIN = (Tensor, nn.Parameter)
 class Tail(ctypes.Structure):
     """The ReLU and the grid of a result, as ``common.h`` declares them in C++.
 
-    If ``rounds``, a result is ``clamp(round(y · inverse), lowest, highest) · scale``, with ends that count from the
-    zero point and allow for the ReLU; else it is y, clipped to ``floor`` and ``ceiling``.
+    If ``rounds``, a result is ``clamp(round(y · inverse), lowest, highest) · scale``, with ``inverse`` 1 / scale and
+    ends that count from the zero point and allow for the ReLU; else it is y, clipped to ``floor .. ceiling``, the ends
+    of the ReLU (infinite without one).
     """
 
     _fields_ = (
@@ -38,10 +39,13 @@ class Rule(ctypes.Structure):
 
     Fields:
 
-    - ``constant``, ``copy_above``: those of :class:`~tritonq.grid.RangeStatistics`, -1 for None. ``fall``: a batch
-      smaller than the range by more than this factor replaces it, too.
+    - ``constant``: weight of a batch in the average, -1: no average, but the extremes of all batches. ``copy_above``: a
+      batch whose magnitude is more than this times the range's replaces it, -1: none does; ``fall``: so does one that
+      is smaller by more than this factor.
     - ``reach``: largest value of a symmetric range, in scales. ``eps``: smallest scale.
-    - ``fixed``: whether every zero point is ``zero_point``; else ``megengine`` says which rule gives it.
+    - ``fixed``: whether every zero point is ``zero_point``; else it is ``quant_min - round(min / scale)``, with ties
+      away from zero and unclipped if ``megengine``, else to even and clipped to the codes.
+    - ``quant_min``, ``quant_max``: smallest and largest code.
     """
 
     _fields_ = (
@@ -54,7 +58,7 @@ class Rule(ctypes.Structure):
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether compiled code can access the memory of each tensor: float32, on the CPU, no subclass.
 
-    None counts as such a tensor.
+    None counts as such a tensor. False while a dispatch mode or a transform such as ``vmap`` is active.
     """
     for tensor in tensors:
         if tensor is None:
@@ -65,7 +69,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def are_vectors(*tensors: Tensor | None) -> bool:
-    """Whether each is None, or contiguous and such that :func:`is_plain` is True."""
+    """Whether each is None or a contiguous float32 tensor on the CPU, of no subclass, whose memory can be accessed.
+
+    It can't be while a dispatch mode or a transform such as ``vmap`` is active.
+    """
     for tensor in tensors:
         if tensor is None:
             continue
@@ -82,7 +89,9 @@ def _is_memory_read() -> bool:
 
 
 def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
-    """Whether compiled code can round to a grid and update its statistics; True if both are None.
+    """Whether compiled code can round to a grid and update its statistics (None: there are none to update).
+
+    Without a grid: whether there are no statistics either.
 
     The grid must have one scale, integer codes, ties to even and, if any, an int32 zero point; the statistics another
     rule than "torch_v1" and a smallest scale above 0; both lie on the CPU.
@@ -114,9 +123,9 @@ def observes(statistics: RangeStatistics | None) -> bool:
 
 
 def rests_on_data(statistics: RangeStatistics | None, changes: bool) -> bool:
-    """Whether a grid's scales follow from data once this batch is observed, or it has no running range.
+    """Whether a running range holds data, in any channel, once this batch is observed; True for None, no range.
 
-    ``changes`` is what :func:`observes` returns for the same ``statistics``.
+    A grid is rounded to only if this is True. ``changes``: whether the batch changes the range (:func:`observes`).
     """
     if statistics is None or changes or statistics.has_data:
         return True
@@ -129,7 +138,8 @@ class GridArguments(NamedTuple):
     Attributes:
         rule: address of the :class:`Rule`; None without a grid.
         observes: whether the batch changes the running range.
-        rounds: whether the result is rounded: the grid is switched on, and it was observed or has no running range.
+        rounds: whether the result is rounded: the grid is switched on, and its range has data (with this batch), or
+            there is no range.
         ceiling: upper bound of the ReLU, infinity for a plain one; NaN without one.
         min_val: address of the running minimum, as the others are; None without a range.
         max_val: of the running maximum.
@@ -176,7 +186,10 @@ def range_arguments(grid: Grid, statistics: RangeStatistics | None) -> tuple[int
 
 
 def note_observed(grid: Grid | None, statistics: RangeStatistics | None) -> None:
-    """Count up the versions of running range, scale and zero point, which C++ changed; nothing if either is None."""
+    """Count up the versions, torch's counters of in-place changes, of running range, scale and zero point.
+
+    C++ changed these without torch. Nothing is done if ``grid`` or ``statistics`` are None.
+    """
     if grid is not None and statistics is not None:
         changed = (statistics.min_val, statistics.max_val, grid.scale)
         increment_version(changed if grid.zero_point is None else (*changed, grid.zero_point))

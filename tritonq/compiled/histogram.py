@@ -62,7 +62,7 @@ def observe(
         nonfinite_count: int64, 0-d; the number of values that are not finite is added to it.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
         bins: the bins.
-        axis: channel axis of ``x``, or None.
+        axis: channel axis of ``x``; None: one histogram and range for all values.
     """
     on_cpu = enabled is None or enabled.is_cpu
     if not (on_cpu and _takes(x, axis) and is_plain(min_val, max_val) and histogram.is_contiguous()):

@@ -68,12 +68,14 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Multiply a weight by its fold and quantize it, without observing: what :func:`quantize_folded` returned, again.
+    """Return ``clip(round(rows · fold / s) + z) - z`` on the scale s and zero point z of ``grid``; nothing is observed.
+
+    With it come the codes' unit, whether a value may be clipped, and ``grid``.
 
     Args:
         rows: the weight, (out, ...).
         fold: (out,), the factor of each row.
-        grid: the copy of the grid that :func:`quantize_folded` returned; None: codes are the folded weight.
+        grid: the copy of the grid that :func:`quantize_folded` returned; None: codes are the folded weight, units 1.
         out: memory for the codes; None: new memory.
         extremes: smallest and largest folded value per row; used by the reference only.
     """
@@ -118,7 +120,10 @@ def folded_backward(
 
 
 def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
-    """Whether compiled code can fold and round such a weight: float32, dense rows, no zero point, ties to even.
+    """Whether compiled code can fold and round such a weight.
+
+    It can if all is float32 on the CPU, the weight is not empty and its rows are dense, and the grid has integer codes,
+    no zero point, ties to even, and one switch or none.
 
     Args:
         rows: the weight, (out, ...).
@@ -138,11 +143,14 @@ def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> 
 
 
 def follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
-    """Whether there is one scale per row, which follows from its range as ``weight_ranges`` in C++ computes it.
+    """Whether there is one scale per row, and C++ can update each from its row's range.
+
+    It can if there is one range per row, float32 on the CPU, the rule is not "torch_v1" and fixes the zero point at 0,
+    and the smallest scale is above 0.
 
     Args:
         grid: of the quantizer.
-        statistics: its running range; None: the scales stay as they are.
+        statistics: its running range; None: the scales stay as they are, and only their number counts.
         count: number of rows.
     """
     if grid.qtype.axis != 0 or grid.scale.numel() != count or not are_vectors(grid.scale):

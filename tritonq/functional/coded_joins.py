@@ -86,8 +86,8 @@ def coded_join(
 ) -> CodedJoin | None:
     """Prepare an operation on codes; None if codes can't be used.
 
-    That is so if a grid has several scales or more than 256 codes, if a ratio of scales is not finite, or if this CPU
-    rounds sums twice (:func:`adds_fused`).
+    That is so if a grid has several scales or more than 256 codes, or is not on the CPU, if a ratio of scales is not
+    finite, or for sums and differences if this CPU rounds a product and a sum apart (:func:`adds_fused`).
 
     Args:
         kind: ``"add"``, ``"sub"`` or ``"mul"``.

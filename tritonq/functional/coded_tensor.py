@@ -189,7 +189,7 @@ _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
 def coded_like(codes: Tensor, x: Tensor, grid: HostGrid | None = None) -> CodedTensor:
-    """Return a CodedTensor of ``codes``; its strides are channels_last if those of ``x`` are, else contiguous.
+    """Return a CodedTensor of ``codes``: channels_last if ``x`` is and has as many axes, else contiguous.
 
     Args:
         codes: uint8, any memory format.

@@ -18,8 +18,9 @@ _NO_SECOND_DERIVATIVE = (
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a ``backward`` of a ``torch.autograd.Function``: differentiating its results raises RuntimeError.
 
-    torch's own ``once_differentiable`` raises only if the incoming gradient has a graph. That of a sum has none, so a
-    gradient penalty would silently count as a constant.
+    torch's own ``once_differentiable`` raises only if the incoming gradient requires a gradient itself. The gradient of
+    ``y.sum()``, a constant 1, does not, so that a gradient penalty would silently count as a constant. Graphs of
+    ``torch.compile`` do not raise.
     """
 
     @wraps(backward)

@@ -137,7 +137,7 @@ def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto"
     448 is the largest e4m3 number, the greatest scale of a block.
 
     Args:
-        x: any shape; values that are not finite don't count. If all values are zero, the scale is 1.
+        x: any shape; values that are not finite don't count. The scale is 1 if it would be 0, or if none is finite.
         blocks: a format with e4m3 scales.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 

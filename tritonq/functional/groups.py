@@ -55,7 +55,10 @@ class GroupRows:
         return value.movedim(self.axis, -1).reshape(-1)
 
     def join_values(self, values: Tensor) -> Tensor:
-        """Return a vector (groups,) of one value per row in the shape that :meth:`flatten` takes: its inverse."""
+        """Return a vector (groups,) as a tensor shaped as ``shape``, but with one index per group along the axis.
+
+        It is the inverse of :meth:`flatten`.
+        """
         shape = list(self.granularity.scale_shape(self.shape))
         moved = [size for axis, size in enumerate(shape) if axis != self.axis] + [shape[self.axis]]
         return values.reshape(moved).movedim(-1, self.axis)
@@ -86,8 +89,8 @@ def in_groups(
 
     Raises:
         TypeError: the group size is no int.
-        ValueError: there is no axis, it is out of range, its length is no multiple of the group's size, or qparams have
-            another shape.
+        ValueError: there is no axis, it is out of range, its length is no multiple of the group's size, or scale or
+            zero point have another shape.
     """
     if axis is None:
         raise ValueError("groups lie along an axis, got axis=None")

@@ -97,7 +97,7 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
 
 
 def largest_product(*codes: tuple[QuantizedType, Tensor | None]) -> int:
-    """Return an upper bound of the magnitude of a product of one code of each type, minus its zero point.
+    """Return an upper bound of the magnitude of a product of codes, one of each type, each minus its zero point.
 
     Only the types are read, no tensor: a zero point lies among the codes.
 

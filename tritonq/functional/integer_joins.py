@@ -187,7 +187,8 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 def largest_magnitude(grid: Grid) -> int:
     """Return the largest magnitude of ``code - zero_point`` that a grid's type allows.
 
-    If the type does not fix the zero point, that may be any code: ``quant_max - quant_min``.
+    Without a zero point, or with one that the type fixes, it is the distance from that to the farther end of the codes.
+    Else the zero point may be any code: ``quant_max - quant_min``.
     """
     lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
     fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point

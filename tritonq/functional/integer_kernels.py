@@ -117,7 +117,9 @@ class PackedLayer:
 
 
 def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
-    """Run a layer on a tensor of values; return None if these don't lie on the layer's input grid, or if it is empty.
+    """Run a layer on a tensor of values, rounded to the layer's input grid.
+
+    Return None if a value is NaN or lies beyond the ends of that grid, or if the tensor is empty.
 
     Args:
         x: a float32 tensor on the CPU that needs no gradient (`codes.can_use_codes`).

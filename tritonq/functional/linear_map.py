@@ -131,11 +131,14 @@ class Convolution:
         return Convolution((1, *self.stride), (0, *self.padding), (1, *self.dilation), (0, 0), False, self.groups)
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return input and weight for :meth:`as_conv2d`: with a line axis of length 1, if the convolution is 1-d."""
+        """Return input and weight for :meth:`as_conv2d`: (n, c, 1, w) and (out, c/groups, 1, k) of a 1-d convolution.
+
+        Those of a 2-d convolution are returned as they are.
+        """
         return (x, weight) if len(self.stride) == 2 else (x.unsqueeze(2), weight.unsqueeze(2))
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y``, computed by :meth:`as_conv2d`, without the line axis, if this convolution is 1-d."""
+        """Return ``y``, computed by :meth:`as_conv2d`; of a 1-d convolution (n, out, 1, w) becomes (n, out, w)."""
         return y if len(self.stride) == 2 else y.squeeze(2)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
@@ -201,17 +204,17 @@ class PaddedConvolution:
 
     @property
     def conv2d(self) -> None:
-        """None: only the padded input is convolved as it is."""
+        """None, always, since the input must be padded before torch's operator convolves it."""
 
     def as_conv2d(self, x: Tensor) -> Convolution | None:
         """Return the 2-d convolution that gives the result from what :meth:`images` returns for ``x``.
 
-        None if none does.
+        None if :attr:`conv` is transposed or 3-d, or if ``x`` has no batch axis.
         """
         return self.conv.as_conv2d(x)
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the padded input and the weight, as :attr:`conv` shapes them for :meth:`as_conv2d`."""
+        """Return the padded input and the weight for :meth:`as_conv2d`; in 1-d both get a line axis of length 1."""
         return self.conv.images(F.pad(x, self.pad, self.pad_mode), weight)
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:

@@ -36,16 +36,19 @@ def mark_codes(x: Tensor, scale: Tensor, codes: Any) -> None:
 
 
 def codes_of(x: Tensor, scale: Tensor) -> Any:
-    """Return the codes that :func:`mark_codes` noted for this ``scale``.
+    """Return the `saved_input.SavedInput`, codes of ``x``, that :func:`mark_codes` noted for this ``scale``.
 
-    None without such a mark, or if ``x`` changed.
+    None without such a mark, or if ``x`` changed in place since.
     """
     marked, version, codes = getattr(x, _CODES, (None, None, None))
     return codes if marked is scale and version == x._version else None
 
 
 def mark_source(y: Tensor, grid: Any) -> None:
-    """Note on ``y`` the `Grid` that it was rounded to, for layers that have no reference to its quantizer."""
+    """Note on ``y`` the `Grid` that it was rounded to, for layers that have no reference to its quantizer.
+
+    Nothing is noted on a tensor of inference mode.
+    """
     if not y.is_inference():
         setattr(y, _SOURCE, (grid, y._version))
 

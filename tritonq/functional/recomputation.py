@@ -14,10 +14,11 @@ _ATTRIBUTE = "_tritonq_memory"
 def is_recomputing() -> bool:
     """Whether this runs inside a backward pass, where ``torch.utils.checkpoint`` runs a forward again.
 
-    Modules then observe nothing and leave running statistics alone. The repeated forward equals the first bit for bit
-    if, between the two, no module of it was called in training mode, switched or loaded: it then finds the state that
-    the first forward left. (A step that runs two forwards through one checkpointed layer before their backwards repeats
-    the first with the scales of the second, which move by the observer's averaging constant.)
+    False while ``torch.compile`` traces. Inside a backward modules observe nothing and leave running statistics alone.
+    The repeated forward equals the first bit for bit if, between the two, no module of it was called in training mode,
+    switched or loaded: it then finds the state that the first forward left. (A step that runs two forwards through one
+    checkpointed layer before their backwards repeats the first with the scales of the second, which move by the
+    observer's averaging constant.)
     """
     # A graph that is being traced runs in the forward; a compiler that recomputes parts of it repeats no update.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -53,7 +54,7 @@ def step_memory_of(module: nn.Module) -> StepMemory:
 
 
 def forget_step_memory(module: nn.Module) -> None:
-    """Delete what :func:`step_memory_of` left on ``module``."""
+    """Delete the :class:`StepMemory` that :func:`step_memory_of` keeps on ``module``, if there is one."""
     module.__dict__.pop(_ATTRIBUTE, None)
 
 

@@ -39,7 +39,7 @@ class SavedInput(NamedTuple):
 
 
 def save_input(x: Tensor, grid: Grid | None) -> SavedInput:
-    """Return ``x`` as codes on ``grid``, if it can be rebuilt from them exactly; else ``x`` itself.
+    """Return a :class:`SavedInput` of codes of ``x`` on ``grid``; of ``x`` itself, if codes can't give it back exactly.
 
     A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark_on_grid`). Any other tensor,
     such as one that a hook changed, is compared with its codes on a CPU; on other devices the comparison would wait, so
@@ -77,6 +77,7 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
 
     A quantizer is active while its switch is on and it has observed something. If that can't be read without waiting
     for a device, the note is made all the same: :func:`save_input` is given a grid only while its quantizer is active.
+    While ``torch.compile`` traces, and on tensors of inference mode, nothing is noted.
 
     Args:
         y: the operator's result.
@@ -93,7 +94,8 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
 def load_input(saved: SavedInput, out: Tensor | None = None) -> Tensor:
     """Return the tensor that was given to :func:`save_input`: ``(values - shift) · scale`` in its dtype.
 
-    ``out`` is float32 memory of its shape that the result may be written to; None: new memory.
+    If it was saved as it is (``scale`` is None), that is ``values`` itself. ``out`` is float32 memory of its shape that
+    the result may be written to; None: new memory.
     """
     if saved.scale is None:
         return saved.values

@@ -44,7 +44,7 @@ class Averaging(Protocol):
         """
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the largest number of elements that one sum has, for an input of ``shape``."""
+        """Return an upper bound of the number of elements in one sum, and of its divisor, for an input of ``shape``."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ class WindowAverage:
         return _POOLS[rank](x, *arguments)
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
-        """Return the number of elements of each window: one number if all are equal, else float32, one per window.
+        """Return the number of elements of each window, or ``divisor_override`` if that is given.
 
-        With ``divisor_override`` that number.
+        One number without ``ceil_mode`` where zeros of the padding count or there are none; else float32, one per
+        window. ``shape`` is that of the input.
         """
         if self.divisor_override is not None:
             return self.divisor_override
@@ -113,7 +114,10 @@ class WindowAverage:
         return _outer([self._along(*axis) for axis in axes])
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the number of elements of a window, padding included (or ``divisor_override``, if larger)."""
+        """Return the number of elements of a window, padding included, or ``|divisor_override|`` if that is larger.
+
+        It does not depend on ``shape``.
+        """
         return max(math.prod(self.kernel_size), abs(self.divisor_override or 0))
 
     def windows(self, size: int, kernel: int, stride: int, padding: int) -> int:

@@ -110,7 +110,9 @@ def composed(
     known: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> StepWeight:
-    """Fold, observe and quantize a weight by the functions of two given modules; the result is that of `quantize`.
+    """Fold, observe and quantize a weight by the functions of two given modules.
+
+    ``code = clip(round(rows · γ/σ / s) + z)`` with scale s and zero point z of the updated grid.
 
     Args:
         folds: has the functions of `tritonq.reference.fold`; the backend "compiled" gives its own.

@@ -257,7 +257,7 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """Return the gradient of ``c``, and the two sums per channel from which those of γ and β follow.
+    """Return the gradient of ``c``, and per channel ``Σ g``, which is that of β, and ``Σ g n``.
 
     With g the gradient where neither ReLU nor the clip blocks it, and ``n = (c - mean) inverse_std``:
     ``dc = slope (g - mean(g) - n · mean(g n))``.

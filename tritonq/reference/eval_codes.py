@@ -243,9 +243,10 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
 
 @cache
 def has_one_pass_rounding(bounded: bool) -> bool:
-    """Whether torch rounds float32 to uint8 in one pass, ties to even.
+    """Whether ``torch.quantize_per_tensor`` with scale 1 gives ``clip(round(step) + zero, 0, 255)``, ties to even.
 
-    Tried once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
+    It then makes uint8 codes of float32 in one pass. False if torch has no such kernel here. Tried
+    once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
 
     Args:
         bounded: whether steps lie within ±:data:`LARGEST_STEP`; if not, values beyond int32 are tried too, of which

@@ -116,7 +116,7 @@ def observe(
         nonfinite_count: int64, 0-d; the number of values that are not finite is added to it.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
         bins: the prefix bins.
-        axis: channel axis of ``x``, or None.
+        axis: channel axis of ``x``; None: one histogram and range for all values.
     """
     if enabled is not None and enabled.is_cpu and not bool(enabled):
         return

@@ -57,7 +57,7 @@ def learned_fake_quantize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of :func:`learned_fake_quantize`: of ``x``, of the parameter, and of the zero point.
 
-    With ``v = x/s``, and sums over everything but ``axis``:
+    With ``v = x/s``, and sums over the values that share a scale:
 
     - ``"torch"``: inside where the rounded, unclipped code is a code;
       ``ds = Σ dy {quant_min - z below | quant_max - z above | code - z - v inside}``, ``dz = Σ dy {-s outside}``.

@@ -78,7 +78,7 @@ def between(dy: Tensor, y: Tensor, low: float, high: float, out: Tensor | None =
         y: the values that are compared.
         low: lower bound, excluded.
         high: upper bound, excluded.
-        out: memory for the result, not used in a traced graph; None: new memory.
+        out: memory for the result, shaped as ``y``, not used in a traced graph; None: new memory.
     """
     if torch.compiler.is_compiling():
         # Compilers take the result of hardtanh_backward for laid out as dy is, while PyTorch lays it out as y is.

@@ -92,7 +92,7 @@ def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 
 
 def snapshot_of(grid: Grid, rounds: bool) -> Grid:
-    """Return a copy of the grid for a backward, with the switch ``rounds``: it is on, and something was observed."""
+    """Return a copy of the grid for a backward, whose switch is ``rounds``: whether values were rounded to the grid."""
     return _with_copies(grid, SWITCH[rounds])
 
 

@@ -39,7 +39,7 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     that is not dense or no ordinary tensor on a CPU, and while a graph is traced.
 
     Args:
-        slot: the purpose; what is in use at the same time needs different slots.
+        slot: name of the purpose, such as ``"local"``; what is in use at the same time needs different slots.
         like: a tensor.
         dtype: of the memory; None: ``like``'s.
     """

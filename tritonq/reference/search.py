@@ -54,7 +54,7 @@ def search_range(
 ) -> tuple[Tensor, Tensor]:
     """Return the range ``lo..hi`` that is best for a histogram by the measure ``search``, within that of zero and data.
 
-    - ``"mse"``: least expected squared error of fake quantization with the qparams that follow from the range.
+    - ``"mse"``: least expected squared error of fake quantization on the grid that follows from the range.
     - ``"l2"``: least squared distance to the centres of ``quant_max - quant_min + 1`` equal cells of the range, values
       outside going to the end cells (torch.ao's and MegEngine's measure).
     - ``"percentile"`` p: for symmetric types ±q, with q the p% quantile of ``|x|``, cut at the data; for affine ones

@@ -93,7 +93,9 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Multiply a weight by its fold and quantize it, without observing: what :func:`quantize_folded` returned, again.
+    """Return ``clip(round(rows · fold / s) + z) - z`` on the scale s and zero point z of ``grid``; nothing is observed.
+
+    With it come the codes' unit, whether a value may be clipped, and ``grid``.
 
     Args:
         rows: (out, ...), any float dtype.

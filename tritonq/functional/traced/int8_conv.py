@@ -13,8 +13,9 @@ from tritonq.backend import implementation
 def warning_int8_conv2d(x: Tensor) -> Any:
     """Return a function that convolves 8-bit codes with sums in int32, by kernel or, as ``x`` decides, by PyTorch.
 
-    It takes the parameters of `tritonq.reference.int8_conv.int8_conv2d` by name, and returns its result. On a CPU each
-    of its calls that clamps accumulators emits a RuntimeWarning with their number.
+    The function takes codes, weight, bias, shift and so on as keyword arguments, as
+    `tritonq.reference.int8_conv.int8_conv2d` names them, and returns accumulators or, with a shift, codes. With
+    ``saturated`` on a CPU each call that clamps accumulators emits a RuntimeWarning with their number.
     """
 
     def run(*, saturated: Tensor | None, **arguments: Any) -> Tensor:

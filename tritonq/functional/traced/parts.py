@@ -166,7 +166,12 @@ def _flatten(part: Part, value: Any, flat: list[Any]) -> None:
 
 
 def rebuild_all(parts: Parts, flat: Sequence[Any]) -> dict[str, Any]:
-    """Return the parameters' values by name from those of the plain arguments: the inverse of :func:`flatten_all`."""
+    """Return the parameters' values by name from those of the plain arguments: the inverse of :func:`flatten_all`.
+
+    Args:
+        parts: name and part of each parameter.
+        flat: values of the plain arguments, in the order of :func:`schema`.
+    """
     values = iter(flat)
     return {name: _rebuild(part, values, True) for name, part in parts}
 
