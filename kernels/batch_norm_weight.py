@@ -98,14 +98,14 @@ def quantize(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the codes of :func:`quantize` once more, shaped as ``rows``, for a backward; nothing is observed.
+    """Return the codes of a folded weight on a grid, shaped as ``rows``, for a backward; nothing is observed.
 
     ``clip(round(rows · fold / scale) + zero_point) - zero_point``; in float16 times the power of two nearest to the
     scale. Without a grid, or while its switch is off, ``rows · fold``.
 
     Args:
-        rows: the weight, as :func:`quantize` read it.
-        fold: (out,) float32, as :func:`quantize` returned it.
+        rows: the weight, (out, ...), any float dtype.
+        fold: (out,) float32, the γ/σ that :func:`quantize` returned.
         grid: the snapshot that :func:`quantize` returned; None: the weight was folded only.
         code_dtype: dtype of the convolution.
         out: not used.
@@ -136,7 +136,7 @@ def gradients(
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.
         rows: the weight, (out, ...).
-        gamma: (out,), as the following vectors; None: a γ of 1.
+        gamma: (out,), as all vectors here; None: a γ of 1.
         fold: ``γ/σ``, as :func:`quantize` returned it.
         inverse_std: ``1/σ``.
         unit: the factor between codes and folded values.

@@ -80,10 +80,10 @@ def conv2d_kernel(
     out_width,  # of an output image
     image_pixels,  # out_height × out_width
     pixels,  # of all images
-    STRIDE: tl.constexpr,  # (vertical, horizontal), as are the next three
-    PADDING: tl.constexpr,  # zeros on each side
-    DILATION: tl.constexpr,  # distance of taps
-    KERNEL: tl.constexpr,  # taps
+    STRIDE: tl.constexpr,  # (vertical, horizontal)
+    PADDING: tl.constexpr,  # (vertical, horizontal): zeros on each side
+    DILATION: tl.constexpr,  # (vertical, horizontal): distance of taps
+    KERNEL: tl.constexpr,  # (vertical, horizontal): number of taps
     DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
     MULTIPLIER: tl.constexpr,  # channels of the output per channel of the input, of a depthwise convolution
     CEILING: tl.constexpr,  # of the ReLU; infinity for a plain one, None without
@@ -215,10 +215,10 @@ def integer_conv2d(
 
     With ``onto``, of scale s, ``multiplier`` gives v in steps of s, and ``round(v) · s``, not clipped, takes its place
     before the ReLU; fl rounds to float32. ``codes`` and ``weight`` are integers minus their zero points in any float
-    dtype, bias int32 and multiplier float32 (out,). Stride, padding (zeros), dilation, ``groups``, ``ceiling`` (of the
-    ReLU; None: none), ``grid`` (None: no FQ) and ``tile`` are those of :func:`conv2d`. No product of an input's and a
-    weight's code exceeds ``largest_product`` in magnitude: the smaller it is, the longer are the sums that float32 adds
-    exactly.
+    dtype, bias int32 and multiplier float32 (out,). Stride, padding (zeros) and dilation are (vertical, horizontal),
+    ``ceiling`` the ReLU's bound (None: no ReLU), ``grid`` that of FQ (None: no FQ), ``tile`` the launch size (None: a
+    default). No product of an input's and a weight's code exceeds ``largest_product`` in magnitude: the smaller it is,
+    the longer are the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)

@@ -106,7 +106,7 @@ def statistics_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write mean, squared distances from it (added up), ends and count of a share of c, as ``partial_ptr`` lists."""
+    """Write what ``partial_ptr`` lists, per channel of a share of c: centre is near the mean, M2 ``Σ (c - mean)²``."""
     c_strides = aligned_strides(c_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)

@@ -35,12 +35,12 @@ from .tile import aligned_sizes, aligned_strides, load_per_channel, tile_indices
 def scan_gradients(
     dy_ptr,  # outer × rows × cols, by strides
     c_ptr,  # outer × rows × cols, by strides
-    mean,  # float32, broadcasts against a tile, as do the next two
-    slope,
-    shift,
-    unit,  # scalars, from `gradient_bounds`
-    low,
-    high,
+    mean,  # float32, broadcasts against a tile: mean of c per channel
+    slope,  # float32, broadcasts against a tile
+    shift,  # float32, broadcasts against a tile: the result before the ReLU is slope · c + shift
+    unit,  # scalar: the gradient passes where low < (slope · c + shift) / unit < high
+    low,  # scalar
+    high,  # scalar
     dy_strides,
     c_strides,
     start,  # of the share along (outer, rows, cols), as is its end

@@ -151,10 +151,11 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(x)`` as :func:`fake_quantize`, and a bool tensor that is True where the gradient passes.
+    """Return ``FQ(x)`` in the dtype of ``x``, and a bool tensor that is True where the gradient passes.
 
-    That is where the rounded code, before the clip, is one of the grid's, and everywhere while the switch is off; not
-    at NaN. Strides of both are those of ``torch.empty_like(x)``.
+    While the grid's switch is off, the first is a copy of ``x``. The gradient passes where the rounded code, before the
+    clip, is one of the grid's, and everywhere while the switch is off; not at NaN. Strides of both are those of
+    ``torch.empty_like(x)``.
     """
     y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     _forward(x, y, grid, codes=False, mask=mask)

@@ -32,9 +32,9 @@ def function_backward_kernel(
     x_scale_ptr,  # one float32; None: x_ptr holds values
     x_shift_ptr,  # one number; the input is (x - shift) · scale. None stands for zero
     dx_ptr,  # (n,), written
-    scale_ptr,  # one element, of the result's quantizer, as the next two
-    zero_point_ptr,  # one element; None stands for zero
-    active_ptr,  # one element: 0 blocks nothing
+    scale_ptr,  # one element: scale of the result's quantizer
+    zero_point_ptr,  # one element: its zero point; None stands for zero
+    active_ptr,  # one element: its switch; 0 blocks nothing
     n,
     OPERATION: tl.constexpr,  # name of the function
     NUMBER: tl.constexpr,  # its first number, or None

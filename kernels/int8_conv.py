@@ -92,10 +92,10 @@ def int8_conv_kernel(
     outs,  # out channels
     out_width,  # of an output image
     pixels,  # out_height × out_width
-    STRIDE: tl.constexpr,  # (vertical, horizontal), as are the next three
-    PADDING: tl.constexpr,  # zeros on each side
-    DILATION: tl.constexpr,  # distance of taps
-    KERNEL: tl.constexpr,  # taps
+    STRIDE: tl.constexpr,  # (vertical, horizontal)
+    PADDING: tl.constexpr,  # (vertical, horizontal): zeros on each side
+    DILATION: tl.constexpr,  # (vertical, horizontal): distance of taps
+    KERNEL: tl.constexpr,  # (vertical, horizontal): number of taps
     DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
     MULTIPLIER: tl.constexpr,  # out channels per in channel, of a depthwise convolution
     UNSIGNED: tl.constexpr,  # whether x is uint8; it is read minus 128

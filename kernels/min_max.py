@@ -134,10 +134,10 @@ def observe_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima; None with SINGLE
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     nonfinite_ptr,  # one int64, grows by the number of values skipped
-    min_ptr,  # (channels,) float32, updated in place with SINGLE, as are the next three; not read without
-    max_ptr,  # (channels,) float32
-    scale_ptr,  # (channels,) float32; None without a grid
-    zero_point_ptr,  # (channels,) int32; None without a grid, or where the type fixes it
+    min_ptr,  # (channels,) float32: running minimum, updated in place with SINGLE, else not read
+    max_ptr,  # (channels,) float32: running maximum, likewise
+    scale_ptr,  # (channels,) float32, written with SINGLE; None without a grid
+    zero_point_ptr,  # (channels,) int32, written with SINGLE; None without a grid, or where the type fixes it
     averaging_constant,
     eps,
     x_strides,
@@ -210,10 +210,10 @@ def observe_kernel(
 def finish_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
-    min_ptr,  # (channels,) float32, updated in place, as are the next three
-    max_ptr,  # (channels,) float32
-    scale_ptr,  # (channels,) float32; None without a grid
-    zero_point_ptr,  # (channels,) int32; None without a grid, or where the type fixes it
+    min_ptr,  # (channels,) float32: running minimum, updated in place
+    max_ptr,  # (channels,) float32: running maximum, updated in place
+    scale_ptr,  # (channels,) float32, written; None without a grid
+    zero_point_ptr,  # (channels,) int32, written; None without a grid, or where the type fixes it
     averaging_constant,
     eps,
     splits,

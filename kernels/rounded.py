@@ -183,7 +183,7 @@ def write_rounded(
     Args:
         operands: ``(a, b)``, laid out as ``y``; b is None for an operation of one operand.
         y: where the result is written; dense; may be an operand.
-        mask: where the mask is written, as long as :func:`mask_like` makes it; None leaves it out.
+        mask: where the mask is written, uint8 of :func:`plane_length` elements; None leaves it out.
         operation: ``"add"``, ``"mul"``, ``"none"`` (a itself) or a function of a, such as ``"silu"``.
         arguments: the numbers of that operation, at most two.
         grid: per tensor, updated in place; None leaves the result in float.

@@ -105,7 +105,7 @@ def folded_backward_kernel(
     rows_ptr,  # channels × length, dense
     drows_ptr,  # channels × length float32, dense
     dfold_ptr,  # (channels,) float32, written: gradient of the fold; with gamma_ptr that of γ in its place
-    gamma_ptr,  # (channels,) γ of the BatchNorm; None, as are the next three: the fold's gradient is written
+    gamma_ptr,  # (channels,) γ of the BatchNorm; None: the fold's gradient is written, and the next three are None
     inverse_std_ptr,  # (channels,) float32: 1/σ
     eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
     sum_gn_ptr,  # (channels,) float32: Σ g n, the gradient of γ behind the convolution; n is its normalised output

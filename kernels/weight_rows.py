@@ -65,11 +65,11 @@ def gamma_gradient(
 def quantize_rows(
     rows_ptr,  # channels × length, dense
     codes_ptr,  # channels × length, dense, written
-    unit_out,  # (channels,) float32, written, as are the next four: values are codes · unit
-    scale_out,  # (channels,) float32
-    active_out,  # (channels,) whether the row was rounded
-    ratio_out,  # (channels,) float32: fold over unit
-    zero_point_out,  # (channels,) int32
+    unit_out,  # (channels,) float32, written: values are codes · unit
+    scale_out,  # (channels,) float32, written: the scale that was used
+    active_out,  # (channels,) written: whether the row was rounded
+    ratio_out,  # (channels,) float32, written: fold over unit
+    zero_point_out,  # (channels,) int32, written: the zero point that was used
     fold,  # (ROWS, 1) float32
     switch_ptr,  # one element, or one per channel: 0 leaves the folded row in float
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are

@@ -64,9 +64,10 @@ def quantize(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the codes of :func:`quantize` once more, in ``code_dtype``, for the backward: the forward keeps none.
+    """Return a weight's codes ``clip(round(rows · fold / s) + z) - z`` in ``code_dtype``; nothing is observed.
 
-    They are ``clip(round(rows · fold / s) + z) - z``, in float16 times a power of two; nothing is observed.
+    In float16 they are multiplied by the power of two nearest to s. While the grid is switched off they are
+    ``rows · fold``. A backward calls this, because a forward does not keep its codes.
 
     Args:
         rows: the weight, (out, ...).
@@ -100,7 +101,7 @@ def gradients(
     Args:
         dcodes: gradient of the codes, shaped as ``rows``; may be overwritten.
         rows: the weight, (out, ...), not folded.
-        gamma: (out,), as the following vectors; None for 1.
+        gamma: (out,), as all vectors here; None for 1.
         fold: γ/σ, or ``1/σ`` where that is nearly 0, as :func:`quantize` returned it.
         inverse_std: ``1/σ``.
         unit: the value of a code of 1, as :func:`quantize` returned it.

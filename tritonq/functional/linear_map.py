@@ -90,10 +90,10 @@ class Convolution:
     """A convolution of one to three dimensions that pads with zeros, equally on both sides; may be transposed.
 
     Attributes:
-        stride: one number per dimension, as the next three.
-        padding: zeros on each side.
-        dilation: distance between taps of the kernel.
-        output_padding: of a transposed convolution.
+        stride: one number per dimension.
+        padding: zeros on each side, one number per dimension.
+        dilation: distance between taps of the kernel, one number per dimension.
+        output_padding: of a transposed convolution, one number per dimension: how much longer its result is.
         transposed: whether it is transposed: its weight is (in, out/groups, ...), else (out, in/groups, ...).
         groups: groups of channels.
     """

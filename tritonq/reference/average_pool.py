@@ -77,9 +77,9 @@ class WindowAverage:
     """Average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``.
 
     Attributes:
-        kernel_size: of the window; one number per axis, as for the next two.
-        stride: distance of windows.
-        padding: zeros at either end of an axis.
+        kernel_size: of the window, one number per axis.
+        stride: distance of windows, one number per axis.
+        padding: zeros at either end of an axis, one number per axis.
         ceil_mode: whether a last window may reach beyond the padded input.
         count_include_pad: whether zeros of the padding count as elements of a mean.
         divisor_override: what to divide every sum by; None: its number of elements.

@@ -142,9 +142,10 @@ def composed(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the codes of :func:`quantize` once more, for the backward: the forward does not keep them.
+    """Return a weight's codes ``clip(round(rows · fold / s) + z) - z`` in ``code_dtype``; nothing is observed.
 
-    They are ``clip(round(rows · fold / s) + z) - z``, in float16 times a power of two; nothing is observed.
+    In float16 they are multiplied by the power of two nearest to s. While the grid is switched off they are
+    ``rows · fold``. A backward calls this, because a forward does not keep its codes.
 
     Args:
         rows: the weight, (out, ...).
@@ -179,7 +180,7 @@ def gradients(
     Args:
         dcodes: gradient with respect to the codes (float tensors), shaped as ``rows``; may be overwritten.
         rows: the weight, (out, ...).
-        gamma: (out,), as the following vectors; None for 1.
+        gamma: (out,), as all vectors here; None for 1.
         fold: ``γ/σ``, or ``1/σ`` where that is nearly 0, as :func:`quantize` returned it.
         inverse_std: ``1/σ``, with σ of the running variance.
         unit: the value of a code of 1: codes times unit are the folded, rounded weight.
