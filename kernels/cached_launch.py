@@ -37,9 +37,9 @@ class _Entry(NamedTuple):
 class Launcher:
     """A decorator for jitted functions: ``launcher[grid](*args, **constants)`` launches as the plain function would.
 
-    A launch is remembered by device, dtypes of tensors, and the values of all other arguments. Triton is asked every
-    time for pointers that are not aligned to 16 bytes, for tensors on a CPU (interpreter), and for tensors without
-    memory (compilation for an absent GPU). Tensors are positional arguments, constants keyword arguments.
+    A launch is remembered by device, dtypes of tensors, and the values of all other arguments. Triton's own look-up is
+    used each time for pointers that are not aligned to 16 bytes, for tensors on a CPU (interpreter), and for tensors
+    without memory (compilation for an absent GPU). Tensors are positional arguments, constants keyword arguments.
     """
 
     def __init__(self, function: Any) -> None:

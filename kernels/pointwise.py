@@ -108,7 +108,7 @@ def function_value(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER
 def function_derivative(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
     """Return the derivative of FUNCTION, with its numbers as in :func:`function_value`, at float32 values ``x``.
 
-    Where there is none it is torch's: 0 for "abs" at 0, 1 for "clip" at both ends.
+    Where it jumps it is 0 for "abs", at 0, and 1 for "clip", at both ends.
     """
     if FUNCTION == "sigmoid":
         y = _sigmoid(x)

@@ -162,7 +162,10 @@ class RangeStatistics(Protocol):
 
     @property
     def copy_above(self) -> float | None:
-        """A batch of more than this many times the running magnitude replaces the range; None: none does."""
+        """Factor by which a batch must exceed the running magnitude to replace an average; None if only the first does.
+
+        With a factor so does a batch below 1/100 of that magnitude, unless it is all 0.
+        """
 
     @property
     def rule(self) -> str:
@@ -242,8 +245,8 @@ def has_data(statistics: RangeStatistics | None) -> bool:
 def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> dict[str, Any]:
     """Return the constants with which a kernel merges a range and computes scale and zero point from it.
 
-    They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE; placeholders if one of both is
-    None or the range is frozen, so that nothing is observed.
+    They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE; placeholders if ``grid``
+    or ``statistics`` is None, or the range is frozen, so that nothing is observed.
     """
     if grid is None or statistics is None or statistics.frozen:
         return NO_RANGE

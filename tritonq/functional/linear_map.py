@@ -43,7 +43,7 @@ class LinearMap(Protocol):
         """Return ``y`` (n, out, h, w), computed by :meth:`as_conv2d`, in the shape of this map's result for ``x``."""
 
     def padded(self, x: Tensor) -> tuple[Tensor, DifferentiableMap]:
-        """Return ``x``, padded if torch's operator can't do that padding, and the map that remains."""
+        """Return ``x``, padded if torch's operator can't do that, and the map that gives the same result from it."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the map's result, plus ``bias`` (out,) if given, in ``x``'s dtype."""

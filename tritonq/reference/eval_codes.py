@@ -245,8 +245,8 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
 def has_one_pass_rounding(bounded: bool) -> bool:
     """Whether ``torch.quantize_per_tensor`` with scale 1 gives ``clip(round(step) + zero, 0, 255)``, ties to even.
 
-    It then makes uint8 codes of float32 in one pass. False if torch has no such kernel here. Tried
-    once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
+    It then makes uint8 codes of float32 in one pass. False if torch has no such kernel here. Tried once on ties without
+    a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
 
     Args:
         bounded: whether steps lie within ±:data:`LARGEST_STEP`; if not, values beyond int32 are tried too, of which
