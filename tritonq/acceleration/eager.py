@@ -37,7 +37,10 @@ def is_prepared(model: nn.Module) -> bool:
 
 
 def package(model: nn.Module) -> str:
-    """Return ``"torch"``: the version of this package decides what ``model`` computes."""
+    """Return ``"torch"``, the Python package that prepared ``model``.
+
+    Its installed version decides what the model computes, and is compared with the versions that are known.
+    """
     return "torch"
 
 

@@ -68,7 +68,11 @@ def is_prepared(model: nn.Module) -> bool:
 
 
 def package(model: nn.Module) -> str:
-    """Return ``"torchao"`` or ``"torch"``: the version of this package decides what ``model`` computes."""
+    """Return ``"torchao"`` or ``"torch"``, the Python package that prepared ``model``.
+
+    It is torchao if a class of one of the modules is. The package's installed version decides what the model computes,
+    and is compared with the versions that are known.
+    """
     return "torchao" if any(type(m).__module__.startswith("torchao.") for m in model.modules()) else "torch"
 
 

@@ -195,7 +195,8 @@ def state(quantizer: nn.Module, x: Tensor) -> State | None:
     Buffers per channel that have no length yet get that of ``x``, as in the library with its first batch.
 
     Returns:
-        None if :func:`can_compute` is false, or the kind of the formula is "learned" or "observed".
+        None if :func:`can_compute` is false, or the kind of the formula is "learned" (a trained scale) or "observed"
+        (the library's own observer finds the scale): then :func:`quantize` rounds apart from the operator.
     """
     if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None

@@ -23,7 +23,10 @@ def is_prepared(model: nn.Module) -> bool:
 
 
 def package(model: nn.Module) -> str:
-    """Return ``"modelopt"``: the version of this package decides what ``model`` computes."""
+    """Return ``"modelopt"``, the Python package that prepared ``model``.
+
+    Its installed version decides what the model computes, and is compared with the versions that are known.
+    """
     return "modelopt"
 
 

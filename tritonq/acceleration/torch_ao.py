@@ -66,7 +66,10 @@ def mark(module: nn.Module) -> None:
 
 
 def unmark(module: nn.Module) -> None:
-    """Let the library compute ``module`` again: remove its attribute ``MARK``, and what its steps remembered."""
+    """Let the library compute ``module`` again: remove its attribute ``MARK``.
+
+    What the module keeps for steps that activation checkpointing runs again is deleted, too.
+    """
     module.__dict__.pop(MARK, None)
     forget_step_memory(module)
 
@@ -74,8 +77,10 @@ def unmark(module: nn.Module) -> None:
 def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
     """Return the result of a marked layer for ``x``; rounded by ``output_quantizer`` unless that is None.
 
-    Without BatchNorm it is ``relu?(op(x, FQ(W)) + b)``, else what :func:`normalized` has. A layer whose BatchNorm is
-    of another class than torch's, or has hooks, is computed by the library's forward.
+    Without BatchNorm it is ``relu?(op(x, FQ(W)) + b)``. With one, and ``s = γ/sqrt(running_var + eps)``, it is
+    ``relu?(BN(op(x, FQ(W s)) / s + b))`` in training (torch.ao's slow path differs, see :func:`normalized`), and
+    ``relu?(op(x, FQ(W s)) + β + (b - running_mean) s)`` in eval mode. A layer whose BatchNorm is of another class than
+    torch's, or has hooks, is computed by the library's forward.
     """
     held = cast(Any, layer)
     if "bn" in held._modules and not is_plain(held.bn):

@@ -56,8 +56,9 @@ def check_convertible(model: nn.Module, allow_unquantized: bool) -> None:
         allow_unquantized: whether quantizers may be switched off or have observed nothing.
 
     Raises:
-        ValueError: it is not, or has float64 parameters or a quantizer without a deployed form; the message names the
-            module.
+        ValueError: the model is not prepared, was prepared by another library, or is converted already; or a quantizer
+            is switched off, has observed nothing or has no deployed form; or parameters are float64. For a quantizer
+            or parameters the message has the module's name.
     """
     kinds = (*WEIGHTED, SwitchedQuantizer)
     if any(isinstance(module, DeployedModule) for module in model.modules()):

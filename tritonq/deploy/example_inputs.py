@@ -68,9 +68,10 @@ _SIZE_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "w
 
 
 def name_sizes(graph: Any) -> None:
-    """Rename the open sizes of a file's inputs: ``height`` and ``width``, or ``length``, ``depth``.
+    """Give the open sizes of a file's inputs names: those of the axes behind batch and channels.
 
-    Those of a further input are called after it, such as ``mask_height``.
+    One such axis is called ``length``; two are ``height`` and ``width``; three ``depth``, ``height`` and ``width``. If
+    a further input has open sizes of its own, they are called after it, such as ``mask_height``.
 
     Args:
         graph: an ``onnx.GraphProto`` whose open sizes have names such as ``s77``; changed in place.

@@ -22,7 +22,9 @@ from tritonq.warn_once import warn_once
 
 @dataclass(frozen=True)
 class FixedPointFormat:
-    """The codes of a tensor: ``value = code · 2^-frac_len``, up to a factor η of the network's input.
+    """The codes of a tensor: ``code · 2^-frac_len`` is the real value divided by η, a factor that was trained.
+
+    For the network's input η is 1.
 
     Attributes:
         frac_len: fractional length.

@@ -234,7 +234,10 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
-        """Return this layer's integers, to compute with; None if the layer computes in float."""
+        """Return weight codes minus zero points, bias codes, scales and bounds, as integer operators take them.
+
+        None if ``multiplier`` is None: the layer computes in float.
+        """
         if self.multiplier is None:
             return None
         return IntegerAffine(
@@ -326,7 +329,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """Return the grid that integer sums are rounded to in one step; None if a function or no grid follows."""
+        """Return the grid of the output's quantizer; None without one, if it is per channel, or behind a function."""
         quantizer = self.output_quantizer
         return None if quantizer is None else quantizer.grid()
 

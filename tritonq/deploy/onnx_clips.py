@@ -17,17 +17,17 @@ from tritonq.prepare.forwards.edited import set_inner_forward
 
 
 def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantizer, TracedQuantizer]:
-    """Make layers before clips, or else the clips themselves, round and bound codes.
+    """Let the layer before each clip round its result and limit the codes; a clip without such a layer does both.
 
-    The clip behind a layer then returns its input, and the layer's ReLU, if it has one, is part of the bounds. Clips
-    without a quantizer with one grid stay as they are.
+    The clip behind a layer then returns its input, and the layer's ReLU, if it has one, is part of the limits. A clip
+    stays as it is if it has no quantizer, or one per channel.
 
     Args:
         model: a copy of the converted model; changed in place.
-        names: of the quantizers.
+        names: name in the model of each quantizer.
 
     Returns:
-        The traced form of each quantizer that was moved.
+        For each quantizer of such a clip the one that replaces it, with uint8 codes.
     """
     layers = {
         layer.output_quantizer: layer
@@ -67,5 +67,5 @@ def _rounded(quantizer: TracedQuantizer, x: Tensor) -> Tensor:
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """Return ``x``: the forward of a function whose effect its quantizer has."""
+    """Return ``x``: the new forward of a ReLU or clip whose bounds are part of a quantizer's codes."""
     return x

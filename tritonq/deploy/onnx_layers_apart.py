@@ -46,9 +46,10 @@ def given_name(tensor: str) -> str:
 
 
 def separated(model: Any, kinds: Mapping[str, tuple[Any, int]]) -> bytes:
-    """Return the content of a file in which readers of codes read new inputs instead, and which returns its codes.
+    """Return a changed copy of an ONNX file, as bytes, in which each layer computes on codes that the caller gives.
 
-    The inputs have the names of :func:`given_name`; the file's own inputs stay, and codes are its only outputs.
+    For each tensor of codes there is a new input, called ``"<tensor>.given"``, and all nodes that read the tensor read
+    that input. The file's own inputs stay. Its only outputs are the tensors of codes, which it still computes.
 
     Args:
         model: an ``onnx.ModelProto``; not changed.

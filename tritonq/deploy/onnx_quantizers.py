@@ -24,7 +24,8 @@ class TracedQuantizer(nn.Module):
     Args:
         source: the converted model's quantizer, which gives scale, axis and rounding.
         name: name of the quantizer.
-        zero_point: one element, or one per channel; the codes have its dtype.
+        zero_point: one element, or one per channel; the codes have its dtype. float32: the file computes by
+            floating-point operators, without QuantizeLinear.
         quant_min: smallest code.
         quant_max: largest code.
         exact: whether the quotient is computed as in training, before a QuantizeLinear of scale 1. Per channel it never
@@ -83,15 +84,16 @@ def uint8_quantizer(
 ) -> TracedQuantizer:
     """Return a traced quantizer with uint8 codes, counted from 0, for ONNX Runtime.
 
-    Code 0 is the type's smallest code. Behind a ReLU, if the type fixes the zero point, it is the code of zero, as in
-    `tritonq.nn.output_quantizer.deployed_grid`: the roundings of a sum depend on where codes begin.
+    Code 0 of the file is the type's smallest code. Behind a ReLU, if the type fixes the zero point, it is the code of
+    the value 0, as in the converted model: the roundings of a sum depend on where codes begin.
 
     Args:
         source: the converted model's quantizer.
         name: its name.
         bounds: smallest and largest value, of a ReLU or clip before it, which the codes are limited to; None: no limit.
-        exact: whether the quotient is computed before QuantizeLinear, as in training.
-        from_zero: whether codes begin with that of zero, if the type fixes it; None: if ``bounds`` are those of a ReLU.
+        exact: whether the quotient is computed before QuantizeLinear, as in training; False: QuantizeLinear divides.
+        from_zero: whether code 0 is that of the value 0, for types that fix the zero point; None: if the lower bound
+            is 0.
 
     Raises:
         ValueError: more than 8 bits.
@@ -155,11 +157,11 @@ def least_opset(model: nn.Module) -> int:
 
 
 def quantize_twice(layer: nn.Module) -> None:
-    """Give a layer a child ``first_quantizer``, which rounds as its output quantizer does, without a name.
+    """Give a layer a child ``first_quantizer``, a copy of its output quantizer whose codes have no name in the file.
 
-    The layer's forward must run both. ONNX Runtime computes a layer in integers if a quantizer follows directly.
-    Operations that move the results stand between the first and the second quantizer, whose codes have the trained
-    shape; the second changes no code.
+    The caller makes the layer's forward run both, with operations that move values between them. ONNX Runtime computes
+    a layer in integers if a quantizer follows directly. The second quantizer changes no code, and its codes have the
+    trained shape; its ``exact`` becomes False.
 
     Raises:
         TypeError: the layer has no traced quantizer.

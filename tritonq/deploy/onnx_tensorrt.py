@@ -43,10 +43,10 @@ def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
 
 def runs_in_float(layer: QuantizedLayer) -> bool:
-    """Whether TensorRT will run a layer in float.
+    """Whether TensorRT will run a layer in float although its weight was quantized; False if the weight is float.
 
-    It does if its integers can't hold the codes of weight or input, if the weight has scales per group, or if a
-    transposed convolution has different scales per out channel.
+    It does if its integers (signed 8 bits, zero point 0) can't hold the codes of weight or input, if the weight has
+    scales per group, or if a transposed convolution has different scales per out channel.
     """
     if layer.weight_scale is None:
         return False

@@ -29,8 +29,11 @@ from tritonq.reference.activation import rectify
 def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
     """Return the phases along each axis of a transposed convolution; None for a layer that keeps its form.
 
-    That is so if it is no transposed convolution or does not compute in integers, if its padding is larger than the
-    kernel, and if no quantizer with one grid follows.
+    A layer keeps its form if one of these holds:
+
+    - it is no transposed convolution, or does not compute in integers with a weight of 8 bits;
+    - a function such as SiLU, no quantizer, or a quantizer per channel follows directly;
+    - a padding is larger than the kernel.
     """
     output = layer.activation_post_process
     if not isinstance(layer, QuantizedTransposed) or layer.multiplier is None or layer.following is not None:

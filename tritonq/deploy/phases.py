@@ -39,8 +39,8 @@ class Phases:
 
         ``kernel`` counts the gaps of a dilated kernel. With ``taps = ceil(kernel / stride)`` and ``surplus = taps ·
         stride - kernel + padding - output_padding``: before is ``taps - 1 - padding // stride``, first ``padding %
-        stride``; after and last are the same of the surplus. Before or after is negative if the padding is larger than
-        the kernel.
+        stride``, after ``taps - 1 - surplus // stride``, last ``surplus % stride``. Before or after is negative if the
+        padding is larger than the kernel.
         """
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding

@@ -138,7 +138,7 @@ class Quantizer(DeployedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) · s`` in ``x``'s dtype.
 
-        It is float32 if ``x``'s dtype could not tell the codes apart.
+        It is float32 if ``x``'s dtype could not tell the codes apart, as bfloat16 with codes of 16 bits.
         """
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)

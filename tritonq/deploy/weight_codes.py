@@ -58,7 +58,8 @@ def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 def weight_type(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> QuantizedType | None:
     """Return the quantized type of a weight's codes; None if the weight stays in float.
 
-    Blocks of floats count as groups of them.
+    It stays in float if the quantizer is switched off or has no range yet. For a weight in blocks of floats, such as
+    ``"mxfp8"``, the type has groups of the block's size.
     """
     if not rounds(quantizer):
         return None

@@ -60,8 +60,13 @@ def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
 def warn_of_changes(model: nn.Module, stacklevel: int = 1) -> None:
     """Warn (UserWarning) of layers that were put into a prepared model and so stay in float; nothing without such.
 
-    The warning also names what had become part of layers that are gone. ``stacklevel`` counts from the function that
-    calls this one. References of the model's modules then warn no more.
+    The warning also names what had become part of layers that are gone, so that nothing computes it now. Layers that
+    read the results of the new ones give no warning of their own afterwards.
+
+    Args:
+        model: the prepared model.
+        stacklevel: which line the warning names: 1 is the one that calls this function, 2 the one that calls its
+            caller.
     """
     records = report_of(model) or ()
     added = [record.name for record in records if record.reason == ADDED]
@@ -79,7 +84,11 @@ def warn_of_changes(model: nn.Module, stacklevel: int = 1) -> None:
 
 
 def silence_references(model: nn.Module) -> None:
-    """Let no module of a model warn any more that it reads what was put into the model, since that is told now."""
+    """Keep the layers and joins of a model from warning that what they read comes from a module put into the model.
+
+    A layer or join that finds such a module between itself and the quantizer of its input computes in float, and warns
+    once per model. That warning counts as given: :func:`warn_of_changes` has named the modules.
+    """
     for reference in (reference for module in model.modules() for reference in references_of(module)):
         if reference.route is not None:
             reference.route.told[0] = True

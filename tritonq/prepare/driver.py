@@ -144,7 +144,7 @@ class FakeQuantScheme:
         qconfigs: the qconfig of each module; None leaves it in float.
         recording: runs of the model.
         inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
-        keep_classes: whether what takes the place of a module is of that module's class, for code that asks for it.
+        keep_classes: whether each replacement is of the replaced module's class, too, for ``isinstance`` in forwards.
 
     Raises:
         ValueError: no layer has a quantized form.

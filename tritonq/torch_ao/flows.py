@@ -32,25 +32,25 @@ def convert(
     convert_custom_config_dict: None = None,
     use_precomputed_fake_quant: bool = False,
 ) -> nn.Module:
-    """Return :func:`tritonq.convert` of a prepared model.
+    """Return the deployed form of a prepared model, as :func:`tritonq.convert` makes it: integer weights, fixed grids.
 
     A model that has seen no data is converted too, with grids of no meaning, so that a state dict can be loaded into
     the result.
 
     Args:
         module: a trained model.
-        mapping: None; layers know their deployed form.
+        mapping: must be None, since layers know their deployed form.
         inplace: change ``module`` itself instead of a copy.
         remove_qconfig: has no effect: converted layers keep the target's name alone.
-        is_reference: False; ``export_program(form="pt2e")`` writes the form with quantize and dequantize.
-        convert_custom_config_dict: None.
+        is_reference: must be False; ``export_program(form="pt2e")`` writes the form with quantize and dequantize.
+        convert_custom_config_dict: must be None.
         use_precomputed_fake_quant: has no effect: converted models have the scales that were trained.
 
     Warns:
         UserWarning: quantizers that have observed nothing.
 
     Raises:
-        ValueError: another value, or what :func:`tritonq.convert` raises.
+        ValueError: an option that must be None or False and is not, or what :func:`tritonq.convert` raises.
 
     Source: torch.ao.quantization.convert.
 
@@ -101,18 +101,20 @@ def prepare_qat_fx(
     prepare_custom_config: None = None,
     backend_config: None = None,
 ) -> nn.Module:
-    """Return :func:`tritonq.prepare_qat` of a model with ``example_inputs``; the model is not traced symbolically.
+    """Return a copy of a model with fake quantization, as :func:`tritonq.prepare_qat` makes it with example inputs.
+
+    The model is run on them, and not traced symbolically as in torch.ao.
 
     Args:
         model: a float model; it stays as it is.
         qconfig_mapping: the mapping, or a dict as :meth:`tritonq.torch_ao.QConfigMapping.from_dict` takes.
         example_inputs: a tensor, or a tuple of arguments.
-        prepare_custom_config: None; whatever Python the forward holds can stay.
-        backend_config: None; the qconfig's target says what its engine computes.
+        prepare_custom_config: must be None; whatever Python the forward holds can stay.
+        backend_config: must be None; the qconfig's target says what its engine computes.
 
     Raises:
-        ValueError: another value, or what :func:`tritonq.prepare_qat` raises.
-        TypeError: as there.
+        ValueError: an option that must be None and is not, or what :func:`tritonq.prepare_qat` raises.
+        TypeError: a mapping, a qconfig or example inputs of the wrong type.
 
     Source: torch.ao.quantization.quantize_fx.prepare_qat_fx.
 
@@ -137,18 +139,18 @@ def convert_fx(
     backend_config: None = None,
     keep_original_weights: bool = False,
 ) -> nn.Module:
-    """Return :func:`tritonq.convert` of a prepared model.
+    """Return the deployed form of a prepared model, as :func:`tritonq.convert` makes it: integer weights, fixed grids.
 
     Args:
         graph_module: what :func:`prepare_qat_fx` returned, trained; it stays as it is.
-        convert_custom_config: None; nothing else is supported.
+        convert_custom_config: must be None.
         _remove_qconfig: has no effect.
-        qconfig_mapping: None; the prepared model has its qconfigs.
-        backend_config: None.
-        keep_original_weights: False; the prepared model has them.
+        qconfig_mapping: must be None; the prepared model has its qconfigs.
+        backend_config: must be None.
+        keep_original_weights: must be False; the prepared model has them.
 
     Raises:
-        ValueError: another value, or what :func:`tritonq.convert` raises.
+        ValueError: an option that must be None or False and is not, or what :func:`tritonq.convert` raises.
 
     Source: torch.ao.quantization.quantize_fx.convert_fx.
 
@@ -209,7 +211,7 @@ def quantize(
         model: a float model with stubs and qconfigs.
         run_fn: runs what it is given on data.
         run_args: its other arguments.
-        mapping: float type to quantization-aware type, as of ``prepare_qat``.
+        mapping: float type to quantization-aware type; None: ``tritonq.nn.DEFAULT_QAT_MAPPING``.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -290,8 +292,9 @@ def fuse_modules(
         model: the model that holds the modules, in eval mode.
         modules_to_fuse: one row of names, or a list of rows.
         inplace: change ``model`` itself instead of a copy.
-        fuser_func: makes the replacements of one row.
-        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``.
+        fuser_func: takes the modules of one row, and returns as many that replace them.
+        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``, with the types of a row
+            and the function that fuses it; None: no further rows.
 
     Returns:
         The model; the first module of each row is the folded layer, or with a ReLU the fused one of both, and the

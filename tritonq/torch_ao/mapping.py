@@ -20,8 +20,9 @@ Choice = QConfig | None
 class QConfigMapping(qconfig_mapping.QConfigMapping):
     """:class:`tritonq.QConfigMapping` whose ``set_`` methods change the mapping itself and return it, as torch.ao's do.
 
-    Which rule wins is as in :class:`tritonq.QConfigMapping`; a qconfig of None leaves modules in float. Unlike in
-    torch.ao, a rule that fits nothing is an error.
+    Where several rules fit a module, the strongest wins: its name, or that of the nearest module around it; first and
+    last layer; the first pattern that fits its name; its type, or that of the nearest module around it; the global
+    qconfig. A qconfig of None leaves modules in float. Unlike in torch.ao, a rule that fits nothing is an error.
 
     Source: torch.ao.quantization.QConfigMapping.
 
@@ -137,11 +138,12 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
 
 
 def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> QConfigMapping:
-    """Return torch.ao's mapping for QAT on an engine: :func:`tritonq.get_default_qat_qconfig` everywhere.
+    """Return torch.ao's mapping for QAT on an engine: one qconfig for all, :func:`tritonq.get_default_qat_qconfig`'s.
 
     Args:
         backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.
-        version: 0, observers' arithmetic; 1, that of torch's fused operator.
+        version: how ranges become scales: 0, by the arithmetic of torch.ao's observers; 1, by that of torch's fused
+            fake-quantize operator.
 
     Raises:
         ValueError: an unknown backend or version.
@@ -156,7 +158,9 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> Q
 
 
 def get_default_qconfig_mapping(backend: str = "x86", version: int = 0) -> QConfigMapping:
-    """Return torch.ao's mapping for quantization after training: :func:`get_default_qconfig` everywhere.
+    """Return torch.ao's mapping for quantization after training: one qconfig for all, :func:`get_default_qconfig`'s.
+
+    It calibrates a histogram of each activation and the ranges of weights.
 
     Args:
         backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.

@@ -70,10 +70,13 @@ def propagate_qconfig_(
 ) -> None:
     """Give every part of a model a ``qconfig``: its own, else that of its name or type in the dict, else its parent's.
 
+    A ``qconfig`` attribute that a part has already stays, None included. A part that none of these fits gets None,
+    which leaves it in float.
+
     Args:
-        module: the model; its ``qconfig``, if it has one, is the default.
-        qconfig_dict: by qualified name or module type; ``""`` is the model.
-        prepare_custom_config_dict: None.
+        module: the model; changed in place.
+        qconfig_dict: qconfigs by qualified name, which wins, or by module type; ``""`` is the model. None: no entries.
+        prepare_custom_config_dict: must be None.
 
     Raises:
         ValueError: a custom config, which has no counterpart.
@@ -104,7 +107,9 @@ def swap_module(
     mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
     custom_module_class_mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
 ) -> nn.Module:
-    """Return the quantization-aware form of a module that has a qconfig; without one, the module itself.
+    """Return the quantization-aware form of a module that has a qconfig.
+
+    The module itself is returned if its ``qconfig`` is None or missing, or if its exact type has no such form.
 
     Args:
         mod: a float module.

@@ -30,7 +30,11 @@ class ActivationChoice:
         self._analysis, self._qconfigs, self._inputs = analysis, qconfigs, inputs
 
     def choose(self, value: int, reader: QConfig) -> QConfig | None:
-        """Return the qconfig whose activation quantizer a tensor gets; None: it gets no quantizer.
+        """Return the qconfig whose activation factory makes the quantizer of a tensor.
+
+        For an input of the model, if there is a rule for these, it is the rule's; None: the input gets no quantizer.
+        For any other tensor it is the first that makes a quantizer: ``reader``, that of the module which made the
+        tensor, that of the model. If none does, it is ``reader``, whose factory makes an ``nn.Identity``.
 
         Args:
             value: index of the tensor's value.

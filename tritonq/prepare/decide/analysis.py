@@ -127,10 +127,7 @@ class Analysis:
         return self.follower(reader) if reader is not None and self.is_identity(reader) else reader
 
     def calls_like(self, call: Call) -> tuple[Call, ...]:
-        """Return every call of the same module, or of the same place in the same forward, in order.
-
-        ``call`` is among them.
-        """
+        """Return every call of the same module, or of the same place in the same forward, ``call`` included."""
         if call.module_name is not None:
             return self.flow.calls_of(call.module_name)
         functions, site = self.flow.functions_of(call.owner), self.site(call)
@@ -219,7 +216,8 @@ class Analysis:
     def keeps_grid(self, call: Call) -> bool:
         """Whether a call returns only values of its first input (and 0), so that its result lies on the input's grid.
 
-        Further inputs must be indices. A plain ReLU counts: 0 is on every grid.
+        Further inputs must be indices, or tensors that give only a shape. A plain ReLU counts: 0 is on every grid.
+        False if the first input is a parameter or buffer.
         """
         target = call.target
         moved, *indices = call.inputs or (None,)
@@ -276,8 +274,9 @@ class Analysis:
     def mask_of(self, call: Call) -> int | None:
         """Return the index of the value that a call adds to attention scores as their mask; None for other calls.
 
-        A mask follows from the model's inputs without a layer between. Only a softmax reads the sum (moved, scaled or
-        shifted on the way), or the other summand vanished in the recorded run beside the mask, or beside a sum with it.
+        A mask follows from the model's inputs without a layer between. Besides, only a softmax reads the sum (moved,
+        scaled or shifted on the way), or the mask dwarfed the other summand in the recorded run: its largest magnitude
+        was at least 10,000, and at least 256 times that of the other. A sum that a mask dwarfed can be a mask itself.
         """
         if call.dwarfing is not None and call.dwarfing in self._masking:
             return call.dwarfing

@@ -28,7 +28,7 @@ def arithmetic_of_call(call: Call) -> Function | None:
 
 
 def has_number(call: Call) -> bool:
-    """Whether a call computes with one tensor and one number."""
+    """Whether a call is arithmetic of one tensor with a number: True for ``x * 2``, False for ``-x`` and ``abs(x)``."""
     return arithmetic_of_call(call) is not None and len(call.args) + len(call.kwargs) > 1
 
 

@@ -100,7 +100,7 @@ class Constants:
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
     def rests_on(self, results: Iterable[int]) -> Literal["unknown", "input", "random"]:
-        """Return why the values with the indices ``results`` are no constants.
+        """Return why values are no constants; ``results`` are their indices, and at least one is no constant.
 
         ``"unknown"``: some tensor comes from code that was not recorded; else ``"input"``: they depend on an input of
         the model; else ``"random"``: random numbers.

@@ -7,10 +7,11 @@ from tritonq.prepare.decide.plan import Plan
 
 
 def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Return how the ReLU calls ``erased`` (by index) are removed.
+    """Return which ReLU modules are replaced, and which calls are taken out of forwards, to remove some ReLU calls.
 
-    A module is replaced if all its calls are erased, and so is another call if all at its site are. Others stay in the
-    model: behind a quantizer a plain ReLU has no effect.
+    ``erased`` holds the indices of the calls. A module is replaced if all its calls are among them. A call is taken out
+    if all calls at its place in the forward are. Others stay in the model: behind a quantizer a plain ReLU has no
+    effect.
 
     Returns:
         Names of the modules that are replaced by ``nn.Identity``, and the places that are taken out of forwards:

@@ -62,7 +62,7 @@ class Group:
         values: indices of the tensors' values.
         readers: ``(call, operand)`` of layers, additions and poolings that read one of them, in order of execution.
         rectified: whether each of these readers comes after a ReLU, so that codes are unsigned.
-        scaled: False if the tensors come from the network's input.
+        scaled: whether their values are divided by a factor η; False for the network's input, whose values are real.
         has_format: whether some reader rounds them.
         returned: whether nothing in the network reads them, so that they are real values.
     """
@@ -98,7 +98,7 @@ class Links:
     relus: list[Call] = field(default_factory=list)
 
     def units(self, group: Group) -> Group | None:
-        """Return the group by the η of whose format the values of ``group`` are divided.
+        """Return the group whose format has the factor η by which the values of ``group`` are divided.
 
         That is ``group`` itself if it has a format, else the group of the sum that reads it, and so on. None: the
         network returns the values, which are real.

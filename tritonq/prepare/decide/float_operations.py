@@ -44,8 +44,8 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
 def why_between(call: Call, analysis: Analysis) -> str:
     """Return the text for :attr:`LayerRecord.reason` of a call that computes in float between quantized tensors.
 
-    :func:`float_operations` finds such calls; this is not checked here. The text is ``BETWEEN_GRIDS``. Four kinds of
-    calls have more behind a colon, the first that fits:
+    The caller has made sure that the call is such a one (:func:`float_operations`). The text is ``"computed in float
+    between quantized tensors"``. Four kinds of calls have more behind a colon, the first that fits:
 
     - ``batch_norm``: that an ``nn.BatchNorm`` in its place would become part of the layer before it.
     - A call that could be a join: that one of its operands is a constant.

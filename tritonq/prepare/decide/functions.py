@@ -33,9 +33,12 @@ def function_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_argument
 def joins_layer(call: Call, fuses_functions: bool) -> bool:
     """Whether an engine computes a call together with the layer before it, without rounding in between.
 
+    True for ReLU, ReLU6, clamp and other clips to constant bounds. True for functions of one tensor, such as SiLU, and
+    for ``nn.PReLU`` if ``fuses_functions``. False for all other calls.
+
     Args:
         call: any recorded call.
-        fuses_functions: whether the engine does so with functions such as SiLU; all engines do with clips.
+        fuses_functions: whether the engine computes functions such as SiLU together with the layer before them.
     """
     if limits_range(call):
         return True

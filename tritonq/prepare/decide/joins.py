@@ -68,12 +68,12 @@ class Join:
 
     @property
     def home(self) -> str:
-        """Name of the module whose qconfig and device the join has."""
+        """Name of the module in whose forward the join stands, and whose qconfig and device the join has."""
         return self.owner
 
     @property
     def knows_operands(self) -> bool:
-        """Whether its module is told which quantizers put its operands on grids; concatenations are not."""
+        """Whether its module refers to the quantizers of its operands, to use their codes; False for concatenations."""
         return self.operands is not sequence_operand
 
     @property
@@ -324,9 +324,10 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
 
 
 def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    """Return the values that a join reads and rounds; empty if the call is no join.
+    """Return the indices of the values that a join reads and rounds; empty if the call is no join.
 
-    It is no join if all operands are constants; for a kind that refuses constants, if one is.
+    It is no join if an operand is no float tensor, or if all operands are constants or masks of attention. For a kind
+    that refuses constants, one such operand is enough.
     """
     if call.kind != "function" or call.name not in KINDS:
         return ()

@@ -53,7 +53,10 @@ class Layer:
 
     @property
     def home(self) -> str:
-        """Name of the float module whose qconfig and device the layer has."""
+        """Name of the float module whose qconfig and device the layer has.
+
+        That is the layer's own module, or for a function the module whose forward calls it.
+        """
         return self.name if self.function is None else self.function.owner
 
 

@@ -68,7 +68,7 @@ def grid_behind(
 
 
 def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
-    """Return the values that calls return; calls that do not return a single tensor are left out."""
+    """Return the indices of the values that calls return, in order, without calls that return no single tensor."""
     values = (analysis.value_of(call) for call in calls)
     return [value for value in values if value is not None]
 
@@ -80,7 +80,7 @@ def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
 
     Args:
         ends: indices of the calls in ``analysis.flow.calls``.
-        analysis: of the model.
+        analysis: the model and its record.
     """
     made = results((analysis.flow.calls[end] for end in ends), analysis)
     values = [analysis.flow.values[value] for value in made]

@@ -62,7 +62,8 @@ class Plan:
     Attributes:
         layers: modules and functions to make quantized layers of.
         clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
-        outputs: for those of these layers whose clip stands directly before that quantizer: the quantizer.
+        outputs: for a layer in ``clipped``, by name, the quantizer behind its clip; the layer has no entry if its calls
+            have different ones.
         joins: additions, concatenations and the like to make modules of.
         quantizers: further activation quantizers.
         inputs: for each layer what gives its input a grid; it has no entry if several things do, or none.

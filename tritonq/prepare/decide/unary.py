@@ -104,7 +104,13 @@ class QuantizerPlace(Protocol):
 def find_unary(
     place: QuantizerPlace, analysis: Analysis, chains: Chains, grid_of: Callable[[int], object]
 ) -> PlannedUnary | None:
-    """Return the operation of one tensor behind which a quantizer stands; None if there is none, or if calls differ.
+    """Return the operation of one tensor behind which a quantizer stands, so that a module can compute it on codes.
+
+    None if there is no such operation, or if one of these holds:
+
+    - calls at the place compute different operations;
+    - the operation is a mean or PReLU, and its input lies on no grid, or not on the same one in all calls;
+    - its numbers may differ from call to call, and nothing can compare them when the forward runs.
 
     Args:
         place: where the quantizer stands.
@@ -157,7 +163,7 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
 
 
 def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
-    """Return the indices of the values that the operation of one tensor in front of a quantizer reads, one per call.
+    """Return the indices of the values that the operation of one tensor in front of a quantizer reads, each once.
 
     Empty without such an operation.
     """

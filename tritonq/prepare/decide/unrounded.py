@@ -45,11 +45,17 @@ class Unrounded:
     makers: dict[int, Layer] = field(default_factory=dict)
 
     def add_layers(self, layers: Sequence[Layer]) -> None:
-        """Find the layers whose results only joins or islands read, and may read unrounded.
+        """Find the layers that do not round their results, because only joins or islands read these.
 
-        Islands may if the layer's qconfig has ``islands="float"``. Of joins, additions may if it has not
-        ``round_summands``, or if the target fuses joins: then a convolution's result, one for each addition, and
-        results that are concatenated. Names go into ``layers``, results into ``values`` and ``makers``.
+        A layer is one of them if all its results are read by one of these alone, directly or after moves:
+
+        - islands, if the layer's qconfig has ``islands="float"``;
+        - additions, if the qconfig has ``round_summands=False``;
+        - concatenations, if the target (the engine) fuses joins;
+        - an addition, if the target fuses joins and the layer is a convolution without ReLU. Of the two summands of
+          an addition only one stays unrounded for this reason.
+
+        Their names go into ``layers``, their results into ``values`` and ``makers``.
         """
         fused: set[int] = set()  # additions that have their one summand
         # A residual's own convolution comes first, then the one that fits its shortcut.
@@ -121,7 +127,15 @@ class Unrounded:
         return kinds == {"add"} and is_free and layer.ceiling is None and issubclass(layer.row[0], _CONVOLUTIONS)
 
     def waits_for_concatenation(self, quantizer: PlannedQuantizer, values: Sequence[int]) -> bool:
-        """Whether only concatenations read the values that a quantizer would round, and the target lets them round."""
+        """Whether a quantizer can be left out, since concatenations round what it would round.
+
+        That is so if nothing else reads the values, directly or after moves, and if the quantizer's target (an engine)
+        fuses joins.
+
+        Args:
+            quantizer: the planned quantizer.
+            values: indices of the values that it would round.
+        """
         if not quantizer.qconfig.find_target().fuses_joins:
             return False
         entered = [self._entered(value) for value in values]

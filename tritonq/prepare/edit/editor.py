@@ -95,7 +95,10 @@ class ModelEditor:
         self._note_children(child)
 
     def quantize_argument(self, module: nn.Module, read: Read) -> None:
-        """Let a module quantize the argument ``read`` before its forward begins; takes effect with :meth:`apply`."""
+        """Let a module quantize one argument before its forward begins; takes effect with :meth:`apply`.
+
+        ``read`` says which argument, and which child of the module is its quantizer.
+        """
         self._reads.setdefault(module, []).append(read)
 
     def quantize_result(self, module: nn.Module, child: str) -> None:

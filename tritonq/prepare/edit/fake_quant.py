@@ -64,7 +64,7 @@ def apply_plan(
         plan: the plan that was made from it.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module of the float model.
-        keep_classes: whether what takes the place of a module is of that module's class, for code that asks for it.
+        keep_classes: whether each replacement is of the replaced module's class, too, for ``isinstance`` in forwards.
 
     Returns:
         The qualified names of the new modules: those that joins became, by join; and those that operations of one

@@ -43,9 +43,14 @@ def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 
 def take_place(module: nn.Module, made: nn.Module) -> None:
-    """Give ``made`` the attributes that it lacks of the float module that it replaces.
+    """Give the replacement of a float module what the user's code may read of that module.
 
-    If the user's class has public methods or properties that ``made`` lacks, ``made`` becomes of that class as well.
+    That is public attributes, parameters and buffers that the replacement lacks. If the user's class has public methods
+    or properties that it lacks, the replacement becomes of that class as well.
+
+    Args:
+        module: the float module.
+        made: its replacement, changed in place.
     """
     keep_attributes(module, made)
     if _adds_methods(type(module), made):
@@ -53,9 +58,14 @@ def take_place(module: nn.Module, made: nn.Module) -> None:
 
 
 def take_place_again(module: nn.Module, made: nn.Module) -> None:
-    """Give ``made`` what ``module``, which it replaces, has itself of the float module that it replaced.
+    """Hand on what a module has of the float model to the module that takes its place in turn.
 
-    That is attributes, parameters and buffers (:func:`kept_names`) that ``made`` lacks, and the user's class.
+    ``module`` replaced a float module, and :func:`take_place` gave it attributes, parameters and buffers of that one.
+    ``made`` gets those that it lacks. If ``module`` is also of the float module's class, so is ``made``.
+
+    Args:
+        module: the module that is replaced now, such as a quantization-aware layer.
+        made: its replacement, such as the layer with integer weights; changed in place.
     """
     names = kept_names(module)
     for source, registry in zip(_registries(module), _registries(made), strict=True):
@@ -66,7 +76,10 @@ def take_place_again(module: nn.Module, made: nn.Module) -> None:
 
 
 def kept_names(made: nn.Module) -> tuple[str, ...]:
-    """Return names of the attributes, parameters and buffers that a module has from the one that it replaced."""
+    """Return names of the attributes, parameters and buffers that a module has from the one that it replaced.
+
+    ``made`` is the replacement; ``()`` for a module that replaced none or lacked nothing.
+    """
     names: tuple[str, ...] = made.__dict__.get(_KEPT, ())
     return names
 

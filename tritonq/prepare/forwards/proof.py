@@ -55,7 +55,7 @@ class Recorded:
 
 
 def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[int, Site]:
-    """Return for each call that one recorded frame made the node that made it (a :class:`Site`), by index of the call.
+    """Find the node that makes each call of one recorded frame; return its :class:`Site` by the index of the call.
 
     The graph is run with recorded values in place of tensors. Each call must agree with the recorded one in its
     operation and its operands.

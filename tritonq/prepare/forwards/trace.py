@@ -73,14 +73,16 @@ def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
 def classify_arguments(signature: inspect.Signature, frames: Iterable[Frame]) -> Arguments:
     """Return which parameters of a forward a trace keeps symbolic, and which it fixes.
 
-    A number other than the default stays symbolic, since it may have been computed from a shape.
+    Tensors and containers of tensors stay symbolic. So does a number that is not the parameter's default in the first
+    run, since it may have been computed from a shape. Any other argument is fixed, and must be the same in all runs.
 
     Args:
         signature: of the forward, without self.
         frames: all recorded runs of the forward.
 
     Raises:
-        TraceError: a constant that differs between runs, or an argument that is neither tensor nor constant.
+        TraceError: a constant that differs between runs, an argument that is neither tensor nor constant, or ``*args``
+            and ``**kwargs`` that hold anything but tensors.
     """
     calls = [bind_frame(signature, frame) for frame in frames]
     traced, constants = [], {}

@@ -103,7 +103,8 @@ class Call:
             :func:`tritonq.prepare.record.place.use_of_result`. ``"used"`` for all others.
         run: 0, or 1 for calls of the second run that :meth:`Dataflow.joined` added.
         transformed: whether it was made inside of `torch.vmap`, `torch.func.grad` or the like.
-        dwarfing: for a sum of two tensors the value beside whose magnitude the other's vanishes, if there is one.
+        dwarfing: for a sum of two tensors the value that dwarfs the other, by index: its largest magnitude is at least
+            10,000, and at least 256 times the other's. None if there is none, and for other calls.
     """
 
     index: int

@@ -17,9 +17,10 @@ _LARGE = 1e4
 
 
 def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[int]) -> int | None:
-    """Return the value of a summand beside whose magnitude that of the other vanishes; None if there is none.
+    """Return the index of the value of the summand that dwarfs the other one; None if neither does.
 
-    Its largest magnitude is at least 10,000, and at least 256 times that of the other, which is finite.
+    A summand dwarfs the other if its largest magnitude is at least 10,000, and at least 256 times that of the other,
+    which is finite. None inside of ``torch.vmap`` and the like, where tensors hold no numbers to read.
 
     Args:
         name: the operation; only "add" and "sub" count.

@@ -46,9 +46,9 @@ _OPEN = (nn.GLU,)
 
 
 def has_own_weight(module: nn.Module) -> bool:
-    """Whether a module is not a convolution or linear layer whose weight or bias is computed by something.
+    """Whether weight and bias of a convolution or linear layer are its own parameters; True for any other module.
 
-    True for every other type of module.
+    False if a parametrization or a hook computes one of the two.
     """
     return not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or has_own_parameters(module)
 

@@ -175,7 +175,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Return ``function(*args, **kwargs)``; record the call if it stands outside of leaves and reads elements."""
+        """Return ``function(*args, **kwargs)``; outside of leaves record the call, unless it reads no elements."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]
