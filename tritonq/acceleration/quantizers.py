@@ -50,7 +50,8 @@ class QuantizerFormula:
         kind: ``"range"`` follows a running range, ``"learned"`` trains its scale, ``"observed"`` lets the library's own
             observer find scale and zero point, ``"fixed"`` keeps them.
         qtype: codes and axis.
-        rule: how a range becomes scale and zero point; see :func:`tritonq.qparams.range_to_qparams`.
+        rule: name of the rule by which a range becomes scale and zero point: ``"torch"``, that of torch's observers, or
+            ``"torch_v1"``, that of torch's fused operator; see :func:`tritonq.qparams.range_to_qparams`.
         eps: smallest scale.
         averaging_constant: weight of a new batch in the range; None for running extremes.
     """

@@ -144,10 +144,10 @@ class IntegerLayer(IntegerModule):
         self.bound = int((rows + self.bias.to(torch.int64).abs()).max())
 
     def accumulate(self, codes: Tensor) -> Tensor:
-        """Return the result for input codes (n, c, h, w): codes, or int32 accumulators, (n, out, h', w').
+        """Return the result for input codes (n, c, h, w): codes if ``output`` is a format, else int32 accumulators.
 
-        Clamped accumulators are counted in ``saturated``, if any can be; then it warns (RuntimeWarning), once per
-        layer.
+        It is (n, out, h', w'). If ``bound`` is above 2^31 - 1, clamped accumulators are counted in ``saturated``, and a
+        RuntimeWarning tells of them, once per layer.
         """
         ops = implementation("int8_conv", codes)
         low, high, dtype = 0, 0, torch.int32

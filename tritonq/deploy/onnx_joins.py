@@ -19,10 +19,10 @@ from tritonq.reference.activation import rectify
 
 
 def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
-    """Make a join trace to operators by which ONNX Runtime computes it as the join itself does in eval mode.
+    """Make a join trace to its float operation, its ReLU and its output quantizer, in a form that gives its codes.
 
-    They are the float operation, the ReLU and the output quantizer; of a sum, the operand that is broadcast comes
-    second.
+    In a sum the operand that is broadcast comes second. A difference becomes a sum: the codes of its second operand are
+    dequantized with the negative scale.
 
     Args:
         join: a sum, difference, product, minimum or maximum; changed in place.

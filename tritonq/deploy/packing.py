@@ -47,7 +47,7 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
 
 
 def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state dict that :func:`pack_weights` packed.
+    """Return a copy of a packed state dict in which each packed weight has its shape, dtype and codes again.
 
     Args:
         state: the packed state.

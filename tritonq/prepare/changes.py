@@ -49,7 +49,10 @@ def report_of(model: nn.Module) -> tuple[LayerRecord, ...] | None:
 
 
 def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
-    """Return :func:`report_of` a model, and delete the reports and notes from the model."""
+    """Return the records of what became of each layer of a model, and delete them and the noted classes from it.
+
+    None if no module of the model has a report (:func:`report_of`).
+    """
     records = report_of(model)
     for module in model.modules():
         vars(module).pop(REPORT, None)

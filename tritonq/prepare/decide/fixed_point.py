@@ -2,8 +2,8 @@
 
 Tensors that the same values flow through (ReLU, max pooling, flattening, concatenation) form one *group*. A group that
 a layer or a pooling reads has a format of its own. A group that only one addition reads is computed in units of the
-sum's format. The inputs of an addition or a pooling share their step with its output, so that one unit is a power of
-two of the other.
+sum's format. The inputs of an addition or a pooling share their step with its output, so that their units differ by a
+power of two. The factor η of a format is what the values that are read in it are divided by.
 """
 
 from __future__ import annotations

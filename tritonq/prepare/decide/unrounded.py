@@ -47,7 +47,7 @@ class Unrounded:
     def add_layers(self, layers: Sequence[Layer]) -> None:
         """Find the layers that do not round their results, because only joins or islands read these.
 
-        A layer is one of them if all its results are read by one of these alone, directly or after moves:
+        A layer is one of them if only one of these reads all its results, directly or after moves and plain ReLUs:
 
         - islands, if the layer's qconfig has ``islands="float"``;
         - additions, if the qconfig has ``round_summands=False``;
@@ -129,8 +129,8 @@ class Unrounded:
     def waits_for_concatenation(self, quantizer: PlannedQuantizer, values: Sequence[int]) -> bool:
         """Whether a quantizer can be left out, since concatenations round what it would round.
 
-        That is so if nothing else reads the values, directly or after moves, and if the quantizer's target (an engine)
-        fuses joins.
+        That is so if nothing else reads the values, directly or after moves and plain ReLUs, and if the quantizer's
+        target (an engine) fuses joins.
 
         Args:
             quantizer: the planned quantizer.

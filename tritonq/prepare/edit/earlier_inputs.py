@@ -141,7 +141,10 @@ def _rename_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *oth
 def quantize_inputs_hook(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Quantize the model's inputs, as a forward pre-hook of version 0.1.0; return the new arguments."""
+    """Return the model's arguments with its inputs quantized, as ``(args, kwargs)``: a pre-hook of version 0.1.0.
+
+    ``module`` is the model; its child ``input_fake_quants`` has the quantizers and their places.
+    """
     for place in module.input_fake_quants.places:  # type: ignore[union-attr]
         args, kwargs = place.read.quantized(module, args, kwargs)
     return args, kwargs
@@ -152,7 +155,7 @@ def quantize_first_argument_hook(module: nn.Module, args: tuple[Any, ...]) -> No
 
 
 def quantize_output_hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
-    """Quantize what the module returns, as a forward hook of version 0.1.0."""
+    """Return ``output`` after the module's child ``activation_post_process``: a forward hook of version 0.1.0."""
     quantized: Tensor = module.activation_post_process(output)  # type: ignore[operator]
     return quantized
 

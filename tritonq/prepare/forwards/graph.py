@@ -72,7 +72,10 @@ class ForwardGraph:
 
     @classmethod
     def from_data(cls, data: ForwardData) -> ForwardGraph:
-        """Return the graph that :meth:`to_data` described.
+        """Return the graph that forward data describe, ready to be edited further.
+
+        Args:
+            data: what :meth:`to_data` returned: ``{"version", "eval": nodes, "train": nodes or None}``.
 
         Raises:
             ValueError: data of another version, or that don't describe a forward.

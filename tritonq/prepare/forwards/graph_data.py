@@ -109,7 +109,10 @@ def graph_to_data(graph: fx.Graph) -> GraphData:
 
 
 def data_to_graph(data: GraphData) -> fx.Graph:
-    """Return the graph that :func:`graph_to_data` described.
+    """Return the torch.fx graph that plain data describe: the inverse of :func:`graph_to_data`.
+
+    Args:
+        data: a list with one dict per node, which has ``"op"``, ``"name"``, ``"target"``, ``"args"``, ``"kwargs"``.
 
     Raises:
         ValueError: data that don't describe a graph, or that name an unknown function.
@@ -144,7 +147,7 @@ def constant_to_data(value: Any) -> Any:
 
 
 def constant_from_data(data: Any) -> Any:
-    """Return the constant that :func:`constant_to_data` described.
+    """Return the constant that plain data describe: ``{"tuple": [1, None]}`` gives ``(1, None)``.
 
     Raises:
         ValueError: data that don't describe one.

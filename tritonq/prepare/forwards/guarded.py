@@ -25,9 +25,9 @@ _GONE = object()
 class GuardedGraph(ForwardGraph):
     """The forward of one module as a graph, with the forward itself beside it.
 
-    Every edit is made to both. If a node has no known place in the source, the forward itself cannot be edited as
-    the graph is, and is dropped: once one of the values has changed, the prepared module then raises ValueError.
-    (Attributes stay as they are.)
+    *The forward itself* runs as its author wrote it, and children answer some of its calls. Every edit is made to both.
+    If a node has no known place in the source, the forward itself cannot be edited as the graph is, and is dropped:
+    once one of the values has changed, the prepared module then raises ValueError.
 
     Args:
         eval_graph: the graph of eval mode.
@@ -118,6 +118,10 @@ class GuardedGraph(ForwardGraph):
 
 def guarded(graph: Callable[..., Any], original: Callable[..., Any], data: ForwardData) -> Callable[..., Any]:
     """Return a forward that runs ``graph`` while the module has the values for which it was traced, else ``original``.
+
+    ``original`` also runs, unless it was dropped, for a call with ``*args`` or ``**kwargs`` that were empty when the
+    graph was traced. An attribute that the module has no more counts as unchanged. Once a value has changed, the module
+    warns (UserWarning), once.
 
     Args:
         graph: the function compiled from the graph.

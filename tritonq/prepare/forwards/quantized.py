@@ -56,7 +56,7 @@ class Read:
 
     @classmethod
     def from_data(cls, data: Any) -> Read:
-        """Return the object that :meth:`to_data` turned into ``data``.
+        """Return the object whose attributes are the items of the list ``data``, in their order.
 
         Raises:
             ValueError: data that don't describe one.
