@@ -42,9 +42,17 @@ def graph_layer(
 ) -> Tensor:
     """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``; the result is not rounded if ``output_quantizer`` is None.
 
-    ``ceiling`` is that of the ReLU; None: there is none. ``geometry`` holds stride, padding, dilation, groups and
-    dimensions, as :func:`convolution` takes them; None: ``op`` is a matrix product. Quantizers that observe update
-    their ranges.
+    Quantizers that observe update their ranges.
+
+    Args:
+        x: the input.
+        weight: the float weight.
+        bias: (out,) or None.
+        weight_quantizer: fake quantizer of the weight.
+        output_quantizer: fake quantizer of the result; None: it is not rounded.
+        ceiling: that of the ReLU, infinity for a plain one; None: there is none.
+        geometry: stride, padding, dilation, groups and dimensions, as :func:`convolution` takes them; None: ``op`` is a
+            matrix product.
     """
     return affine(_layer(weight_quantizer, output_quantizer, ceiling, geometry), x, weight, bias)
 

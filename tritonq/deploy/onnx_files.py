@@ -39,6 +39,10 @@ def drop_unread(graph: Any) -> None:
 def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
     """Add a user's metadata to an ONNX model, in place.
 
+    Args:
+        proto: the model, an ``onnx.ModelProto``.
+        metadata: texts by name; None: nothing is added.
+
     Raises:
         ValueError: a key or value that is not text, or a key that tritonq's own metadata have.
     """

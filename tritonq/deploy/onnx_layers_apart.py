@@ -93,7 +93,8 @@ def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict
     Args:
         graph: an ``onnx.GraphProto``.
         tensors: names of the tensors of codes.
-        target: the engine that the file was written for; ONNX Runtime computes products of codes in integers.
+        target: the engine that the file was written for. Products of codes count as integers for ``"onnxruntime"``
+            alone; for other engines, and for None (unknown), as float sums.
 
     Returns:
         Names of operators, such as ``("Softmax",)``, by the tensor's name; empty if the codes are fully defined.

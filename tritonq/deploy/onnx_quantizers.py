@@ -116,6 +116,10 @@ def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
     Codes are those that were trained. A range narrower than its dtype becomes a clamp before QuantizeLinear.
 
+    Args:
+        source: the converted model's quantizer.
+        name: its name in the model.
+
     Raises:
         ValueError: codes that fit none of int8, uint8, int16 and uint16, or a narrow range per channel.
     """

@@ -24,6 +24,10 @@ def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
     They must lie in -128..127 with zero points of 0. A narrower range becomes a clamp before QuantizeLinear.
 
+    Args:
+        source: the converted model's quantizer.
+        name: its name in the model.
+
     Raises:
         ValueError: a grid per channel that TensorRT has no form for.
     """

@@ -18,6 +18,8 @@ from tritonq.functional.coded_tensor import READS_MEMORY
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """Return the parameter or buffer registered as ``name``, although the module's class has a property of that name.
 
+    None if it is registered as None, such as the bias of a layer without one.
+
     Raises:
         AttributeError: it registered none.
     """

@@ -77,7 +77,8 @@ def codes_of_weight(
     Args:
         rows: (out, in, ...), the float weight, folded.
         quantizer: the weight's.
-        grid: returns the grid to use, if it is not the quantizer's own; not for block formats.
+        grid: a function that returns the grid to use; None: the quantizer's own. Not used for blocks of floats, whose
+            scales follow from ``rows``.
 
     Raises:
         ValueError: scales along another axis, or blocks that don't divide the input channels.

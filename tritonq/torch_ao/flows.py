@@ -249,7 +249,7 @@ def fold_known_modules(
         mod_list: such as ``[conv, bn, relu]``.
         is_qat: not used; torch.ao has it.
         additional_fuser_method_mapping: for tuples of types, the function that fuses such a row; it is called with
-            False (not for training) and the modules.
+            False (not for training) and the modules. None: there are none.
 
     Raises:
         ValueError: a module in training mode, or a row that has no fused form.

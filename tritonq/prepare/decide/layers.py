@@ -31,7 +31,8 @@ class Layer:
         row: float types of its parts, such as ``(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)``: the key into ``ROWS`` if there
             is more than one. A part may be of a subclass.
         batch_norm: name of the BatchNorm that becomes part of it; None without one.
-        remainder: names of the modules that stay when that BatchNorm contained them, such as its activation.
+        remainder: names of the modules inside of that BatchNorm that stay, such as the activation of a BatchNorm with
+            one; empty without such modules.
         calls: indices of its calls.
         ends: for each call the index of the last call that becomes part of it, or of the call itself.
         relus: indices of the ReLU calls that become part of it.
@@ -163,10 +164,16 @@ class _Start:
 
 
 def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
-    """Return the ReLU behind each call, to become part of a layer, and their common upper bound.
+    """Return the calls of the ReLUs that can become part of a layer or join, and their ceiling.
 
-    ``([], None)`` if a call has no ReLU behind it or one of ``kept``, if the bounds differ, or if the forward may do
-    something else in training mode.
+    Args:
+        calls: the last calls of the layer or join; one ReLU must follow each.
+        analysis: the model and its record.
+        kept: indices of ReLU calls that must not become part of a layer.
+
+    Returns:
+        ``(calls, upper bound)``, infinity for plain ReLUs. ``([], None)`` if a call has no ReLU behind it or one of
+        ``kept``, if the bounds differ, or if the forward may do something else in training mode.
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]

@@ -155,9 +155,10 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
 
 
 def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
-    """Return the index of the value that a call reads, if the call is an operation of one tensor.
+    """Return the index of the value that a call computes its result from, so that a grid can be looked for there.
 
-    For any other call return the result of `Analysis.source_of`, which may be None; ``through_norms`` is its argument.
+    That is the input of an operation of one tensor, or the value that the call moves, or scales or shifts by constants.
+    With ``through_norms`` it is the input of a softmax or norm, too. None for any other call.
     """
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 

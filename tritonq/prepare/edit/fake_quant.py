@@ -63,7 +63,7 @@ def apply_plan(
         analysis: the record of the float model, and what follows from it.
         plan: the plan that was made from it.
         types: float type to quantization-aware type.
-        qconfigs: the qconfig of each module of the float model.
+        qconfigs: the qconfig of each module of the float model; None leaves it in float.
         keep_classes: whether each replacement is of the replaced module's class, too, for ``isinstance`` in forwards.
 
     Returns:

@@ -53,7 +53,7 @@ def fuse_known_modules(
         mod_list: the modules in order of execution.
         is_qat: passed on to the fuser method; the rows known here are made for QAT.
         additional_fuser_method_mapping: for tuples of types, fuser methods ``f(is_qat, *modules)`` that return the
-            fused module; they win over the known rows.
+            fused module; they win over the known rows. None: there are none.
 
     Raises:
         ValueError: an unknown row, modules in different modes, or a BatchNorm that can't be fused.

@@ -24,7 +24,10 @@ _WHERE = "inplace"
 
 
 def numbers_of_call(call: Call) -> Numbers:
-    """Return the arguments of a recorded call by position and by name, with "a tensor" for each tensor."""
+    """Return the arguments of a recorded call, each under its position and under its name if that is known.
+
+    ``F.dropout(x, 0.5)`` gives ``{"0": "a tensor", "input": "a tensor", "1": 0.5, "p": 0.5}``.
+    """
     given = _by_key(call.args, call.kwargs)
     for position, name in enumerate(_parameters(call.target)):
         key = name if name in given else str(position)
@@ -45,6 +48,11 @@ def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequen
     """Whether a call gives the same numbers and flags as one of the recorded calls.
 
     Only the arguments that the call gives are compared; all others have their defaults.
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: named arguments of the call.
+        recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them.
     """
     given = _by_key(args, kwargs)
     return any(all(numbers.get(key) == value for key, value in given.items()) for numbers in recorded)

@@ -68,7 +68,7 @@ def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool],
 
 
 def is_call_of(module: nn.Module | None, frame: FrameType) -> bool:
-    """Whether a frame runs the function of torch that calls ``module`` with its hooks."""
+    """Whether a frame runs the function of torch that calls ``module`` with its hooks; False for None."""
     return frame.f_code is _CALL_WITH_HOOKS and frame.f_locals.get("self") is module
 
 
@@ -98,7 +98,7 @@ def use_of_result(frame: FrameType | None) -> Use:
     - ``"temporary"``: it uses it, and the operand has no name, as with ``f(x).mul_(y)``.
     - ``"used"``: in any other way, or not known.
 
-    Python functions of torch that only hand their call on are skipped.
+    Python functions of torch that only hand their call on are skipped. None gives ``"used"``.
     """
     frame = calling_frame(frame)
     if frame is None:
