@@ -228,7 +228,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self.stored_weight.to(torch.int32) - self.along_weight(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight's values, computed in float32 and rounded to ``dtype`` once."""
+        """Return ``(code - zero_point) · scale`` of the weight, computed in float32, rounded to ``dtype`` once."""
         if self.weight_scale is None:
             return self.stored_weight.to(dtype)
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)

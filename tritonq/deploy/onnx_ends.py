@@ -85,9 +85,9 @@ class Ends:
         return json.dumps({"pixels": pixels, "returned": self.returned, "grids": self.grids})
 
     def values(self, arguments: Any) -> Any:
-        """Return the trained model's arguments for those of the file: with pixels normalised.
+        """Return the arguments for the trained model, given those for the file: uint8 pixels become float values.
 
-        ``arguments`` may nest tensors in tuples, lists and dicts; without ``pixels`` they are returned as they are.
+        ``arguments`` may nest tensors in tuples, lists and dicts. If ``pixels`` is None they are returned as they are.
         """
         return arguments if self.pixels is None else replace_tensors(arguments, self.pixels)
 

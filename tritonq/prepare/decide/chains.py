@@ -64,7 +64,11 @@ class Chains:
         return last
 
     def has_fixed_number(self, call: Call) -> bool:
-        """Whether the numbers of a clip or of arithmetic are constants of the forward, the same in every call."""
+        """Whether the numbers of a clip or of arithmetic are constants of the forward, the same in every call.
+
+        True for a call of a module, and for a call without further arguments, such as ``F.relu(x)``. Any other call of
+        a function needs a forward that is a graph, in which nothing computes its arguments.
+        """
         if call.kind == "module" or (len(call.args) == 1 and set(call.kwargs) <= {"inplace"}):
             return True
         forward, site = self._analysis.forward(call.owner), self._analysis.site(call)

@@ -117,9 +117,9 @@ def _has_one_place(call: Call, analysis: Analysis) -> bool:
 
 
 def returned_by(value: int, analysis: Analysis) -> str | None:
-    """Return the name of the innermost module that returns a value and does not read it inside.
+    """Return the name of the innermost module whose whole result is a value that nothing inside of it reads.
 
-    None if there is none.
+    None if there is no such module; the model itself does not count.
     """
     flow = analysis.flow
     for frame in reversed(flow.frames_returning(value)):

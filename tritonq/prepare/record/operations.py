@@ -27,8 +27,8 @@ def is_leaf(module: nn.Module) -> bool:
 
     True for modules of torch.nn without children, torch's multi-head attention, RepVGG blocks and modules that
     torch.jit made. A user's subclass of such a module is a leaf if it inherits the computation unchanged. False for
-    containers, and for a convolution or linear layer whose weight something computes: the calls in their forwards are
-    recorded.
+    containers, for ``nn.GLU``, and for a convolution or linear layer whose weight or bias a parametrization or hook
+    computes: the calls in their forwards are recorded.
     """
     closed = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
     if closed or isinstance(module, torch.jit.ScriptModule) or type(module) is RepVGGBlock:
