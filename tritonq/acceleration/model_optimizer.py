@@ -21,8 +21,8 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
     """``TensorQuantizer`` with a calibrated range of integer codes, whose forward runs tritonq's operator.
 
     ``clamp(round(x · b/amax), low, b) · amax/b`` with ``b = 2^(bits-1) - 1``, and ``low = -b`` for a narrow range, else
-    ``-b - 1``: Model-Optimizer's formula but for the order of two roundings, so that codes agree except at ties. During calibration, while it is switched off, and for
-    settings that :func:`why_not` names, the library's own forward runs.
+    ``-b - 1``: Model-Optimizer's formula but for the order of two roundings, so that codes agree except at ties. During
+    calibration, while it is switched off, and for settings that :func:`why_not` names, the library's own forward runs.
     """
 
     library_class = TensorQuantizer

@@ -68,7 +68,7 @@ class State(NamedTuple):
 
     Attributes:
         grid: scale, zero point, type and switch.
-        statistics: the range that the operator updates; None where the quantizer does not observe.
+        statistics: the range that the operator updates; None for a quantizer that follows no range.
     """
 
     grid: Grid

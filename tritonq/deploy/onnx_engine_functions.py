@@ -37,7 +37,9 @@ _FUNCTIONS = {
 
 
 def engine_function(function: str, source: str, result: str, nodes: Sequence[Any]) -> list[Any] | None:
-    """Return the nodes of a function with ONNX Runtime's own operator; None if there is none for it.
+    """Return the nodes of a function with ONNX Runtime's own operator in place of several of the standard's.
+
+    None if ONNX Runtime has none for it, or if ``nodes`` are not the standard operators that it replaces.
 
     Args:
         function: name of the function, such as ``"gelu"``.

@@ -23,7 +23,8 @@ def write_exact_sums(graph: Any) -> None:
 
     Weights are written as uint8, 128 larger, with the zero point 128.
 
-    Convolutions with input codes of other than 8 bits, or with zero points of weights, are left as they are.
+    A convolution is left as it is unless its input has uint8 codes with one scale, its weight is a constant of int8
+    codes with zero points of 0, and its bias, if it has one, a constant of codes.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

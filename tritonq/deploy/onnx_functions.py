@@ -103,7 +103,9 @@ def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuan
 def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[str]]) -> None:
     """Run each function of a file in ONNX Runtime on every code, and replace those that differ from training by tables.
 
-    A function is replaced if one of its codes is not the trained one. Without ONNX Runtime nothing is checked.
+    A function for which ONNX Runtime has an operator of its own is written with that operator, if the operator gives
+    all trained codes. Any other is replaced by a table if one of its codes is not the trained one. Nothing happens if
+    ONNX Runtime is not installed.
 
     Args:
         proto: the file's content; changed in place.

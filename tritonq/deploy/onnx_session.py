@@ -15,7 +15,8 @@ _CPU_FLAGS = Path("/proc/cpuinfo")
 def products_saturate() -> bool:
     """Whether ONNX Runtime's products of uint8 and int8 saturate on this CPU: x86 without VNNI.
 
-    Its kernels add two products in 16 bits there: 255·127 + 255·127 becomes 32767. True if the CPU is not known.
+    Its kernels add two products in 16 bits there: 255·127 + 255·127 becomes 32767. False for CPUs other than x86; True
+    for x86 if its flags can't be read, as on other systems than Linux.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return False

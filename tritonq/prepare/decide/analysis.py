@@ -120,7 +120,7 @@ class Analysis:
     def follower(self, call: Call) -> Call | None:
         """Return the only call that reads the result of ``call``; None if several or none do.
 
-        Calls of ``nn.Identity`` are skipped.
+        None, too, if the model returns the result, or if that is no single tensor. ``nn.Identity`` is skipped.
         """
         value = self.value_of(call)
         reader = None if value is None else self.flow.single_consumer(value)

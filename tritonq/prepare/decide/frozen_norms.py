@@ -65,7 +65,8 @@ class FrozenNorm:
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
     """Return the frozen norm that a module computes.
 
-    None if it computes something else, or has parameters that train. Children may follow, such as an activation.
+    None if it computes something else, computes by other operations in another run, or has parameters that train.
+    Children may follow, such as an activation.
 
     Args:
         owner: qualified name of the module.

@@ -12,7 +12,10 @@ from tritonq.prepare.decide.analysis import Analysis
 
 
 def enters_island(value: int, analysis: Analysis) -> bool:
-    """Whether a value is read by an island alone; it may be moved, scaled and shifted by constants on the way."""
+    """Whether a value is read by an island alone; it may be moved, scaled and shifted by constants on the way.
+
+    False if the model returns the value, too, or if the island reads it as anything but its first input.
+    """
     call = analysis.flow.single_consumer(value)
     if call is None or analysis.flow.values[value].is_output:
         return False
