@@ -39,9 +39,9 @@ class AverageLayer(UnaryLayer):
     @property
     @abstractmethod
     def averaging(self) -> Averaging:
-        """The mean that the layer computes: which elements each mean takes, and what it divides by; no tensors.
+        """The mean that the layer computes, as data: which elements each mean takes, and what it divides by.
 
-        All of the layer's results follow from it.
+        An ``AxesAverage``, ``WindowAverage`` or ``AdaptiveAverage``.
         """
 
     def compute(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Average(AverageLayer):
         return self._averaging
 
     def extra_repr(self) -> str:
-        """Return the text of the mean for ``repr``."""
+        """Return the kind of mean and its axes or window as text, for ``repr``."""
         return repr(self._averaging)
 
 

@@ -154,7 +154,9 @@ class _Synchronized(torch.autograd.Function):
 
 
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Return running mean, running variance, momentum and eps of ``bn`` for one training step, and count the step.
+    """Return a `BatchNormState` of ``bn`` for one training step, and count the step.
+
+    It has running mean, running variance, momentum and eps.
 
     The running statistics are the module's own tensors, for the step to update. To count is to add 1 to
     ``num_batches_tracked``; a ``bn.momentum`` of None becomes 1 over that count, a float64 tensor. In a step that is

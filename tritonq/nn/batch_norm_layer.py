@@ -103,7 +103,10 @@ class QATBatchNormLayer(QATLayer):
 
     @property
     def mode(self) -> Mode:
-        """How training folds the BatchNorm; see the class."""
+        """How training folds the BatchNorm into the weight.
+
+        One of "approximate", "exact", "corrected" and "scale", whose formulas the class has.
+        """
         return self._mode
 
     @mode.setter
@@ -115,9 +118,9 @@ class QATBatchNormLayer(QATLayer):
         self._mode = mode
 
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
-        """Return the folded weight rounded to its grid.
+        """Return ``folded``, the weight with the BatchNorm folded in, rounded to its grid.
 
-        In mode "scale" the rounding is that of the weight before folding.
+        In mode "scale" codes are those that the weight has before folding; only their scale is multiplied.
         """
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):
@@ -178,7 +181,11 @@ class QATBatchNormLayer(QATLayer):
         return (*super().eval_key(), self.bn.eps, self._mode)
 
     def path_state(self) -> LayerState:
-        """Return the state by which the computation of :meth:`forward` is chosen, with the BatchNorm's part of it."""
+        """Return a `LayerState`: what decides which computation :meth:`forward` is.
+
+        Besides training, tracing and known grids it tells the mode of folding, whether the BatchNorm is frozen, and
+        whether one operator can do the training step.
+        """
         place = self.batch_norm_place.module
         frozen = self.freeze_bn or not self.bn.training or (place is not None and not place.training)
         fits = self.training and not frozen and self._mode == "approximate" and self._fits_operator()
@@ -193,7 +200,11 @@ class QATBatchNormLayer(QATLayer):
 
     @property
     def trains_in_one_operator(self) -> bool:
-        """Whether a training step in the present state is done by one operator."""
+        """Whether one operator computes a training step, in the present state of the layer.
+
+        It does in training in mode "approximate" with a BatchNorm that is not frozen and has no hooks, if it can round
+        the weight in its quantizer's place; not while ``torch.compile`` traces.
+        """
         return choose_path(self.path_state()) == "train_operator"
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -249,7 +260,7 @@ class QATBatchNormLayer(QATLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_running_stats(self) -> None:
-        """Reset the BatchNorm's running statistics."""
+        """Reset the BatchNorm's running statistics: mean 0, variance 1, and no batch counted."""
         self.bn.reset_running_stats()
 
     def train(self, mode: bool = True) -> QATBatchNormLayer:

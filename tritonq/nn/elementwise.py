@@ -81,7 +81,7 @@ class Joint(WithOutputQuantizer):
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers on whose grids a and b lie (None: unknown); neither operand is behind a ReLU."""
+        """Set the quantizers on whose grids a and b lie (None: unknown), when no ReLU comes before either."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -128,7 +128,7 @@ class Joint(WithOutputQuantizer):
         return self.joined(a, b)
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the result of :meth:`forward`; tracing for a file replaces this method by another function."""
+        """Return ``FQ(relu?(f(a, b)))``. It is apart from forward because tracing for a file replaces this method."""
         meet_hooks(self._producers, (a, b), self.training)
         if not self.training and can_use_codes(a) and can_use_codes(b) and (y := self._on_codes(a, b)) is not None:
             return y

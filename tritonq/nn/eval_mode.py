@@ -39,7 +39,7 @@ def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, computed in float; differentiable.
 
-    On a GPU one kernel does it if the table of launch sizes prefers that.
+    On a GPU one kernel does it where the table of launch sizes, which was measured, says that this is faster.
     """
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
@@ -55,7 +55,7 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, with sums in integers and the bias as int32 codes.
 
     ``x`` lies on the grid of the layer's input quantizer; the layer must know the grids of input and weight. The
-    gradient is that of :func:`eval_float`.
+    gradient is that of the same formula computed in float (:func:`eval_float`).
     """
     if can_use_codes(x):
         packed = _run_packed(layer, x, weight, bias)

@@ -33,7 +33,8 @@ class ActivationFormat(FixedPointFakeQuantize):
     ``|α| / levels``.
 
     Args:
-        like: the quantizer whose word length, momentum and choice are used.
+        like: the quantizer whose ``word_len``, ``momentum`` and ``choice`` (how a batch's fractional length is found)
+            are taken.
         signed: whether the tensor has negative values; if not, rounding it is its ReLU.
         scaled: False for a network's input, which holds real values: η is 1.
 
@@ -188,9 +189,9 @@ class FixedPointLayer(ReferringModule):
 
     @abstractmethod
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (not rounded) and bias (or None) for an input divided by η and an output divided by η_next.
+        """Return weight and bias (None: there is none) for an input divided by η and an output divided by η_next.
 
-        Both are differentiable. In eval mode they have the running statistics of a BatchNorm folded in.
+        Neither is rounded; both are differentiable. A BatchNorm is folded in with its running statistics.
         """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -246,9 +247,9 @@ class FixedPointLayer(ReferringModule):
     def is_integer(self) -> bool:
         """Whether eval mode computes in integers: input and weight are rounded, and so is the bias.
 
-        That is in the phase "fixed" with a ``bias_word_len``. Reads switches from the device.
-
-        Under ``torch.compile`` it is True if only :meth:`_integer_switch` can still say no, when the graph runs.
+        That is in the phase "fixed" with a ``bias_word_len``, while rounding is switched on and a fractional length of
+        the input is known. Reads switches from the device. While ``torch.compile`` traces, switches do not count: the
+        graph reads them when it runs.
         """
         if self.weight_fake_quant.phase != "fixed" or self.bias_word_len is None:
             return False

@@ -41,7 +41,8 @@ _BITS = 8
 def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the approximate mode, ``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, in one operator.
 
-    The operator takes the output's quantizer over, too, if it can.
+    ReLU and the output's quantizer follow; the operator computes them, too, if it can observe and round in the
+    quantizer's place.
     """
     layer.check_input(x)
     x, op = layer.linear_map.padded(x)
@@ -88,6 +89,8 @@ def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tenso
 def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
 
+    FQ_b rounds the bias to multiples of input scale × weight scale, as :func:`bias_on_grid` has it; ReLU and the
+    output's quantizer follow.
     Mean and biased variance are those of ``op(x, W)``, and gradients flow through them: the layer runs twice. They also
     update the running statistics. The second time one kernel computes it with its bias and ReLU, if the kernel is
     faster.
@@ -122,6 +125,8 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
 def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
+    FQ_b rounds the bias to multiples of input scale × weight scale, as :func:`bias_on_grid` has it; ReLU and the
+    output's quantizer follow.
     ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with ``u = -1`` where γ < 0, else
     1. One kernel computes it with its ReLU, if the kernel is faster.
     """

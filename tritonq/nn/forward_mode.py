@@ -18,13 +18,17 @@ from torch.overrides import TorchFunctionMode
 
 
 class ForwardMode(TorchFunctionMode):
-    """Base of torch function modes that watch the calls of one forward, but not those inside of quantized layers."""
+    """Base of torch function modes that are called for the torch functions of one forward.
+
+    Quantized layers switch them off while they compute (:class:`RestingModes`), so that their own calls are not seen.
+    """
 
 
 class RestingModes:
     """Context manager that switches off each :class:`ForwardMode` at the top of torch's stack of function modes.
 
-    It removes them down to the first mode of another class, and puts them back, in order, behind the block.
+    It removes them, from the top down to the first mode of another class, and puts them back, in order, when the block
+    ends.
     """
 
     __slots__ = ("_modes",)

@@ -34,13 +34,13 @@ _RANGE_OBSERVERS = (
 
 
 def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, RangeStatistics] | None:
-    """Return grid and observed range of a quantizer, for an operator that observes and rounds in its place.
+    """Return grid and running range of a quantizer, for an operator that observes and rounds in its place.
 
-    None: the quantizer's module must run itself. That is so for quantizers that are no ``FakeQuantize`` with a min-max
-    observer, for modules with hooks, and for an empty ``x``.
+    None: the quantizer's module must run itself. That is so unless it is a plain `FakeQuantize` to integers, without
+    groups, with a min-max observer of its own process; if either has hooks; and for an empty ``x``.
 
     Args:
-        quantizer: the quantizer; it is prepared for this training step.
+        quantizer: the quantizer; in training it forgets a range that came from the example inputs of ``prepare_qat``.
         x: an operand of the operation whose result is observed; None: it is not empty.
     """
     if not has_observed_grid(quantizer) or (x is not None and x.numel() == 0):
@@ -75,9 +75,10 @@ def has_observed_grid(quantizer: nn.Module) -> bool:
 
 
 def fixed_grid(quantizer: nn.Module) -> Grid | None:
-    """Return the grid of a per-tensor FakeQuantize in eval mode, for an operator that rounds to it.
+    """Return the grid of a quantizer in eval mode, for an operator that rounds to it in the quantizer's place.
 
-    None: the quantizer's module must run itself. That is also so before it has observed anything: it then warns.
+    None: the quantizer's module must run itself. That is so unless it is a plain `FakeQuantize` to integers with one
+    scale, in eval mode, without hooks, that has observed something; if it has not, running it warns.
     """
     if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
         return None
@@ -87,7 +88,10 @@ def fixed_grid(quantizer: nn.Module) -> Grid | None:
 
 
 def warn_if_unobserved(quantizer: nn.Module) -> None:
-    """Warn as the quantizer would, if an operator in its place did not round because no range was observed yet."""
+    """Warn once that values pass unrounded, if ``quantizer`` is a `FakeQuantize` that has observed nothing.
+
+    For operators that round in a quantizer's place. While ``torch.compile`` traces nothing is said.
+    """
     if torch.compiler.is_compiling():
         return
     if isinstance(quantizer, FakeQuantize) and not quantizer.has_qparams():
@@ -152,7 +156,7 @@ def describe_relu(ceiling: float | None) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward or backward hooks."""
+    """Whether a module itself has hooks: forward or backward, before or after it runs; children do not count."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

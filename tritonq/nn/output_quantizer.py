@@ -58,14 +58,17 @@ def is_grid_source(module: object) -> TypeGuard[GridSource]:
 
 
 def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
-    """Return the output quantizer of a producer, which may be the producer itself; None if it has none or is None."""
+    """Return the output quantizer of ``producer``, a module that puts a tensor on a grid.
+
+    That is the producer itself if it is a quantizer. None if it has none or is None.
+    """
     if producer is None or is_grid_source(producer):
         return cast("nn.Module | None", producer)
     return producer._modules.get("activation_post_process")
 
 
 def ends_in_relu(producer: nn.Module | None) -> bool:
-    """Whether a producer computes a ReLU before its quantizer; False for None.
+    """Whether ``producer``, a module that puts a tensor on a grid, computes a ReLU before its quantizer.
 
     That is so for a module with a ``ceiling`` (infinity for a plain ReLU, 6 for ReLU6), and for a ReLU, ReLU6 or
     ``Hardtanh(0, b)`` module with a quantizer of its own.
@@ -89,8 +92,9 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
 def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor], training: bool) -> None:
     """Watch hooks that users put, since preparation, on modules between each operand's quantizer and its reader.
 
-    Outside of training also find out whether such a hook has changed the operand: whether it is off its quantizer's
-    grid. The Reference to the quantizer is then empty, so that the reader computes in float.
+    To watch a hook is to note whether it changes what it is given. Outside of training also find out whether such a
+    hook has changed the operand already: whether it is off its quantizer's grid. The Reference to the quantizer is then
+    empty, so that the reader computes in float.
 
     Args:
         references: for each operand the Reference to the module that rounds it.

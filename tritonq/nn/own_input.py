@@ -14,9 +14,10 @@ INPUT_QUANTIZER = "input_fake_quant"
 
 
 def quantize_read(quantizer: nn.Module, x: Tensor, observes: bool) -> Tensor:
-    """Return ``quantizer(x)``.
+    """Return ``x`` rounded by ``quantizer``, whose range is updated with it in training.
 
-    Without ``observes`` its range is not updated, since another reader of ``x`` does that.
+    ``observes`` False: the range stays, since another reader of ``x`` updates it. A quantizer with a forward of its own
+    is called all the same, and decides itself.
     """
     # A quantizer with a forward of its own decides itself.
     if not observes and type(quantizer).forward is FakeQuantize.forward:
@@ -64,9 +65,12 @@ class QuantizedBehindClip(nn.Module):
         return self._behind_clip.module
 
     def set_quantizer_behind_clip(self, quantizer: Referred) -> None:
-        """Set :attr:`quantizer_behind_clip`; None: there is none."""
+        """Set the quantizer of the clip that follows the layer, or a Reference to it; None: no clip follows."""
         self._behind_clip = Reference.to(quantizer)
 
     def last_quantizer(self, own: nn.Module) -> nn.Module | None:
-        """Return the output quantizer ``own``; if that is an Identity, the quantizer behind the clip or None."""
+        """Return the quantizer that rounds the layer's output: its own, or that of the clip behind it.
+
+        ``own`` is the child for the output; if it is an Identity, the clip's quantizer is returned, None without one.
+        """
         return self.quantizer_behind_clip if isinstance(own, nn.Identity) else own

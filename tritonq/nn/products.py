@@ -23,6 +23,8 @@ from tritonq.qconfig import QConfig
 class MatMul(Joint):
     """``FQ(relu?(a @ b))`` of matrices or batches of them, as :func:`torch.matmul` takes them.
 
+    The arguments are ``ceiling=None`` and ``qconfig=None``, as :class:`Joint` has them.
+
     In eval mode, if both operands lie on known grids, the products are summed in integers and rounded once: ``code =
     round(Σ u v · (s_a s_b / s_out)) + z`` with u, v the codes minus zero points.
 

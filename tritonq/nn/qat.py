@@ -133,8 +133,8 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | Reference[FakeQuantizeBase] | None) -> None:
         """Set the quantizer on whose grid this layer's input lies, or a Reference to it; None: unknown. It is no child.
 
-        Eval mode computes in exact integers with an int32 bias, as the deployed layer does, if it (one scale) and the
-        weight's (no groups) are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
+        Eval mode computes in exact integers, as the deployed layer does, if it has one scale, the weight's has no groups,
+        and both are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
         """
         self._input_quantizer = Reference.to(quantizer)
 
@@ -240,11 +240,11 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return folded if is_nearest else self.quantized_folded_weight(folded)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the present weight as its quantizer gets it in training."""
+        """Return the present weight as its quantizer gets it in training: not rounded, with a BatchNorm folded in."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
-        """Return the state by which ``choose_path`` chooses the computation of :meth:`forward`."""
+        """Return a `LayerState`, by which forward's computation is chosen: training, tracing, known grids."""
         tracing = torch.compiler.is_compiling()
         knows_grids = not (self.training or tracing) and self._knows_grids()
         return LayerState(self.training, tracing, knows_grids)
@@ -262,9 +262,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             return self.compute(input, weight, bias)
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the result of :meth:`forward` for a given weight and bias, neither folded nor rounded.
+        """Return operation, BatchNorm, ReLU (if any) and fake quantization for a weight and bias that are not folded.
 
-        The forward has switched torch function modes off.
+        The forward calls it with torch function modes switched off; neither weight nor bias is rounded yet.
         """
         input = self.quantized_input(input)
         meet_hooks((self._input_quantizer,), (input,), self.training)
@@ -295,9 +295,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def packed(self) -> Memo[PackedLayer | None]:
-        """The memo of the layer in the form of torch's integer kernels (None: they can't run it).
+        """A memo, which eval mode fills, of the layer in the form of torch's integer kernels (None: they can't run it).
 
-        It is filled when needed, and not copied with the layer.
+        It is made anew when a weight or grid has changed, emptied by ``train()``, and not copied with the layer.
         """
         found: Memo[PackedLayer | None] = self.__dict__.setdefault("_packed", Memo())
         return found
@@ -344,9 +344,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @torch.no_grad()
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
-        """Return this layer in integers, for a given weight and bias.
+        """Return codes of weight and bias as an `IntegerAffine`, for a given folded weight and bias (None: no bias).
 
-        None if an input or weight grid is unknown or off.
+        None if an input or weight grid is unknown, off, no grid of integers, or has groups.
         """
         if not self._knows_grids():
             return None

@@ -100,7 +100,7 @@ class HookPlace(NamedTuple):
     known: frozenset[int]
 
     def unwatched(self) -> list[int]:
-        """Return the keys of users' hooks that were put here since and are not watched."""
+        """Return the keys of users' hooks that were put here after the model was recorded and are not watched yet."""
         return [
             key
             for key, hook in self.hooks.items()
@@ -132,7 +132,10 @@ class Route:
         self._dicts = tuple(place.hooks for place in hooks)
 
     def change(self) -> str | None:
-        """Return what has changed on the way, as text: another module stands in a place, or a hook changes tensors."""
+        """Return what has changed on the way, as text for a warning; None: nothing.
+
+        A change is another module, or none, in one of the places, or a hook of a user that changes tensors.
+        """
         for place in self.places:
             if place.siblings.get(place.attribute) is not place.module and not place.is_kept():
                 occupant = place.siblings.get(place.attribute)
@@ -199,7 +202,7 @@ class Reference(Generic[M]):
 
     @classmethod
     def to(cls, module: M | Reference[M] | None) -> Reference[M]:
-        """Return a Reference to a module; one that is given is returned."""
+        """Return a Reference to ``module``; a Reference is returned as it is. None: one that refers to nothing."""
         return module if isinstance(module, Reference) else cls(module)
 
     @property
@@ -217,10 +220,10 @@ class Reference(Generic[M]):
         return None if self.route is None else self.route.change()
 
     def meet(self, x: Tensor, lies_on_grid: Callable[[M, Tensor], bool] | None) -> None:
-        """Watch users' hooks that are new on the route, and find out whether they have changed a tensor.
+        """Watch users' hooks that are new on the route, and find out whether they have changed the tensor ``x``.
 
-        They have run before anybody watched them: if x is off the grid, all new hooks count as hooks that change
-        tensors.
+        To watch a hook is to note whether it returns another tensor than it was given. New hooks have run for ``x``
+        before they were watched: if ``x`` is off the grid, they all count as hooks that change tensors.
 
         Args:
             x: the tensor as it arrived.

@@ -249,7 +249,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     @property
     def ends_in_ceiling(self) -> bool:
-        """Whether the activation is a ReLU or the like, or missing, so that a kernel can do it."""
+        """Whether the activation is a ReLU, ReLU6 or ``Hardtanh(0, b)``, or missing, so that a kernel can do it."""
         return self.activation is None or self.ceiling is not None
 
     def rectified(self, y: Tensor) -> Tensor:
@@ -266,9 +266,10 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return self
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
-        """Return the quantizer that rounds the convolution's sums to one grid.
+        """Return the quantizer of the block's output if the convolution's sums can be rounded to its grid at once.
 
-        None if the activation is no ReLU or Identity.
+        None if it is per channel or missing, or if the activation is neither missing nor an Identity, ReLU, ReLU6 or
+        ``Hardtanh(0, b)``.
         """
         on_grid = self.activation is None or self.ceiling is not None or isinstance(self.activation, nn.Identity)
         return super().output_quantizer() if on_grid else None

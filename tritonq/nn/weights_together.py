@@ -26,8 +26,9 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
     Only the forward changes; gradients still arrive layer by layer. All weights' codes exist at once, four bytes for
     each weight.
 
-    Layers that the operator cannot take work as before: with another mode of folding, other quantizers, weights that
-    aren't float32, or on a device without kernels. Under ``torch.compile`` nothing changes. It must not be used with
+    Layers that the operator cannot take work as before: with another mode of folding than "approximate", a quantizer
+    that is no plain `FakeQuantize` with a min-max observer per channel, hooks, a frozen BatchNorm, weights that aren't
+    float32, or on a device without kernels. Under ``torch.compile`` nothing changes. It must not be used with
     sharded parameters (FSDP2), which are whole only inside of their layers.
 
     Args:
