@@ -95,8 +95,9 @@ def is_interpreting() -> bool:
 def select(x: Tensor, backend: Backend = "auto") -> Chosen:
     """Return the backend for a call on ``x``: ``"triton"``, ``"torch"`` or ``"compiled"``.
 
-    ``"auto"`` is what :func:`use_backend` says. If that is ``"auto"``, too, CUDA and HIP tensors run kernels if triton
-    is installed, and with ``TRITON_INTERPRET=1`` CPU tensors run the same kernels in Triton's interpreter. All else
+    ``"auto"`` is what the block of :func:`use_backend` around the call chose. If that is ``"auto"``, too, or there is
+    no such block, CUDA and HIP tensors run kernels if triton is installed, and with ``TRITON_INTERPRET=1`` CPU tensors
+    run the same kernels in Triton's interpreter. All else
     runs PyTorch, float64 among it. ``"compiled"`` is chosen only if it is asked for.
 
     Raises:
@@ -122,9 +123,10 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
     """Return the module of family ``name``, such as ``"fake_quant"``, that computes on ``x``.
 
-    It is of ``tritonq.kernels``, ``tritonq.reference`` or ``tritonq.compiled``, as :func:`select` says for ``x`` and
-    ``backend``, with its errors; a family that has no C++ takes the reference instead. While torch's profiler runs,
-    each call of a function in it is recorded as a range such as ``"tritonq.fake_quant.fake_quantize (triton)"``.
+    It is of ``tritonq.kernels`` for the backend "triton", ``tritonq.compiled`` for "compiled" and ``tritonq.reference``
+    for "torch", where :func:`select` chooses the backend for ``x`` (and raises its errors); a family that has no C++
+    takes the reference instead. While torch's profiler runs, each call of a function in it is recorded as a range such
+    as ``"tritonq.fake_quant.fake_quantize (triton)"``.
     """
     return _module(select(x, backend), name)
 

@@ -48,8 +48,9 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         self._switch_read: tuple[tuple[int, int], bool] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """Return one element on the device, bool or uint8: whether scale and zero point rest on data.
+        """Return one element on the device, bool or uint8: whether scale and zero point follow from data.
 
+        That is: from observed values, or from a loaded state that did.
         Until it is true, values pass through unrounded. Nothing may be read back from the device here.
 
         Raises:
@@ -58,9 +59,9 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
 
     def has_qparams(self) -> bool:
-        """Whether scale and zero point rest on data.
+        """Whether scale and zero point follow from data, observed here or loaded, so that values can be rounded.
 
-        Once that is true it is remembered, and the device is not read again.
+        Once that is true it is remembered, and the device is not read again. Until then each call reads it.
         """
         if not self._qparams_known:
             self._qparams_known = bool(self.rests_on_data())
@@ -69,14 +70,15 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def is_enabled_on_host(self) -> bool:
         """Whether :meth:`forward` rounds: it is switched on and has a scale.
 
-        Synchronises only after a switch was changed.
+        Synchronises with the device only after a switch was changed, or while no scale is known.
         """
         return self.is_switched_on_host() and self.has_qparams()
 
     def enabled_on_device(self) -> Tensor:
-        """Return a uint8 tensor (1,): 1 if :meth:`forward` rounds, as :meth:`is_enabled_on_host`.
+        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds, being switched on and having a scale.
 
-        Never synchronises.
+        The switch is not read on the host. Whether there is a scale is, as :meth:`has_qparams` has it, but not while
+        ``torch.compile`` traces.
         """
         known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
@@ -128,7 +130,7 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
 
     @property
     def dtype(self) -> torch.dtype | QuantizedType | str:
-        """The dtype that the observer was made for. Without one, torch's dtype of the codes; ``qtype`` if none fits."""
+        """The observer's argument ``dtype``; without one torch's dtype of the codes, or ``qtype`` if none fits."""
         observer = getattr(self, "activation_post_process", None)
         return observer.dtype if isinstance(observer, ObserverBase) else self.qtype.torch_dtype or self.qtype
 

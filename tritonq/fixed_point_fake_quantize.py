@@ -122,7 +122,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self._make_buffers(num_channels)
 
     def rests_on_data(self) -> Tensor:
-        """Return the buffer ``observed``: 1 if a training batch was seen."""
+        """Return the buffer ``observed``, uint8 (1,): 1 if a training batch was seen, also before a loaded state."""
         return self.observed
 
     def is_enabled_on_host(self) -> bool:
@@ -134,7 +134,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.phase == "fixed" and super().is_enabled_on_host()
 
     def enabled_on_device(self) -> Tensor:
-        """Return whether :meth:`forward` rounds, as :meth:`is_enabled_on_host`: a uint8 tensor (1,) on the device."""
+        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds.
+
+        It rounds in phase ``"fixed"``, while switched on, once a fractional length was observed or loaded.
+        """
         return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:

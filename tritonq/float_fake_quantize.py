@@ -148,7 +148,11 @@ class FloatFakeQuantize(SwitchedQuantizer):
             self.amax_history.resize_(len(self.amax_history), num_channels).zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
+        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format.
+
+        Until a finite value was observed, or while switched off, the values of ``x`` are returned; in eval mode a
+        UserWarning says once that nothing was observed.
+        """
         if self.has_observed_scale:
             if self.blocks is None and self.ch_axis is not None:
                 self.allocate(x.shape[check_axis(x, self.ch_axis)])

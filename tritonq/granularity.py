@@ -97,7 +97,10 @@ def describe_granularity(granularity: Granularity) -> str:
 
 
 def granularity_of(quantizer: nn.Module) -> Granularity:
-    """Return which elements share a scale of ``quantizer``; without an attribute ``qtype``, all elements share one."""
+    """Return which elements of its tensor share a scale of ``quantizer``, as its ``qtype`` says.
+
+    For a module without ``qtype`` it is the granularity of one scale for the whole tensor.
+    """
     qtype = getattr(quantizer, "qtype", None)
     return Granularity() if qtype is None else qtype.granularity
 

@@ -269,7 +269,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Return grid and switches as text, for ``repr``."""
+        """Return type, switches and whether the parameters are set as text, for ``repr``."""
         return (
             f"{self.qtype}, initialized={bool(self.initialized)}, fake_quant={bool(self.fake_quant_enabled)}, "
             f"observer={bool(self.observer_enabled)}"

@@ -135,9 +135,10 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; with another ``init`` what the first scale follows from is updated as well.
+        """Let the observer see ``x``; with ``init="lsq"`` or ``"mse"`` add to the sums for the first scale, too.
 
-        The parameters stay as they are until :meth:`initialize`.
+        They are the sums of ``|x|``, or of the scales with the least squared error, from which :meth:`initialize`
+        computes the scale. The parameters stay as they are until then.
         """
         super().observe(x)
         if self.init == "observer":

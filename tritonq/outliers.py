@@ -72,7 +72,7 @@ class LateReading:
     """The largest magnitude in a device's range, copied to the host without waiting and read by a later call.
 
     Args:
-        period: begin a copy in one of so many calls.
+        period: in one of so many calls a copy of the range to the host is begun.
     """
 
     def __init__(self, period: int = _PERIOD) -> None:
@@ -82,9 +82,10 @@ class LateReading:
         self._is_under_way = False
 
     def latest(self, low: Tensor, high: Tensor) -> float | None:
-        """Begin to copy the range ``low`` to ``high`` to the host; return ``max(-low, high)`` of an earlier call.
+        """Return ``max(-low, high)`` of a range that an earlier call began to copy, if its copy has just arrived.
 
-        None if nothing has arrived since the last call.
+        None if none has arrived since the last call. In every ``period``-th call a copy of ``low`` and ``high`` to the
+        host is begun, unless one is still under way.
 
         Args:
             low: minimum of a range, on the device.

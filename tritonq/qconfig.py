@@ -192,7 +192,7 @@ def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
 
 
 def observe_only(quantizer: Callable[..., FakeQuantize], **arguments: Any) -> FakeQuantize:
-    """Return a new fake quantizer that observes and does not round, until ``enable_fake_quant`` or ``calibrate``."""
+    """Return ``quantizer(**arguments)``, which does not round before ``enable_fake_quant`` or ``calibrate``."""
     made = quantizer(**arguments)
     made.disable_fake_quant()
     return made

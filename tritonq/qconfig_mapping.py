@@ -112,6 +112,8 @@ class QConfigMapping:
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for the module at path ``"layer1.0"`` and all in it.
 
+        None leaves them in float.
+
         Raises:
             ValueError: ``module_name`` is empty or no string.
             TypeError: ``qconfig`` is neither None nor a QConfig.
@@ -149,7 +151,7 @@ class QConfigMapping:
 
     @property
     def needs_order(self) -> bool:
-        """Whether a rule is for the first or last layer, so that :meth:`resolve` needs to know which these are."""
+        """Whether a rule is for the first or last layer, so that :meth:`resolve` must be told which these are."""
         return self.first is not None or self.last is not None
 
     def qconfigs(self) -> Iterator[Choice]:
@@ -255,11 +257,16 @@ def _upwards(name: str) -> Iterator[str]:
 
 
 def check_qconfig(found: object, where: str, expected: str = "a QConfig or None") -> None:
-    """Check a QConfig that a user gave, as ``where`` in the error's text; None is not one.
+    """Check that what a user gave is a QConfig with factories of quantizers and known options; None is not one.
+
+    Args:
+        found: what was given.
+        where: what the error's text calls it, such as the name of an argument.
+        expected: what the error's text says was expected.
 
     Raises:
-        TypeError: it is something else, or what should make its quantizers does not.
-        ValueError: an unknown target, folding or way with islands.
+        TypeError: it is something else, a factory is no function or class, or ``round_summands`` is no bool.
+        ValueError: an unknown target, folding or choice for islands.
     """
     if not isinstance(found, QConfig):
         raise TypeError(f"{where} must be {expected}, got {describe_wrong_qconfig(found)}")

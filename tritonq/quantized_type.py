@@ -202,7 +202,7 @@ class QuantizedType:
 
     @property
     def granularity(self) -> Granularity:
-        """Which elements of a tensor share a scale."""
+        """The :class:`Granularity` of ``axis`` and ``group``, which says what elements of a tensor share a scale."""
         return Granularity(self.axis, self.group)
 
     @property
@@ -211,7 +211,7 @@ class QuantizedType:
         return self if self.group is None else replace(self, axis=0, group=None)
 
     def to_data(self) -> dict[str, Any]:
-        """Return the fields by name, as files hold them; ``group`` is left out without groups."""
+        """Return a dict of the fields by name, as files hold them; ``group`` is left out without groups."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.group is None:
             del named["group"]
@@ -319,7 +319,7 @@ def type_from_arguments(
     """Return the :class:`QuantizedType` that torch.ao's observer arguments describe.
 
     Args:
-        dtype: a torch dtype, a type's name, or a QuantizedType, with which the others must agree.
+        dtype: a torch dtype, a type's name ("qint4"), or a QuantizedType, which the other arguments mustn't contradict.
         qscheme: None: per tensor, affine.
         reduce_range: for 8 bits, halve the smallest and largest code.
         quant_min: smallest code; None, with ``quant_max``: all codes of the dtype.

@@ -76,9 +76,9 @@ class SharesRange(nn.Module):
         return RankState()
 
     def follow_ranks(self) -> None:
-        """Update what depends on shared tensors and is not in ``RankState.grid``; called after each merge.
+        """Update what depends on the tensors of :meth:`rank_state`, after they were made equal on all ranks.
 
-        This base class has nothing to update.
+        Scale and zero point in ``RankState.grid`` are updated already. This base class has nothing else.
         """
 
 
@@ -87,7 +87,10 @@ _QUANTIZERS: WeakKeyDictionary[nn.Module, list[SharesRange]] = WeakKeyDictionary
 
 
 def join_ranks() -> None:
-    """Let the DistributedDataParallel whose forward is running, if there is one, merge ranges after each forward."""
+    """Let the DistributedDataParallel whose forward is running merge its quantizers' ranges after each forward.
+
+    Quantizers call it when they observe. Nothing happens if none is running, or if it does so already.
+    """
     if torch.compiler.is_compiling():
         _join_while_tracing()
     else:
@@ -127,7 +130,7 @@ def _join() -> None:
 def share_ranges(parallel: DistributedDataParallel, inputs: Any, output: Any) -> None:
     """Merge the ranges of a model in training mode over its ranks; a forward hook of DistributedDataParallel.
 
-    All ranks take the smallest minimum and the largest maximum of all, see :class:`RankState`.
+    All ranks take the smallest minimum and the largest maximum of all; where scales are trained, the first rank's.
 
     Nothing is merged under ``parallel.join()``: ranks whose data have ended run no forward.
 

@@ -17,8 +17,8 @@ class Target:
     """An engine, and what training must know of it.
 
     Attributes:
-        name: what presets call it.
-        onnx: form of its ONNX files.
+        name: the engine's name in a preset, such as ``"tensorrt"``.
+        onnx: form of its ONNX files: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``.
         fuses_functions: True: it computes a layer and the function behind it (SiLU, Hardswish and the like) as one
             operation in float, so that the layer's own result is not rounded. False: the function reads codes, so that
             values are rounded before and after it.
@@ -76,7 +76,9 @@ def find_target(name: str | None) -> Target:
 
 
 def onnx_form_named(name: str) -> OnnxForm:
-    """Return the form of ONNX file with a name (``"qdq"``), or that which a target (``"openvino"``) reads.
+    """Return the form of ONNX file for the name of a form or of a target.
+
+    A form ("onnxruntime", "tensorrt", "qdq") is returned itself, a target ("openvino") gives the form that it reads.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

@@ -43,7 +43,7 @@ class QuantizerCheckError(AssertionError):
 
     Args:
         name: of the class or function that makes the quantizer.
-        failed: what went wrong, by name of the check.
+        failed: what went wrong, as text by name of the check.
 
     Attributes:
         failed: what went wrong, by name of the check.

@@ -10,7 +10,7 @@ _FLAG = "_warned"
 def warn_once(
     owner: object, text: str, category: type[Warning] = UserWarning, stacklevel: int = 1, flag: str = _FLAG
 ) -> None:
-    """Warn unless ``owner`` has warned before.
+    """Give the warning ``text`` unless ``owner`` has been warned of before under the same ``flag``.
 
     The memory is an attribute of ``owner`` and lives as long; copies and pickles of ``owner`` carry it along.
 
@@ -27,5 +27,5 @@ def warn_once(
 
 
 def silence(owner: object) -> None:
-    """Let ``owner`` give no warning of :func:`warn_once` from now on."""
+    """Mark ``owner`` as having warned, so that :func:`warn_once` with the default ``flag`` gives no warning for it."""
     setattr(owner, _FLAG, True)

@@ -202,8 +202,8 @@ class QATBatchNormLayer(QATLayer):
     def trains_in_one_operator(self) -> bool:
         """Whether one operator computes a training step, in the present state of the layer.
 
-        It does in training in mode "approximate" with a BatchNorm that is not frozen and has no hooks, if it can round
-        the weight in its quantizer's place; not while ``torch.compile`` traces.
+        It does in training mode, in mode "approximate", with a BatchNorm that is not frozen and has no hooks, if the
+        weight is not rounded or the operator can observe and round in its quantizer's place.
         """
         return choose_path(self.path_state()) == "train_operator"
 

@@ -133,8 +133,8 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | Reference[FakeQuantizeBase] | None) -> None:
         """Set the quantizer on whose grid this layer's input lies, or a Reference to it; None: unknown. It is no child.
 
-        Eval mode computes in exact integers, as the deployed layer does, if it has one scale, the weight's has no groups,
-        and both are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
+        Eval mode computes in exact integers, as the deployed layer does, if it has one scale, the weight's has no
+        groups, and both are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
         """
         self._input_quantizer = Reference.to(quantizer)
 
@@ -295,7 +295,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def packed(self) -> Memo[PackedLayer | None]:
-        """A memo, which eval mode fills, of the layer in the form of torch's integer kernels (None: they can't run it).
+        """A memo, filled by eval mode, of the layer in the form of torch's integer kernels, or of None if it has none.
 
         It is made anew when a weight or grid has changed, emptied by ``train()``, and not copied with the layer.
         """
