@@ -53,7 +53,7 @@ def allocate_bits(
         data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them. The first batch also
             shows how the model runs. All of it runs once per layer and width, so some hundred samples are enough.
         budget: for all quantized layers together, scales and biases not counted.
-        unit: of ``budget``.
+        unit: of ``budget``: ``"bytes"`` of weights, or ``"bit_operations"`` per sample.
         widths: bits to choose from.
         activation_bits: of all activations.
         make_qconfig: makes a qconfig of bits of weights and of activations; by default the preset ``"lsq_w4a4"`` and

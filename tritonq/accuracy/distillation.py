@@ -85,7 +85,12 @@ class Distillation:
         return keep
 
     def loss(self, outputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of the student's ``outputs``, a float32 scalar; the rest are the arguments it was run on.
+        """Return the distillation loss, a float32 scalar with gradients to the student.
+
+        Args:
+            outputs: what the student returned.
+            *args: the positional arguments that it was called with; the teacher is called with the same.
+            **kwargs: the named ones.
 
         Raises:
             ValueError: outputs or features of another shape than the teacher's, or features without a training forward
@@ -116,7 +121,7 @@ class Distillation:
         return F.mse_loss(student, teacher) / teacher.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def close(self) -> None:
-        """Remove the hooks from both models; features are not read any more."""
+        """Remove the hooks from both models: features are not read any more, and a loss with features fails."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

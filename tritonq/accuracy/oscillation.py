@@ -117,7 +117,9 @@ class OscillationFreezing:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update f and a with the present codes, freeze what exceeds the threshold, and set frozen weights back.
+        """Update f and a with the present codes, freeze weights whose f exceeds the threshold, set frozen ones back.
+
+        f is how often a weight turns, a its mean code.
 
         The first call only notes the codes. Weights change in place; quantizers stay as they are.
         """
@@ -147,7 +149,7 @@ class OscillationFreezing:
         return sum(int(memory.frozen.sum()) for memory in self._memories.values()) / max(1, sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: tensors by layer and name."""
+        """Return the state for a checkpoint: codes, averages and what is frozen, as tensors by layer and name."""
         return {name: dict(vars(memory)) for name, memory in self._memories.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

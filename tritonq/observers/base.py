@@ -117,7 +117,7 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
 
     @property
     def zero_point_is_zero(self) -> bool:
-        """Whether every zero point that this observer can propose is 0."""
+        """Whether every zero point that this observer can propose is 0, so that operators need not read it."""
         # torch's fused operator turns a one-sided symmetric range into an affine one.
         return self.fixed_zero_point == 0 and self.rule != "torch_v1"
 
@@ -211,10 +211,11 @@ class RangeObserver(ObserverBase):
         self.max_val.resize_(num_channels).fill_(-torch.inf)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Update the range with ``x`` by :meth:`observe`, and return ``x`` itself.
+        """Update the range with ``x``, and return ``x`` itself.
 
-        The range is updated in training and in eval mode, and whatever the switches of a quantizer say: a FakeQuantize
-        calls :meth:`observe` instead. Nothing is observed while activation checkpointing runs a forward again.
+        The range is updated in training and in eval mode, and whatever the switches of a quantizer say, since a
+        FakeQuantize calls :meth:`observe` instead. Nothing is observed while activation checkpointing runs a forward
+        again.
         """
         if not is_recomputing():
             self.observe(x, None, None)
@@ -270,7 +271,10 @@ class RangeObserver(ObserverBase):
         return self.min_val, self.max_val
 
     def calculate_qparams(self) -> QParams:
-        """Return scale and zero point of :meth:`search_range`: (1,) or (channels,)."""
+        """Return scale and zero point for what was observed so far, (1,) or (channels,).
+
+        They follow, by the observer's ``rule``, from the range of :meth:`search_range`.
+        """
         low, high = (end.reshape(-1) for end in self.search_range())
         return range_to_qparams(low, high, self.qtype, rule=self.rule, eps=self.eps)
 

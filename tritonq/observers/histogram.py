@@ -155,7 +155,10 @@ class HistogramObserver(RangeObserver):
             self.common_histogram = torch.zeros_like(self.histogram)
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return each buffer that observing changes, with the number that it holds before: 0 for the histogram."""
+        """Return pairs of a buffer that observing changes and the number that it holds before.
+
+        Besides those of the base class they are the histogram and the counts that all ranks have in common, all 0.
+        """
         counts = (self.histogram, self.common_histogram, self.common_nonfinite)
         return [*super().empty_state(), *((count, 0) for count in counts)]
 
@@ -167,7 +170,10 @@ class HistogramObserver(RangeObserver):
         return [self.histogram - self.common_histogram, self.nonfinite_count - self.common_nonfinite]
 
     def add_shared(self, counts: Tensor, nonfinite: Tensor) -> None:
-        """Replace this rank's :meth:`own_counts` by ``counts`` and ``nonfinite``, their sums over all ranks."""
+        """Put ``counts`` and ``nonfinite``, the sums of all ranks' :meth:`own_counts`, in the place of this rank's own.
+
+        The buffers then hold what all ranks have counted, and :meth:`own_counts` are zeros.
+        """
         self.common_histogram.add_(counts)
         self.common_nonfinite.add_(nonfinite)
         self.histogram.copy_(self.common_histogram)

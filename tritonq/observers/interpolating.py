@@ -158,9 +158,9 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.max_val.fill_(limits[1])
 
     def over(self, limits: Range) -> Tensor:
-        """Return the counts over a range ``limits`` that contains the running one: float64 (bins,), on the CPU.
+        """Return the histogram's counts over another range: float64 (bins,), on the CPU.
 
-        They are zeros if nothing was observed.
+        ``limits`` is that range, ``(low, high)``, which contains the running one. Zeros if nothing was observed.
         """
         return self._rebinned(self.histogram, self._limits(), limits)
 
@@ -173,14 +173,14 @@ class InterpolatingHistogramObserver(RangeObserver):
     def own_counts(self, limits: Range) -> Tensor:
         """Return the counts that this rank has not shared yet, over the range ``limits``: float64 (bins,), on the CPU.
 
-        ``limits`` contains the running range.
+        ``limits`` is ``(low, high)`` and contains the running range.
         """
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
-        """Replace this rank's :meth:`own_counts` by ``counts``, their sum over all ranks.
+        """Put ``counts``, the sum of all ranks' :meth:`own_counts`, in the place of this rank's own in the histogram.
 
-        The range becomes ``limits``, over which they are counted.
+        The range becomes ``limits``, ``(low, high)``, over which they are counted.
         """
         self._adopt(self._common_over(limits) + counts, limits)
         self.mark_common()
@@ -226,7 +226,8 @@ class InterpolatingHistogramObserver(RangeObserver):
     def empty_state(self) -> list[tuple[Tensor, float]]:
         """Return pairs of a buffer, or a part of one, that observing changes and the number that it holds before.
 
-        It is 0 for the histogram and for what ranks hold in common, whose range is +inf to -inf.
+        Besides those of the base class they are the histogram and the counts that all ranks have in common (0), and the
+        ends of these counts' range (+inf and -inf).
         """
         counts = [(self.histogram, 0), (self.common_histogram, 0)]
         return [

@@ -50,12 +50,14 @@ class MinMaxObserver(RangeObserver):
         implementation("min_max", x).observe(x, self.statistics(enabled), grid)
 
     def statistics(self, enabled: Tensor | None, frozen: bool = False, has_data: bool = False) -> RangeStatistics:
-        """Return the running range and how a batch changes it, as operators take it.
+        """Return a `RangeStatistics`: the running range and how a batch changes it, for operators that observe.
+
+        Its tensors are the observer's own buffers, which such an operator updates in place.
 
         Args:
             enabled: one element on the device; 0 leaves the range as it is. None: always on.
-            frozen: True: the range is read only.
-            has_data: True: the host knows that something was observed.
+            frozen: True: the operator only reads the range.
+            has_data: True: the host knows that something was observed, so that the operator need not check it.
         """
         return RangeStatistics(
             self.min_val,

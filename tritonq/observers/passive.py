@@ -72,7 +72,11 @@ class PassiveObserver(ObserverBase):
 
     @property
     def scale(self) -> Tensor:
-        """The scale in use."""
+        """The scale in use, float32, one element or (channels,); assigning tensors or numbers replaces it.
+
+        Raises:
+            ValueError: a scale that is not positive and finite is assigned.
+        """
         return self.current_scale
 
     @scale.setter
@@ -88,7 +92,7 @@ class PassiveObserver(ObserverBase):
         return x
 
     def calculate_qparams(self) -> QParams:
-        """Return the given scale and zero point."""
+        """Return the scale in use and the zero point that :meth:`set_qparams` was given last."""
         return QParams(self.current_scale, self.zero_point)
 
     def has_observed(self) -> Tensor:

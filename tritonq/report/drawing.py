@@ -53,9 +53,10 @@ def histogram(tensor: TensorMeasure) -> str:
 
 
 def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
-    """Return an SVG of the SQNR of each tensor in dB, layer by layer in order of execution; a remark if there is none.
+    """Return an SVG with a mark for each tensor: its SQNR in dB, layer by layer in order of execution.
 
-    Tensors that are exact or have no signal are left out.
+    SQNR is the ratio of signal to quantization noise. Tensors that are exact or have no signal are left out; if none is
+    left, the result is a line of HTML that says so.
     """
     width, height, left, bottom = 560, 236, 34, 22
     points = [

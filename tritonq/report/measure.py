@@ -35,14 +35,15 @@ class LayerMeasure:
     """What was measured of one layer.
 
     Attributes:
-        name: qualified name.
-        kind: class name.
-        position: place in order of execution, from 1.
+        name: qualified name of the layer.
+        kind: its class name.
+        position: its place in order of execution, from 1.
         sensitivity: norm of the error of the model's output over the norm of that output, with this layer alone
             quantized.
         tensors: a measure for each of its quantizers.
         has_float_form: whether a qconfig of None leaves it in float; not so in a fixed-point network.
-        unclipped: its sensitivity with ranges that hold every value; None: not tried.
+        unclipped: its sensitivity with ranges that hold every value; None: not tried, as it is for all but the layer
+            with the largest sensitivity.
     """
 
     name: str
@@ -54,13 +55,17 @@ class LayerMeasure:
     unclipped: float | None = None
 
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
-        """Return its tensor with the lowest SQNR, of one role ("weight", "output", "input") or of all; None: none."""
+        """Return the measure of the layer's tensor that rounding disturbs most: the one with the lowest SQNR.
+
+        SQNR is the ratio of signal to rounding error. Only tensors of the given ``role`` count ("weight", "output",
+        "input"; None: all). None is returned if the layer rounds no such tensor.
+        """
         found = [tensor for tensor in self.tensors if role in (None, tensor.role)]
         return min(found, key=lambda tensor: tensor.sqnr, default=None)
 
     @property
     def clipped(self) -> float:
-        """Its largest fraction of clipped values."""
+        """The fraction of clipped values in the layer's tensor that has the most of them; 0 without tensors."""
         return max((tensor.clipped for tensor in self.tensors), default=0.0)
 
 
@@ -70,13 +75,13 @@ class ModelMeasure:
 
     Attributes:
         model: class name.
-        images: how many were run.
+        images: how many images were run.
         layers: worst first, by sensitivity.
         error: norm of the output's error over the norm of the output, all layers quantized.
         agreement: fraction of predictions that quantization does not change.
-        float_accuracy: without rounding.
-        quantized_accuracy: with it.
-        summary: what became of every layer.
+        float_accuracy: fraction of images classified correctly without rounding.
+        quantized_accuracy: the same fraction with rounding.
+        summary: what became of every layer, as `tritonq.summary` returns it.
         error_without_worst: the error with the first of the layers in float and all others quantized.
     """
 
@@ -110,11 +115,12 @@ def measure(
         model: a prepared classifier whose quantizers have observed data.
         images: (n, channels, height, width).
         labels: (n,), for the accuracies.
-        sensitivity_images: the first of them, with which each layer alone is tried.
-        tick: called after each layer with how many are done, of how many.
+        sensitivity_images: each layer alone is tried with so many of the images, the first ones.
+        tick: called after each layer with two numbers: how many layers are done, and how many there are.
 
     Raises:
-        ValueError: no fake quantizers, none that has observed anything, or one of fixed point in another phase.
+        ValueError: no fake quantizers, none that has observed anything, or one of fixed point in another phase than
+            "fixed".
     """
     quantizers = dict(_outermost(model))
     _check(model, quantizers)

@@ -69,7 +69,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What :func:`summary` found; ``print`` it for a table of at most 120 columns.
+    """What became of every layer of a model, from :func:`summary`; ``print`` it for a table of at most 120 columns.
 
     Attributes:
         model: class name of the model.
@@ -92,17 +92,17 @@ class ModelSummary:
 
     @property
     def quantized(self) -> tuple[LayerSummary, ...]:
-        """The quantized layers, each with what it absorbed."""
+        """The layers and operations that are quantized; ``fused_with`` names what became part of each."""
         return tuple(layer for layer in self._rows() if layer.status == "quantized")
 
     @property
     def in_float(self) -> tuple[LayerSummary, ...]:
-        """The layers that stay in float."""
+        """The layers and operations that stay in float; ``reason`` says why."""
         return tuple(layer for layer in self._rows() if layer.status == "float")
 
     @property
     def moving(self) -> tuple[LayerSummary, ...]:
-        """The operations that leave values as they are."""
+        """The operations that leave values as they are, such as reshaping, so that codes stay codes."""
         return tuple(layer for layer in self._rows() if layer.status == "moves values")
 
     def _rows(self) -> Iterator[LayerSummary]:

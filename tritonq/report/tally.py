@@ -28,16 +28,16 @@ class TensorMeasure:
     """What one quantizer does to the values that the float model has there.
 
     Attributes:
-        role: what it quantizes.
-        grid: its codes, in words.
-        scale: smallest and largest scale.
+        role: what it quantizes: "input", "weight" or "output" of a layer.
+        grid: its codes, in words such as "-127..127 per channel".
+        scale: smallest and largest of its scales.
         sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB.
         clipped: fraction of values more than half a step outside of the grid.
-        low: smallest value.
-        high: largest value.
+        low: smallest value, not rounded; infinity without values.
+        high: largest value, not rounded; -infinity without values.
         quant_min: smallest code.
         quant_max: largest code.
-        counts: values by code: ``MARGIN`` bins below the grid, ``BINS`` on it, ``MARGIN`` above it.
+        counts: how many values fall into each of 512 bins by code: 128 bins below the grid, 256 on it, 128 above it.
     """
 
     role: Role
@@ -135,7 +135,10 @@ class Tally:
         return describe_grid(self._quantizer.qtype)
 
     def measure(self, role: Role) -> TensorMeasure:
-        """Return noise, clipping and range of what was added. ``role`` is stored in the result."""
+        """Return noise, clipping, range and histogram of the values that were added.
+
+        ``role``, which is stored in the result, says what they are: "input", "weight" or "output".
+        """
         scale, qtype = self._qparams().scale, self._quantizer.qtype
         return TensorMeasure(
             role=role,
