@@ -87,8 +87,8 @@ class QConfigMapping:
         """Return a copy of the mapping with a qconfig for modules of exactly this class and what is inside of them.
 
         None leaves them in float. Subclasses do not count. A class may be given by its name, ``"torch.nn.Conv2d"`` or
-        ``"Conv2d"``. Additions and concatenations follow the module in whose forward they stand. The class describes
-        which rule wins.
+        ``"Conv2d"``. Additions and concatenations follow the module in whose forward they stand. Rules for names, first
+        and last layer, and patterns win over this one.
 
         Raises:
             TypeError: neither a module class nor the name of one.

@@ -207,7 +207,7 @@ class QuantizedType:
 
     @property
     def row_type(self) -> QuantizedType:
-        """The type of the matrix into which groups are laid out, one group per row; the type itself without groups."""
+        """The type with one scale per row, for a matrix with a group in each row; without groups the type itself."""
         return self if self.group is None else replace(self, axis=0, group=None)
 
     def to_data(self) -> dict[str, Any]:

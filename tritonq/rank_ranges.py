@@ -69,7 +69,7 @@ class SharesRange(nn.Module):
     """
 
     def rank_state(self) -> RankState:
-        """Return the tensors that all ranks are to share, with the same shapes on every rank; in this class none.
+        """Return a `RankState` of tensors that all ranks are to share, of the same shapes on each; in this class none.
 
         Nothing is communicated here: :func:`merge_ranges` reads and merges what all quantizers return.
         """

@@ -32,7 +32,8 @@ class Augmentation:
 
     Attributes:
         names: ``"flip"``: left and right exchanged, half of the time; ``"crop"``: a random part of 8 to 100 % of the
-            area, scaled (torchvision's RandomResizedCrop); the keys of ``TORCHVISION``: its policies.
+            area, scaled (torchvision's RandomResizedCrop); ``"trivial"``, ``"rand"``, ``"auto"``, ``"mix"``:
+            torchvision's TrivialAugmentWide, RandAugment, AutoAugment and AugMix.
     """
 
     names: tuple[str, ...] = ()
@@ -64,9 +65,10 @@ class Augmentation:
 
         Args:
             image: the image, in any of Pillow's modes of 8 bits.
-            preprocessing: size, crop and channels of the result; ``"crop"`` among the changes takes their place.
-            seed: of the data set, another one in each epoch, and index of the image. Random numbers follow from it
-                alone, and no other random generator is used or changed.
+            preprocessing: size and channels of the result, and how the changed image is scaled and cut to that size;
+                with ``"crop"`` among the changes, which cuts to the size itself, only size and channels count.
+            seed: a pair: the seed of the data set, another one in each epoch, and the index of the image. Random
+                numbers follow from it alone, and no other random generator is used or changed.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1)

@@ -75,10 +75,12 @@ def recipe_from_data(data: Any) -> ModelRecipe:
 
 
 def check_names(data: Any) -> None:
-    """Check what a file says of its model, as far as it does: the factory, its arguments and the names of the classes.
+    """Check the entries of ``data`` that describe a model: the factory, its arguments and the names of the classes.
+
+    An entry that is missing is no fault.
 
     Raises:
-        ValueError: one of them is no text, or ``data`` no dict.
+        ValueError: one of them is no text, or no list of texts, or ``data`` is no dict.
     """
     if not isinstance(data, Mapping):
         raise ValueError("what it says of its model is no dict")
@@ -94,8 +96,8 @@ def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
 
     Args:
         path: the file.
-        made: how the model was made.
-        state: all other entries, such as ``"state_dict"``.
+        made: how the model was made; the entry ``"recipe"`` holds it.
+        state: all other entries by name, such as ``"state_dict"``.
 
     Raises:
         OSError: the file can't be written; an older one is then as it was.
@@ -150,7 +152,7 @@ def is_training_file(content: Mapping[str, Any]) -> bool:
 
 
 def has_format(path: Path, name: str) -> bool:
-    """Whether the file at ``path`` can be read and says that it has the format ``name``."""
+    """Whether the file at ``path`` is a dict of ``torch.save`` with the entry ``"format"`` ``name``; else False."""
     try:
         return bool(read_tensors(path).get("format") == name)
     except ValueError:

@@ -31,13 +31,13 @@ _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq completion``."""
+    """Add the argument of ``python -m tritonq completion``: which shell, "bash" or "zsh"."""
     parser.epilog = "For bash: tritonq completion bash >> ~/.bashrc. For zsh: tritonq completion zsh >> ~/.zshrc."
     parser.add_argument("shell", choices=SHELLS, help="which shell")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the script for the shell that the options name; return the exit status 0."""
+    """Print the completion script for the shell that is the command's argument; return the exit status 0."""
     print(script(arguments.shell), end="")
     return 0
 

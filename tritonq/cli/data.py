@@ -114,7 +114,7 @@ _DATA_HELP = (
 
 
 def class_names(source: str, validation: str = "0.5", *, trains: bool = True) -> tuple[str, ...]:
-    """Return the classes that :func:`open_examples` will find for the same arguments; no image is read.
+    """Return the names of the classes of a data set, by label; no image is read.
 
     Args:
         source: ``"digits"``, or a folder with one sub-folder per class, whose sorted names are the classes.

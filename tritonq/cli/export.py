@@ -26,7 +26,7 @@ _CALIBRATION_BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq export``."""
+    """Add the options of ``python -m tritonq export``: model, output file, target, and images to calibrate with."""
     parser.epilog = (
         "Example: python -m tritonq export torchvision.models:resnet18 model.onnx --checkpoint train-output/best.pt "
         "--target tensorrt. The ending says the format: .onnx, .pt (int8, for tritonq.load_converted), .pt2 (for "

@@ -239,7 +239,10 @@ def readable_images(
 
 
 def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
-    """Return mean and deviation (n - 1) of all pixels of all files, divided by 255; the deviation is above 0."""
+    """Return mean and standard deviation of all pixels of all files, divided by 255, as two numbers.
+
+    The variance is that over n - 1 pixels; the deviation is above 0 also where all pixels are the same.
+    """
     count = sum(file.count for file in files)
     mean = sum(file.total for file in files) / count
     variance = (sum(file.squares for file in files) / count - mean**2) * count / max(count - 1, 1)

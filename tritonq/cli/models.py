@@ -123,15 +123,15 @@ def prepare(made: ModelRecipe, model: nn.Module | None = None) -> nn.Module:
 
 
 def check_trains(model: nn.Module, preset: str) -> None:
-    """Raise an error if training never makes a prepared model round.
+    """Raise an error if a prepared model can't be trained, or would not round while it is.
 
     Args:
         model: the prepared model.
         preset: name of the preset that it was prepared with, for the error's text.
 
     Raises:
-        ValueError: a fake quantizer of the model is switched off, as presets for calibration have it, or has a
-            PassiveObserver, whose scale is given by hand.
+        ValueError: no parameter of the model requires a gradient; or a fake quantizer of it is switched off, as presets
+            for calibration have it, or has a PassiveObserver, whose scale is given by hand.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")

@@ -18,7 +18,7 @@ _BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq predict``."""
+    """Add the options of ``python -m tritonq predict``: model and file, images, ``--top`` and ``--json``."""
     parser.epilog = (
         "Example: python -m tritonq predict train-output/model.onnx photos/new. With a checkpoint: python -m tritonq "
         "predict torchvision.models:resnet18 photo.jpg --checkpoint train-output/model.int8.pt. Preprocessing and "

@@ -190,8 +190,9 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
     """Return the preprocessing that the options ask for; without mean and deviation if the images' own are to be taken.
 
-    ``--preprocessing auto`` takes the config of the model, or of torchvision's weights that ``--model-arg`` names, and
-    ``data`` without one. Single options win over it; a new size or crop gets the ``resize`` that belongs to it.
+    ``--preprocessing auto`` takes the config of the model, or of torchvision's weights that ``--model-arg`` names; if
+    there is none, or for digits, that of ``--preprocessing data``: a usual size, and the images' own mean and
+    deviation. Single options win over it; a new size or crop gets the ``resize`` that belongs to it.
 
     Args:
         arguments: of :func:`add_preprocessing_arguments`.

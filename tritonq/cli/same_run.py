@@ -26,8 +26,8 @@ def read_run(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
     """Return the model recipe and all entries of a checkpoint from which a run can go on, such as ``last.pt``.
 
     Raises:
-        ValueError: what :func:`~tritonq.cli.checkpoints.read_training` raises, or a checkpoint of weights alone, such
-            as ``best.pt``.
+        ValueError: no such file, a damaged one, one that is no checkpoint, or a checkpoint of weights alone, such as
+            ``best.pt``.
     """
     made, content = read_training(path)
     try:
@@ -71,17 +71,18 @@ def processes_of(content: Mapping[str, Any]) -> int:
 
 
 def step_among(step: int, steps_per_epoch: int, now: int) -> int:
-    """Return the number of a step where epochs have another number of steps now.
+    """Return how many steps count as done when a run goes on with another number of steps in each epoch.
 
-    More processes leave out a last batch that is too small for them; all other batches are the same.
+    The number changes with that of the processes: more of them leave out a last batch that is too small to share. All
+    other batches are the same, so that the position in the epoch stays.
 
     Args:
         step: how many steps were done.
-        steps_per_epoch: of those.
-        now: steps per epoch from here on.
+        steps_per_epoch: steps in an epoch when they were done.
+        now: steps in an epoch from here on.
 
     Raises:
-        ValueError: the next step is one that is left out now.
+        ValueError: the step that comes next is one that is left out now.
     """
     epoch, within = divmod(step, steps_per_epoch)
     if within >= now:

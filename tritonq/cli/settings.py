@@ -23,8 +23,8 @@ class Settings:
         batch_size: images per step, of all processes together.
         learning_rate: at the start.
         seed: of the order of images, of augmentation and of dropout.
-        amp: key of ``AMP``.
-        augment: names of :class:`~tritonq.cli.augment.Augmentation`.
+        amp: autocast: ``"off"``, ``"bfloat16"`` or ``"float16"``, which also scales gradients.
+        augment: random changes of training images, such as ``"flip,crop"``; ``"none"``.
         begin: the epoch at which the present schedule began: 0, or where a finished run was extended.
 
     Raises:
@@ -59,9 +59,10 @@ class Settings:
             raise ValueError(f"batch size {self.batch_size} gives {processes} processes less than two images each")
 
     def steps_per_epoch(self, images: int, processes: int = 1) -> int:
-        """Return how many steps an epoch of ``images`` images has.
+        """Return how many steps an epoch of ``images`` images has; at least 1.
 
-        A last batch of one image per process has no statistics: it is left out, another one each epoch.
+        A last batch of less than two images for each of the ``processes`` has no statistics: it is left out. Other
+        images are in it in each epoch.
         """
         return max(1, images // self.batch_size + (images % self.batch_size >= 2 * processes))
 

@@ -51,7 +51,7 @@ _NEAR_CHANCE = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq train``."""
+    """Add the options of ``python -m tritonq train``: model, images, qconfig, schedule, device and output folder."""
     parser.epilog = (
         "Example: python -m tritonq train torchvision.models:resnet18 photos --model-arg num_classes=5 "
         "--weights resnet18.pt --preprocessing torchvision --image-size 96. Without --weights, training begins with "
@@ -106,10 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train, convert, verify, and print the accuracy of each form.
+    """Train, convert, verify, and print the accuracy of each form; return the exit status.
 
-    Return 1 if the converted model does not agree with the trained one, else 0: also where the model can't be deployed,
-    and in all processes but the first.
+    It is 1 if the converted model does not agree with the trained one, else 0. It is also 0 if the model can't be
+    deployed, and in all processes but the first.
     """
     with ExitStack() as held:
         held.callback(leave)

@@ -61,7 +61,7 @@ def is_own_log(path: Path) -> bool:
 
 
 def history_from_data(data: Any) -> list[Epoch]:
-    """Return the epochs that a checkpoint holds, from the list of their fields.
+    """Return the epochs that a checkpoint holds, from ``data``, a list of dicts of their fields.
 
     A field that an epoch lacks gets its default.
 

@@ -97,7 +97,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps of the whole run, those before a resume included: epochs · steps per epoch.
+        """Number of optimizer steps of the whole run, those before a resume included, epochs · steps per epoch.
 
         An epoch has a step for each full batch of all processes together, and one more for the rest if that gives each
         process two images. ``patience`` may end the run earlier.

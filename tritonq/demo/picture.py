@@ -38,7 +38,7 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
     Args:
         path: the file.
         float_run: losses of float training, one per epoch.
-        qat_run: those of fine-tuning, which are drawn behind.
+        qat_run: losses of fine-tuning, one per epoch, which are drawn to the right of the others.
         layer_name: for the title.
         channel: the weights.
     """

@@ -45,11 +45,12 @@ class Stage:
     """One form of the model and how it did on the test set.
 
     Attributes:
-        name: which form.
+        name: which form, as the table calls it.
         accuracy: fraction of test images classified correctly.
-        file: where it was written, if it was.
-        seconds_per_epoch: of its training, if it was trained.
-        report: its codes and predictions against those of the QAT model, if it was deployed from it.
+        file: where it was written; None: it was not.
+        seconds_per_epoch: of its training; None for forms that are not trained.
+        report: its codes and predictions against those of the QAT model; None for forms that were not deployed from
+            that model.
     """
 
     name: str
@@ -73,7 +74,10 @@ class Result:
 
     @property
     def agrees(self) -> bool:
-        """Whether no code of a deployed form differs from the trained model's by more than is allowed."""
+        """Whether no code of a deployed form differs from the trained model's by more than is allowed.
+
+        Nothing is, except behind operations in float that add in no defined order.
+        """
         return self.disagreement is None
 
     @property

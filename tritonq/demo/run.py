@@ -33,7 +33,7 @@ _FIXED_POINT_PRESET = "f8net"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq demo``."""
+    """Add the options of ``python -m tritonq demo``: images, output folder, qconfig or scheme, epochs and seed."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="images in DIR/<class>/* instead of the digits")
     parser.add_argument("--image-size", type=int, default=32, metavar="N", help="side that --data images are scaled to")
     parser.add_argument(
@@ -59,7 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Train, fine-tune, deploy, verify and draw; return accuracies and paths.
+    """Train a float model, fine-tune it with rounding, deploy, verify and draw; return a `Result`.
+
+    It has the accuracy of each form of the model and the paths of all files.
 
     Raises:
         ValueError: fewer than one epoch.
@@ -123,14 +125,17 @@ def announce(data: Images) -> None:
 
 
 def demo_recipe(qconfig: QConfig, data: Images) -> ModelRecipe:
-    """Return what a checkpoint holds so that ``python -m tritonq report`` can make this model again."""
+    """Return the model recipe of the demo's model: factory, arguments, qconfig, scaling of images and class names.
+
+    The checkpoint holds it, so that ``python -m tritonq report`` can make the model again.
+    """
     arguments = (f"in_channels={data.preprocessing.channels}", f"classes={len(data.classes)}")
     mapping = mapping_to_data(QConfigMapping().set_global(qconfig))
     return ModelRecipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
 
 
 def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, seed: int) -> History:
-    """Train ``qat`` in place with fake quantization for ``epochs`` epochs, and return losses and times.
+    """Train ``qat`` in place with fake quantization for ``epochs`` epochs; return losses and times as a `History`.
 
     Ranges and BatchNorm statistics are frozen in the last ``training.frozen_epochs`` epochs, never in the first one.
     """

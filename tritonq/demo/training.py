@@ -32,7 +32,11 @@ class History:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median of the seconds that an epoch took; statistics.StatisticsError without epochs."""
+        """Median of the seconds that an epoch took.
+
+        Raises:
+            statistics.StatisticsError: there was no epoch.
+        """
         return statistics.median(self.seconds)
 
 
@@ -47,7 +51,7 @@ def train(
     seed: int = 0,
     before_epoch: Callable[[int], None] | None = None,
 ) -> History:
-    """Train ``model`` in place on the training images of ``data`` by cross entropy; return losses and times.
+    """Train ``model`` in place on the training images of ``data`` by cross entropy; return a `History` of it.
 
     The optimizer is SGD with Nesterov momentum 0.9 and weight decay 1e-4; half a cosine takes ``learning_rate`` to 0.
 

@@ -58,7 +58,7 @@ class AverageLayer(UnaryLayer):
         return integer_average(x, self.averaging, source, output)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the mean as :meth:`exact` has it, clipped to the grid ``output``; never None here.
+        """Return the codes of the mean on the grid ``output``, clipped, as integer runtimes have them; never None here.
 
         ``codes`` are those of the input, on the grid ``source``. Both are uint8 and counted from the smallest code.
         """
@@ -68,7 +68,8 @@ class AverageLayer(UnaryLayer):
         """Return the mean for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it is the result of :meth:`exact`; else the mean in float.
+        when it runs, it lies on the output's grid, as integer runtimes round it (:meth:`exact`); else it is the mean in
+        float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode

@@ -54,9 +54,9 @@ class Clipping:
 class Clip(ElementwiseLayer):
     """``FQ(min(max(x, low), high))``: what `prepare_qat` makes of ``nn.Hardtanh(-1, 1)`` or ``x.clamp(-1, 1)``.
 
-    ``low`` and ``high`` are those of ``earlier`` followed by ``own``, see :meth:`Clipping.then`. Behind a layer without
-    an output quantizer, the clip's quantizer serves the layer, too: in eval mode the layer's sums are rounded to its
-    grid at once, and the clip changes codes.
+    ``low`` and ``high`` are the bounds of the one clip that does what ``earlier`` and then ``own`` do. Behind a layer
+    without an output quantizer, the clip's quantizer serves the layer, too: in eval mode the layer's sums are rounded
+    to its grid at once, and the clip changes codes.
 
     Args:
         own: the bounds of the clip that the module replaces.
@@ -127,7 +127,8 @@ class Clip(ElementwiseLayer):
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it is the result of :meth:`exact`; else ``min(max(x, low), high)`` in float.
+        when it runs, it lies on the output's grid, as integer runtimes round it (:meth:`exact`); else it is
+        ``min(max(x, low), high)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

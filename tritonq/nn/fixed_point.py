@@ -48,6 +48,9 @@ class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
 class FixedPointConv2d(_FixedPointConvolution):
     """``y = conv(xq, FQ(W η/η_next)) + b/η_next``: a convolution in fixed point.
 
+    xq is the rounded input, which holds values divided by the layer's scaling factor η. FQ rounds to fixed point, and
+    η_next is the factor of the layer that reads the output; 1 if the network returns it.
+
     Args:
         *args: arguments of ``nn.Conv2d``.
         qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
@@ -98,9 +101,10 @@ class FixedPointConv2d(_FixedPointConvolution):
 class FixedPointConvBn2d(_FixedPointConvolution):
     """A convolution and its BatchNorm in fixed point, by F8Net's double forward.
 
-    With ``xq`` the rounded input, training computes ``y0 = conv(η xq, W) + b`` in float for the batch statistics μ and
-    v (which update the running ones, v unbiased). Then it computes ``y = conv(xq, W') + b'`` with ``W' = FQ(γ/σ(v) · W
-    η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``. Gradients flow through μ and v. Eval mode uses the running
+    With ``xq`` the rounded input, divided by the layer's scaling factor η, training computes ``y0 = conv(η xq, W) + b``
+    in float for the batch statistics μ and v (which update the running ones, v unbiased). Then it computes ``y =
+    conv(xq, W') + b'`` with ``W' = FQ(γ/σ(v) · W η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``; η_next is the
+    factor of the layer that follows (1: none). Gradients flow through μ and v. Eval mode uses the running
     statistics, and computes in exact integers with a 32-bit bias. The convolution's bias has no effect in training.
 
     Args:
@@ -232,6 +236,9 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
 class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
     """``y = xq FQ(W η/η_next)^T + b/η_next``: a linear layer in fixed point.
+
+    xq is the rounded input, which holds values divided by the layer's scaling factor η. FQ rounds to fixed point, and
+    η_next is the factor of the layer that reads the output; 1 if the network returns it.
 
     Args:
         *args: arguments of ``nn.Linear``.

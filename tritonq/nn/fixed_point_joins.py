@@ -16,7 +16,7 @@ from tritonq.nn.reference import Reference, ReferringModule
 
 
 class FixedPointAdd(ReferringModule):
-    """``a + b`` with both summands divided by the η of the layer that reads the sum.
+    """``a + b`` with both summands divided by η, the scaling factor of the layer that reads the sum.
 
     A summand that some layer reads too, or that went through a ReLU, has a format of its own. It is rounded to that,
     and its codes count in the sum as codes of the sum's format: they are multiplied by ``η / η_following``, a power of
@@ -26,7 +26,7 @@ class FixedPointAdd(ReferringModule):
     Args:
         formats: the format of each summand; None for a summand without a format of its own.
         observes: for each summand whether this addition is the first to read it, and so observes it.
-        following: the format in which the sum is read; None: the sum is real.
+        following: the format in which the sum is read; None: the network returns it, divided by no factor.
 
     Attributes:
         formats: the summands' own formats, by position ("0", "1").
@@ -61,7 +61,7 @@ class FixedPointAdd(ReferringModule):
 
     @property
     def following(self) -> ActivationFormat | None:
-        """The format in which the sum is read; None: the sum is real."""
+        """The format in which the sum is read; None if the network returns it, divided by no factor."""
         return self._following.module
 
     @property
@@ -86,7 +86,7 @@ class FixedPointAdd(ReferringModule):
         return cast(ActivationFormat, self.formats[str(summand)]) if str(summand) in self.formats else None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sum of two tensors of one shape, in units of the sum's η (real if no format follows).
+        """Return the sum of two tensors of one shape, divided by the η of the format that follows (None: by nothing).
 
         A summand with a format of its own is rounded to it first.
         """
@@ -118,7 +118,7 @@ class FixedPointAvgPool2d(ReferringModule):
         input_format: format of the input.
         area: values per window; needed only for the whole image.
         observes: whether this layer is the first reader of its input, and so observes it.
-        following: format in which the output is read; None: the output is real.
+        following: format in which the output is read; None: the network returns it, divided by no factor.
         keepdim: whether the average of a whole image keeps its two axes.
 
     Raises:
@@ -164,7 +164,7 @@ class FixedPointAvgPool2d(ReferringModule):
 
     @property
     def following(self) -> ActivationFormat | None:
-        """The format in which the output is read; None: the output is real."""
+        """The format in which the output is read; None if the network returns it, divided by no factor."""
         return self._following.module
 
     @property
@@ -179,6 +179,8 @@ class FixedPointAvgPool2d(ReferringModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``.
+
+        In that phase the network computes in float. In the others the next layer's weights have the factor.
 
         If there is a following format, the divided mean is multiplied by ``η/η_following`` as well.
 

@@ -167,7 +167,7 @@ class FixedPointLayer(ReferringModule):
 
     @property
     def following(self) -> ActivationFormat | None:
-        """The format in which this layer's output is read; None: the output is real."""
+        """The format in which this layer's output is read; None if the network returns it, divided by no factor."""
         return self._following.module
 
     def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
@@ -178,7 +178,7 @@ class FixedPointLayer(ReferringModule):
         self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 
     def eta_next(self) -> Tensor:
-        """Return the scaling factor η_next by which the output is divided, a 0-d tensor; 1 if the output is real."""
+        """Return the scaling factor η_next by which the output is divided, a 0-d tensor; 1 if no layer follows."""
         following = self.following
         return self.weight.new_ones(()) if following is None else following.eta().to(self.weight.dtype)
 
@@ -197,8 +197,9 @@ class FixedPointLayer(ReferringModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return the output, divided by the next layer's η, for an input that is divided by this layer's η.
 
-        The input is rounded first. Training computes :meth:`fixed_forward`; eval mode :meth:`exact_forward` if both
-        formats round, with the gradient of :meth:`fixed_forward`; phase "floating_wo_clip" :meth:`float_forward`.
+        The input is rounded first, to xq. Training computes ``op(xq, FQ(weight)) + bias`` in float, with weight and bias
+        of :meth:`effective_parameters`. Eval mode computes it in exact integers, with the same gradient, if input and
+        weight are rounded and ``bias_word_len`` is given. In phase "floating_wo_clip" it is the float layer.
 
         In eval mode outputs between layers are float64: a 32-bit accumulator must not be rounded before the next layer
         rounds it to 8 bits.

@@ -26,8 +26,10 @@ from tritonq.reference.functions import Function
 class ElementwiseLayer(UnaryLayer):
     """``FQ(f(x))`` for a function f of one tensor: in training one operator, in eval mode a table of codes if possible.
 
+    The table has the code of the result for each code of the input, whose grid must be known.
+
     Attributes:
-        function: the function.
+        function: the function, by name and arguments.
     """
 
     function: Function
@@ -66,11 +68,11 @@ class FunctionLayer(ElementwiseLayer):
     In eval mode, if the grids of input and output are known, a table gives the result of each code (:meth:`exact`).
     Otherwise torch computes the function.
 
-    A layer without a quantizer of its own uses the one given to :meth:`set_quantizers`: the quantizer of a function in
-    a forward is a child of the forward's module, under the name that it had before functions were modules.
+    A function that a forward calls has its quantizer outside, as a child of the module with that forward, where earlier
+    versions had it. The layer then has none of its own, and :meth:`set_quantizers` names that one.
 
     Args:
-        function: the function.
+        function: the function, by name and arguments: ``Function("hardswish")``.
         qconfig: makes the quantizer of the output; None: the layer has none of its own.
         source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
 
@@ -166,7 +168,8 @@ class PReLU(UnaryLayer, nn.PReLU):
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it is the result of :meth:`exact`; else ``max(0, x) + weight · min(0, x)`` in float.
+        when it runs, it lies on the output's grid, as integer runtimes round it (:meth:`exact`); else it is
+        ``max(0, x) + weight · min(0, x)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

@@ -113,8 +113,8 @@ class UnaryLayer(nn.Module):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile`` in eval mode, in the dtype of ``x``, without gradient.
 
-        While both grids are switched on, which the graph reads when it runs, it is the result of :meth:`exact`, else
-        that of :meth:`compute`.
+        While both grids are switched on, which the graph reads when it runs, it lies on the output's grid, as integer
+        runtimes round it (:meth:`exact`); else it is the operation's result in float (:meth:`compute`).
 
         Args:
             x: float tensor of values on the grid of ``source``.

@@ -37,13 +37,16 @@ class Advice:
 
 
 def advise(measured: ModelMeasure) -> Advice:
-    """Return advice about the layer whose rounding costs most; or that nothing needs to be done.
+    """Return an `Advice` about the layer whose rounding costs most, or one that nothing needs to be done.
 
-    All is well without an error, or with one of at most 10 % of the output's norm if at least 99 % of the predictions
-    and all but 0.5 % of accuracy stay. Rounding is not to blame for the predictions that change if the error is at most
-    1 % and they get better and worse alike. No layer stands out if the worst one alone makes less than half of the
-    error. A layer that does gets wider ranges if these leave less than 80 % of its error, and else to be left in float
-    or to have its range searched.
+    The first of these that holds is said:
+
+    - All is well: there is no error, or it is at most 10 % of the output's norm, and at least 99 % of the predictions
+      and all but 0.5 % of the accuracy stay.
+    - Rounding is not to blame: the error is at most 1 %, and predictions that change get better and worse alike.
+    - No layer stands out: the worst one alone makes less than half of the error.
+    - The worst layer needs more training, if it is one in fixed point; else wider ranges, if these leave less than 80 %
+      of its error; else it is to be left in float, or, if it has no weight, to have its range searched or trained.
     """
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")
