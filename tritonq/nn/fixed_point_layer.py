@@ -197,9 +197,9 @@ class FixedPointLayer(ReferringModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return the output, divided by the next layer's η, for an input that is divided by this layer's η.
 
-        The input is rounded first, to xq. Training computes ``op(xq, FQ(weight)) + bias`` in float, with weight and bias
-        of :meth:`effective_parameters`. Eval mode computes it in exact integers, with the same gradient, if input and
-        weight are rounded and ``bias_word_len`` is given. In phase "floating_wo_clip" it is the float layer.
+        The input is rounded first, to xq. Training computes ``op(xq, FQ(weight)) + bias`` in float, with weight and
+        bias of :meth:`effective_parameters`. Eval mode computes it in exact integers, with the same gradient, if input
+        and weight are rounded and ``bias_word_len`` is given. In phase "floating_wo_clip" it is the float layer.
 
         In eval mode outputs between layers are float64: a 32-bit accumulator must not be rounded before the next layer
         rounds it to 8 bits.
