@@ -38,8 +38,8 @@ def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
 def to_hold_codes(x: Tensor, qtype: QuantizedType, quantizer: nn.Module) -> Tensor:
     """Return the input ``x`` of a quantizer in eval mode, as float32 if it is bfloat16 or float16 under autocast.
 
-    Layers under autocast take any dtype. Elsewhere ``x`` itself is returned; if :func:`tells_codes` is False for its
-    dtype, a UserWarning says so.
+    Layers under autocast take any dtype. Elsewhere ``x`` itself is returned; if its dtype can't hold all codes apart
+    (:func:`tells_codes`), a UserWarning says so, but not while ``torch.compile`` traces.
 
     Args:
         x: any float tensor.

@@ -170,7 +170,8 @@ def choose_widths(
 ) -> dict[str, int]:
     """Return a width for each layer, so that the sum of errors is the least of all choices within the budget.
 
-    Going from layer to layer, only those choices are kept which no other one beats in both cost and error.
+    Going from layer to layer, only those choices are kept which no other one beats in both cost and error. If these are
+    more than 4,000, some of like cost are left out, so that the sum may lie a little above the least.
 
     Args:
         costs: by layer, the cost of each width.

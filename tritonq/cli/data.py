@@ -30,12 +30,12 @@ class Examples:
     """The images with which a model is trained and measured; they may be read from files when they are asked for.
 
     Attributes:
-        name: where they come from.
+        name: where they come from: scikit-learn's digits, or the name of the folder.
         classes: class names by label.
         preprocessing: how they are scaled, mean and deviation included.
         train: images to train with.
         test: images held out.
-        fingerprint: of the contents of all images, their labels and their order, wherever the files lie.
+        fingerprint: a hash of the contents of all images, their labels and their order, wherever the files lie.
     """
 
     name: str

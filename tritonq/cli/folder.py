@@ -62,7 +62,7 @@ class FileImages(LabelledImages):
         labels: of each.
         preprocessing: how they are scaled.
         augmentation: random changes that are made before scaling.
-        seed: of the changes.
+        seed: of the changes; the same seed changes an image in the same way.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class ImageFile:
         path: the file.
         label: index of its class.
         digest: SHA-256 of its bytes.
-        count: how many values its preprocessed pixels have.
-        total: their sum.
-        squares: sum of their squares.
+        count: how many values it has after scaling and cropping, pixels times channels.
+        total: the sum of these values, each from 0 to 255.
+        squares: the sum of their squares.
     """
 
     path: Path
@@ -130,8 +130,8 @@ class FolderLayout:
     """Where a data set's images are.
 
     Attributes:
-        train: folder with one sub-folder per class.
-        validation: another one, or None: images are held out from ``train``.
+        train: folder with one sub-folder per class, of images to train with.
+        validation: another such folder, of images that are held out; None: they are held out from ``train``.
         classes: names of the sub-folders, sorted.
     """
 
@@ -192,9 +192,10 @@ def readable_images(
     *,
     quiet: bool = False,
 ) -> list[ImageFile]:
-    """Read every image in ``folder/<class>/``, at any depth, sorted; no pixels are kept.
+    """Read every image in ``folder/<class>/``, at any depth; return an `ImageFile` for each that can be read.
 
-    Files that are no image are named on stderr, counted and skipped.
+    They come class by class, sorted by path; pixels are not kept. Files that are no image are named on stderr, counted
+    and skipped.
 
     Args:
         folder: the folder.
@@ -255,7 +256,7 @@ def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]
     Args:
         labels: int64 (n,).
         seed: of the order; the same gives the same indices.
-        share: of each class that is held out, to one image.
+        share: the fraction of each class that is held out, to one image.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]

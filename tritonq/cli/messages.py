@@ -15,7 +15,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what failed and why, with the name of the file if the error has one."""
+    """Return an error as one line: ``FILE: reason`` for an OSError that names a file, else what it says.
+
+    An error without a message gives the name of its class.
+    """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return reason_of(error)

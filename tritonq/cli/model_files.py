@@ -84,7 +84,9 @@ def add_trained_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
 
 
 def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trained:
-    """Return the model that the options name. A file never chooses which code runs: the user always names the factory.
+    """Return the model that the options name, as a `Trained`: with its function from images to logits.
+
+    A file never chooses which code runs: the user always names the factory.
 
     Args:
         arguments: of :func:`add_trained_arguments`.

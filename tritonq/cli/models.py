@@ -145,7 +145,9 @@ def check_trains(model: nn.Module, preset: str) -> None:
 
 
 def find_qconfig(name: str) -> QConfigMapping:
-    """Return the mapping that ``--qconfig`` names: a preset or a JSON file.
+    """Return the mapping that ``--qconfig`` names: by a preset, an engine of torch.ao, or a JSON file.
+
+    torch.ao's engines ("fbgemm", "x86", "qnnpack", "onednn") give its presets; with "-v0" those of its version 0.
 
     Raises:
         ValueError: an unknown preset, a file that can't be read or that holds no mapping.

@@ -58,7 +58,9 @@ def writable_file(path: Path) -> Path:
 
 @contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder while the block runs, so that no other run writes there; it is free again when the process ends.
+    """Hold a folder while the block runs, so that no other run writes there.
+
+    It is free again when the block or the process ends, however that ends.
 
     Where folders can't be locked, on Windows and some network file systems, nothing is held.
 

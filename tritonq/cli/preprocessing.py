@@ -75,7 +75,7 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def with_moments(self, mean: float, std: float) -> Preprocessing:
-        """Return a copy with this mean and deviation in all channels; if it has its own already, itself."""
+        """Return a copy with this mean and deviation in all channels, or the object itself if it has a mean already."""
         if self.mean:
             return self
         return replace(self, mean=(mean,) * self.channels, std=(std,) * self.channels)
@@ -117,7 +117,10 @@ class Preprocessing:
         return (pixels - mean) / std
 
     def example(self, count: int = 2) -> Tensor:
-        """Return a batch of ``count`` images of the right shape, whose values rise evenly from -1 to 1."""
+        """Return float32 (count, channels, size, size), an example of what the model reads.
+
+        The values rise evenly from -1 to 1.
+        """
         shape = (count, self.channels, self.size, self.size)
         return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 

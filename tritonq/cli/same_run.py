@@ -95,7 +95,8 @@ def check_before_images(
 ) -> None:
     """Compare a checkpoint with the run that is to be resumed, before images are read: model, qconfig, settings.
 
-    What depends on images (their fingerprint, preprocessing) is left to :func:`check_same_run`.
+    What depends on images (their fingerprint, preprocessing) is left to :func:`check_same_run`, and everything in a
+    checkpoint of version 1 of the format.
 
     Args:
         path: of the checkpoint, for the error's text.

@@ -114,9 +114,9 @@ class Run:
 
         Raises:
             DivergenceError: a loss, gradient or weight is not finite; the last checkpoint is from before.
-            Interrupted: by a signal, after a step and its checkpoint.
-            UnreadableImageError: a file vanished. The checkpoint holds all steps before; if the image is held out, only
-                those up to the checkpoint before.
+            Interrupted: by a signal, after a step and its checkpoint, if this process trains alone.
+            UnreadableImageError: a file vanished. The checkpoint holds all steps before; if the image is held out, or
+                several processes train, only those up to the checkpoint before.
         """
         if self.processes.is_first:
             remove_leftovers(self.path)
