@@ -236,7 +236,10 @@ def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Ite
 
 @contextmanager
 def everything_float(model: nn.Module) -> Iterator[None]:
-    """Set eval mode and switch all fake quantizers off inside the block; restore modes and switches afterwards."""
+    """Let ``model`` compute in float in the block: in eval mode, with all fake quantizers switched off.
+
+    Modes and switches of all its modules are restored when the block ends.
+    """
     quantizers = [module for module in model.modules() if isinstance(module, SwitchedQuantizer)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
     with modes_restored(model):

@@ -40,7 +40,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         initialized: uint8 buffer (1,), 1 once the parameters are set.
         begins: uint8 buffer (1,), in no state dict: 1 while the parameters are those of example inputs, which the first
             training batch replaces.
-        first_values: what parameters hold until they are set, by name; 1 for names that are not in it.
+        first_values: the number that each parameter holds until it is set, by its name; 1 for other names.
 
     Raises:
         ValueError: the observer refuses its arguments, or rounds ties otherwise than the scheme does.

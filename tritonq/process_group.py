@@ -35,7 +35,7 @@ class GroupReference:
         self.process_group = process_group
 
     def resolve(self) -> ProcessGroup | None:
-        """Return the group to reduce over, or None for this rank alone.
+        """Return the group of ranks that share statistics, or None for this rank alone.
 
         Raises:
             RuntimeError: a group is wanted and torch.distributed is not initialised.

@@ -27,8 +27,8 @@ class FollowingGrid:
     """Scale and zero point that follow from the ranges in a :class:`RankState`.
 
     Attributes:
-        scale: updated in place.
-        zero_point: updated in place.
+        scale: the quantizer's scale, updated in place.
+        zero_point: its zero point, updated in place.
         qtype: type of the codes.
         rule: how a range becomes scale and zero point.
         eps: the smallest scale.
@@ -46,9 +46,9 @@ class RankState:
     """Tensors of one quantizer that all ranks share, updated in place.
 
     Attributes:
-        lowest: all ranks take the smallest value.
-        highest: all ranks take the largest value.
-        first: all ranks take the first rank's value.
+        lowest: tensors of which all ranks take the smallest values, elementwise.
+        highest: tensors of which all ranks take the largest values, elementwise.
+        first: tensors of which all ranks take the first rank's values.
         grid: scale and zero point that follow from the merged range; ``lowest`` and ``highest`` then have one tensor
             each.
     """

@@ -19,7 +19,7 @@ class TrainingRecipe:
     Attributes:
         learning_rate: of SGD with momentum 0.9 at the start, from where half a cosine takes it to 0.
         weight_decay: of weights and biases; :func:`tritonq.parameter_groups` leaves scales and normalizations out.
-        frozen_share: of the steps, the last ones, in which ranges and BatchNorm statistics stay as they are.
+        frozen_share: the fraction of the steps, at the end, in which ranges and BatchNorm statistics stay as they are.
 
     Examples:
         >>> TrainingRecipe(learning_rate=0.01, weight_decay=0.0, frozen_share=0.5).frozen_share

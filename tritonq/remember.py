@@ -38,7 +38,7 @@ def remember(*values: Tensor) -> list[Tensor]:
 
 @contextmanager
 def made_again() -> Iterator[None]:
-    """Return a context manager for tensors that are computed again in the backward pass, instead of being kept.
+    """Mark what is computed in the block: the backward pass computes it again, instead of keeping its tensors.
 
     A compiler does so with everything that it traces in the block, by the mark of activation checkpointing. Outside of
     a trace the block changes nothing. Meant for elementwise work on tensors that are kept anyhow.

@@ -41,8 +41,8 @@ class SoftRounding:
     ``s`` and ``z`` are scale and zero point of the weight's grid; ``h(V)`` is :meth:`share`.
 
     Args:
-        rows: the weight, (out, ...), float.
-        grid: its grid.
+        rows: the weight W, (out, ...), float.
+        grid: the grid that the weight is rounded to.
     """
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:

@@ -27,8 +27,8 @@ class Distillation:
         teacher: the float model. It is switched to eval mode, and is trained no further.
         features: names of modules, the same in both models, or a mapping from the student's names to the teacher's.
             Their results must be single tensors of one shape, such as those of whole blocks.
-        temperature: T.
-        feature_weight: w.
+        temperature: T, by which outputs are divided before softmax.
+        feature_weight: w, the factor of the features' errors.
 
     Raises:
         ValueError: a temperature that is not positive, or a name that a model does not have.

@@ -20,7 +20,7 @@ class QuantizerRecord:
 
     Attributes:
         step: number of the step, from 1.
-        name: of the quantizer.
+        name: qualified name of the quantizer.
         scale: mean of its scales.
         clipped: share of values beyond the ends of its grid, by more than half a step.
         flips: of a weight, the share of codes that changed since the record before; None for activations, and for the

@@ -84,8 +84,8 @@ class OscillationFreezing:
 
     Args:
         model: a prepared model.
-        threshold: on f: the share of steps in which a weight turns.
-        momentum: m.
+        threshold: the largest f of a weight that stays free; f is the averaged share of steps in which it turns.
+        momentum: m, the weight of the present step in both averages.
 
     Raises:
         ValueError: a threshold or momentum outside (0, 1], a model without quantized layers, or a weight whose codes

@@ -96,7 +96,7 @@ def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) 
     Args:
         model: the converted model.
         made: how it was made: the file's metadata tells it, and its preprocessing gives the size of the example input.
-        path: of the file.
+        path: the file to write.
         **options: further arguments of ``export_onnx``.
 
     Raises:

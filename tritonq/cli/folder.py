@@ -59,7 +59,7 @@ class FileImages(LabelledImages):
 
     Attributes:
         paths: the files.
-        labels: of each.
+        labels: the label of each file.
         preprocessing: how they are scaled.
         augmentation: random changes that are made before scaling.
         seed: of the changes; the same seed changes an image in the same way.

@@ -14,7 +14,7 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         message: what the user is told.
-        number: of the signal.
+        number: number of the signal, such as 15 for SIGTERM.
 
     Attributes:
         status: the exit status that shells expect of a process that this signal ended.
@@ -33,7 +33,7 @@ class Interruptions:
     In another thread than the main one, where Python has no signals, nothing is noted.
 
     Attributes:
-        received: number of the signal, or None.
+        received: number of the first signal in the block; None as long as there was none.
     """
 
     def __init__(self) -> None:

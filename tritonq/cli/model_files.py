@@ -89,7 +89,7 @@ def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trai
     A file never chooses which code runs: the user always names the factory.
 
     Args:
-        arguments: of :func:`add_trained_arguments`.
+        arguments: the parsed command line, with the options of :func:`add_trained_arguments`.
         data: the images that it is to classify, if they are known: digits are scaled in their own way.
 
     Raises:

@@ -198,7 +198,7 @@ def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits
     deviation. Single options win over it; a new size or crop gets the ``resize`` that belongs to it.
 
     Args:
-        arguments: of :func:`add_preprocessing_arguments`.
+        arguments: the parsed command line, with the options of :func:`add_preprocessing_arguments`.
         model: whose config is read with ``--preprocessing model``.
         digits: whether the images are scikit-learn's digits.
 

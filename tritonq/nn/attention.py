@@ -58,8 +58,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         Args:
             query: (batch, targets, embed_dim) with ``batch_first``, else (targets, batch, embed_dim); without a batch 2
                 axes.
-            key: as ``query``, with the number of sources for that of targets.
-            value: as ``key``.
+            key: (batch, sources, kdim) with ``batch_first``, else (sources, batch, kdim); without a batch 2 axes.
+            value: in the axes of ``key``, the last one of size vdim. Both sizes are ``embed_dim`` by default.
             key_padding_mask: (batch, sources), or (sources,) without a batch: bool, True for keys that do not count, or
                 numbers to add to the scores; None: all keys count.
             need_weights: whether to return the weights; if not, None stands for them.

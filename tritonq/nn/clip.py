@@ -47,7 +47,7 @@ class Clipping:
 
     @property
     def function(self) -> Function:
-        """The clip as ``Function("clip", (low, high))`` of `tritonq.reference.functions`, which clips when called."""
+        """The clip as the `Function` ``Function("clip", (low, high))``, which clips a tensor when called with it."""
         return Function("clip", (self.low, self.high))
 
 

@@ -28,7 +28,7 @@ class StateSlot:
     """A parameter or buffer that a program reads.
 
     Attributes:
-        slot: the number under which the program keeps it.
+        slot: the number under which the program keeps it, as :class:`Slot` has it.
         module: the module that holds it.
         name: its name in that module.
         exclusive: whether it is read for nothing but computed weights, so that a converted model needs no copy of it.

@@ -105,8 +105,8 @@ class Contraction:
 
     Attributes:
         a: the indices of the first operand, one letter per axis, in order; ``.`` stands for an ellipsis.
-        b: the indices of the second operand, likewise.
-        out: the indices of the result, likewise.
+        b: the indices of the second operand, in the same form.
+        out: the indices of the result, in the same form.
     """
 
     a: str

@@ -103,7 +103,10 @@ class Joint(WithOutputQuantizer):
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The quantizers of other modules that a saved file must name: those of the operands."""
+        """The quantizers on whose grids the operands lie, which other modules own and a saved file must name.
+
+        None for one that is not known.
+        """
         return self.input_quantizers
 
     @property

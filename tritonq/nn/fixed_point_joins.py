@@ -30,7 +30,7 @@ class FixedPointAdd(ReferringModule):
 
     Attributes:
         formats: the summands' own formats, by position ("0", "1").
-        observes: as the argument.
+        observes: for each summand whether this addition is the first to read it, and so observes it.
         raw_output: whether the sum isn't rounded before it is read: by another addition.
 
     Examples:

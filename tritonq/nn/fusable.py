@@ -99,7 +99,7 @@ def warn_if_unobserved(quantizer: nn.Module) -> None:
 
 
 def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
-    """Return the grid on which the values behind a quantizer lie.
+    """Return the grid on which the values behind a quantizer lie, so that they can be kept as codes.
 
     None if the quantizer is None, off or per channel, or while ``torch.compile`` traces.
     """

@@ -19,7 +19,7 @@ class KeepsClass(nn.Module):
     classes that it derives from, the new module's and the replaced module's, and it is made again when they are read.
 
     Attributes:
-        _tritonq_joined: the two classes, in this order.
+        _tritonq_joined: the two classes: the new module's, then the replaced module's.
     """
 
     _tritonq_joined: tuple[type[nn.Module], type[nn.Module]]

@@ -163,7 +163,7 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
             x: the layer's input.
             states: the states to begin with, (directions, batch, size): two for an LSTM, else one.
             sizes: batch sizes of a packed sequence; None for a plain tensor.
-            parameters: of :meth:`parameters_of`.
+            parameters: weights and biases of the layer, as :meth:`parameters_of` returns them.
         """
         run: Any = getattr(torch._VF, _SEQUENCES[self.mode])
         begin = states if self.mode == "LSTM" else states[0]

@@ -253,7 +253,10 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return self.activation is None or self.ceiling is not None
 
     def rectified(self, y: Tensor) -> Tensor:
-        """Return ``y`` after the activation; in training its module runs, so that its hooks do."""
+        """Return ``y`` after the block's activation, or as it is without one.
+
+        In training the activation's module runs, so that its hooks do; in eval mode a ReLU is computed without it.
+        """
         return rectify(y, self.ceiling) if self.ends_in_ceiling and not self.training else self.activated(y)
 
     def train(self, mode: bool = True) -> QATRepVGGBlock:

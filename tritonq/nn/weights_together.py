@@ -23,6 +23,7 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
     """Quantize the weights of all Conv-BN layers in one launch, each time ``model`` is called in training mode.
 
     It helps models of small layers, whose steps are bound by the number of launches. Results are the same, bit for bit.
+    "Conv-BN layers" are all quantization-aware layers with a BatchNorm, linear ones among them.
     Only the forward changes; gradients still arrive layer by layer. All weights' codes exist at once, four bytes for
     each weight.
 
