@@ -51,7 +51,7 @@ class _Noted:
 
 
 class DivergenceWatch:
-    """Watches whether all steps so far had a finite loss and finite gradients.
+    """Watches whether all steps so far had a finite loss and finite gradients; :meth:`check` raises if not.
 
     ``failed`` is 1 from the first bad step on. Given to a fused optimizer as ``found_inf``, it keeps the weights as
     they were before that step, without the host. The host reads the outcome of a GPU's step while the next one runs.
@@ -73,8 +73,9 @@ class DivergenceWatch:
     def note(self, step: int, images: Tensor, labels: Tensor, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         """Remember the outcome of a step, before the optimizer changes anything. The host reads nothing.
 
-        If loss or a gradient is not finite, ``failed`` becomes 1 on the device. With ``shared`` it becomes so in all
-        processes; each of them must call this once per step, or the others wait.
+        If the loss or a gradient is not finite, ``failed`` becomes 1 on the device; with ``gradients_may_overflow``
+        only the loss counts. With ``shared`` it becomes so in all processes; each of them must call this once per step,
+        or the others wait.
 
         Args:
             step: its number, from 1.

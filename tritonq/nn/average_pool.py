@@ -51,9 +51,9 @@ class AverageLayer(UnaryLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the mean as integer runtimes compute it: float32 on the output's grid, not clipped, without gradient.
 
-        ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, and N the
-        number that torch divides by. ``x`` has values of the grid ``source``; ``output`` is the grid of the quantizer
-        behind the layer. Both grids are per tensor.
+        ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, N the number
+        that torch divides by, and fl the rounding to float32. ``x`` has values of the grid ``source``, whose scale is
+        s_in; ``output`` is the grid of the quantizer behind the layer, with s_out. Both grids are per tensor.
         """
         return integer_average(x, self.averaging, source, output)
 

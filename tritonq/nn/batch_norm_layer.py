@@ -202,8 +202,9 @@ class QATBatchNormLayer(QATLayer):
     def trains_in_one_operator(self) -> bool:
         """Whether one operator computes a training step, in the present state of the layer.
 
-        It does in training mode, in mode "approximate", with a BatchNorm that is not frozen and has no hooks, if the
-        weight is not rounded or the operator can observe and round in its quantizer's place.
+        It does in training mode, in mode "approximate", with a plain BatchNorm (torch's own class, not synchronized
+        over ranks) that is not frozen and has no hooks, if the weight has no quantizer or one in whose place the
+        operator can observe and round.
         """
         return choose_path(self.path_state()) == "train_operator"
 
