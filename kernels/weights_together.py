@@ -88,6 +88,8 @@ def quantize_all_kernel(
     """Fold, observe and quantize one row of one weight: ``codes = clip(round(row · fold / s) + z) - z``, ``unit = s``.
 
     While the weight's switch is off, codes are ``row · fold`` and the unit is 1. Range, s and z are updated first.
+    A row of the table has the numbers and addresses of one weight that ``_START`` to ``_ZERO_POINT`` name. The other
+    constants are those of `kernels/__init__.py`, the same for all weights.
     """
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS

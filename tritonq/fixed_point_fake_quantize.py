@@ -122,7 +122,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self._make_buffers(num_channels)
 
     def rests_on_data(self) -> Tensor:
-        """Return the buffer ``observed``, uint8 (1,): 1 if a training batch was seen, also before a loaded state."""
+        """Return the buffer ``observed``, uint8 (1,): 1 once a training batch was seen; a loaded state may say so."""
         return self.observed
 
     def is_enabled_on_host(self) -> bool:

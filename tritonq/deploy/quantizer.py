@@ -30,7 +30,8 @@ class DeployedModule(FixedDtypeBuffers):
 
     Attributes:
         tensor_names: names of the module's tensors, in the order of the state dict.
-        parameter_names: names of those tensors that are parameters if they are float.
+        parameter_names: names of those that are parameters where they hold floats, and buffers where they hold codes;
+            all others are buffers.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ()

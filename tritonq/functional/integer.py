@@ -180,10 +180,11 @@ def integer_affine(
 
     Args:
         x: float tensor of values ``(code - zero_point) · input_scale``.
-        layer: the integers.
+        layer: weight and bias as integers, and ``multiplier``, input scale times weight scale.
         op: the convolution or product; called with codes and weight codes.
         channel_axis: axis of the result with the out channels.
-        output: the grid of the quantizer behind the layer, or None. A ReLU between them keeps values on the grid.
+        output: the grid of the quantizer behind the layer, or None. The caller applies a ReLU between them to the
+            result, which stays on the grid.
 
     Returns:
         Without ``output``: float32 ``fl(sums + bias) · multiplier``, where fl rounds to float32 once. With it:

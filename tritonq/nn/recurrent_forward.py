@@ -49,7 +49,8 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
     """The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, one layer at a time.
 
     The input of each layer is rounded, and the sequence that the last layer returns. Returned states are in float, as
-    torch computes them, and so are the gates and states inside of a layer.
+    torch computes them, and so are the gates and states inside of a layer. A subclass defines :meth:`parameters_of`,
+    which returns the rounded weights and the biases of one layer.
 
     Attributes:
         activation_post_process: the quantizer of the returned sequence.

@@ -74,7 +74,7 @@ class CalledLayer:
 def arguments_of(call: Call) -> dict[str, Any]:
     """Return all arguments of a call of a convolution or ``F.linear`` by name, with defaults.
 
-    Tensors are ``Ref`` objects.
+    In the place of a tensor stands a ``Ref``: the number of its value in the record.
     """
     names = argument_names(call.name)
     defaults = {name: _DEFAULTS[name] for name in names[2:]}

@@ -39,7 +39,7 @@ def make_plan(
         analysis: the model and its record.
         swapped: the float types that have a quantized form.
         qconfigs: the qconfig of each module, None to leave it in float.
-        inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
+        inputs: the qconfig that a ``QConfigMapping`` has for the model's inputs; None: it says nothing of them.
     """
     activations = ActivationChoice(analysis, qconfigs, inputs)
     kept: frozenset[int] = frozenset()
