@@ -9,29 +9,21 @@ import sys
 import pytest
 import torch
 
+from digits_runs import FILES, RECIPE
 from image_folders import image_folder
 from tritonq.__main__ import main
-from tritonq.cli.checkpoints import ModelRecipe, read_training, save_training
+from tritonq.cli.checkpoints import read_training, save_training
 from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits, open_examples
-from tritonq.cli.models import find_qconfig, prepare
+from tritonq.cli.models import prepare
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.cli.same_run import step_among
 from tritonq.cli.settings import Settings
 from tritonq.cli.training_loop import Run
-from tritonq.qconfig_files import mapping_to_data
 
 MODEL = ["tritonq.demo.model:SmallResNet", "digits"]
 SIZES = ["--model-arg=in_channels=1", "--model-arg=classes=10", "--model-arg=width=4"]
 SHORT = ["--batch-size=128", "--epochs=2", "--frozen-epochs=1", "--learning-rate=0.05", "--no-onnx"]
-FILES = ["best.pt", "last.pt", "log.csv", "model.int8.pt"]
-
-RECIPE = ModelRecipe(
-    "tritonq.demo.model:SmallResNet",
-    ("in_channels=1", "classes=10", "width=4"),
-    mapping_to_data(find_qconfig("onnxruntime")),
-    Preprocessing(8, 8, channels=1),
-)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
