@@ -45,10 +45,10 @@ from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_flo
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
 from tritonq.deploy.recurrent import QuantizedRecurrent
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
-from tritonq.nn.clip import Clip
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class
 from tritonq.nn.output_quantizer import quantizer_of
+from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.quantized_type import QuantizedType
 from tritonq.targets import OnnxForm
@@ -110,7 +110,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     for join in joins:
         join.replace_producers(traced)
     for module in model.modules():
-        if isinstance(module, (FunctionLayer, PReLU, Clip)):
+        if isinstance(module, UnaryLayer):
             module.replace_quantizers(traced)
     model = swap_modules(model, traced)
     for join in joins:

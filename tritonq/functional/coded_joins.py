@@ -19,7 +19,7 @@ from tritonq.functional.codes import code_range, images_at_once
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import JoinKind
 from tritonq.grid import Grid
-from tritonq.reference.eval_codes import LARGEST_STEP, CodeRange
+from tritonq.reference.eval_codes import CodeRange
 from tritonq.reference.fake_quant import quantize
 
 _LARGEST_CODE = 255
@@ -120,7 +120,7 @@ def coded_join(
         low, high = output.zero, int(quantize(torch.tensor([ceiling]), grids[2])) - grids[2].qtype.quant_min
     # A code minus its start, or a product of two.
     farthest = (_LARGEST_CODE**2 if kind == "mul" else _LARGEST_CODE) * sum(map(abs, ratios)) + abs(float(fixed))
-    result = replace(code_range(output, low, high), zero=starts[2], bounded=farthest < LARGEST_STEP)
+    result = replace(code_range(output, low, high, farthest), zero=starts[2])
     return CodedJoin(kind, a, b, output, (starts[0], starts[1]), ratios, fixed, result)
 
 

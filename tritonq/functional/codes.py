@@ -18,6 +18,7 @@ what such a call returns are ordinary tensors again.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -185,15 +186,17 @@ def images_at_once(values: int, images: int) -> int:
     return images if values * images <= _MAX_VALUES_AT_ONCE else min(images, max(1, _VALUES_AT_ONCE // values))
 
 
-def code_range(grid: HostGrid, low: int = 0, high: int | None = None) -> CodeRange:
+def code_range(grid: HostGrid, low: int = 0, high: int | None = None, largest_step: float = math.inf) -> CodeRange:
     """Return how steps (values over the scale) become codes of a grid: ``clip(round(step) + grid.zero, low, high)``.
 
     Args:
         grid: gives the zero and how ties are rounded.
         low: smallest code of the result, counted from 0.
         high: largest one, cut at the grid's; None: the grid's.
+        largest_step: largest absolute value of a step; infinity if unknown.
     """
-    return CodeRange(grid.zero, low, grid.largest if high is None else min(high, grid.largest), grid.half_even)
+    high = grid.largest if high is None else min(high, grid.largest)
+    return CodeRange(grid.zero, low, high, grid.half_even, largest_step)
 
 
 def rounded_codes(steps: Tensor, grid: HostGrid) -> Tensor:

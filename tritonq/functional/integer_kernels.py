@@ -26,7 +26,7 @@ from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.grid import Grid
-from tritonq.reference.eval_codes import LARGEST_STEP, CodeRange, Factors, is_within, multiply_, repeated
+from tritonq.reference.eval_codes import CodeRange, Factors, is_within, multiply_, repeated
 from tritonq.reference.fake_quant import quantize
 
 # ``(input codes, bias or None, whether a ReLU follows) -> float32 sums``.
@@ -184,9 +184,8 @@ def pack(
     codes_after = None
     if target is not None:
         largest_sum = layer.sum_bound + (0.0 if layer.bias is None else float(layer.bias.abs().max()))
-        is_bounded = largest_sum * float(steps.abs().max()) < LARGEST_STEP
         low = target.zero if rectifies and parts else 0
-        codes_after = replace(code_range(target, low, largest), bounded=is_bounded)
+        codes_after = code_range(target, low, largest, largest_sum * float(steps.abs().max()))
     return PackedLayer(
         source=on_host,
         sums=make(codes, zero),

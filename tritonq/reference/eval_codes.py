@@ -34,14 +34,15 @@ class CodeRange:
         low: smallest code of a result.
         high: largest code of a result, up to 255.
         half_even: whether ties go to the even step; else away from 0.
-        bounded: whether all steps are known to lie within ±:data:`LARGEST_STEP`, which some of torch's kernels need.
+        largest_step: largest absolute value of a step, infinity if unknown. Some of torch's kernels need one below
+            :data:`LARGEST_STEP`.
     """
 
     zero: int
     low: int
     high: int
     half_even: bool
-    bounded: bool = False
+    largest_step: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
     Returns:
         uint8, in the order of ``steps``.
     """
-    if to.half_even and has_one_pass_rounding(to.bounded):
+    if to.half_even and has_one_pass_rounding(to.largest_step < LARGEST_STEP):
         # torch adds the zero point before it rounds, which moves ties.
         codes = _round_in_one_pass(steps.round_() if to.zero else steps, to.zero)
         # Now clipped to 0 and 255.
@@ -151,7 +152,7 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
         low, high = (float(end) for end in torch.aminmax(x))
         if math.isnan(low):
             return None
-        step, to = torch.tensor(scale), replace(to, bounded=max(-low, high) / scale < LARGEST_STEP)
+        step, to = torch.tensor(scale), replace(to, largest_step=max(-low, high) / scale)
         return codes_of_steps(x.mul(step.reciprocal()) if to.half_even else x.div(step), to)
     steps = (x / scale).round_().add_(to.zero)
     least, most = torch.aminmax(steps)
