@@ -40,7 +40,8 @@ def quantize_value(
 ):
     """Return ``FQ(relu?(y))`` of float32 values.
 
-    The ReLU is applied if CEILING is not None. Fake quantization is applied if QUANTIZED, and if ``active`` is not 0.
+    The ReLU is applied if CEILING is not None. Fake quantization is applied if QUANTIZED, and if ``active`` is not 0;
+    ROUNDING names where it rounds ties: ``"half_even"`` or ``"half_away"``.
     """
     if not QUANTIZED:
         return rectify(y, CEILING)
@@ -75,7 +76,7 @@ def rectify(y, CEILING: tl.constexpr):
 def gradient_bounds(
     scale,  # float32 scalar
     zero_point,  # float32 scalar, or 0
-    active,  # scalar; 0 blocks nothing
+    active,  # scalar; 0: the quantizer is off and blocks nothing
     CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -85,9 +86,9 @@ def gradient_bounds(
     """Return three scalars ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``.
 
     The bounds lie half a code outside the last codes, in units of ``scale``. Where a value at that tie rounds to the
-    last code (an even number of steps), the bound is one float further out. A ReLU's CEILING replaces ``high`` if it is
-    lower; ``unit`` is then 1. If ``active`` is 0, the bounds are infinite. Without QUANTIZED the result is a
-    placeholder that nothing reads.
+    last code (an even number of steps), the bound is one float further out. If ``active`` is 0, they are infinite.
+    After that a ReLU's CEILING replaces ``high`` if it is lower; ``unit`` is then 1. The caller adds ``y > 0`` if there
+    is a ReLU. Without QUANTIZED the result is a placeholder that nothing reads.
     """
     if not QUANTIZED:
         return 1.0, 0.0, 0.0
@@ -160,13 +161,13 @@ def range_kernel(
     parts,  # how many ranges there are to merge
     weight,  # values in a part
     CEILING: tl.constexpr,
-    KNOWN: tl.constexpr,
+    KNOWN: tl.constexpr,  # whether the range holds data for sure; if not, an empty one switches rounding off
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
-    COPY_ABOVE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,  # growth from which on the batch's range replaces the running one; None: never
     BLOCK: tl.constexpr,  # parts read at a time
 ):
     """Merge the ranges of all parts into the running range, and write a copy of scale, zero point and switch.

@@ -33,7 +33,10 @@ def fold_kernel(
     channels,
     BLOCK: tl.constexpr,  # channels of a program
 ):
-    """Write the fold ``γ/σ`` of BLOCK channels (``1/σ`` for a γ of 0), and ``1/σ``; ``σ = sqrt(running_var + eps)``."""
+    """Write ``1/σ`` of BLOCK channels, ``σ = sqrt(running_var + eps)``, and their fold.
+
+    The fold is ``γ/σ``, or ``1/σ`` if ``|γ/σ| < 1e-12``.
+    """
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
     fold, inverse_std = nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid)

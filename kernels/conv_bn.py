@@ -160,7 +160,7 @@ def mean_from(at, step, base, mask):
 @triton.jit
 def finish_kernel(
     partial_ptr,  # 6 × splits × channels float32, as statistics_kernel wrote them
-    vectors_ptr,  # 6 × channels float32, written: mean, 1/std, gain, slope, shift, eps_share of `Normalization`
+    vectors_ptr,  # 6 × channels float32, written: mean, 1/std, gain, slope, shift, eps_share
     range_ptr,  # 2 × channels float32, written: smallest and largest result before the ReLU; NaN where not finite
     ratio_ptr,  # (channels,) float32: c / ratio is the convolution by the weight before folding
     gamma_ptr,  # (channels,), or None for 1
@@ -180,7 +180,7 @@ def finish_kernel(
 ):
     """Merge the partial results of CHANNELS channels, and write what follows from mean and variance of c.
 
-    ``1/std = 1 / sqrt(var + eps ratio²)``, ``gain = |γ|``, ``slope = gain / std``, ``shift = β - slope mean``.
+    ``std² = var + eps ratio²``, gain |γ|, slope |γ| / std, shift ``β - slope mean``, eps_share ``eps ratio² / std²``.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
@@ -301,8 +301,8 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
     """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the batch's statistics, the vectors of `Normalization`, a snapshot.
 
-    Vectors are (channels,): mean, 1/std, |γ|, slope, shift, eps_share; γ, β, bias (None: 1, 0, 0), ``ratio`` (fold over
-    unit of codes). ``norm``, ``statistics``, ``grid`` (None: no FQ; its copy is the snapshot) are updated in place.
+    Vectors are (channels,): mean, 1/std, |γ|, slope, shift, eps ratio² / std²; γ, β, bias (None: 1, 0, 0), ``ratio``
+    (fold over unit). ``norm``, ``statistics``, ``grid`` (None: no FQ; its copy is the snapshot) are updated in place.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)

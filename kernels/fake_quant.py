@@ -153,8 +153,8 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return ``FQ(x)`` in the dtype of ``x``, and a bool tensor that is True where the gradient passes.
 
-    While the grid's switch is off, the first is a copy of ``x``. The gradient passes where the rounded code, before the
-    clip, is one of the grid's, and everywhere while the switch is off; not at NaN. Strides of both are those of
+    The gradient passes where the rounded code, before the clip, is one of the grid's; not at NaN. While the grid's
+    switch is off, the first result is a copy of ``x``, and the gradient passes everywhere. Strides of both are those of
     ``torch.empty_like(x)``.
     """
     y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)

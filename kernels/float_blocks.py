@@ -99,9 +99,9 @@ def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.conste
 
 @triton.jit
 def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
-    """Return each block's scale and its reciprocal; both are 0 if the scale is too small.
+    """Return each block's scale ``e4m3(magnitude / (tensor_scale · LARGEST)) · tensor_scale``, and its reciprocal.
 
-    The scale is rounded to e4m3, then multiplied by ``tensor_scale``.
+    e4m3 rounds to that format. Both are 0 if the scale is below float32's normal numbers.
 
     Args:
         bits: int32 block, the float32 bits of each block's largest finite magnitude.

@@ -82,7 +82,7 @@ def int8_conv_kernel(
     bias_ptr,  # (outs,) int32, int64 with saturated_ptr; holds 128 Σ weight where x is unsigned
     shift_ptr,  # (outs,) int32, or None for accumulators
     y_ptr,  # images × outs × out_height × out_width, by strides
-    saturated_ptr,  # one int64, or None where no sum can pass 32 bits
+    saturated_ptr,  # one int64, grows by the number of clamped sums; None where no sum can pass 32 bits
     x_strides,
     weight_strides,
     y_strides,

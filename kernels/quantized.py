@@ -212,7 +212,11 @@ def grid_constants(grid: Grid | None) -> dict[str, Any]:
 
 
 def float_constants(number: FloatFormat | None) -> dict[str, Any]:
-    """Return MANTISSA_BITS, LEAST_EXPONENT, LARGEST and OVERFLOW of a float format; None for each if it is None."""
+    """Return a float format's constants for a kernel, by name; each is None if the format is None.
+
+    MANTISSA_BITS; LEAST_EXPONENT, of the smallest normal number; LARGEST, the largest finite number; OVERFLOW, the
+    number that would follow it.
+    """
     if number is None:
         return {"MANTISSA_BITS": None, "LEAST_EXPONENT": None, "LARGEST": None, "OVERFLOW": None}
     return {

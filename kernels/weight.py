@@ -241,7 +241,7 @@ def quantize(
 
     Args:
         rows: (out, ...); each row dense.
-        fold: (out,) float32, the factor of each row.
+        fold: (out,) float32, the factor of each row; written, not read, if ``norm`` is given.
         grid: of the rows, with s and z, updated in place. While its switch is off codes are ``rows · fold``, units 1.
         statistics: the running range behind the grid, or None.
         dtype: of the codes. In float16 they are multiplied by the power of two nearest to their unit.
@@ -326,8 +326,8 @@ def gradients(
         fold: (out,).
         unit: (out,), of the codes.
         grid: as in the forward; None where nothing clips.
-        norm: γ, ``1/σ``, eps_share and ``Σ g n``, each (out,). With it the second result is γ's gradient, ``m + dfold
-            / σ - m · eps_share`` with ``m = sign(fold) Σ g n`` (m where ``|γ/σ| < 1e-12``), dfold the fold's.
+        norm: γ, ``1/σ``, eps_share and sum_gn of :func:`tritonq.kernels.batch_norm_weight.gradients`, each (out,). With
+            it the second result is γ's gradient in place of the fold's.
     """
     rows, unit = dense_rows(rows), unit.contiguous()
     if not same_layout(dcodes, rows):

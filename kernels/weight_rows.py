@@ -18,7 +18,7 @@ _TINY_FOLD = tl.constexpr(1e-12)
 
 @triton.jit
 def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
-    """Return two float32 blocks: the fold ``γ/σ`` of some channels (``1/σ`` for a γ of zero), and ``1/σ``.
+    """Return two float32 blocks: the fold ``γ/σ`` of some channels (``1/σ`` if ``|γ/σ| < 1e-12``), and ``1/σ``.
 
     ``σ = sqrt(running_var + eps)``. `tritonq.reference.fold` says why the fold must not be zero.
 
@@ -45,7 +45,7 @@ def gamma_gradient(
     gamma_ptr,  # (channels,)
     inverse_std_ptr,  # (channels,) float32: 1/σ
     eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
-    sum_gn_ptr,  # (channels,) float32: Σ g n, with n the normalised output of the convolution
+    sum_gn_ptr,  # (channels,) float32: Σ g (c - mean) / std; g: gradient behind the BatchNorm, c: its input
     channel,  # (ROWS, 1) channel numbers
     valid,  # (ROWS, 1) which of them exist
 ):

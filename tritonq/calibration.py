@@ -111,7 +111,7 @@ def refine_scales(
     candidate is better.
 
     Args:
-        model: a calibrated model; its scales change in place. A PassiveObserver keeps its original scale.
+        model: a calibrated model; its scales change in place. (A PassiveObserver's ``original_scale`` stays.)
         data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; a few batches are
             enough, and all layers' inputs are kept while this runs.
         candidates: scales tried, equally spaced over ``span``.

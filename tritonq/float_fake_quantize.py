@@ -102,9 +102,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def has_observed_scale(self) -> bool:
-        """Whether the scale follows from observed values.
+        """Whether the format takes a scale that is observed; the same before and after data have been seen.
 
-        False for blocks with powers of two, which find theirs in each tensor.
+        False for blocks whose scales are powers of two: each call computes them from the tensor alone.
         """
         return self.blocks is None or self.blocks.scale != "e8m0"
 

@@ -30,7 +30,7 @@ def plot_histogram(
     channel: int | None = None,
     title: str | None = None,
 ) -> None:
-    """Write a PNG of an observer's histogram, the range that its search chooses, and the grid of codes.
+    """Write a picture of an observer's histogram, the range that its search chooses, and the grid of codes.
 
     The upper panel is logarithmic in density and shows all that was seen; values outside the range, which saturate, are
     orange. The lower one is linear and shows the chosen range.

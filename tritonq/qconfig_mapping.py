@@ -139,8 +139,9 @@ class QConfigMapping:
     def set_input(self, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for the model's inputs and whatever moves them.
 
-        None leaves them in float, and with them the layers that read them. Without this rule an input is quantized as
-        the results of the layer that reads it first, or, where that leaves its results in float, as those of the model.
+        None leaves them in float, and with them the layers that read them. Without this rule an input gets the
+        activation quantizer of the qconfig of the layer that reads it first, or, if that qconfig makes none, that of
+        the model's qconfig.
 
         Examples:
             >>> import tritonq

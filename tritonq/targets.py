@@ -107,11 +107,11 @@ def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:
 def convolves_codes(target: str | None, modules: Iterable[nn.Module]) -> bool:
     """Whether convolutions whose result stays in float may be written as ConvInteger in an ONNX file.
 
-    They may if all its engines have :attr:`Target.convolves_codes`; without a name it is the default target's.
+    They may if :attr:`Target.convolves_codes` is True for each target that counts.
 
     Args:
-        target: its name, or that of a form of files, as ``export_onnx`` takes it; None: that of the preset of
-            ``modules``.
+        target: name of a target, which alone counts then. With None, or with the name of a form of files that
+            ``export_onnx`` takes, the targets of the layers' presets count; if no layer has one, the default target.
         modules: of the model.
     """
     names = {target} if target in TARGETS else {name for name in map(_target_name, modules) if name is not None}

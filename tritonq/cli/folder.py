@@ -200,7 +200,7 @@ def readable_images(
     Args:
         folder: the folder.
         classes: names of its sub-folders; a file's label is the index of its class.
-        preprocessing: gives the pixels that are summed up.
+        preprocessing: scales and crops an image before its values are summed up (``total``, ``squares``).
         workers: threads that read; 0: one per processor.
         least: how many images a class must have.
         quiet: print nothing; another process does.
@@ -256,7 +256,7 @@ def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]
     Args:
         labels: int64 (n,).
         seed: of the order; the same gives the same indices.
-        share: the fraction of each class that is held out, to one image.
+        share: the fraction of each class that is held out. The number of images differs from it by less than one.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]

@@ -319,8 +319,8 @@ class Run:
         """Load the state of the checkpoint ``last.pt``; return its step. A finished run may be given more epochs.
 
         Raises:
-            ValueError: a damaged checkpoint, one of another run or of another architecture, or one before a step that
-                so many processes leave out.
+            ValueError: a damaged checkpoint, one of another run or of another architecture, or one whose next batch is
+                too small to be shared among the processes.
         """
         made, content = read_run(self.path)
         saved = saved_settings(content)

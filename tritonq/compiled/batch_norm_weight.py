@@ -33,7 +33,7 @@ def quantize(
 ) -> StepWeight:
     """Fold a weight with its BatchNorm, observe its range, and quantize it, in C++.
 
-    ``code = clip(round(rows · γ/σ / s) + z)`` with scale s and zero point z of the updated grid.
+    ``code = clip(round(rows · γ/σ / s) + z) - z`` with scale s and zero point z of the updated grid.
 
     Args:
         rows: the weight, (out, ...), any float dtype.
@@ -45,11 +45,12 @@ def quantize(
         grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
         statistics: the running range of the grid, updated in place; None observes nothing.
         known: ``(γ/σ, 1/σ)`` of a step that is run again (checkpointing), in place of ``running_var``; None: computed.
-        out: memory for the codes, shaped as ``rows``, in ``dtype``; None: new memory.
+        out: memory for the codes, shaped as ``rows``, in ``dtype``; None: new memory. If ``code_dtype`` is another,
+            they are converted into new memory.
 
     Returns:
-        A :class:`~tritonq.reference.batch_norm_weight.StepWeight`: ``codes`` (``code - z``, in float16 times a power of
-        two) times ``unit`` is the rounded folded weight. With them come ``ratio`` (``(γ/σ) / unit``), γ/σ, ``1/σ``,
+        A :class:`~tritonq.reference.batch_norm_weight.StepWeight`: ``codes`` (in float16 times a power of two)
+        times ``unit`` is the rounded folded weight. With them come ``ratio`` (``(γ/σ) / unit``), γ/σ, ``1/σ``,
         ``clips`` (whether a value may lie outside the codes) and a copy of the grid as this step used it, for the
         backward.
     """

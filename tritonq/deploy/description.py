@@ -206,8 +206,8 @@ def _further(join: Joint) -> Description:
 def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module | None:
     """Return the module that ``entry`` describes, without the children that have entries of their own.
 
-    None for kind ``"module"``: such a module comes from the user's float model. A Sequential is made in case the float
-    model has something else there: a BatchNorm whose activation was not absorbed.
+    None for kind ``"module"``: such a module comes from the user's float model. For kind ``"sequential"`` an empty
+    Sequential, which holds the children described apart.
 
     Args:
         entry: a description.

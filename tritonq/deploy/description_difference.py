@@ -66,7 +66,10 @@ def _function_here(module: nn.Module) -> Function | None:
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the name of a module's class; torch.fx and torch.jit give traced modules classes of varying names."""
+    """Return the name of a module's class: the user's where the class was replaced to edit the forward.
+
+    All modules traced by torch.fx count as "GraphModule", and by torch.jit as "ScriptModule": their own names vary.
+    """
     if isinstance(module, ScriptModule):  # a copy of what was traced has another class
         return ScriptModule.__name__
     return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__

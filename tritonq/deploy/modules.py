@@ -302,12 +302,13 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """Return the result for a rounded ``x`` by PyTorch's operators; ``layer`` is :meth:`integer_layer`'s result."""
+        """Return what ``forward`` does, by PyTorch's operators, for an ``x`` that is rounded already.
+
+        In integers by ``layer``, the result of :meth:`integer_layer`; in float if that is None.
+        """
         if layer is None:
-            y = self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype))
-        else:
-            y = run_integer_layer(x, layer, self.linear_map, self.output_grid(), None)
-        return self.finish(y)
+            return self.finish(self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype)))
+        return self.finish(run_integer_layer(x, layer, self.linear_map, self.output_grid(), None))
 
     def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.stored_bias is None else self.stored_bias.to(dtype)

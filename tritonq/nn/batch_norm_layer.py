@@ -45,8 +45,8 @@ class QATBatchNormLayer(QATLayer):
       relative to a trained scale, so that codes flip; and running statistics are averages over other weights than the
       deployed ones. At 2 bits that costs points of accuracy. For symmetric types.
 
-    In eval mode, or frozen, in every other mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)`` with ``t =
-    γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
+    In eval mode, and in training with a frozen BatchNorm, all four compute ``y = op(x, FQ_w(W t)) + β + t (b -
+    running_mean)`` with ``t = γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
 
     Attributes:
         bn: the BatchNorm.

@@ -108,8 +108,9 @@ class FixedPointAvgPool2d(ReferringModule):
     """Average pooling of fixed-point values: a sum and a shift.
 
     ``y = Σ xq / 2^round(log2 k²) · η/η_following`` with k² values per window. Both factors are powers of two, since
-    this layer's format and the following one share their step. What remains, ``2^round(log2 k²) / k²``, is multiplied
-    into the following layer's weights: its ``input_factor`` is this layer's ``remaining_factor``.
+    this layer's format and the following one share ``|α| / levels`` (:meth:`ActivationFormat.share_step`). What
+    remains, ``2^round(log2 k²) / k²``, is multiplied into the following layer's weights: its ``input_factor`` is this
+    layer's ``remaining_factor``.
 
     Args:
         kernel_size: window, (height, width); None: the whole image, whose area must then be given.

@@ -54,7 +54,10 @@ class ActivationFormat(FixedPointFakeQuantize):
         self.alpha = nn.Parameter(torch.full((1,), _INITIAL_ALPHA), requires_grad=scaled)
 
     def share_step(self, other: ActivationFormat) -> None:
-        """Share α, and the step ``|α| / levels`` before scaling, with ``other``; their η differ by a power of two."""
+        """Take over α and ``levels`` of ``other``, so that both have the step ``|α| / levels`` from now on.
+
+        Their η then differ only by a power of two. Another α of this format is dropped.
+        """
         self.alpha, self.levels = other.alpha, other.levels
 
     def eta(self) -> Tensor:
@@ -161,7 +164,7 @@ class FixedPointLayer(ReferringModule):
             self.move_formats(self.weight.device)
 
     def move_formats(self, device: torch.device) -> None:
-        """Move the formats to ``device``."""
+        """Move the quantizer of the weight and the format of the input to ``device``."""
         self.weight_fake_quant.to(device)
         self.input_format.to(device)
 

@@ -80,8 +80,8 @@ def ends_in_relu(producer: nn.Module | None) -> bool:
 def deployed_grid(grid: Grid, relu: bool) -> Grid:
     """Return the grid with the codes that deployment uses: behind a ReLU only those from the code of zero on.
 
-    ``relu`` says whether a ReLU comes before the quantizer. Then, if the type fixes the zero point, it becomes
-    ``quant_min``; else the grid is returned as it is.
+    ``relu`` says whether a ReLU comes before the quantizer. Then, if the type fixes the zero point (such as 0 of codes
+    -128..127), ``quant_min`` is raised to it (codes 0..127); else the grid is returned as it is.
     """
     zero = grid.qtype.fixed_zero_point
     if zero is None or not relu:

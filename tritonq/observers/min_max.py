@@ -139,7 +139,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     def set_momentum(self, momentum: float) -> None:
         """Set the fraction of the old range that is kept, ``1 - averaging_constant``, in [0, 1), as in MegEngine.
 
-        With ``rule="megengine"`` it may also be 1, which keeps the range, and takes effect one update later, as there.
+        With ``rule="megengine"`` it may also be 1, which keeps the range. There any momentum takes effect one update
+        later, as in MegEngine.
 
         Raises:
             ValueError: a momentum outside of these bounds.

@@ -181,7 +181,7 @@ def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: T
 
 
 def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
-    """Return a new bool tensor: where neither ReLU nor the clip blocks the gradient; False at NaN.
+    """Return a new bool tensor: where neither the ReLU nor the quantizer's clip blocks the gradient; False at NaN.
 
     A ReLU passes ``0 < y < ceiling``, the clip values whose unclipped code is a code.
 
@@ -189,7 +189,7 @@ def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor 
         y: values before ReLU and rounding; not changed.
         grid: of the quantizer; None without one.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
-        enabled: the grid's switch, a bool tensor: False blocks nothing. None: on.
+        enabled: the grid's switch, a bool tensor; False: the clip blocks nothing, the ReLU as before. None: on.
     """
     inside = torch.ones_like(y, dtype=torch.bool)
     if grid is not None:

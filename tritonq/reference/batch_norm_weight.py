@@ -76,7 +76,7 @@ def quantize(
 ) -> StepWeight:
     """Fold a weight with its BatchNorm's running variance, observe its range, and quantize it.
 
-    ``code = clip(round(rows · fold / s) + z)`` with scale s and zero point z of the updated grid.
+    ``code = clip(round(rows · fold / s) + z) - z`` with scale s and zero point z of the updated grid.
 
     Args:
         rows: the weight, (out, ...), any float dtype.
@@ -112,7 +112,7 @@ def composed(
 ) -> StepWeight:
     """Fold, observe and quantize a weight by the functions of two given modules.
 
-    ``code = clip(round(rows · γ/σ / s) + z)`` with scale s and zero point z of the updated grid.
+    ``code = clip(round(rows · γ/σ / s) + z) - z`` with scale s and zero point z of the updated grid.
 
     Args:
         folds: has the functions of `tritonq.reference.fold`; the backend "compiled" gives its own.
@@ -204,8 +204,9 @@ def gradients(
 def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return codes in ``dtype``, that of the convolution, and their unit: ``codes · unit`` stays the same.
 
-    In float16 a sum of 8-bit codes overflows. Codes are therefore multiplied by the power of two nearest to their unit
-    (within 2^-24..2^7), which is exact, and the unit is divided by it. ``codes`` are (out, ...), ``unit`` (out,).
+    If ``dtype`` is float16, in which a sum of 8-bit codes overflows, codes are multiplied by the power of two nearest
+    to their unit (within 2^-24..2^7), which is exact, and the unit is divided by it. ``codes`` are (out, ...), ``unit``
+    (out,).
     """
     if dtype != torch.float16:
         return as_dtype(codes, dtype), unit

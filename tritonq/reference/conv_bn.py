@@ -43,6 +43,8 @@ class BatchNormState(NamedTuple):
 class Normalization(NamedTuple):
     """What a backward needs of a step's BatchNorm besides the convolution's output c; vectors (channels,).
 
+    c is computed with the folded weight's codes; ``c / ratio`` is the output for the unfolded weight.
+
     Attributes:
         mean: of c.
         inverse_std: ``1 / sqrt(var + eps · ratio²)``, with the biased variance of c.

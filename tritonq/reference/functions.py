@@ -210,7 +210,7 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 
     Args:
         x: any shape and float dtype.
-        function: f, as torch computes it; no chain.
+        function: f, a single function, as torch computes it; not several of which each is applied to the last's result.
         grid: per tensor; its scale and zero point are updated in place before values are rounded.
         statistics: the running range of the grid, which f(x) updates in place; None observes nothing.
     """

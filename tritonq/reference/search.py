@@ -165,7 +165,7 @@ def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Te
     """Return edges and densities of the bins that :func:`condensed` found, for :func:`cell_error`.
 
     Args:
-        edges: of bins, float64 (channels, 2, m).
+        edges: of bins, float64 (channels, 2, m): ascending, first those of negative values.
         below: share of all values below each edge, as ``edges``.
         stride: how many neighbouring bins become one.
 

@@ -178,7 +178,7 @@ class Analysis:
         return {call.run for call in calls} == set(range(self.flow.runs))
 
     def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
-        """Return, as text for a report, why calls stay in float: the recorded run of only one mode made them."""
+        """Return a report's reason why these calls, all of the recorded run of one mode (0: eval), stay in float."""
         if {call.run for call in calls} == {0}:
             return "it runs in eval mode only, so that training would not teach its range"
         return "it runs in training mode only, and would not be deployed"

@@ -61,7 +61,7 @@ class Group:
     Attributes:
         values: indices of the tensors' values.
         readers: ``(call, operand)`` of layers, additions and poolings that read one of them, in order of execution.
-        rectified: whether each of these readers comes after a ReLU, so that codes are unsigned.
+        rectified: whether all these readers come after a ReLU, so that codes are unsigned.
         scaled: whether their values are divided by a factor η; False for the network's input, whose values are real.
         has_format: whether some reader rounds them.
         returned: whether nothing in the network reads them, so that they are real values.

@@ -85,7 +85,8 @@ class Join:
     def rounds_constants(self) -> bool:
         """Whether an operand that is computed from parameters and buffers alone is rounded like the others.
 
-        True for products and attention; for other kinds such an operand stays in float, or the call is no join.
+        True for products of matrices or of elements and for attention; for other kinds such an operand stays in float,
+        or the call is no join.
         """
         return KINDS[self.kind].constants == "rounded"
 

@@ -158,7 +158,7 @@ def part_of_module(module: nn.Module) -> Part:
 
 
 class Counted(Protocol):
-    """What :func:`counts` asks of an operation of the model; a `LayerRecord` answers it."""
+    """Has the properties that :func:`counts` reads to count quantized layers and joins, as a `LayerRecord` has."""
 
     @property
     def part(self) -> Part:

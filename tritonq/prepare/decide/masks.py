@@ -60,8 +60,9 @@ def _has_parameters(call: Call) -> bool:
 def summands(call: Call, without_layers: frozenset[int]) -> tuple[int, int] | None:
     """Return the value indices ``(scores, mask)`` if a call could be their sum or difference; None for other calls.
 
-    The mask is the one operand among ``without_layers``, and in a difference the second; the scores are the other one.
-    For ``addmm`` and ``baddbmm`` the mask is the added tensor, and the first factor stands for the scores.
+    ``without_layers`` are the values that follow from inputs alone. The mask is the one operand among them, and in a
+    difference the second; the scores are the other one. For ``addmm`` and ``baddbmm`` the mask is the added tensor, and
+    the first factor stands for the scores.
     """
     if call.kind != "function" or call.name not in _SUMS:
         return None

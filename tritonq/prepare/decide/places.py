@@ -25,7 +25,7 @@ class Origin:
             ``"consumer"``: in the layers and joins that read the value.
         owner: see ``where``; "" for ``"consumer"``.
         values: indices of the values.
-        site: the site of the node, for ``"node"``; else None.
+        site: for ``"node"`` the :class:`~tritonq.prepare.forwards.proof.Site`, the place in that forward; else None.
     """
 
     where: Where

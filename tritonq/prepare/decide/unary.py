@@ -98,7 +98,7 @@ class QuantizerPlace(Protocol):
 
     @property
     def node(self) -> str:
-        """Name of the node in that forward, for ``"node"``."""
+        """Name of the graph's node behind which it stands, if :attr:`where` is "node"."""
 
 
 def find_unary(
@@ -158,7 +158,8 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
     """Return the index of the value that a call computes its result from, so that a grid can be looked for there.
 
     That is the input of an operation of one tensor, or the value that the call moves, or scales or shifts by constants.
-    With ``through_norms`` it is the input of a softmax or norm, too. None for any other call.
+    With ``through_norms`` it is the input of a softmax or norm, too. None for any other call. ``chains`` tells which
+    calls become one operation with the call behind them.
     """
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 

@@ -47,13 +47,14 @@ class Unrounded:
     def add_layers(self, layers: Sequence[Layer]) -> None:
         """Find the layers that do not round their results, because only joins or islands read these.
 
-        A layer is one of them if only one of these reads all its results, directly or after moves and plain ReLUs:
+        A layer is one of them if all readers of its results, directly or after moves and plain ReLUs, are of one of
+        these kinds:
 
         - islands, if the layer's qconfig has ``islands="float"``;
         - additions, if the qconfig has ``round_summands=False``;
         - concatenations, if the target (the engine) fuses joins;
-        - an addition, if the target fuses joins and the layer is a convolution without ReLU. Of the two summands of
-          an addition only one stays unrounded for this reason.
+        - a single addition, if the target fuses joins and the layer is a convolution without ReLU. Of the two summands
+          of an addition only one stays unrounded for this reason.
 
         Their names go into ``layers``, their results into ``values`` and ``makers``.
         """

@@ -12,9 +12,10 @@ from tritonq.prepare.edit.called_layers import computed_parameters
 
 
 def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
-    """Return ``bn`` itself if it is of the class ``kind``, else a plain or synchronized BatchNorm with its state.
+    """Return ``bn`` itself if its class is ``kind``, no subclass; else a BatchNorm that computes the same.
 
-    The new one shares the parameters and buffers of ``bn`` and is in its mode.
+    The new one is a synchronized BatchNorm if ``bn`` is, else a ``kind``. It shares the parameters and buffers of
+    ``bn`` and is in its mode.
     """
     if type(bn) is kind:
         return bn
