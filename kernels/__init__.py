@@ -32,7 +32,10 @@ What many kernels take, in all files alike; other parameters have a comment:
   observed); ROUNDING: ``"half_even"`` or ``"half_away"``.
 - MANTISSA_BITS, LEAST_EXPONENT, LARGEST, OVERFLOW: a format of float codes: its mantissa bits, the exponent of its
   smallest normal number, its largest finite number and the number that would follow; all None for integer codes.
-- SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE: how a range becomes scale and zero point: `tritonq.kernels.qparams`.
+- SYMMETRIC, FIXED_ZERO_POINT, RULE: how a range becomes scale and zero point, see `tritonq.kernels.qparams`: whether
+  the range is made symmetric; the zero point that the type fixes, or None; ``"torch"``, ``"torch_v1"`` or
+  ``"megengine"``.
+- COPY_ABOVE: growth of a batch's range from which on it replaces the running one of an average; None: it never does.
 - KNOWN: whether the host knows that the range holds data. Otherwise the kernel reads it, and an empty range switches
   rounding off.
 """

@@ -7,7 +7,8 @@ The ReLU is one constant, CEILING: infinity for a plain ReLU, 6 for ReLU6, None 
 The range kernel is one program. It merges the ranges that other programs found, updates the quantizer's state, and
 writes a snapshot (a copy of scale, zero point and switch) for the passes that follow and for the backward. The host
 therefore never waits for the device. To *merge* is to take the extremes of all batches, or with an averaging constant
-``running + constant · (batch - running)``; the first batch replaces the empty range.
+``running + constant · (batch - running)``; the first batch replaces the empty range. `tritonq.kernels` explains the
+constants that have no comment.
 """
 
 from __future__ import annotations

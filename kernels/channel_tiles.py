@@ -3,7 +3,8 @@
 The launch divides an (outer, rows, cols) view into shares (`tritonq.kernels.reduction`). A *share* is the box of
 elements that one program reads, tile by tile; a *place* is the triple (outer, row, col) of a tile or of its elements.
 Each program stores one partial result per channel under the number of its *split*: programs with the same channels and
-different splits are joined later. CHANNEL is the dimension of the view with the channels, or None.
+different splits are joined later. CHANNEL is the dimension of the view with the channels, or None. `tritonq.kernels`
+explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ order of float sums, and for ``tile`` and ``largest_product``. Values take them 
 they beat torch's convolution (:func:`tuned_tile`), codes also where it says nothing. Codes are float16 operands with
 float32 accumulators: products of codes of up to 9 bits are exact, and so are sums below 2^24 (matrix units round no
 addition that needs at most 24 bits: Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Sums that may become
-larger go on in int32 before they do.
+larger go on in int32 before they do. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

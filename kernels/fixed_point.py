@@ -3,7 +3,7 @@
 A fixed-point number is ``code · 2^-frac_len``; *frac_len*, the fractional length, is the number of bits behind the
 binary point. Functions here have the names, signatures and results of `tritonq.reference.fixed_point`, their
 specification. Rounding to fixed point is fake quantization with a scale of ``2^-frac_len``: its kernels are those of
-`tritonq.kernels.fake_quant`.
+`tritonq.kernels.fake_quant`. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

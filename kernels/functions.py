@@ -3,6 +3,7 @@
 The backward computes the function again from its input, which is read as one-byte codes if it lies on a grid. Functions
 here have the names, signatures and results of `tritonq.reference.functions`, their specification. Exponentials are the
 hardware's, so results agree with the specification except for the last bits, and codes except for ties.
+`tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The bins follow the top bits of a float32, its *prefix* (`tritonq.bins`): PER_SIDE bins for each sign, and one for zero
 between them. Counts are integers, so their order does not matter: programs add theirs with integer atomics. A *share*
 is the part of the tensor that one program reads. Functions here have the names, signatures and results of
-`tritonq.reference.histogram`, their specification.
+`tritonq.reference.histogram`, their specification. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

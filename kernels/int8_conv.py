@@ -1,6 +1,7 @@
 """Convolutions of 8-bit codes as implicit matrix products: int8 dot, int32 accumulators, requantization by shifting.
 
 The function here has the name, signature and results of `tritonq.reference.int8_conv`, its specification.
+`tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -228,12 +228,14 @@ def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
 
 
 def flat_parameters(kernel: str, x: Tensor, default: Parameters) -> Parameters:
-    """Return the launch size of a ``kernel`` that reads ``x`` as one row: override, GPU's table, or ``default``.
+    """Return the launch size of a ``kernel`` that reads ``x`` as one row.
+
+    What an enclosing :func:`override` block sets comes first, then the GPU's table, then ``default``.
 
     Args:
         kernel: its name in tables. The key there has no size class: ``"float32/flat"``.
         x: the tensor, of which only dtype and device are read.
-        default: the launch size without override and table entry.
+        default: the launch size without such a block and without an entry in the table.
     """
     key = f"{str(x.dtype).removeprefix('torch.')}/flat"
     entry = tuned(kernel, key, x.device.index if x.device.type == "cuda" else None)

@@ -199,6 +199,11 @@ def is_wide(extent: int) -> bool:
 def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View:
     """Return the :func:`view` of tensors that all have the same dense strides, which always have one.
 
+    Args:
+        shape: of the tensors.
+        strides: of each tensor.
+        axis: the axis with the channels; None: there is one channel.
+
     Raises:
         ValueError: the strides differ, or leave gaps.
     """
@@ -285,7 +290,9 @@ def split(
     target_programs: int,
     min_elements: int,
 ) -> Split:
-    """Divide a reduction over all dimensions but ``channel`` among programs; return the share and the number of each.
+    """Divide a reduction over all dimensions but ``channel`` among programs; return how they share it.
+
+    That is, along each dimension, the size of a program's part and the number of programs.
 
     Args:
         sizes: (outer, rows, cols).

@@ -2,6 +2,7 @@
 
 The names of functions are those of `tritonq.reference.functions`; results agree except for the last bits. Nothing here
 uses libdevice, which Triton's interpreter lacks; only the exponential is the hardware's approximation.
+`tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Scale and zero point of a range, computed on the device: `tritonq.qparams.range_to_qparams`, bit for bit."""
+"""Scale and zero point of a range, computed on the device: `tritonq.qparams.range_to_qparams`, bit for bit.
+
+`tritonq.kernels` explains the constants that have no comment.
+"""
 
 from __future__ import annotations
 

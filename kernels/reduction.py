@@ -2,7 +2,7 @@
 
 A program reads one *share* of an (outer, rows, cols) view, a box of whole tiles, and stores one partial result per
 channel. A second, small kernel joins the partial results in the order of their numbers. The device functions are in
-`tritonq.kernels.channel_tiles`.
+`tritonq.kernels.channel_tiles`. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Reduction(NamedTuple):
     def constants(self) -> dict[str, Any]:
         """Constants and launch options of the first kernel, as keyword arguments.
 
-        They are CHANNEL, WIDE, ROWS, COLS, FIRST, ``num_warps`` and ``enable_fp_fusion=False``.
+        They are CHANNEL, WIDE, ROWS, COLS, FIRST of `tritonq.kernels`, ``num_warps`` and ``enable_fp_fusion=False``.
         """
         return self.view.constants(self.tile, self.grid)
 

@@ -2,7 +2,7 @@
 
 A *residual join* is ``FQ(relu?(a + b))``. The bit says whether the gradient passes; eight *planes* of the tensor have
 one bit each of a byte (`tritonq.kernels.rounded`). Functions here have the names, signatures and results of
-`tritonq.reference.residual`, their specification.
+`tritonq.reference.residual`, their specification. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

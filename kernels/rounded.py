@@ -3,6 +3,7 @@
 The result is ``FQ(relu?(f(a, b)))`` for an operation f of `tritonq.kernels.pointwise`. Operands lie in the memory order
 of the result. The mask of the gradient is bytes: the result is cut into eight *planes* of equal length, and bit b of
 byte i belongs to element i of plane b. Functions that `tritonq.reference.rounded` has, too, are specified there.
+`tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 ``v = x / scale`` is a value in steps of the grid; the *code* is ``round(v) + zero_point``, clipped to
 QUANT_MIN..QUANT_MAX. Nothing here uses libdevice or fused multiply-adds, so that a GPU, Triton's interpreter and
-PyTorch agree bit for bit. Launch kernels that call these with ``enable_fp_fusion=False``.
+PyTorch agree bit for bit. Launch kernels that call these with ``enable_fp_fusion=False``. `tritonq.kernels` explains
+the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Device functions that find the tile of a program in an (outer, rows, cols) view; see `tritonq.kernels.layout`.
 
-A *place* is the triple (outer, row, col) of a tile's indices.
+A *place* is the triple (outer, row, col) of a tile's indices. `tritonq.kernels` explains the constants that have no
+comment.
 """
 
 from __future__ import annotations

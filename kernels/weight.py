@@ -3,7 +3,8 @@
 A *row* is all values of one out channel. The *fold* multiplies a row by its BatchNorm's γ/σ. Codes times their *unit*
 are the folded, rounded row. *clips*: whether a value may lie outside the codes, where it gets no gradient. A *snapshot*
 is a copy of the grid as one call used it. A program holds whole rows if they fit, else it reads its row twice, the
-second time from cache. Functions are those of `tritonq.reference.weight`, their specification.
+second time from cache. Functions are those of `tritonq.reference.weight`, their specification. `tritonq.kernels`
+explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Device functions on the rows of a weight: the factor of its BatchNorm, its codes, and the gradient of γ.
 
-A *row* is all values of one out channel; its *fold* is γ/σ, by which the row is multiplied.
+A *row* is all values of one out channel; its *fold* is γ/σ, by which the row is multiplied. `tritonq.kernels` explains
+the constants that have no comment.
 """
 
 from __future__ import annotations

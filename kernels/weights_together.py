@@ -5,7 +5,7 @@ one launch at the start of a step can do for all of them what `tritonq.kernels.w
 has the name, signature and results of `tritonq.reference.weights_together`, its specification.
 
 A memory sanitizer cannot follow addresses that a kernel reads from memory. All accesses are in `quantize_rows`, which
-the sanitizer checks through the kernel for one weight.
+the sanitizer checks through the kernel for one weight. `tritonq.kernels` explains the constants that have no comment.
 """
 
 from __future__ import annotations

@@ -48,10 +48,10 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         self._switch_read: tuple[tuple[int, int], bool] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """Return one element on the device, bool or uint8: whether scale and zero point follow from data.
+        """Return one element on the device, bool or uint8: whether scale and zero point *rest on data*.
 
-        That is: from observed values, or from a loaded state that did.
-        Until it is true, values pass through unrounded. Nothing may be read back from the device here.
+        They do once values were observed, or once they were loaded or set. Until then values pass through unrounded.
+        Nothing may be read back from the device here.
 
         Raises:
             NotImplementedError: a subclass must define it.

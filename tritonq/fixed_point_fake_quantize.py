@@ -194,7 +194,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return RankState(first=[self.frac_len, self.scale])
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Round ``x`` with the fractional length of this batch (training), or the running one (eval)."""
+        """Return ``x`` rounded with the latest batch's fractional length (training), or the running one (eval).
+
+        Nothing is observed. In phase ``"floating"`` values are clipped only; while switched off they stay as they are.
+        """
         if self.training:
             return self.round_to(x, self.batch_frac_len)
         seen = None

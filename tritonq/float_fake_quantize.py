@@ -112,7 +112,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def tensor_scale(self) -> Tensor | None:
         """The buffer ``scale``, (1,), by which the scales of blocks are multiplied (``"nvfp4"``).
 
-        None if the scales of blocks are powers of two.
+        None if the scales of blocks are powers of two. Without blocks it is the one scale of the tensor.
         """
         return self.scale if self.has_observed_scale else None
 

@@ -150,7 +150,8 @@ def is_readable(values: Tensor) -> bool:
 def known_ordered(low: Tensor, high: Tensor) -> bool:
     """Whether every range is known to have ``low <= high``, both finite.
 
-    False if finding out would need a synchronisation with a device or a break in a traced graph; True if there is none.
+    False if finding out would need a synchronisation with a device or a break in a traced graph. True if there is no
+    range, in empty tensors.
 
     Args:
         low: any shape.

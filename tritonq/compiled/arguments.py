@@ -176,7 +176,10 @@ def grid_arguments(grid: Grid | None, statistics: RangeStatistics | None, ceilin
 
 
 def range_arguments(grid: Grid, statistics: RangeStatistics | None) -> tuple[int, int | None, int | None, int]:
-    """Return the addresses of :class:`Rule`, running minimum, running maximum (None: no range) and the grid's scale."""
+    """Return four addresses: of a :class:`Rule`, running minimum, running maximum, and the grid's scale.
+
+    The rule is made of the grid's type and of ``statistics``. Without ``statistics`` minimum and maximum are None.
+    """
     qtype, scale = grid.qtype, grid.scale.data_ptr()
     if statistics is None:
         return ctypes.addressof(rule_of(qtype)), None, None, scale

@@ -272,7 +272,7 @@ class IntegerAvgPool2d(IntegerModule):
     ``clamp(round_half_even(S · 2^-shift))``.
 
     Args:
-        window: the elements of each average.
+        window: size, stride and padding of the windows.
         frac_len: fractional length of the sums, int32 (channels,) or (1,).
         input: format of the input's codes.
         output: format of the codes that it returns; None: it returns int32 accumulators.

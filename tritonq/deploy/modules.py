@@ -234,7 +234,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
-        """Return weight codes minus zero points, bias codes, scales and bounds, as integer operators take them.
+        """Return weight codes minus zero points, bias codes, scales and bounds of sums, as integer operators take them.
 
         None if ``multiplier`` is None: the layer computes in float.
         """

@@ -67,7 +67,7 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
 
 
 def rewrite_global_average(layer: AverageLayer) -> None:
-    """Make a layer trace to its float operation, without quantizers; it is changed in place.
+    """Make a layer compute its float operation between the quantizers of its input and output; changed in place.
 
     A mean over all axes behind the first two becomes GlobalAveragePool: TensorRT 8 does not read the axes of a
     ReduceMean of opset 18, which are an input, and reduces over all axes.

@@ -165,7 +165,7 @@ def quantize_twice(layer: nn.Module) -> None:
 
     The caller makes the layer's forward run both, with operations that move values between them. ONNX Runtime computes
     a layer in integers if a quantizer follows directly. The second quantizer changes no code, and its codes have the
-    trained shape; its ``exact`` becomes False.
+    trained shape; it divides by QuantizeLinear from now on (``exact`` False).
 
     Raises:
         TypeError: the layer has no traced quantizer.

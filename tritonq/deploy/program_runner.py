@@ -22,7 +22,7 @@ _QUANTIZES = ("quantized_decomposed.quantize_per_tensor.default", "quantized_dec
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
-    """Return the program in a file of :func:`tritonq.export_program`, in either form.
+    """Return the program in a file of :func:`tritonq.export_program`, of form "integers" or "pt2e".
 
     Raises:
         ValueError: it is another kind of file.
@@ -42,7 +42,8 @@ def program_runner(program: ExportedProgram) -> Runner:
     """Return a function that runs a program, operator by operator, and returns its codes and outputs.
 
     It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to codes minus zero points, by quantizer and
-    call, and outputs on the CPU. It raises ValueError for arguments of another structure than the program's.
+    call, and outputs on the CPU; the codes that ``given`` has replace those that the program computes. It raises
+    ValueError for arguments of another structure than the program's.
     """
     module = program.module()
     interpreter = _CodesInterpreter(module)

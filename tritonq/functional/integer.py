@@ -128,7 +128,7 @@ def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class Rows(Protocol):
-    """How a layer's weight is laid out: two methods of `tritonq.functional.linear_map.LinearMap`."""
+    """How a layer's weight is laid out: the methods ``to_rows`` and ``from_rows`` of a ``LinearMap``."""
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """Return ``weight`` with its out channels on axis 0."""

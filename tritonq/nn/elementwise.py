@@ -81,7 +81,7 @@ class Joint(WithOutputQuantizer):
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers on whose grids a and b lie (None: unknown), when no ReLU comes before either."""
+        """Set the quantizers on whose grids a and b lie (None: unknown), which no ReLU may come before."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:

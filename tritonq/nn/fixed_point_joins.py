@@ -18,10 +18,10 @@ from tritonq.nn.reference import Reference, ReferringModule
 class FixedPointAdd(ReferringModule):
     """``a + b`` with both summands divided by η, the scaling factor of the layer that reads the sum.
 
-    A summand that some layer reads too, or that went through a ReLU, has a format of its own. It is rounded to that,
-    and its codes count in the sum as codes of the sum's format: they are multiplied by ``η / η_following``, a power of
-    two, since both formats share their step. A summand that only the sum reads was divided by the sum's η when it was
-    made.
+    A summand that some layer reads too, or that went through a ReLU, has a format of its own, with a factor η'. It is
+    rounded to that, and its codes count in the sum as codes of the sum's format: they are multiplied by ``η' / η``, a
+    power of two, since both formats share ``|α| / levels`` (:meth:`ActivationFormat.share_step`). A summand that only
+    the sum reads was divided by η when it was made.
 
     Args:
         formats: the format of each summand; None for a summand without a format of its own.

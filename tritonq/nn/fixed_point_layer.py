@@ -3,6 +3,9 @@
 A layer's input is the real activation divided by the layer's scaling factor η, so that its 8-bit fixed-point form
 covers the clipping level α: ``η = 2^fl * |α| / levels``, with fl the fractional length (bits behind the binary point).
 A layer divides its output by the η of the layer that follows.
+
+:func:`tritonq.set_fixed_point_phase` sets the *phase* of all: "fixed" rounds, "floating" clips without rounding,
+"floating_wo_clip" is the float network, without scaling factors.
 """
 
 from __future__ import annotations

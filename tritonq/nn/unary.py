@@ -64,7 +64,7 @@ class UnaryLayer(nn.Module):
         self._source, self._output = Reference.to(source), Reference.to(output)
 
     def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Replace quantizers by the modules that took their places in the model.
+        """Refer to the modules that took the places of the input's and the output's quantizer in the model.
 
         The dict has the new module by the old one.
         """

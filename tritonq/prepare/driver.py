@@ -142,7 +142,7 @@ class FakeQuantScheme:
         analysis: the model and its record.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module; None leaves it in float.
-        recording: runs of the model.
+        recording: the recorded runs, in eval and in training mode; the edited model is run and compared with them.
         inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
         keep_classes: whether each replacement is of the replaced module's class, too, for ``isinstance`` in forwards.
 
@@ -205,7 +205,7 @@ class FixedPointScheme:
     Args:
         analysis: the model and its record in eval mode.
         qconfigs: the qconfig of each module.
-        recording: runs of the model.
+        recording: the recorded runs, with which the edited model is compared.
 
     Raises:
         ValueError: a part without a fixed-point form: grouped but not depthwise, a following layer that can't be found

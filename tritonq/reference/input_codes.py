@@ -28,7 +28,9 @@ class InputCodes(NamedTuple):
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return ``round(x / scale) + shift`` as int8, or None if ``x`` can't be rebuilt from it exactly.
+    """Return int8 codes ``round(x / scale) + shift`` with scale and shift, or None if ``x`` can't be rebuilt exactly.
+
+    ``shift`` is the zero point minus the middle of the grid's codes, so that they fit int8; None stands for 0.
 
     Args:
         x: float32, float16 or bfloat16, any shape.

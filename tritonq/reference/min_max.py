@@ -123,11 +123,12 @@ def update_number(
     averaging_constant: float | None,
     copy_above: float | None = None,
 ) -> tuple[_Number, _Number]:
-    """Return one range, merged with a batch's ends, in NumPy numbers, with the bits of :func:`update_range`.
+    """Return the running range ``min_val..max_val`` merged with a batch's ``low..high``, as :func:`update_range` does.
 
-    ``low <= high``, and both are finite. ``averaging_constant`` is the batch's weight in an average (None: extremes of
-    all batches); the batch replaces the range before the first one, and if its magnitude is more than ``copy_above``
-    times the running one's or less than 1/100 of it and not 0 (None: never).
+    All are NumPy numbers; the bits are the same. ``low <= high``, and both are finite. ``averaging_constant`` is
+    the batch's weight in an average (None: extremes of all batches); the batch replaces the range before the first
+    one, and if its magnitude is more than ``copy_above`` times the running one's or less than 1/100 of it and not 0
+    (None: never).
     """
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)

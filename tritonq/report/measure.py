@@ -119,8 +119,8 @@ def measure(
         tick: called after each layer with two numbers: how many layers are done, and how many there are.
 
     Raises:
-        ValueError: no fake quantizers, none that has observed anything, or one of fixed point in another phase than
-            "fixed".
+        ValueError: no fake quantizers, none that has observed anything, or one of fixed point that
+            :func:`tritonq.set_fixed_point_phase` has set to another phase than "fixed".
     """
     quantizers = dict(_outermost(model))
     _check(model, quantizers)

@@ -74,7 +74,7 @@ class SharedReading:
 def share_readings(readings: Iterable[Reading]) -> list[SharedReading]:
     """Return readings in groups, so that each operand of each reader has one quantizer, and so has each tensor.
 
-    Readings of one value, or of one operand of one part, come into one group, also along chains of these.
+    Readings of one value, or of one operand of one layer or join, come into one group, also along chains of these.
     """
     groups: dict[object, list[Reading]] = {}
     for reading in sorted(readings, key=lambda reading: reading.call):

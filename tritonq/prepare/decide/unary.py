@@ -86,7 +86,7 @@ class PlannedUnary:
 
 
 class QuantizerPlace(Protocol):
-    """Where a quantizer stands; `tritonq.prepare.decide.plan.PlannedQuantizer` is one."""
+    """A place of a quantizer by kind and names; `tritonq.prepare.decide.plan.PlannedQuantizer` has them."""
 
     @property
     def where(self) -> str:
@@ -110,7 +110,8 @@ def find_unary(
 
     - calls at the place compute different operations;
     - the operation is a mean or PReLU, and its input lies on no grid, or not on the same one in all calls;
-    - its numbers may differ from call to call, and nothing can compare them when the forward runs.
+    - number arguments of the operation (such as a slope) may differ from call to call, and the forward has no place at
+      which they could be compared with the recorded ones when it runs.
 
     Args:
         place: where the quantizer stands.
@@ -147,7 +148,8 @@ def find_unary(
 def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
     """Whether a call is an operation of one tensor that is worth computing on codes: a mean, function, clip or PReLU.
 
-    A reciprocal is not: the step between two small codes becomes most of its range.
+    A reciprocal is not: the step between two small codes becomes most of its range. ``analysis`` is the model and its
+    record; ``chains`` finds the calls before that become one operation with this one.
     """
     operation = _operation_of_row(chains.row(call), analysis, False) if call.inputs else None
     is_reciprocal = isinstance(operation, Function) and any(step.name == "ratio" for step in operation.steps)

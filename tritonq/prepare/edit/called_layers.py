@@ -39,7 +39,7 @@ def computed_parameters(
     Args:
         program: the recorded calls that compute them; its results are the weight and, if there is one, the bias.
         model: the model, with its modules in their final places.
-        exclusive: names of parameters and buffers that are read for nothing else.
+        exclusive: names of parameters and buffers that are read for nothing else, which conversion drops.
     """
     state = []
     for value, name in program.state.items():

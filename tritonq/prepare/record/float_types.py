@@ -32,7 +32,10 @@ def inherits_computation(kind: type[nn.Module], base: type[nn.Module]) -> bool:
 
 
 def torch_base(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the first class of torch.nn that the class ``kind`` is or derives from; None if there is none."""
+    """Return the first class of torch.nn that the class ``kind`` is or derives from, at last ``nn.Module`` itself.
+
+    None if ``kind`` is no module.
+    """
     return next((base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")), None)
 
 
