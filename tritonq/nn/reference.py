@@ -228,7 +228,7 @@ class Reference(Generic[M]):
         Args:
             x: the tensor as it arrived.
             lies_on_grid: called as ``lies_on_grid(module, x)``, it says whether x is as the module rounds; None: that
-                can't be told, as in training mode, where dropout may stand between.
+                can't be told, as in training mode, where dropout may stand between: new hooks are only watched then.
         """
         new = [] if self.route is None else self.route.new_hooks()
         if new and lies_on_grid is not None and self._module is not None and not lies_on_grid(self._module, x):

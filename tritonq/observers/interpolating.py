@@ -178,9 +178,9 @@ class InterpolatingHistogramObserver(RangeObserver):
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
-        """Put ``counts``, the sum of all ranks' :meth:`own_counts`, in the place of this rank's own in the histogram.
+        """Make the histogram what was shared before plus ``counts``, the sum of all ranks' :meth:`own_counts`.
 
-        The range becomes ``limits``, ``(low, high)``, over which they are counted.
+        The range becomes ``limits``, ``(low, high)``, over which they are counted. All of it then counts as shared.
         """
         self._adopt(self._common_over(limits) + counts, limits)
         self.mark_common()
