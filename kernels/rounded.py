@@ -39,11 +39,13 @@ def scan_results(
     end,
     OPERATION: tl.constexpr,  # "add", "mul", "none", or a function of a; names: `tritonq.kernels.pointwise`
     NUMBER: tl.constexpr,  # of that function, as a slope; None: it has none
-    OTHER_NUMBER: tl.constexpr,
+    OTHER_NUMBER: tl.constexpr,  # a second number of that function, or None
     BLOCK: tl.constexpr,  # elements read at a time
     FINITE_ONLY: tl.constexpr,  # whether results that are not finite are left out
 ):
-    """Return minimum and maximum of the results over a share, and how many were left out, (BLOCK,) each.
+    """Return minimum and maximum of f(a, b), before ReLU and rounding, over a share, and how many were left out.
+
+    All are (BLOCK,), to be merged.
 
     With FINITE_ONLY NaN and infinities are left out. Without it nothing is, and NaN propagates.
     """
@@ -87,11 +89,11 @@ def rounded_range_kernel(
     share,  # elements per program: whole blocks
     OPERATION: tl.constexpr,  # "add", "mul", "none", or a function of a; names: `tritonq.kernels.pointwise`
     NUMBER: tl.constexpr,  # of that function, as a slope; None: it has none
-    OTHER_NUMBER: tl.constexpr,
+    OTHER_NUMBER: tl.constexpr,  # a second number of that function, or None
     BLOCK: tl.constexpr,  # elements read at a time
     WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
-    """Write the smallest and largest finite result of one share, and count the results that are not finite."""
+    """Write the smallest and largest finite f(a, b) of one share, and count those that are not finite."""
     if tl.load(observing_ptr) == 0:
         return
     program = tl.program_id(0)

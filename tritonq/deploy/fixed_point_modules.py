@@ -291,7 +291,7 @@ class IntegerAvgPool2d(IntegerModule):
         """Return the averages of codes (n, c, h, w), as codes, or as int32 sums without an output format.
 
         Raises:
-            ValueError: the window is the whole image, and the image has not ``area`` values.
+            ValueError: the window is the whole image, and the image is of another size than at conversion.
         """
         window = self.window
         if window.kernel_size is None:

@@ -271,7 +271,9 @@ class MatrixProduct:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients ``dy @ weight``, ``dy.T @ x`` and ``Σ dy``, with leading axes as one.
+        """Return the gradients of x ``dy @ weight``, in its shape, of the weight ``dy.T @ x`` and of the bias ``Σ dy``.
+
+        For ``dy.T @ x`` and ``Σ dy`` the leading axes count as one.
 
         ``needs_x``, ``needs_weight`` and ``needs_bias`` say which are needed; the others are None.
         """

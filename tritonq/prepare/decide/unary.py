@@ -169,7 +169,7 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
 def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
     """Return the indices of the values that the operation of one tensor in front of a quantizer reads, each once.
 
-    Empty without such an operation.
+    Empty without such an operation. ``chains`` finds the calls that become one operation with the call behind them.
     """
     calls, fixed = _calls_at(place, analysis) or ((), False)
     rows = [chains.row(call) for call in calls]
