@@ -111,6 +111,25 @@ def test_parameters_mode_and_the_float_model_stay():
     assert len(names) == len({id(p) for n, p in model.named_parameters() if "alpha" not in n})
 
 
+def test_hooks_move_to_what_takes_a_modules_place():
+    parts = [
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU6(),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    ]
+    model, seen = nn.Sequential(*parts), []
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda module, given, result, name=name: seen.append(name))
+    quantized = prepare_qat(model, qconfig=F8NET, example_inputs=torch.randn(2, 2, 12, 12))
+    seen.clear()
+    quantized(torch.randn(2, 2, 12, 12))
+    assert seen == ["0", "1", "2", "3", "4", "5"]
+    assert isinstance(quantized[3], FixedPointAvgPool2d)
+
+
 def test_the_float_phase_is_the_float_network():
     model = made()
     model.clipped = nn.ReLU()

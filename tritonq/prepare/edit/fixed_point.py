@@ -271,7 +271,7 @@ class _Builder:
         )
         self._note_maker(call.index, made)
         if call.module_name is not None:
-            self._editor.replace(call.module_name, made)
+            self._replace(call.module_name, made)
         else:
             self._insert(call, made, "avg_pool", first_node)
 
@@ -300,15 +300,20 @@ class _Builder:
             made = FixedPointMaxPool2d(
                 module.kernel_size, module.stride, module.padding, module.dilation, ceil_mode=module.ceil_mode
             )
-            move_hooks(module, module, made)
-            self._editor.replace(name, made)
+            self._replace(name, made)
 
     def _replace_relu(self, call: Call) -> None:
         """Replace a clipped ReLU, given by its call, by a plain ``nn.ReLU``: the format behind it clips."""
         if call.module_name is None:
             self._insert(call, nn.ReLU(), "relu", first_node)
         elif self._editor.modules[call.module_name] is call.target:
-            self._editor.replace(call.module_name, nn.ReLU())
+            self._replace(call.module_name, nn.ReLU())
+
+    def _replace(self, name: str, made: nn.Module) -> None:
+        """Put ``made`` in the place of the module ``name``; that module's hooks move to it."""
+        module = self._editor.modules[name]
+        move_hooks(module, module, made)
+        self._editor.replace(name, made)
 
 
 def _summands(call: Call) -> tuple[int, int]:
