@@ -228,13 +228,13 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
 
 
 def _preset(data: dict[str, Any], where: str) -> QConfig:
-    name, rest = data["preset"], {key: value for key, value in data.items() if key != "preset"}
+    name, rest = str(data["preset"]), {key: value for key, value in data.items() if key != "preset"}
     if name in PRESETS and not rest:
         return PRESETS[name]
     if name in TORCH_BACKENDS and set(rest) <= {"version"} and rest.get("version", 1) in (0, 1):
         return get_default_qat_qconfig(name, **rest)
     known = ", ".join((*PRESETS, *(f"{backend} (version 0 or 1)" for backend in TORCH_BACKENDS)))
-    near = did_you_mean(str(name), (*PRESETS, *TORCH_BACKENDS))
+    near = did_you_mean(name, (*PRESETS, *TORCH_BACKENDS))
     raise ValueError(f"{where} names an unknown preset {data!r}; known: {known}{near}")
 
 

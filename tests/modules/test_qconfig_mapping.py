@@ -194,6 +194,7 @@ UNKNOWN = {"dtype": {"dtype": "x"}}
     [
         ({"global": {"preset": "int7"}}, "global names an unknown preset .*known: onnxruntime, tensorrt"),
         ({"global": {"preset": "fbgemm", "version": 2}}, "unknown preset"),
+        ({"global": {"preset": ["tensorrt"]}}, "unknown preset"),
         ({"global": {"activation": {"class": "os.system"}, "weight": IDENTITY}}, "class 'os.system'; known: Binary"),
         ({"global": {"activation": IDENTITY}}, "fields activation and weight"),
         ({"global": {"activation": "Identity", "weight": IDENTITY}}, "must name a class"),
