@@ -1,6 +1,7 @@
 """Forwards that differ between training and eval mode: what only one of them does is neither lost nor fused away."""
 
 import copy
+import functools
 import logging
 import warnings
 
@@ -157,6 +158,7 @@ def test_nothing_is_fused_on_trust():
     """Where a forward can't run in training and asks for the mode, its ReLU may not be there in training."""
     prepared = prepare_qat(Mode(), example_inputs=X)
     assert type(prepared.conv) is qnn.Conv2d
+    assert type(prepare_qat(Wrapped(), example_inputs=X).conv) is qnn.Conv2d
     assert type(prepare_qat(Plain(), example_inputs=X).conv) is qnn.ConvReLU2d
 
 
@@ -170,6 +172,22 @@ class Mode(nn.Module):
         if self.training:
             return (y - targets).square().mean()
         return F.relu(y)
+
+
+def logged(method):
+    @functools.wraps(method)
+    def run(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    return run
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    forward = logged(Mode.forward)
 
 
 class Plain(Mode):

@@ -19,11 +19,16 @@ def reads_mode(kind: type[nn.Module]) -> bool:
 
 
 def _code_of(items: Any) -> Iterator[CodeType]:
-    """Yield the code objects of functions, properties and static or class methods, and of functions inside them."""
+    """Yield the code objects of functions, properties and static or class methods, and of functions inside them.
+
+    Of a function that a decorator wrapped both the wrapper's and its own are among them.
+    """
     for item in items:
         if isinstance(item, property):
             yield from _code_of((item.fget,))
         function = getattr(item, "__func__", item)
+        if hasattr(function, "__wrapped__"):
+            yield from _code_of((function.__wrapped__,))
         code = item if isinstance(item, CodeType) else function.__code__ if isinstance(function, FunctionType) else None
         if code is not None:
             yield code
