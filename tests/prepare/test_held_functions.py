@@ -14,6 +14,10 @@ def net():
     return nn.Sequential(conv(), nn.ReLU(), conv())
 
 
+def call(x, layer):
+    return layer(x)
+
+
 class ByFunction(nn.Module):
     """Calls its layers by functions that hold them."""
 
@@ -25,6 +29,8 @@ class ByFunction(nn.Module):
             "closure": lambda x: self.second(x),
             "default": lambda x, layer=second: layer(x),
             "keyword": partial(lambda layer, x: layer(x), self.second),
+            "partial in a closure": (lambda inner: lambda x: inner(x=x))(partial(call, layer=second)),
+            "partial of a layer": (lambda inner: lambda x: inner(x))(partial(second)),
             "method": second.forward,
             "nested": (lambda inner: lambda x: inner(x))(lambda x: second(x)),
         }[how]
@@ -33,7 +39,9 @@ class ByFunction(nn.Module):
         return self.run(torch.relu(self.first(x)))
 
 
-@pytest.mark.parametrize("how", ["closure", "default", "keyword", "method", "nested"])
+@pytest.mark.parametrize(
+    "how", ["closure", "default", "keyword", "partial in a closure", "partial of a layer", "method", "nested"]
+)
 def test_functions_in_attributes_call_the_copys_layers(how):
     model = ByFunction(how)
     prepared = tritonq.prepare_qat(model, example_inputs=X, strict=True).train()

@@ -82,8 +82,11 @@ class _Rebinder:
             is_same = owner is item.__self__ and function is item.__func__
             return item if is_same else MethodType(function, owner)
         if type(item) is partial:
-            function = self.rebound(item.func)
-            return item if function is item.func else partial(function, *item.args, **item.keywords)
+            function, *args = map(self._referred, (item.func, *item.args))
+            keywords = {name: self._referred(value) for name, value in item.keywords.items()}
+            before, after = (item.func, *item.args, *item.keywords.values()), (function, *args, *keywords.values())
+            is_same = all(old is new for old, new in zip(before, after, strict=True))
+            return item if is_same else partial(function, *args, **keywords)
         return item
 
     def _rebound_function(self, function: FunctionType) -> FunctionType:
