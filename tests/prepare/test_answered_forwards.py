@@ -322,7 +322,11 @@ def test_blocks_within_blocks_of_their_class_answer_their_own_calls():
 
 
 @pytest.mark.parametrize(
-    "answer", [["delete", "", "", ""], ["replace", "other", "tensors", ""], ["run", "", "", "other"], ["run"], "conv"]
+    "answer",
+    [
+        *(["delete", "", "", ""], ["replace", "other", "tensors", ""], ["replace", ["conv"], "tensors", ""]),
+        *(["run", "", "", "other"], ["run"], "conv"),
+    ],
 )
 def test_damaged_answers_are_refused(answer):
     data = {"version": 2, "eval": None, "train": None, "hidden": [], "answers": {"module:forward:1#0": answer}}

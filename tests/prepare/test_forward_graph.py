@@ -308,6 +308,12 @@ def broken(change):
             "public attributes",
         ),
         (lambda data: data["eval"][1].update(target="absent"), "absent"),
+        (lambda data: data.update(eval=5), "list of nodes"),
+        (lambda data: data["eval"][1].update(kwargs=None), "not a node"),
+        (lambda data: data["eval"][1].update(args=[{"node": ["x"]}]), "not a node"),
+        (lambda data: data["eval"][1].update(args=[{"tuple": 3}]), "not a node"),
+        (lambda data: data["eval"][1].update(args=[{"device": "pencil"}]), "not a node"),
+        (lambda data: data.update(values={"depth": {"slice": []}}, otherwise=None), "not a constant"),
     ],
 )
 def test_foreign_data_is_refused_and_the_module_untouched(change, message):

@@ -158,6 +158,7 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
         raise ValueError(f"answers of a forward must be a mapping of places, got {type(answers).__qualname__}")
     for place, answer in answers.items():
         well_formed = isinstance(answer, list) and len(answer) in (4, 5, 6) and answer[0] in ("run", "replace", "erase")
+        well_formed = well_formed and all(isinstance(text, str) for text in answer[:4])
         if not well_formed or answer[2] not in (*_OPERANDS.values(), ""):
             raise ValueError(f"not an answer to a call: {place!r}: {answer!r}")
         for child in answer[1:4:2]:

@@ -117,24 +117,32 @@ def data_to_graph(data: GraphData) -> fx.Graph:
     Raises:
         ValueError: data that don't describe a graph, or that name an unknown function.
     """
+    if not isinstance(data, list):
+        raise ValueError(f"a graph must be a list of nodes, got {type(data).__qualname__}")
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data:
-        try:
-            op, name, target = entry["op"], entry["name"], entry["target"]
-            args, kwargs = entry["args"], entry["kwargs"]
-        except (KeyError, TypeError):
-            raise ValueError(f"a graph node needs op, name, target, args and kwargs, got {entry!r}") from None
-        _check_name(name)
-        node = graph.create_node(
-            op,
-            _target_from_data(op, target, args),
-            tuple(_from_data(arg, nodes) for arg in args),
-            {_check_name(key): _from_data(arg, nodes) for key, arg in kwargs.items()},
-            name=name,
-        )
-        nodes[name] = node
+        if not isinstance(entry, dict) or not {"op", "name", "target", "args", "kwargs"} <= entry.keys():
+            raise ValueError(f"a graph node needs op, name, target, args and kwargs, got {entry!r}")
+        with _refusing(f"not a node of a graph: {entry!r}"):
+            name, args = _check_name(entry["name"]), entry["args"]
+            nodes[name] = graph.create_node(
+                entry["op"],
+                _target_from_data(entry["op"], entry["target"], args),
+                tuple(_from_data(arg, nodes) for arg in args),
+                {_check_name(key): _from_data(arg, nodes) for key, arg in entry["kwargs"].items()},
+                name=name,
+            )
     return graph
+
+
+@contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Turn an error of the block about data of another form into a ValueError with ``message``."""
+    try:
+        yield
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(message) from error
 
 
 def constant_to_data(value: Any) -> Any:
@@ -152,7 +160,8 @@ def constant_from_data(data: Any) -> Any:
     Raises:
         ValueError: data that don't describe one.
     """
-    return _from_data(data, {})
+    with _refusing(f"not a constant: {data!r}"):
+        return _from_data(data, {})
 
 
 def _node_to_data(node: fx.Node) -> NodeData:
