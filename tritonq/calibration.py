@@ -34,8 +34,9 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
 
     Args:
         model: a prepared model (:func:`tritonq.prepare_qat`).
-        data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple, of which as
-            many items are used as the model's forward requires (a data loader's labels are not).
+        data: one input tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or
+            a tuple, of which as many items are used as the model's forward requires (a data loader's labels are not; of
+            a ``forward(*args)``, all are).
 
     Returns:
         ``model``.
@@ -54,12 +55,8 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
         True
     """
     with calibrating(model):
-        batches = 0
         for args, kwargs in model_batches(model, data):
             model(*args, **kwargs)
-            batches += 1
-        if not batches:
-            raise ValueError("data has no batch")
     return model
 
 
@@ -154,11 +151,29 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``: a tensor, or an iterable of batches.
+    """Yield the arguments of :func:`model_calls`.
+
+    Raises:
+        ValueError: ``data`` is neither a tensor nor iterable, or has no batch.
+    """
+    batch = None
+    for batch in model_calls(model, data):
+        yield batch
+    if batch is None:
+        raise ValueError("data has no batch")
+
+
+def model_calls(model: nn.Module, data: Any, inputs: int = 0) -> Iterator[Batch]:
+    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``.
 
     A batch that is a dict gives ``((), batch)``. Of a tuple or list the first items are taken, as many as
-    ``model.forward`` has positional parameters without default, at least one: ``((x,), {})`` of ``(x, labels)``.
-    Anything else is the one argument.
+    ``model.forward`` has positional parameters without default, at least one: ``((x,), {})`` of ``(x, labels)``. Of a
+    ``forward(*args)`` all are. Anything else is the one argument.
+
+    Args:
+        model: the model; it is not run.
+        data: one tensor, one dict of arguments, or an iterable of batches.
+        inputs: take as many items of a tuple, if the forward has so many positional parameters; 0: those it requires.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable.
@@ -167,12 +182,14 @@ def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
         raise ValueError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
     parameters = inspect.signature(model.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = max(1, sum(p.default is p.empty for p in positional))
-    for batch in [data] if isinstance(data, Tensor) else data:
+    taken: int | None = max(1, sum(p.default is p.empty for p in positional), min(inputs, len(positional)))
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        taken = None
+    for batch in [data] if isinstance(data, (Tensor, Mapping)) else data:
         if isinstance(batch, Mapping):
             yield (), dict(batch)
         elif isinstance(batch, Sequence):
-            yield tuple(batch[:required]), {}
+            yield tuple(batch[:taken]), {}
         else:
             yield (batch,), {}
 
@@ -292,16 +309,12 @@ def _layer_examples(
         return record
 
     hooks = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
-    batches = 0
     try:
         for args, kwargs in model_batches(model, data):
             model(*args, **kwargs)
-            batches += 1
     finally:
         for hook in hooks:
             hook.remove()
-    if not batches:
-        raise ValueError("data has no batch")
     return examples
 
 

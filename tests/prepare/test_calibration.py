@@ -163,6 +163,36 @@ def test_bad_arguments():
         refine_scales(model, [])
 
 
+class Sum(nn.Module):
+    """Adds the results of one layer for all its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = tritonq.nn.Linear(4, 2, qconfig=histogram_qconfig())
+
+    def forward(self, *inputs, scale=1.0):
+        return sum(self.layer(x) for x in inputs) * scale
+
+
+def test_a_forward_of_any_number_of_arguments_gets_them_all():
+    model, x = Sum(), torch.rand(8, 4)
+    calls = []
+    model.layer.register_forward_pre_hook(lambda layer, args: calls.append(args[0]))
+    calibrate(model, [(x, x + 1, x + 2)])
+    assert [float((call - x).mean().round()) for call in calls] == [0, 1, 2]
+
+
+def test_one_dict_of_arguments_is_a_batch():
+    class Named(Sum):
+        def forward(self, image):
+            return super().forward(image)
+
+    model, x = Named(), torch.rand(8, 4)
+    calibrate(model, {"image": x})
+    assert float(model.layer.weight_fake_quant.scale.max()) != 1
+    refine_scales(model, {"image": x})
+
+
 def cosine(a, b):
     a, b = a.double().flatten(), b.double().flatten()
     return float(a @ b / (a.norm() * b.norm()))

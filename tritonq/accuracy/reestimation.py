@@ -97,20 +97,16 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
     norms = [bn for bn in model.modules() if _is_measured(bn)]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no BatchNorm with running statistics")
-    batches = 0
     with modes_restored(model), _measuring(model, norms):
         statistics = [_Statistics(bn) for bn in norms]
         try:
             for args, kwargs in model_batches(model, data):
                 model(*args, **kwargs)
-                batches += 1
                 for item in statistics:
                     item.take_batch()
         finally:
             for item in statistics:
                 item.put_back()
-        if not batches:
-            raise ValueError("data has no batch")
         for item in statistics:
             item.write()
     return model

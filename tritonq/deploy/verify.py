@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from tritonq.calibration import model_calls
 from tritonq.deploy.codes import Codes, Runner
 from tritonq.deploy.comparisons import LayerComparison as LayerComparison
 from tritonq.deploy.comparisons import OutputComparison as OutputComparison
@@ -66,7 +66,7 @@ def verify(
     run_deployed, islands, ends, inputs = _deployed_runner(deployed)
     run_reference = torch_runner(qat_model)
     tally = _Tally(earlier_names(qat_model), islands)
-    for args, kwargs in _batches(qat_model, data, inputs):
+    for args, kwargs in model_calls(qat_model, data, inputs):
         given = ends.values((args, kwargs))
         expected, expected_outputs = run_reference(*given)
         found, found_outputs = run_deployed(args, kwargs)
@@ -275,31 +275,6 @@ def _places_of_different(calls: list[Tensor]) -> list[tuple[int, ...]]:
         else:
             known.append(place)
     return [tuple(found) for found in places]
-
-
-def _batches(model: nn.Module, data: Any, inputs: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield positional and named arguments of each batch of ``data``, which is as :func:`verify` takes it.
-
-    Of a tuple so many count as the model's forward requires: parameters without a default, or ``inputs``, the number of
-    inputs of a file, if these are more; what follows, such as labels, is left out. Of a ``forward(*args)``, all count.
-
-    Raises:
-        ValueError: data that is neither a tensor nor iterable.
-    """
-    if not isinstance(data, (Tensor, Iterable)):
-        raise ValueError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required: int | None = max(1, sum(p.default is p.empty for p in positional), min(inputs, len(positional)))
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        required = None
-    for batch in [data] if isinstance(data, (Tensor, Mapping)) else data:
-        if isinstance(batch, Mapping):
-            yield (), dict(batch)
-        elif isinstance(batch, Sequence):
-            yield tuple(batch[:required]), {}
-        else:
-            yield (batch,), {}
 
 
 def _layer_name(quantizer: str) -> str:
