@@ -15,10 +15,9 @@ from tritonq.accuracy.quantized_layers import (
     check_rounds_to_nearest,
     inputs_of,
     layers_in_order,
-    read_batches,
     write_folded_weight,
 )
-from tritonq.calibration import everything_float, modes_restored
+from tritonq.calibration import everything_float, model_batches, modes_restored
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.groups import aligned
 from tritonq.grid import Grid
@@ -113,7 +112,7 @@ def adaptive_round(
     """
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be positive, got {steps} and {batch_size}")
-    batches = read_batches(model, data)
+    batches = list(model_batches(model, data))
     generator = torch.Generator().manual_seed(seed)
     unrounded = copied(model)
     ratios: dict[str, float] = {}

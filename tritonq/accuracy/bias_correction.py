@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import add_to_bias, inputs_of, layers_in_order, read_batches
-from tritonq.calibration import everything_float, modes_restored
+from tritonq.accuracy.quantized_layers import add_to_bias, inputs_of, layers_in_order
+from tritonq.calibration import everything_float, model_batches, modes_restored
 from tritonq.nn.qat import QATLayer
 
 
@@ -48,7 +48,7 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
         >>> {name: shift.shape for name, shift in tritonq.correct_bias(model, x).items()}
         {'0': torch.Size([8])}
     """
-    batches = read_batches(model, data)
+    batches = list(model_batches(model, data))
     with modes_restored(model):
         model.eval()
         layers = layers_in_order(model, batches[0])

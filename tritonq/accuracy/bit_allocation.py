@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import inputs_of, layers_in_order, read_batches
-from tritonq.calibration import Batch, calibrate, everything_float
+from tritonq.accuracy.quantized_layers import inputs_of, layers_in_order
+from tritonq.calibration import Batch, calibrate, everything_float, model_batches
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare import prepare_qat
@@ -79,7 +79,7 @@ def allocate_bits(
         raise ValueError(f"unit must be 'bytes' or 'bit_operations', got {unit!r}")
     if not widths or min(widths) < 1:
         raise ValueError(f"widths must be one or more numbers of bits, got {tuple(widths)}")
-    batches = read_batches(model, data)
+    batches = list(model_batches(model, data))
     sizes: dict[str, float] = {}
     errors: dict[str, dict[int, float]] = {}
     for width in sorted(set(widths)):

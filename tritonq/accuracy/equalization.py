@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import layers_in_order, read_batches
-from tritonq.calibration import Batch, everything_float, modes_restored
+from tritonq.accuracy.quantized_layers import layers_in_order
+from tritonq.calibration import Batch, everything_float, model_batches, modes_restored
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.elementwise import Joint
 from tritonq.nn.qat import QATLayer
@@ -60,7 +60,8 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
 
     Args:
         model: a prepared model; its modes are restored.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; one batch is enough.
+        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; the first
+            batch is used.
 
     Returns:
         By names of first and second layer the factors s, float32 (channels,), of all sweeps together.
@@ -78,7 +79,7 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
         >>> {names: factors.shape for names, factors in tritonq.equalize(model, x).items()}
         {('0', '2'): torch.Size([8])}
     """
-    batch = read_batches(model, data)[0]
+    batch = next(model_batches(model, data))
     with modes_restored(model), everything_float(model):
         model.eval()
         layers = layers_in_order(model, batch)

@@ -12,26 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.calibration import Batch, model_batches
+from tritonq.calibration import Batch
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.qat import QATLayer
-
-
-def read_batches(model: nn.Module, data: Any) -> list[Batch]:
-    """Return the arguments ``(args, kwargs)`` of ``model`` for every batch of ``data``, as a list.
-
-    Args:
-        model: the model; its forward says how many items of a batch that is a tuple it takes.
-        data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple.
-
-    Raises:
-        ValueError: ``data`` has no batch.
-    """
-    batches = list(model_batches(model, data))
-    if not batches:
-        raise ValueError("data has no batch")
-    return batches
 
 
 def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
