@@ -1,6 +1,7 @@
 """Equalization, bias correction and adaptive rounding of prepared models."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -155,6 +156,27 @@ def test_a_layer_without_bias_is_told():
     model = tritonq.calibrate(tritonq.prepare_qat(model, qconfig=PER_TENSOR, example_inputs=X), X)
     with pytest.warns(UserWarning, match="without a bias can't be corrected: 0"):
         assert tritonq.correct_bias(model, X) == {}
+
+
+@dataclass
+class Both:
+    scores: torch.Tensor
+    features: torch.Tensor
+
+
+class InADataclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        features = self.first(x)
+        return Both(self.second(features), features)
+
+
+def test_a_layer_whose_result_a_dataclass_returns_is_not_equalized():
+    model = tritonq.prepare_qat(InADataclass().eval(), example_inputs=X)
+    assert tritonq.equalize(model, X) == {}
 
 
 def test_soft_rounding_is_the_formula():

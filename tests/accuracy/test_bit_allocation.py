@@ -1,6 +1,7 @@
 """Bits by budget."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -45,6 +46,28 @@ def test_it_beats_a_uniform_width_of_the_same_size():
     assert len(set(widths.values())) > 1
     uniform = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("lsq_w4a8"))
     assert output_noise(mapping) < 0.6 * output_noise(uniform)
+
+
+@dataclass
+class Scores:
+    scores: torch.Tensor
+
+
+class InADataclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return Scores(self.net(x))
+
+
+def test_outputs_in_a_dataclass_are_measured():
+    budget = sum(SIZES.values()) * 4 / 8
+    widths = widths_of(allocate_bits(InADataclass().eval(), X, budget))
+    assert {name.removeprefix("net."): bits for name, bits in widths.items()} == widths_of(
+        allocate_bits(net(), X, budget)
+    )
 
 
 def test_bit_operations_count_positions():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import inputs_of, layers_in_order
+from tritonq.accuracy.quantized_layers import float_outputs, inputs_of, layers_in_order
 from tritonq.calibration import Batch, calibrate, everything_float, model_batches
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.qat import QATLayer
@@ -152,17 +152,7 @@ def _rounding(layer: QATLayer) -> Iterator[None]:
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    return [tensor for args, kwargs in batches for tensor in _floating(model(*args, **kwargs))]
-
-
-def _floating(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-        return
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    for part in parts:
-        yield from _floating(part)
+    return [tensor for batch in batches for tensor in float_outputs(model, batch)]
 
 
 def choose_widths(

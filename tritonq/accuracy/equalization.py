@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import layers_in_order
+from tritonq.accuracy.quantized_layers import float_outputs, layers_in_order
 from tritonq.calibration import Batch, everything_float, model_batches, modes_restored
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.elementwise import Joint
@@ -187,15 +187,8 @@ def _apply(pair: _Pair, factors: Tensor) -> None:
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-    args, kwargs = batch
-    return _tensors(model(*args, **kwargs))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value.clone()] if value.is_floating_point() else []
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    """Return copies of the floating-point tensors in the model's result, which may be parameters that change."""
+    return [tensor.clone() for tensor in float_outputs(model, batch)]
 
 
 def _is_close(got: Tensor, expected: Tensor) -> bool:

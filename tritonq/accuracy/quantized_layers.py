@@ -16,6 +16,7 @@ from tritonq.calibration import Batch
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.qat import QATLayer
+from tritonq.prepare.record.structure import tensors_in
 
 
 def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
@@ -84,6 +85,15 @@ def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> li
     finally:
         hook.remove()
     return found
+
+
+def float_outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Run a batch and return the floating-point tensors in the model's result, in order.
+
+    The result may nest tuples, lists, dicts and dataclasses.
+    """
+    args, kwargs = batch
+    return [tensor for _, tensor in tensors_in(model(*args, **kwargs)) if tensor.is_floating_point()]
 
 
 def fold_factors(layer: QATLayer) -> Tensor:
