@@ -143,7 +143,7 @@ def refine_scales(
             for name, layer in layers.items():
                 quantizer = getattr(layer, role)
                 if isinstance(quantizer, FakeQuantizeBase) and quantizer.has_qparams() and examples[name]:
-                    with _rounding(layer, role):
+                    with rounding(layer.weight_fake_quant, quantizer):
                         chosen[f"{name}.{role}".lstrip(".")] = _best_factors(layer, quantizer, examples[name], factors)
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no quantizer of integers with a range: calibrate it first")
@@ -271,19 +271,15 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
-    """Let the layer's weight be rounded inside the block.
-
-    Its output is rounded as well unless ``role`` is ``"weight_fake_quant"``.
-    """
-    quantizers = [layer.weight_fake_quant] + ([layer.activation_post_process] if role != "weight_fake_quant" else [])
-    active = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
-    for quantizer in active:
+def rounding(*quantizers: nn.Module) -> Iterator[None]:
+    """Switch rounding on inside the block, and off afterwards, for those ``quantizers`` that have a switch."""
+    switched = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
+    for quantizer in switched:
         quantizer.enable_fake_quant()
     try:
         yield
     finally:
-        for quantizer in active:
+        for quantizer in switched:
             quantizer.disable_fake_quant()
 
 

@@ -81,6 +81,17 @@ def test_bit_operations_count_positions():
         allocate_bits(net(), X, sum(operations.values()) * 2 * 8 - 1, unit="bit_operations", widths=(2, 3))
 
 
+def test_float_formats_are_rounded_as_integers_are():
+    formats = {4: "fp4_e2m1", 8: "fp8_e4m3"}
+
+    def qconfig(bits, activation_bits):
+        weight = tritonq.FloatFakeQuantize.with_args(format=formats[bits])
+        return tritonq.QConfig(tritonq.get_qconfig().activation, weight)
+
+    mapping = allocate_bits(net(), X, sum(SIZES.values()), widths=(4, 8), make_qconfig=qconfig)
+    assert {rule.qconfig.weight().format for rule in mapping.names} == {"fp8_e4m3"}
+
+
 def test_the_choice_is_the_best_of_all():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tritonq.accuracy.quantized_layers import float_outputs, inputs_of, layers_in_order
-from tritonq.calibration import Batch, calibrate, everything_float, model_batches
-from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.calibration import Batch, calibrate, everything_float, model_batches, rounding
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare import prepare_qat
 from tritonq.qconfig import QConfig, get_qconfig, learned_step_qconfig
@@ -130,25 +128,11 @@ def _errors(model: nn.Module, layers: Mapping[str, QATLayer], batches: Sequence[
         outputs = _outputs(model, batches)
         size = sum(float(y.double().square().sum()) for y in outputs)
         for name, layer in layers.items():
-            with _rounding(layer):
+            with rounding(layer.weight_fake_quant):
                 noisy = _outputs(model, batches)
             noise = sum(float((a - b).double().square().sum()) for a, b in zip(noisy, outputs, strict=True))
             found[name] = noise / max(size, 1e-300)
     return found
-
-
-@contextmanager
-def _rounding(layer: QATLayer) -> Iterator[None]:
-    """Let the layer's weight be rounded inside the block; its switch is put back afterwards."""
-    quantizer = layer.weight_fake_quant
-    if not isinstance(quantizer, FakeQuantizeBase):
-        yield
-        return
-    quantizer.enable_fake_quant()
-    try:
-        yield
-    finally:
-        quantizer.disable_fake_quant()
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
