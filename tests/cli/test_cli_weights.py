@@ -58,6 +58,20 @@ def test_a_prefix_of_some_names_alone_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({**model().state_dict(), "0.weight": 3}, "of another architecture: '0.weight' is of type int, not a tensor"),
+        ({**model().state_dict(), "0.bias": [1.0, 2.0]}, "'0.bias' is of type list, not a tensor"),
+        ({0: torch.zeros(3, 2), 1: torch.zeros(3)}, "holds entries without names, such as 0"),
+    ],
+)
+def test_entries_that_are_no_named_tensors(state, reason, tmp_path):
+    torch.save(state, tmp_path / "float.pt")
+    with pytest.raises(ValueError, match=reason):
+        load_weights(model(), tmp_path / "float.pt")
+
+
+@pytest.mark.parametrize(
     ("save", "reason"),
     [
         (lambda path: torch.save(model(), path), "an object of torch.nn.modules.container.Sequential.*state_dict"),

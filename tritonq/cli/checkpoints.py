@@ -191,6 +191,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for key in _STATE_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]
+    nameless = [key for key in content if not isinstance(key, str)]
+    if nameless:
+        raise ValueError(f"{path} holds entries without names, such as {nameless[0]!r}: it is no state dict")
     state = _without_prefix(content, model.state_dict())
     for name, _ in model.named_parameters():  # buffers may hold masks of -inf
         tensor = state.get(name)
@@ -221,7 +224,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     for name, tensor in expected.items():
         if name not in state:
             raise ValueError(f"{where} is of another architecture: it lacks {name!r}")
-        if isinstance(tensor, Tensor) and state[name].shape != tensor.shape and tensor.numel():
+        if not isinstance(tensor, Tensor):
+            continue
+        if not isinstance(state[name], Tensor):
+            kind = type(state[name]).__name__
+            raise ValueError(f"{where} is of another architecture: {name!r} is of type {kind}, not a tensor")
+        if state[name].shape != tensor.shape and tensor.numel():
             shapes = f"{tuple(state[name].shape)} there, {tuple(tensor.shape)} in the model"
             raise ValueError(f"{where} is of another architecture: {name!r} has shape {shapes}")
     for name in state:
