@@ -154,8 +154,9 @@ def test_bias_correction_is_the_formula():
 def test_a_layer_without_bias_is_told():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
     model = tritonq.calibrate(tritonq.prepare_qat(model, qconfig=PER_TENSOR, example_inputs=X), X)
-    with pytest.warns(UserWarning, match="without a bias can't be corrected: 0"):
+    with pytest.warns(UserWarning, match="without a bias can't be corrected: 0") as told:
         assert tritonq.correct_bias(model, X) == {}
+    assert told[0].filename == __file__
 
 
 @dataclass

@@ -60,8 +60,8 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
             if add_to_bias(layer, shift):
                 found[name] = shift.float()
     left_out = [name or type(model).__name__ for name in layers if name not in found]
-    if left_out:
-        warnings.warn(f"layers without a bias can't be corrected: {', '.join(left_out)}", stacklevel=2)
+    if left_out:  # torch.no_grad puts a function between this one and its caller
+        warnings.warn(f"layers without a bias can't be corrected: {', '.join(left_out)}", stacklevel=3)
     return found
 
 
