@@ -137,13 +137,9 @@ def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
 
 @torch.no_grad()
 def add_to_bias(layer: QATLayer, shift: Tensor) -> bool:
-    """Add ``shift``, (out,), to the bias of the layer, or to β of its BatchNorm; return False if it has neither."""
-    if not isinstance(layer, QATBatchNormLayer):
-        if layer.bias is None:
-            return False
-        layer.bias.add_(shift.to(layer.bias.dtype))
-        return True
-    if layer.bn.bias is None:
+    """Add ``shift``, (out,), to the layer's bias, with a BatchNorm to β; return False if that is None."""
+    bias = layer.bn.bias if isinstance(layer, QATBatchNormLayer) else layer.bias
+    if bias is None:
         return False
-    layer.bn.bias.add_(shift.to(layer.bn.bias.dtype))
+    bias.add_(shift.to(bias.dtype))
     return True
