@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import check_rounds_to_nearest, write_quantized_weight
+from tritonq.accuracy.quantized_layers import check_rounds_to_nearest, owns_weight, write_quantized_weight
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.groups import aligned, codes_on
 from tritonq.grid import Grid
@@ -168,9 +168,7 @@ def _layers(model: nn.Module) -> dict[str, QATLayer]:
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, QATLayer)
-        and layer.computed is None
-        and "weight" in layer._parameters
+        if owns_weight(layer)
         and isinstance(layer.weight_fake_quant, FakeQuantizeBase)
         and layer.weight_fake_quant.is_enabled_on_host()
     }

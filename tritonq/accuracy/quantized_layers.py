@@ -7,7 +7,7 @@ whatever the layer. A batch is a pair of positional arguments and keyword argume
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare.record.structure import tensors_in
+
+
+def owns_weight(module: nn.Module) -> TypeGuard[QATLayer]:
+    """Whether ``module`` is a quantized layer with a weight of its own, not one computed from other parameters."""
+    return isinstance(module, QATLayer) and module.computed is None and "weight" in module._parameters
 
 
 def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
@@ -31,7 +36,7 @@ def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
     found: dict[str, QATLayer] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(layer, QATLayer) and layer.computed is None and "weight" in layer._parameters:
+        if owns_weight(layer):
             found.setdefault(layers[layer], layer)
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
