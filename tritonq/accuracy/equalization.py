@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,19 +155,16 @@ def _is_alone(pair: _Pair, model: nn.Module, batch: Batch, expected: list[Tensor
 
 def _factors(pair: _Pair) -> Tensor:
     first = pair.first.linear_map.to_rows(pair.first.folded_parameters()[0]).flatten(1).abs().amax(1).double()
-    second = _by_input(pair.second.folded_parameters()[0], pair.second, lambda part: part.abs().amax((1, 3))).double()
+    second = _by_input(pair.second.folded_parameters()[0], pair.second).abs().amax((1, 3)).flatten().double()
     factors = torch.where((first > 0) & (second > 0), (first / second.clamp(min=1e-300)).sqrt(), 1.0)
     middle = factors.log().median().exp()
     return factors.clamp(middle / _MOST_SPREAD**0.5, middle * _MOST_SPREAD**0.5)
 
 
-def _by_input(weight: Tensor, layer: QATLayer, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Reduce a weight over all but its in channels by ``reduce``; the result is (in channels,).
-
-    ``reduce`` gets a tensor (groups, out per group, in per group, taps), taps being the positions of the kernel.
-    """
+def _by_input(weight: Tensor, layer: QATLayer) -> Tensor:
+    """Return a view (groups, out per group, in per group, taps) of a weight, taps being the positions of the kernel."""
     groups = int(getattr(layer, "groups", 1))
-    return reduce(weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)).flatten()
+    return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
 def _apply(pair: _Pair, factors: Tensor) -> None:
@@ -181,9 +177,8 @@ def _apply(pair: _Pair, factors: Tensor) -> None:
         first.weight.copy_(first.linear_map.from_rows(rows / factors.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))))
         if first.bias is not None:
             first.bias.div_(factors.to(first.bias.dtype))
-    weight, groups = second.weight, int(getattr(second, "groups", 1))
-    grouped = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    grouped.mul_(factors.to(weight.dtype).view(groups, 1, -1, 1))
+    weight = _by_input(second.weight, second)
+    weight.mul_(factors.to(weight.dtype).view(len(weight), 1, -1, 1))
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
