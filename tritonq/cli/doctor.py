@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     for finding in findings:
         if finding.topic != topic:
             topic = finding.topic
-            print(f"{topic}")
+            print(topic)
         print(
             f"  {finding.name:{width}}  {finding.value}"
             + (f"  [problem: {finding.problem}]" if finding.problem else "")

@@ -130,8 +130,7 @@ class Preprocessing:
         else:
             scaled = f"scaled to {self.resize} x {self.resize}, {self.interpolation}"
             scaled += f", the central {self.size} x {self.size}" if self.resize != self.size else ""
-        moments = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
-        mean, std = moments
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return f"{scaled}, mean {mean}, deviation {std} (of pixels from 0 to 1)"
 
 
@@ -223,8 +222,8 @@ def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits
 
 
 def _named(name: str, arguments: argparse.Namespace, model: nn.Module, digits: bool) -> Preprocessing:
-    data = Preprocessing(_SIZE_OF_DIGITS, _SIZE_OF_DIGITS, channels=_GREY)
-    data = data if digits else Preprocessing(_SIZE_OF_PHOTOS, _SIZE_OF_PHOTOS)
+    size, channels = (_SIZE_OF_DIGITS, _GREY) if digits else (_SIZE_OF_PHOTOS, COLOURS)
+    data = Preprocessing(size, size, channels=channels)
     if name in ("auto", "model") and not (digits and name == "auto"):
         own = _from_timm(model) or _from_torchvision(arguments, any_weights=name == "model")
         if own is None and name == "model":

@@ -69,7 +69,7 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
         right.axvline(code, color=_GRID, linewidth=0.3, zorder=0)
     right.plot(
         values.numpy() / scale,
-        torch.full_like(values, 0.0) - 0.03 * right.get_ylim()[1],
+        torch.full_like(values, -0.03 * right.get_ylim()[1]),
         "|",
         color=_FLOAT,
         markersize=7,
