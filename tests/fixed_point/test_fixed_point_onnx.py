@@ -1,14 +1,19 @@
 """ONNX Runtime runs the export of a fixed-point network with equal codes."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from test_fixed_point_integer import digits, overflowing, per_channel, trained  # noqa: F401 - a fixture
 from test_fixed_point_prepare import F8NET, Residual
+from torch import nn
 
 from tolerances import SUMS, assert_close
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert, verify
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
+from tritonq.prepare import prepare_qat
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -41,6 +46,34 @@ def test_every_kind_of_join(tmp_path):
     integers = convert(model)
     export_fixed_point_onnx(integers, tmp_path / "model.onnx", images[:2])
     # The network ends in a float log-softmax, whose last bits are each runtime's own.
+    assert_close(ran(tmp_path / "model.onnx", images), integers(images), SUMS, size=0.1)
+
+
+class Twice(nn.Module):
+    """Concatenates a tensor with itself, and ends in a softmax along an axis that is not the last."""
+
+    def __init__(self, softmax):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(8, 3, 1)
+        self.softmax = softmax
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.first(x)))
+        return self.softmax(self.second(torch.cat([y, y], dim=1)))
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [nn.Softmax(dim=1), nn.LogSoftmax(dim=-3), partial(F.softmax, dim=1), partial(F.log_softmax, dim=2), F.softmax],
+    ids=["module", "log", "function", "log function", "no axis"],
+)
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_axes_and_repeated_tensors(softmax, tmp_path):
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    model = prepare_qat(Twice(softmax), qconfig=F8NET, example_inputs=images)
+    model(images)
+    integers = convert(model.eval())
+    export_fixed_point_onnx(integers, tmp_path / "model.onnx", images[:2])
     assert_close(ran(tmp_path / "model.onnx", images), integers(images), SUMS, size=0.1)
 
 

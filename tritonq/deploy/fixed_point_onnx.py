@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -155,10 +155,13 @@ class _Writer:
             shape = self._constant(torch.tensor([-1, *_shape(node)[1:]], dtype=torch.int64))
             return self._emit("Reshape", [sources[0], shape])
         if kind == "cat":
-            axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-            return self._emit("Concat", sources, axis=axis)
+            parts = cast(Sequence[fx.Node], node.args[0] if node.args else node.kwargs["tensors"])
+            return self._emit("Concat", [self._names[part] for part in parts], axis=_argument(node, "dim", 0))
         if kind in ("log_softmax", "softmax", "logsoftmax") and _dtype(node) == torch.float32:
-            axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+            of_module = self._module.get_submodule(str(node.target)).dim if node.op == "call_module" else None
+            axis = _argument(node, "dim", of_module)
+            if axis is None:  # torch's own choice
+                axis = 0 if len(_shape(node)) in (1, 3) else 1
             return self._emit("Softmax" if kind == "softmax" else "LogSoftmax", sources, axis=axis)
         if kind == "dropout":
             return sources[0]
@@ -288,6 +291,11 @@ class _Writer:
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["tensor_meta"].shape)
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    """Return the second argument of a call, by position or by ``name``; ``default`` if it is not given."""
+    return node.kwargs.get(name, node.args[1] if len(node.args) > 1 else default)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
