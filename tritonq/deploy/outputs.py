@@ -8,16 +8,16 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tritonq.prepare.record.snapshot import preserved_random_state
-from tritonq.prepare.record.structure import Path, children_of, tensors_in
+from tritonq.prepare.record.structure import Path, tensors_in
 
 _DEFAULT = "output"
 
@@ -84,37 +84,16 @@ def return_no_text(traced: nn.Module, result: Any) -> None:
         traced: the model; its ``forward`` is replaced.
         result: what it returned on the example inputs; if it has text, a UserWarning says so.
     """
-    if not any(isinstance(leaf, str) for leaf in _leaves(result)):
+    if not any(isinstance(leaf, str) for leaf in tree_leaves(result)):
         return
     warnings.warn("the program returns None in the place of text, which torch.export can't load", stacklevel=3)
     forward = traced.forward
 
     @takes_what(forward)
     def no_text(*args: Any, **kwargs: Any) -> Any:
-        return _without_text(forward(*args, **kwargs))
+        return tree_map(lambda leaf: None if isinstance(leaf, str) else leaf, forward(*args, **kwargs))
 
     traced.forward = no_text
-
-
-def _leaves(item: Any) -> Iterator[Any]:
-    children = None if isinstance(item, Tensor) else children_of(item)
-    if children is None:
-        yield item
-    else:
-        for _, child in children:
-            yield from _leaves(child)
-
-
-def _without_text(item: Any) -> Any:
-    if isinstance(item, str):
-        return None
-    if type(item) in (tuple, list):
-        return type(item)(_without_text(child) for child in item)
-    if type(item) is dict:
-        return {key: _without_text(child) for key, child in item.items()}
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(_without_text(child) for child in item))
-    return item
 
 
 def output_name(path: Path) -> str:
