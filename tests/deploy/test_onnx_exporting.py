@@ -1,6 +1,11 @@
-"""Models whose code asks whether it is being exported, and does something else then than preparation saw."""
+"""Models whose code asks whether it is being exported, and does something else then than preparation saw.
 
+And arguments and results in containers of other kinds than tuples, lists and dicts.
+"""
+
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx
 import pytest
@@ -80,3 +85,34 @@ def test_a_result_of_any_dataclass_is_written(tmp_path):
     tritonq.export_onnx(tritonq.convert(qat), path, x)
     assert [item.name for item in onnx.load(path).graph.output] == ["of_all", "of_each"]
     assert tritonq.verify(qat.eval(), path, [x]).agrees()
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class OfBoth(nn.Module):
+    """Reads two tensors of one argument by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, pair):
+        left, right = (pair.left, pair.right) if isinstance(pair, Pair) else (pair["left"], pair["right"])
+        return self.conv(left) + self.conv(right)
+
+
+@pytest.mark.parametrize("kind", [Pair, dict, OrderedDict])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_argument_that_holds_tensors_by_name(kind, batch, tmp_path):
+    torch.manual_seed(0)
+    example = (kind(left=torch.randn(batch, 3, 8, 8), right=torch.randn(batch, 3, 8, 8)),)
+    qat = tritonq.prepare_qat(OfBoth(), example_inputs=example)
+    qat.train()(*example).square().mean().backward()
+    path, more = tmp_path / "model.onnx", (kind(left=torch.randn(5, 3, 8, 8), right=torch.randn(5, 3, 8, 8)),)
+    tritonq.export_onnx(qat.eval(), path, example)
+    assert tritonq.verify(qat, path, [more]).agrees()
+    program = tritonq.deploy.export_program(qat, None, example)
+    assert tritonq.verify(qat, program, [more]).agrees()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tritonq.prepare.record.example import Arguments
 from tritonq.prepare.record.snapshot import preserved_random_state
-from tritonq.prepare.record.structure import replace_tensors, tensors_in
+from tritonq.prepare.record.structure import replace_leaves, replace_tensors, tensors_in
 
 # How many axes a tensor has that may have sizes: those behind batch and channels.
 _RANKS = range(3, 6)
@@ -51,7 +51,9 @@ def open_axes(
         count = 2
     dim = torch.export.Dim("batch")
 
-    def shape_of(x: Tensor) -> dict[int, Any] | None:
+    def shape_of(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, Tensor):
+            return None
         found: dict[int, Any] = {0: dim} if batch and x.dim() and x.shape[0] == count else {}
         if sizes:
             # Which sizes a model takes (multiples of 32, say), torch.export finds out.
@@ -60,7 +62,7 @@ def open_axes(
 
     args, kwargs = arguments
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
-    return arguments, {name: _shapes(value, shape_of) for name, value in bound.items()}
+    return arguments, {name: replace_leaves(value, shape_of) for name, value in bound.items()}
 
 
 # What the axes behind batch and channels are called, by their number.
@@ -161,14 +163,3 @@ def _doubled(x: Tensor) -> Tensor:
 
 def _size_axes(x: Tensor) -> range:
     return range(2, x.dim()) if x.dim() in _RANKS else range(0)
-
-
-def _shapes(item: Any, shape_of: Callable[[Tensor], Any]) -> Any:
-    """Return the structure of arguments with ``shape_of(tensor)`` for each tensor and None for everything else."""
-    if isinstance(item, Tensor):
-        return shape_of(item)
-    if isinstance(item, (tuple, list)):
-        return type(item)(_shapes(child, shape_of) for child in item)
-    if isinstance(item, dict):
-        return {key: _shapes(child, shape_of) for key, child in item.items()}
-    return None

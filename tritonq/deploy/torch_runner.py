@@ -16,7 +16,7 @@ from tritonq.deploy.modules import Quantizer
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.recurrent_forward import is_weight_quantizer
-from tritonq.prepare.record.structure import tensors_in
+from tritonq.prepare.record.structure import replace_tensors, tensors_in
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
 
 _QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize, Quantizer, FloatQuantizer)
@@ -50,7 +50,8 @@ def torch_runner(model: nn.Module) -> Runner:
             handles = [m.register_forward_hook(_recorder(codes, name, given)) for name, m in active.items()]
         try:
             with _eval_mode(model), torch.no_grad():
-                result = model(*_moved(args, device), **_moved(kwargs, device))
+                args, kwargs = replace_tensors((args, kwargs), lambda tensor: tensor.to(device))
+                result = model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -105,11 +106,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _moved(item: Any, device: torch.device) -> Any:
-    if isinstance(item, dict):
-        return {key: _moved(value, device) for key, value in item.items()}
-    if isinstance(item, tuple):
-        return tuple(_moved(value, device) for value in item)
-    return item.to(device) if isinstance(item, Tensor) else item

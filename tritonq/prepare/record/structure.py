@@ -6,6 +6,7 @@ A *path* is the keys that lead to an entry: ``(0, "mask")`` is the entry ``"mask
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -79,20 +80,27 @@ def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
     return {key: describe(child, leaf) for key, child in children}
 
 
+def replace_leaves(item: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Return a nested structure in which each entry ``x`` that is no container is replaced by ``leaf(x)``.
+
+    Tuples, named tuples, lists, dicts and ordered dicts are rebuilt; other containers, such as dataclasses, count as
+    entries.
+    """
+    if type(item) in (tuple, list):
+        return type(item)(replace_leaves(child, leaf) for child in item)
+    if type(item) in (dict, OrderedDict):
+        return type(item)((key, replace_leaves(child, leaf)) for key, child in item.items())
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*(replace_leaves(child, leaf) for child in item))
+    return leaf(item)
+
+
 def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
     """Return a nested structure in which each tensor ``x`` is replaced by ``leaf(x)``.
 
-    Tuples, named tuples, lists and dicts are rebuilt; other containers, such as dataclasses, are returned as they are.
+    The containers that :func:`replace_leaves` rebuilds are rebuilt; everything else is returned as it is.
     """
-    if isinstance(item, Tensor):
-        return leaf(item)
-    if type(item) in (tuple, list):
-        return type(item)(replace_tensors(child, leaf) for child in item)
-    if type(item) is dict:
-        return {key: replace_tensors(child, leaf) for key, child in item.items()}
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(replace_tensors(child, leaf) for child in item))
-    return item
+    return replace_leaves(item, lambda x: leaf(x) if isinstance(x, Tensor) else x)
 
 
 def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
