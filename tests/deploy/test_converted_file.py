@@ -1,9 +1,12 @@
 """Converted models in files: rebuilt on a fresh float model bit for bit, or refused with the model untouched."""
 
+import collections
+import enum
 import os
 import re
 import stat
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,7 +24,7 @@ from qat_models import (
     trained_residual,
 )
 from tritonq import nn as qnn
-from tritonq.deploy import convert, load_converted, save_converted
+from tritonq.deploy import convert, load_converted, load_metadata, save_converted
 from tritonq.deploy.converted_file import FORMAT, VERSION, checksum
 from tritonq.deploy.modules import DeployedModule
 from vision_models import timm_model, torchvision_model, transformers_resnet
@@ -171,6 +174,30 @@ def test_nothing_is_left_beside_the_file_and_its_mode_is_usual(saved):
     other = path.parent / "usual"
     other.touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"accuracy": np.float64(0.5), "classes": ("ant", "bee"), "sizes": [True, None, 1]}, None),
+        (
+            {"colour": Colour.RED, Colour.RED: collections.OrderedDict(a=Colour.RED)},
+            {"colour": "red", "red": {"a": "red"}},
+        ),
+        ({"counts": collections.defaultdict(int, ant=2)}, None),
+    ],
+    ids=["numbers", "enums", "dicts"],
+)
+def test_metadata_of_derived_types_is_read_as_plain_data(given, read, saved):
+    model, path = saved
+    save_converted(model, path, metadata=given)
+    found = load_metadata(path)
+    assert found == (given if read is None else read)
+    assert {type(value) for value in found.values()} <= {float, tuple, list, str, dict}
 
 
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):

@@ -80,6 +80,7 @@ def save_converted(
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     replace_hooks(model)
     modules = describe_modules(model)
+    noted = None if metadata is None else _plain(dict(metadata))
     packed_state, packed = pack_weights(model, state)
     content = {
         "format": FORMAT,
@@ -87,10 +88,10 @@ def save_converted(
         "modules": modules,
         "state_dict": _in_few_storages(packed_state),
         "packed": packed,
-        "sha256": checksum(modules, state, metadata),
+        "sha256": checksum(modules, state, noted),
     }
-    if metadata is not None:
-        content["metadata"] = dict(metadata)
+    if noted is not None:
+        content["metadata"] = noted
     with atomic_file(path) as file:
         torch.save(content, file)
 
@@ -181,6 +182,21 @@ def _read(path: str | os.PathLike[str]) -> Description:
         raise ValueError(f"{os.fspath(path)} is damaged: its contents don't match their checksum")
     content["state_dict"] = {name: tensor.clone() for name, tensor in state.items()}
     return content
+
+
+def _plain(item: Any) -> Any:
+    """Return data that JSON can hold with Python's own types in place of subclasses, which torch's reader refuses.
+
+    NumPy's float64 is a subclass of float, members of an enum of texts are of a subclass of str.
+    """
+    if isinstance(item, dict):
+        return {_plain(key): _plain(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return (list if isinstance(item, list) else tuple)(map(_plain, item))
+    if isinstance(item, str):
+        return str.__str__(item)
+    kind = next((kind for kind in (bool, int, float) if isinstance(item, kind)), None)
+    return item if kind is None else kind(item)
 
 
 def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
