@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.onnx_ops import global_average, round_half_away
-from tritonq.deploy.onnx_quantizers import TracedQuantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, grids_of
 from tritonq.nn import AverageLayer
 from tritonq.reference.average_pool import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 
@@ -28,17 +28,6 @@ _MANY_TERMS = 2**14
 _CODES = 255
 _EXACT_FLOAT32 = 2**24
 _POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
-    """Return the quantizers of a layer's input and output.
-
-    None if one is missing or per channel: it computes in float.
-    """
-    source, output = layer.input_quantizer, layer.output_quantizer
-    if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
-        return None
-    return None if source.qtype.axis is not None or output.qtype.axis is not None else (source, output)
 
 
 def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> None:

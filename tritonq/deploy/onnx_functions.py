@@ -52,17 +52,6 @@ class CodeTable:
     codes: Any
 
 
-def function_grids(layer: FunctionLayer | PReLU) -> tuple[Quantizer, Quantizer] | None:
-    """Return the quantizers of a layer's input and output.
-
-    None if one is missing or per channel: it computes in float.
-    """
-    source, output = layer.input_quantizer, layer.output_quantizer
-    if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
-        return None
-    return None if source.qtype.axis is not None or output.qtype.axis is not None else (source, output)
-
-
 def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer: nn.Module) -> None:
     """Make a layer trace to its function in float, and then its quantizer.
 

@@ -33,13 +33,13 @@ from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
-from tritonq.deploy.onnx_average_pool import grids_of, rewrite_average, rewrite_global_average
+from tritonq.deploy.onnx_average_pool import rewrite_average, rewrite_global_average
 from tritonq.deploy.onnx_clips import absorb_clips, unchanged
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
-from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
+from tritonq.deploy.onnx_functions import CodeTable, code_table, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
-from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_quantizer, uint8_quantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, grids_of, plain_quantizer, uint8_quantizer
 from tritonq.deploy.onnx_recurrent import rewrite_recurrent
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
@@ -144,7 +144,7 @@ def _rewrite_functions(
     found: list[tuple[FunctionLayer, str, str]] = []
     placed: set[Quantizer] = set()
     for module in model.modules():
-        grids = function_grids(module) if isinstance(module, (FunctionLayer, PReLU)) else None
+        grids = grids_of(module) if isinstance(module, (FunctionLayer, PReLU)) else None
         if grids is not None:
             source, output = grids
             forms[output].exact = False

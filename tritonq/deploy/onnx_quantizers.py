@@ -15,6 +15,7 @@ from tritonq.deploy.modules import QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, FLOATS_OPSET
 from tritonq.deploy.onnx_ops import quantize_dequantize, round_half_away
 from tritonq.deploy.onnx_packed import PACKED_OPSET
+from tritonq.nn.unary import UnaryLayer
 from tritonq.reference.fake_quant import quantize
 
 
@@ -144,6 +145,17 @@ def _plain_dtype(low: int, high: int) -> torch.dtype | None:
     dtypes = (torch.int8, torch.int16) if low < 0 else (torch.uint8, torch.uint16)
     limits = ((dtype, torch.iinfo(dtype)) for dtype in dtypes)
     return next((dtype for dtype, limit in limits if limit.min <= low and high <= limit.max), None)
+
+
+def grids_of(layer: UnaryLayer) -> tuple[Quantizer, Quantizer] | None:
+    """Return the quantizers of a layer's input and output.
+
+    None if one is missing or per channel: the layer computes in float.
+    """
+    source, output = layer.input_quantizer, layer.output_quantizer
+    if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
+        return None
+    return None if source.qtype.axis is not None or output.qtype.axis is not None else (source, output)
 
 
 def least_opset(model: nn.Module) -> int:
