@@ -13,18 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
-from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
+from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_average_pool import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
+from tritonq.deploy.onnx_tables import rewrite_table
 from tritonq.nn import AverageLayer, Joint
 from tritonq.nn.unary import UnaryLayer
-from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.quantized_type import QuantizedType
 
 _MARK = "tritonq::Marked"
@@ -100,11 +99,7 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
         elif isinstance(module, QuantizedLayer):
             encodings |= _mark_layer(module, name)
         elif isinstance(module, QuantizedTable):
-            module.keep(weight=module.dequantized_weight())
-            if isinstance(module, QuantizedEmbedding):
-                set_inner_forward(module, partial(_look_up, module))
-            else:
-                module.dequantized_weight = partial(_float_weight, module)  # type: ignore[method-assign]
+            rewrite_table(module, in_float=True)
             tables.append(name)
     if tables:
         warnings.warn(
@@ -112,14 +107,6 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
             stacklevel=3,
         )
     return model, encodings
-
-
-def _look_up(table: QuantizedEmbedding, input: Tensor) -> Tensor:
-    return F.embedding(input, table.stored_weight, table.padding_idx)
-
-
-def _float_weight(table: QuantizedTable) -> Tensor:
-    return table.stored_weight
 
 
 def _encoding(name: str, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Encoding:

@@ -26,11 +26,10 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
-from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
+from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_average_pool import rewrite_average, rewrite_global_average
@@ -41,6 +40,7 @@ from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, grids_of, plain_quantizer, uint8_quantizer
 from tritonq.deploy.onnx_recurrent import rewrite_recurrent
+from tritonq.deploy.onnx_tables import rewrite_table
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
 from tritonq.deploy.recurrent import QuantizedRecurrent
@@ -119,7 +119,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
         if isinstance(module, QuantizedLayer):
             _rewrite_layer(module, target)
         elif isinstance(module, QuantizedTable):
-            _rewrite_table(module, target)
+            rewrite_table(module, in_float=target == "tensorrt")
         elif isinstance(module, QuantizedRecurrent):
             rewrite_recurrent(module, name, in_float=target == "tensorrt")
     ends = {module.name: module for module in model.modules() if isinstance(module, TracedQuantizer)}
@@ -338,25 +338,3 @@ def _layer_forward(
         y = layer.finish(layer.linear_map(x.flatten(0, -2), weight, bias))
         return torch.unflatten(y, 0, x.shape[:-1])
     return layer.finish(layer.linear_map(x, weight, bias))
-
-
-def _rewrite_table(table: QuantizedTable, target: OnnxForm) -> None:
-    if target == "tensorrt" or table.stored_weight.dtype not in (torch.int8, torch.uint8):
-        table.keep(weight=table.dequantized_weight())
-    else:
-        table.weight_zero_point = table.weight_zero_point.to(table.stored_weight.dtype)
-    if isinstance(table, QuantizedEmbedding):
-        set_inner_forward(table, partial(_embedding_forward, table))
-    elif isinstance(table, QuantizedEmbeddingBag):
-        table.dequantized_weight = partial(_table_values, table)  # type: ignore[method-assign]
-
-
-def _table_values(table: QuantizedTable) -> Tensor:
-    if table.stored_weight.is_floating_point():
-        return table.stored_weight
-    values: Tensor = dequantize(table.stored_weight, table.weight_scale, table.weight_zero_point, 0)
-    return values
-
-
-def _embedding_forward(table: QuantizedEmbedding, input: Tensor) -> Tensor:
-    return F.embedding(input, _table_values(table), table.padding_idx)

@@ -1,0 +1,39 @@
+"""Embedding tables in ONNX files: a Gather from codes behind DequantizeLinear, or from float values."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
+from tritonq.deploy.onnx_ops import dequantize
+from tritonq.prepare.forwards.edited import set_inner_forward
+
+
+def rewrite_table(table: QuantizedTable, *, in_float: bool) -> None:
+    """Make a table trace to a look-up in its dequantized codes, or with ``in_float`` in its values; changed in place.
+
+    Codes of more than 8 bits become values, too. ``max_norm`` of an embedding is not applied.
+    """
+    if in_float or table.stored_weight.dtype not in (torch.int8, torch.uint8):
+        table.keep(weight=table.dequantized_weight())
+    else:
+        table.weight_zero_point = table.weight_zero_point.to(table.stored_weight.dtype)
+    if isinstance(table, QuantizedEmbedding):
+        set_inner_forward(table, partial(_look_up, table))
+    else:
+        table.dequantized_weight = partial(_values, table)  # type: ignore[method-assign]
+
+
+def _look_up(table: QuantizedEmbedding, input: Tensor) -> Tensor:
+    return F.embedding(input, _values(table), table.padding_idx)
+
+
+def _values(table: QuantizedTable) -> Tensor:
+    if table.stored_weight.is_floating_point():
+        return table.stored_weight
+    values: Tensor = dequantize(table.stored_weight, table.weight_scale, table.weight_zero_point, 0)
+    return values
