@@ -205,6 +205,17 @@ def test_embeddings_are_looked_up_in_integers(tmp_path):
     assert verify(model, tmp_path / "m.onnx", index).agrees(0.01, 1)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "qdq"])
+def test_rows_of_embeddings_have_at_most_their_norm(target, tmp_path):
+    torch.manual_seed(0)
+    some, every = torch.randint(0, 6, (6, 4)), torch.arange(12).view(3, 4) % 11
+    model = nn.Sequential(nn.Embedding(11, 5, max_norm=1.0), nn.Linear(5, 3))
+    model = train(tritonq.prepare_qat(model, example_inputs=some), some)
+    assert float(convert(model)[0].weight.norm(dim=1).max()) > 1.5
+    export_onnx(model, tmp_path / "m.onnx", some, target=target)
+    assert verify(model, tmp_path / "m.onnx", every).layers[0].differing == 0
+
+
 LIBRARY = {
     "torchvision resnet18": lambda: torchvision_model("resnet18"),
     "transformers resnet": transformers_resnet,

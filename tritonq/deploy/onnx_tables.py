@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,16 @@ from tritonq.prepare.forwards.edited import set_inner_forward
 def rewrite_table(table: QuantizedTable, *, in_float: bool) -> None:
     """Make a table trace to a look-up in its dequantized codes, or with ``in_float`` in its values; changed in place.
 
-    Codes of more than 8 bits become values, too. ``max_norm`` of an embedding is not applied.
+    Codes of more than 8 bits become values, too, and so does a table with ``max_norm``: its rows are scaled here.
     """
-    if in_float or table.stored_weight.dtype not in (torch.int8, torch.uint8):
-        table.keep(weight=table.dequantized_weight())
+    held = cast(Any, table)  # a class of torch.nn, too
+    if in_float or held.max_norm is not None or table.stored_weight.dtype not in (torch.int8, torch.uint8):
+        values = table.dequantized_weight()
+        if held.max_norm is not None:
+            rows = torch.arange(len(values), device=values.device)
+            torch.embedding_renorm_(values, rows, held.max_norm, held.norm_type)
+            held.max_norm = None
+        table.keep(weight=values)
     else:
         table.weight_zero_point = table.weight_zero_point.to(table.stored_weight.dtype)
     if isinstance(table, QuantizedEmbedding):
