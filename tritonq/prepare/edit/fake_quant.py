@@ -28,7 +28,7 @@ from tritonq.prepare.decide.joins import Join, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reader
-from tritonq.prepare.decide.unary import QUANTIZED_FORMS, Operation, layer_for
+from tritonq.prepare.decide.unary import QUANTIZED_FORMS, PlannedUnary, layer_for
 from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
 from tritonq.prepare.edit.called_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.earlier_inputs import note_earlier_names
@@ -252,14 +252,16 @@ class _PlanWork:
         elif quantizer.where == "output":
             owner = self._editor.modules[quantizer.owner]
             self._editor.quantize_result(owner, self._editor.add_child(owner, "activation_post_process", module))
-        elif quantizer.where == "node" and isinstance(self._operation_at(quantizer), (Function, Clipping)):
-            self._add_function(quantizer, module)
         elif quantizer.where == "node":
-            owner = self._editor.modules[quantizer.owner]
+            owner, planned = self._editor.modules[quantizer.owner], self._plan.unary.get(quantizer.value)
             name = self._editor.add_child(owner, f"{quantizer.label}_fake_quant", module)
+            if planned is not None and isinstance(planned.operation, (Function, Clipping)):
+                # Its module runs the quantizer itself, and saves less for the backward.
+                self._add_unary(quantizer, planned, module, quantizer.in_place, joined=bool(planned.absorbed))
+                return
             self._editor.rewrite(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
-            if quantizer.value in self._plan.unary:
-                self._add_unary(quantizer, module)
+            if planned is not None:
+                self._add_unary(quantizer, planned, module)
         elif quantizer.where == "consumer":
             for reader in quantizer.consumers:
                 self._add_to_reader(reader, quantizer, module)
@@ -302,33 +304,22 @@ class _PlanWork:
         self._editor.replace(quantizer.owner, quantized)
         self._unary[quantizer.value] = (quantized, own)
 
-    def _add_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Make a module of the operation at a node, in front of its quantizer ``own``, which is a child of its own."""
-        planned = self._plan.unary[quantizer.value]
-        made = layer_for(planned.operation, planned.earlier)
-        owner = self._editor.modules[quantizer.owner]
-        name = self._editor.add_child(owner, self._analysis.flow.calls[planned.calls[0]].name.lower(), made)
-        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
-        self._unary[quantizer.value] = (made, own)
-        self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
+    def _add_unary(
+        self,
+        quantizer: PlannedQuantizer,
+        planned: PlannedUnary,
+        own: nn.Module,
+        in_place: bool = False,
+        joined: bool = False,
+    ) -> None:
+        """Make a module of the operation at a node, in front of its quantizer ``own``, which is a child of the owner.
 
-    def _operation_at(self, quantizer: PlannedQuantizer) -> Operation | None:
-        """Return the operation of one tensor in front of a planned quantizer; None if there is none."""
-        planned = self._plan.unary.get(quantizer.value)
-        return None if planned is None else planned.operation
-
-    def _add_function(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Make a module of the function or clip at a node.
-
-        It runs the quantizer ``own``, and saves less for the backward.
+        ``in_place`` and ``joined`` are as in :meth:`ForwardGraph.replace`.
         """
-        planned = self._plan.unary[quantizer.value]
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
-        self._editor.add_child(owner, f"{quantizer.label}_fake_quant", own)
         name = self._editor.add_child(owner, self._analysis.flow.calls[planned.calls[0]].name.lower(), made)
-        forward, joined = self._editor.rewrite(quantizer.owner), bool(planned.absorbed)
-        forward.replace(quantizer.node, name, first_node, quantizer.in_place, joined)
+        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node, in_place, joined)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 
