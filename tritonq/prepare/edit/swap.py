@@ -95,11 +95,9 @@ def keep_attributes(module: nn.Module, made: nn.Module, without: Container[str] 
         made: what takes its place.
         without: names that are not given.
     """
-    base = torch_base(type(module))
-    kinds = type(module).__mro__[: type(module).__mro__.index(base) if base else 0]
     parameters, buffers, own = _registries(module)
     own = {name: value for name, value in own.items() if not name.startswith("_")}
-    for kind in kinds:
+    for kind in _users_classes(type(module)):
         own = {**{name: value for name, value in vars(kind).items() if _is_data(name, value)}, **own}
     kept = []
     for source, registry in zip((parameters, buffers, own), _registries(made), strict=True):
@@ -114,10 +112,14 @@ _KEPT = "_tritonq_kept"
 
 def _adds_methods(kind: type[nn.Module], made: nn.Module) -> bool:
     """Whether the user's class ``kind`` has public methods or properties that ``made`` lacks."""
-    base = torch_base(kind)
-    kinds = kind.__mro__[: kind.__mro__.index(base) if base else 0]
-    names = {name for part in kinds for name, value in vars(part).items() if not _is_data(name, value)}
+    names = {name for part in _users_classes(kind) for name, value in vars(part).items() if not _is_data(name, value)}
     return any(not name.startswith("_") and not hasattr(type(made), name) for name in names)
+
+
+def _users_classes(kind: type[nn.Module]) -> tuple[type, ...]:
+    """Return the class ``kind`` and its bases, in the order of inheritance, up to the first class of torch.nn."""
+    base = torch_base(kind)
+    return kind.__mro__[: kind.__mro__.index(base)] if base else ()
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
