@@ -12,7 +12,7 @@ from tritonq.nn.computed import ComputedParameters, Slot, StateSlot, Step
 from tritonq.nn.reference import Reference
 from tritonq.prepare.decide.called_layers import CalledLayer
 from tritonq.prepare.decide.constants import PlannedProgram
-from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.prepare.record.dataflow import Call, replace_refs
 
 
 def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.Module:
@@ -61,12 +61,5 @@ def _step(call: Call, model: nn.Module) -> Step:
 
 
 def _slots(item: Any) -> Any:
-    """Return recorded arguments for a program.
-
-    Each recorded tensor (``Ref``) becomes a ``Slot`` with the same number.
-    """
-    if isinstance(item, Ref):
-        return Slot(item.value)
-    if isinstance(item, tuple):
-        return tuple(map(_slots, item))
-    return {key: _slots(child) for key, child in item.items()} if isinstance(item, dict) else item
+    """Return recorded arguments for a program, with a ``Slot`` of the same number for each recorded tensor."""
+    return replace_refs(item, lambda ref: Slot(ref.value))

@@ -181,11 +181,7 @@ class Dataflow:
         tensors = 1 + max((value.tensor for value in self.values), default=-1)
 
         def shifted(item: Any) -> Any:
-            if isinstance(item, Ref):
-                return Ref(item.value + values)
-            if isinstance(item, tuple):
-                return tuple(map(shifted, item))
-            return {key: shifted(child) for key, child in item.items()} if isinstance(item, dict) else item
+            return replace_refs(item, lambda ref: Ref(ref.value + values))
 
         def by(amount: int, indices: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(index + amount for index in indices)
@@ -357,6 +353,17 @@ def refs_in(structure: Any) -> tuple[int, ...]:
     if isinstance(structure, tuple):
         return tuple(value for item in structure for value in refs_in(item))
     return ()
+
+
+def replace_refs(structure: Any, leaf: Callable[[Ref], Any]) -> Any:
+    """Return recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`, inside tuples and dicts too."""
+    if isinstance(structure, Ref):
+        return leaf(structure)
+    if isinstance(structure, tuple):
+        return tuple(replace_refs(item, leaf) for item in structure)
+    if isinstance(structure, dict):
+        return {key: replace_refs(item, leaf) for key, item in structure.items()}
+    return structure
 
 
 def _grouped(pairs: Iterable[tuple[Key, Item]]) -> dict[Key, tuple[Item, ...]]:
