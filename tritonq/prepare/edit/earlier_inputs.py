@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,7 @@ def replace_hooks(model: nn.Module) -> None:
             apply_forward(module, hooked_forward(forward_data(module), found, places))
 
 
-def hooked_forward(data: ForwardData | None, hooks: Iterable[str], places: Iterable[InputPlace]) -> ForwardData:
+def hooked_forward(data: ForwardData | None, hooks: Collection[str], places: Iterable[InputPlace]) -> ForwardData:
     """Return forward data that make a forward do what a module did with some hooks.
 
     Args:
@@ -203,10 +203,6 @@ def hooked_forward(data: ForwardData | None, hooks: Iterable[str], places: Itera
             returns = "activation_post_process"
         elif hook != "quantize_first_argument":  # layers do that themselves
             raise ValueError(f"unknown hook {hook!r}")
-    hidden = {*(data or {}).get("hidden", ()), *({INPUTS} if "quantize_inputs" in hooks else ())}
-    return {**(data or {}), **quantizing_data(reads, returns), **_graphs(data), "hidden": sorted(hidden)}
-
-
-def _graphs(data: ForwardData | None) -> ForwardData:
-    """Return the graphs in some forward data; empty for None."""
-    return {} if data is None else {key: data[key] for key in ("eval", "train") if key in data}
+    before = data or {}
+    hidden = {*before.get("hidden", ()), *({INPUTS} if "quantize_inputs" in hooks else ())}
+    return {**before, **quantizing_data(reads, returns), "eval": before.get("eval"), "hidden": sorted(hidden)}
