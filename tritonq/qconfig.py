@@ -226,13 +226,8 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int, init: Initializ
     before they are multiplied by their BatchNorm's factor; summands are not rounded, but their sum is.
     """
     step = LearnedStepFakeQuantize.with_args(init=init)
-    return QConfig(
-        step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False)),
-        step.with_args(dtype=QuantizedType.of(weight_bits, axis=0)),
-        "onnxruntime",
-        round_summands=False,
-        folding="scale",
-    )
+    activation = step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False))
+    return _unfolded(step.with_args(dtype=QuantizedType.of(weight_bits, axis=0)), activation)
 
 
 def _floats(format: str, *, per_channel: bool = False) -> QConfig:
