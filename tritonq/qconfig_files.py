@@ -208,12 +208,10 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
         raise ValueError(f"the target of {where} is none: {error}") from error
     if not isinstance(options.get("round_summands", True), bool):
         raise ValueError(f"round_summands of {where} must be true or false, got {options['round_summands']!r}")
-    if options.get("folding") not in (None, *get_args(Folding)):
-        known = ", ".join(get_args(Folding))
-        raise ValueError(f"folding of {where} must be null or one of {known}, got {options['folding']!r}")
-    if options.get("islands") not in (None, *get_args(Islands)):
-        known = ", ".join(get_args(Islands))
-        raise ValueError(f"islands of {where} must be null or one of {known}, got {options['islands']!r}")
+    for field, kind in (("folding", Folding), ("islands", Islands)):
+        known = get_args(kind)
+        if options.get(field) not in (None, *known):
+            raise ValueError(f"{field} of {where} must be null or one of {', '.join(known)}, got {options[field]!r}")
     factories = {field: _value_from_data(data[field], f"{field} of {where}") for field in _FACTORIES}
     for field, factory in factories.items():
         if not callable(factory):
