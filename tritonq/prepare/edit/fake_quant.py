@@ -118,9 +118,7 @@ class _PlanWork:
         self._editor.apply()
         self._link()
         note_earlier_names(self._editor.model, self._input_names)
-        layers = self._plan.layers
-        norms = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
-        note_batch_norms(self._editor.model, norms)
+        note_batch_norms(self._editor.model, self._plan.layers)
 
     def _erase_relus(self) -> None:
         """Remove the ReLUs that became part of a layer or join: modules become ``nn.Identity``, calls are taken out."""

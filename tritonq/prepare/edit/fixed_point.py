@@ -92,9 +92,7 @@ class _Builder:
         for call in self._links.relus:
             self._replace_relu(call)
         self._editor.apply()
-        layers = self._links.layers.values()
-        norms = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
-        note_batch_norms(self._editor.model, norms)
+        note_batch_norms(self._editor.model, self._links.layers.values())
 
     def _make_layer(self, layer: Layer) -> FixedPointLayer:
         """Put the fixed-point form of a layer, with its BatchNorm, in its place, and return it; hooks move to it.
@@ -222,9 +220,7 @@ class _Builder:
                     f"an average pooling feeds the sum in {call.owner!r}; only a layer can take its factor"
                 )
         formats = tuple(self._formats.get(id(group)) for group in groups)
-        observes = tuple(
-            bool(group.readers) and group.readers[0] == (call, operand) for operand, group in enumerate(groups)
-        )
+        observes = tuple(group.readers[:1] == [(call, operand)] for operand, group in enumerate(groups))
         following = self._units(self._links.ends[call.index])
         made = FixedPointAdd(cast(Any, formats), cast(Any, observes), following)
         self._note_maker(call.index, made)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from tritonq.prepare.decide.layers import Layer
+
 _NAMES = "tritonq_batch_norm_names"
 
 
-def note_batch_norms(model: nn.Module, layers: Mapping[str, str]) -> None:
+def note_batch_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Let a prepared model load the state of its BatchNorms from a state dict of the float model.
 
-    ``layers`` has the name of the layer that each BatchNorm is part of now, by the BatchNorm's name in the float model.
+    ``layers`` are all layers of the plan; BatchNorms are part of some of them now.
     """
-    if layers:
-        setattr(model, _NAMES, dict(layers))
+    names = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
+    if names:
+        setattr(model, _NAMES, names)
         model.register_load_state_dict_pre_hook(_move_batch_norms)
 
 
