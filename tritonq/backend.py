@@ -83,7 +83,7 @@ def has_triton() -> bool:
 def is_interpreting() -> bool:
     """Whether ``TRITON_INTERPRET=1`` is set, so that Triton runs kernels in its interpreter, on CPU tensors.
 
-    The variable is read once, since triton decides it for a kernel when the kernel is defined.
+    False without triton. The variable is read once, since triton decides it for a kernel when the kernel is defined.
     """
     if not has_triton():
         return False
@@ -97,8 +97,8 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
 
     ``"auto"`` is what the block of :func:`use_backend` around the call chose. If that is ``"auto"``, too, or there is
     no such block, CUDA and HIP tensors run kernels if triton is installed, and with ``TRITON_INTERPRET=1`` CPU tensors
-    run the same kernels in Triton's interpreter. All else
-    runs PyTorch, float64 among it. ``"compiled"`` is chosen only if it is asked for.
+    run the same kernels in Triton's interpreter. All else runs PyTorch, float64 among it. ``"compiled"`` is chosen only
+    if it is asked for.
 
     Raises:
         ValueError: an unknown backend.

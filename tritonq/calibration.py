@@ -108,7 +108,8 @@ def refine_scales(
     candidate is better.
 
     Args:
-        model: a calibrated model; its scales change in place. (A PassiveObserver's ``original_scale`` stays.)
+        model: a calibrated model; its scales change in place. A PassiveObserver, which holds a scale given by hand,
+            gets the new one as ``scale``, and keeps the given one as ``original_scale``.
         data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; a few batches are
             enough, and all layers' inputs are kept while this runs.
         candidates: scales tried, equally spaced over ``span``.
@@ -118,7 +119,8 @@ def refine_scales(
         Quantizer name to the factors chosen, float32, one element or (channels,).
 
     Raises:
-        ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, or no batch.
+        ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, none whose
+            quantizers to integers have a range, or no batch.
 
     Source: Wu et al., "EasyQuant" (2020); docs/numbers.md, "Scales by similarity".
 

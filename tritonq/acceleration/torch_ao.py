@@ -126,7 +126,7 @@ def _run_layer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
 def _run_quantizer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
     """Observe and round ``x`` by tritonq's operator.
 
-    If a cast changed the dtypes of the buffers, ``plain``, the library's forward, runs instead.
+    If that can't compute it (:func:`can_compute`), ``plain``, the library's forward, runs instead.
     """
     return quantize(self, x) if can_compute(self, x) else plain(self, x)
 

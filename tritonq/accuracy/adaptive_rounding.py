@@ -76,11 +76,11 @@ def adaptive_round(
 
         ``E |f(op(x, W) + b) - f(op(x_q, W(V)) + b)|² + λ Σ (1 - |2 h(V) - 1|^β)``
 
-    with ``W(V) = s clip(floor(W/s) + h(V))`` and h a sigmoid stretched to [-0.1, 1.1] and clipped to [0, 1]. x is what
-    the layer reads in the float model, x_q in the model with all earlier layers rounded, f the ReLU, and the mean is
-    over samples and positions. λ is 0 in the first fifth of the steps, then 0.01, and β falls from 20 to 2 by a cosine:
-    that drives h to 0 or 1. Adam's rate is ``10 / steps``. Then each weight becomes the value it is rounded to: scales
-    and ranges stay, and :func:`tritonq.convert` or training can follow.
+    with ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)`` and h a sigmoid stretched to [-0.1, 1.1] and clipped to [0, 1].
+    x is what the layer reads in the float model, x_q in the model with all earlier layers rounded, f the ReLU, and the
+    mean is over samples and positions. λ is 0 in the first fifth of the steps, then 0.01, and β falls from 20 to 2 by a
+    cosine: that drives h to 0 or 1. Adam's rate is ``10 / steps``. Then each weight becomes the value it is rounded to:
+    scales and ranges stay, and :func:`tritonq.convert` or training can follow.
 
     Args:
         model: a calibrated or trained model; its modes are restored.
@@ -92,11 +92,12 @@ def adaptive_round(
 
     Returns:
         By layer, the mean squared error of its results after, as a share of that of rounding to the nearest: below 1
-        where this helped. A layer that it did not help keeps its weights, with 1.
+        where this helped. A layer that it did not help keeps its weights, with 1. Layers whose weight is not rounded
+        are left out.
 
     Raises:
-        ValueError: no quantized layer, no batch, or fewer than one step or sample; a weight whose codes follow from a
-            formula of the whole tensor (DoReFa, binary, ternary).
+        ValueError: no quantized layer, no batch, or fewer than one step or sample; a weight in a float format, or one
+            whose codes follow from a formula of the whole tensor (DoReFa, binary, ternary).
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
 

@@ -24,15 +24,16 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
         ``b += E[op(x, W)] - E[op(x_q, FQ(W))]``
 
     where x is what the layer reads while nothing rounds, x_q what it reads in the model as corrected so far, and the
-    mean is over ``data`` and all positions, per out channel. With a BatchNorm it is β that changes.
+    mean is over ``data`` and all positions, per out channel. In a layer with a BatchNorm β is changed instead of b.
 
     Args:
         model: a calibrated or trained model; its modes are restored.
         data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; some hundred samples
-            are enough. All batches run once per layer.
+            are enough. All batches run twice per layer.
 
     Returns:
-        By layer the shift, float32 (out,). A layer without a bias and without β is left out; one UserWarning names all.
+        By layer the shift, float32 (out,). A layer without a bias, or with a BatchNorm without β, is left out; one
+        UserWarning names all.
 
     Raises:
         ValueError: no quantized layer, or no batch.

@@ -61,7 +61,8 @@ def allocate_bits(
         A mapping with a rule per layer, for :func:`tritonq.prepare_qat` with example inputs. Inputs have 8 bits.
 
     Raises:
-        ValueError: no layer, no batch, an unknown unit, or a budget that the smallest width exceeds.
+        ValueError: no layer, no batch, no width or one below 1, an unknown unit, or a budget that the smallest width
+            exceeds.
 
     Source: output noise as sensitivity: Dong et al., HAWQ-V2 (2020), whose Hessian trace it replaces; the budget as a
         knapsack: Yao et al., HAWQ-V3 (2021), section 3.4.

@@ -19,8 +19,9 @@ class Distillation:
         ``loss = T² KL(softmax(z_teacher / T) ‖ softmax(z_student / T)) + w Σ_f E |f_s - f_t|² / E |f_t|²``,
 
     the divergence averaged over samples and positions. Added to the task's own loss it costs one evaluation of the
-    teacher per step. Everything is computed in float32, also under autocast. The student may be wrapped by
-    DistributedDataParallel or ``torch.compile``, since features come from its modules and the loss is a plain tensor.
+    teacher per step. The loss is computed in float32, also under autocast; the teacher's evaluation is not. The student
+    may be wrapped by DistributedDataParallel or ``torch.compile``, since features come from its modules and the loss is
+    a plain tensor.
 
     Args:
         student: the prepared model, before it is wrapped.
@@ -31,7 +32,8 @@ class Distillation:
         feature_weight: w, the factor of the features' errors.
 
     Raises:
-        ValueError: a temperature that is not positive, or a name that a model does not have.
+        ValueError: a temperature that is not positive, a negative ``feature_weight``, a name that a model does not
+            have, or one model as both student and teacher.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), for outputs; Romero et al., "FitNets"
         (2015), for features, here relative to their size; Mishra & Marr, "Apprentice" (2018), for few bits.

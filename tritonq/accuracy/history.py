@@ -39,7 +39,9 @@ class QuantizerRecord:
 
 
 class QuantizerHistory:
-    """Records scale, clipped share and flips of every quantizer in training, to see what diverges or oscillates.
+    """Records scale, clipped share and flips of every quantizer to integers in training.
+
+    They show what diverges or oscillates.
 
     Activations are seen by hooks, so that quantizers run by themselves rather than within larger operators: steps give
     the same numbers, and take longer. Each recorded step waits for the device.
@@ -52,7 +54,7 @@ class QuantizerHistory:
         records: a :class:`QuantizerRecord` per recorded step and quantizer.
 
     Raises:
-        ValueError: a model without fake quantizers, or ``every`` below 1.
+        ValueError: a model without fake quantizers to integers, or ``every`` below 1.
 
     Examples:
         >>> import tritonq
@@ -106,7 +108,8 @@ class QuantizerHistory:
     def step(self) -> None:
         """Count a step, and append a record of each quantizer that rounds if it is one to record.
 
-        Call it after the optimizer's step: weights are those after it, activations those that ran since the last call.
+        Call it after the optimizer's step: weights are those after it, activations those that ran in training mode
+        since the last call.
         """
         self._step += 1
         if self._step % self._every:

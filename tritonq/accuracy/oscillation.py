@@ -19,8 +19,8 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
     """Return ``Σ |FQ(w) - clip(w, s n, s p)|²`` over all quantized weights: a loss to be added with a small factor.
 
     s is the scale, n and p are the smallest and the largest code less the zero point. It draws each weight to the
-    middle of its code, where steps no longer carry it over an edge. The gradient goes to the weights alone: neither
-    FQ(w) nor the bounds ``s n`` and ``s p`` receive any, and clipped weights none.
+    middle of its code, where steps no longer carry it over an edge. FQ(w) and the bounds ``s n`` and ``s p`` receive no
+    gradient, nor do clipped weights. With a BatchNorm folded in, w is the folded weight, and γ gets a gradient, too.
 
     Args:
         model: a prepared model whose weights have ranges or trained scales.

@@ -45,7 +45,7 @@ class _Statistics:
         self.put_back()
 
     def put_back(self) -> None:
-        """Restore the running statistics from before all batches; some modes fold weights with them."""
+        """Restore the running statistics from before all batches; some modes fold weights with them. Count no batch."""
         self._mean.copy_(self._before[0])
         self._var.copy_(self._before[1])
         self._count.zero_()

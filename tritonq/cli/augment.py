@@ -66,7 +66,8 @@ class Augmentation:
         Args:
             image: the image, in any of Pillow's modes of 8 bits.
             preprocessing: size and channels of the result, and how the changed image is scaled and cut to that size;
-                with ``"crop"`` among the changes, which cuts to the size itself, only size and channels count.
+                with ``"crop"`` among the changes, which cuts to the size itself, only size, channels and interpolation
+                count.
             seed: a pair: the seed of the data set, another one in each epoch, and the index of the image. Random
                 numbers follow from it alone, and no other random generator is used or changed.
         """

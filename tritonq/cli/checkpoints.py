@@ -116,7 +116,7 @@ def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
     """Return the model recipe and all entries (weights, optimizer and so on) of a checkpoint of :func:`save_training`.
 
     Raises:
-        ValueError: no such file, a damaged one, one of another kind, or one without weights.
+        ValueError: no such file, a damaged one, one of another kind or of a later version, or one without weights.
     """
     content = read_tensors(path)
     version = content.get("version")
@@ -181,8 +181,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's modules give them.
 
     Raises:
-        ValueError: a file that can't be read, or weights that are not finite or of another architecture; the message
-            names the first tensor.
+        ValueError: a file that can't be read or holds something else, or weights that are not finite or of another
+            architecture; the message names the first tensor.
     """
     content = read_tensors(path)
     if str(content.get("format")).startswith("tritonq."):
@@ -203,7 +203,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``state`` without a prefix before all names, if the names then are the expected ones.
+    """Return the entries of ``state`` whose names have one prefix, without it, if all expected names are among them.
 
     Otherwise ``state`` itself is returned.
     """

@@ -35,7 +35,8 @@ class Examples:
         preprocessing: how they are scaled, mean and deviation included.
         train: images to train with.
         test: images held out.
-        fingerprint: a hash of the contents of all images, their labels and their order, wherever the files lie.
+        fingerprint: a hash of the contents of all images, their labels and their order, wherever the files lie; of the
+            digits a text with the number held out.
     """
 
     name: str
@@ -148,8 +149,8 @@ def open_examples(
         validation: a folder of the same classes, or the share that is held out.
         workers: threads that read files; 0: one per processor.
         quiet: print nothing, because another process does.
-        trains: whether a model is trained with some of them, for which there must be two classes, and images of each to
-            train with and to hold out.
+        trains: whether a model is trained with some of them, for which there must be two classes, an image of each to
+            train with, and one held out.
 
     Raises:
         ValueError: no such folder, too few classes, a class with too few readable images, validation classes that

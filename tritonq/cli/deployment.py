@@ -33,7 +33,7 @@ def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, wo
         data: images to measure with.
         output: the folder of the files.
         workers: processes that read images.
-        onnx: whether to write an ONNX file.
+        onnx: whether to write an ONNX file; if that fails, a printed line says why.
 
     Returns:
         0 if the converted model agrees with the trained one, else 1.

@@ -46,7 +46,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Write the file and print its path and size; return the exit status 0.
 
     Its ending says the format: ``.onnx``, ``.pt`` (as ``save_converted``) or ``.pt2`` (as ``export_program``). A float
-    model is prepared by ``--qconfig`` and calibrated on ``--calibrate`` first.
+    model is prepared by ``--qconfig`` first, and calibrated on up to ``--images`` of the images of ``--calibrate`` that
+    are for training.
 
     Raises:
         ValueError: an argument that makes no sense, or a model that can't be exported; the command shows the message.

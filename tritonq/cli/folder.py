@@ -194,8 +194,8 @@ def readable_images(
 ) -> list[ImageFile]:
     """Read every image in ``folder/<class>/``, at any depth; return an `ImageFile` for each that can be read.
 
-    They come class by class, sorted by path; pixels are not kept. Files that are no image are named on stderr, counted
-    and skipped.
+    They come class by class, sorted by path; pixels are not kept. Files with an image's ending that can't be read are
+    named on stderr, counted and skipped.
 
     Args:
         folder: the folder.
@@ -285,9 +285,9 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 
 def image_paths(folder: Path) -> Iterator[Path]:
-    """Yield the image files in ``folder`` and its sub-folders, sorted, without hidden files and folders.
+    """Yield the files in ``folder`` and its sub-folders whose endings are images', sorted, without hidden ones.
 
-    Links are followed, except those to a folder that they lie in.
+    Without such a folder there are none. Links are followed, except those to a folder that they lie in.
 
     Raises:
         OSError: a folder that can't be read.

@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptions:
-    """A context manager: the first SIGINT, SIGTERM or SIGHUP in the block is noted, a second one interrupts as usual.
+    """A context manager: the first SIGINT, SIGTERM or SIGHUP is noted, a second one raises KeyboardInterrupt.
 
     SIGHUP, which a terminal sends as it closes, is left alone where ``nohup`` said that it is ignored.
 

@@ -1,4 +1,4 @@
-"""Errors as one line for the terminal."""
+"""Errors as text for the terminal, most of them in one line."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def in_one_line(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return what was raised, and why: ``KeyError: 'width'``. For errors of code that is not tritonq's."""
+    """Return what was raised, and why: ``KeyError: 'width'``. For errors of code that is not tritonq's.
+
+    A message of several lines stays so.
+    """
     name = type(error).__name__
     return f"{name}: {str(error).rstrip()}".removesuffix(": ")

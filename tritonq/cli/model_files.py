@@ -94,6 +94,7 @@ def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trai
 
     Raises:
         ValueError: files that can't be read or don't fit the factory, or preprocessing that is given twice.
+        ImportError: an ONNX file without ONNX Runtime.
     """
     spec, checkpoint, digits = arguments.model, arguments.checkpoint, data == DIGITS
     if spec.endswith(ONNX_SUFFIX):

@@ -198,7 +198,7 @@ def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits
 
     Args:
         arguments: the parsed command line, with the options of :func:`add_preprocessing_arguments`.
-        model: whose config is read with ``--preprocessing model``.
+        model: whose config is read with ``--preprocessing auto`` or ``model``.
         digits: whether the images are scikit-learn's digits.
 
     Raises:

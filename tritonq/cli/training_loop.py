@@ -386,9 +386,10 @@ def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = Fal
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters without a momentum buffer one of zeros, which changes no step.
+    """Make the optimizer fused, and give parameters without a momentum buffer one of zeros, which changes no step.
 
-    A fused optimizer that skips its first step would leave the buffer undefined.
+    A loaded state may have switched fusion off. A fused optimizer that skips its first step would leave the buffer
+    undefined.
     """
     for group in optimizer.param_groups:
         group["fused"] = True

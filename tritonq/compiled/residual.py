@@ -23,7 +23,8 @@ def forward(
 ) -> RoundedResult:
     """Return ``FQ(relu?(a + b))``, in ``a``'s dtype, and the mask of its gradient: a bit is 1 where ``dy`` passes.
 
-    With ``statistics``, ``relu?(a + b)`` first updates range and grid. With a grid, it is then rounded to that.
+    With ``statistics``, ``relu?(a + b)`` first updates range and grid. With a grid, it is then rounded to that, unless
+    the grid is switched off or its range has no data.
 
     Args:
         a: any shape and float dtype.

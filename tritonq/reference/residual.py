@@ -48,7 +48,7 @@ def forward(
     """Return ``FQ(relu?(a + b))``, computed in float32 and rounded once to ``a``'s dtype, and its mask.
 
     With ``statistics``, ``relu?(a + b)`` first updates range and grid, in place. With a grid, it is then rounded to
-    that.
+    that, unless the grid is switched off or its range has no data.
 
     Args:
         a: any shape and float dtype (float64 computes in float64).
