@@ -301,12 +301,11 @@ def _best_weights(path: Path, best: Epoch) -> dict[str, torch.Tensor]:
 
 
 def _check_classes(model: nn.Module, made: ModelRecipe) -> None:
-    classes = len(made.classes)
+    classes, images = len(made.classes), made.preprocessing.example()
     try:
-        answers = logits(model, made.preprocessing.example()).shape
+        answers = logits(model, images).shape
     except Exception as error:  # a user's forward may raise anything
-        shape = tuple(made.preprocessing.example().shape)
-        raise ValueError(f"{made.model} rejects images of shape {shape}: {named(error)}") from error
+        raise ValueError(f"{made.model} rejects images of shape {tuple(images.shape)}: {named(error)}") from error
     if len(answers) != 2 or answers[1] < classes:
         raise ValueError(
             f"{made.model} returns {tuple(answers)} for two images; the data need (2, {classes} or more): pass the "

@@ -61,11 +61,8 @@ def forward(
     vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)
     if not (c.numel() and is_plain(c) and are_vectors(*vectors) and takes_grid(grid, statistics)):
         return reference.forward(c, ratio, gamma, beta, bias, norm, grid, statistics, ceiling)
-    found, y, given = (
-        torch.empty((_VECTORS, c.shape[1])),
-        torch.empty_like(c),
-        grid_arguments(grid, statistics, ceiling),
-    )
+    found, y = torch.empty((_VECTORS, c.shape[1])), torch.empty_like(c)
+    given = grid_arguments(grid, statistics, ceiling)
     is_finite = library().tail_forward(
         *(c.data_ptr(), *_view(c), found.data_ptr(), *map(_address, vectors)),
         *(norm.momentum, norm.eps, *given, y.data_ptr()),
