@@ -70,6 +70,22 @@ def test_outputs_in_a_dataclass_are_measured():
     )
 
 
+class WithAFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(nn.functional.conv2d(x, self.weight))
+
+
+def test_a_layer_that_is_not_counted_is_told():
+    with pytest.warns(UserWarning, match="are not counted, and keep 8 bits: conv2d") as told:
+        mapping = allocate_bits(WithAFunction().eval(), X, 8 * 4 / 8)
+    assert told[0].filename == __file__
+    assert widths_of(mapping) == {"last": 4}
+
+
 def test_bit_operations_count_positions():
     # 6×6, 4×4, 4×4 and one position
     operations = {"0": 12 * 36, "2": 2304 * 16, "4": 256 * 16, "6": 192}

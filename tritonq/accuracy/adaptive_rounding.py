@@ -92,8 +92,8 @@ def adaptive_round(
 
     Returns:
         By layer, the mean squared error of its results after, as a share of that of rounding to the nearest: below 1
-        where this helped. A layer that it did not help keeps its weights, with 1. Layers whose weight is not rounded
-        are left out.
+        where this helped. A layer that it did not help keeps its weights, with 1. Layers whose weight is computed in
+        the forward or not rounded are left out.
 
     Raises:
         ValueError: no quantized layer, no batch, or fewer than one step or sample; a weight in a float format, or one

@@ -32,8 +32,8 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
             are enough. All batches run twice per layer.
 
     Returns:
-        By layer the shift, float32 (out,). A layer without a bias, or with a BatchNorm without β, is left out; one
-        UserWarning names all.
+        By layer the shift, float32 (out,). A layer without a bias, or with a BatchNorm without β, is left out, and a
+        UserWarning names it. So is a layer whose weight is computed in the forward, without a warning.
 
     Raises:
         ValueError: no quantized layer, or no batch.

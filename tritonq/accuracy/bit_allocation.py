@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.quantized_layers import float_outputs, inputs_of, layers_in_order
+from tritonq.accuracy.quantized_layers import float_outputs, inputs_of, layers_in_order, owns_weight
 from tritonq.calibration import Batch, calibrate, everything_float, model_batches, rounding
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare import prepare_qat
@@ -58,7 +59,9 @@ def allocate_bits(
             its like.
 
     Returns:
-        A mapping with a rule per layer, for :func:`tritonq.prepare_qat` with example inputs. Inputs have 8 bits.
+        A mapping with a rule per layer, for :func:`tritonq.prepare_qat` with example inputs. Inputs have 8 bits. Layers
+        whose weight is computed in the forward, or handed to a function such as ``F.conv2d``, are not counted and keep
+        the largest width; a UserWarning names them.
 
     Raises:
         ValueError: no layer, no batch, no width or one below 1, an unknown unit, or a budget that the smallest width
@@ -88,6 +91,7 @@ def allocate_bits(
         for name, error in _errors(prepared, layers, batches).items():
             errors.setdefault(name, {})[width] = error
     per_bit = 1 / 8 if unit == "bytes" else activation_bits
+    _tell_of_computed_weights(prepared, max(widths))
     costs = {name: {width: sizes[name] * width * per_bit for width in errors[name]} for name in errors}
     chosen = choose_widths(costs, errors, budget)
     mapping = QConfigMapping().set_global(make_qconfig(max(widths), activation_bits)).set_input(get_qconfig())
@@ -97,6 +101,16 @@ def allocate_bits(
     told = ", ".join(f"{name} {width}" for name, width in chosen.items())
     _log.info("bits of weights for %.6g of %.6g %s: %s", spent, budget, unit.replace("_", " "), told)
     return mapping
+
+
+def _tell_of_computed_weights(prepared: nn.Module, width: int) -> None:
+    """Give a UserWarning that names the layers of a prepared model whose weight is computed, if there are any."""
+    layers = {name: module for name, module in prepared.named_modules() if isinstance(module, QATLayer)}
+    computed = [name for name, layer in layers.items() if not owns_weight(layer)]
+    if computed:
+        # Counted from here: allocate_bits, torch.no_grad around it, and its caller.
+        text = f"layers whose weight is computed in the forward are not counted, and keep {width} bits"
+        warnings.warn(f"{text}: {', '.join(computed)}", stacklevel=4)
 
 
 def _prepared(model: nn.Module, qconfig: QConfig, batches: Sequence[Batch]) -> nn.Module:

@@ -23,7 +23,8 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
     gradient, nor do clipped weights. With a BatchNorm folded in, w is the folded weight, and γ gets a gradient, too.
 
     Args:
-        model: a prepared model whose weights have ranges or trained scales.
+        model: a prepared model whose weights have ranges or trained scales. Weights that are computed in the forward
+            are left out.
 
     Returns:
         A float32 scalar; 0 without such weights.
@@ -83,7 +84,7 @@ class OscillationFreezing:
     each step, on the grid as it then is.
 
     Args:
-        model: a prepared model.
+        model: a prepared model. Weights that are computed in the forward are left out.
         threshold: the largest f of a weight that stays free; f is the averaged share of steps in which it turns.
         momentum: m, the weight of the present step in both averages.
 
