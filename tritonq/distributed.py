@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, RangeObserver
-from tritonq.process_group import GroupReference, ProcessGroup, ProcessGroupLike, reduce_sums
+from tritonq.process_group import GroupReference, ProcessGroup, ProcessGroupLike, reduce_range, reduce_sums
 from tritonq.rank_ranges import SharesRange, merge_ranges
 
 
@@ -117,17 +117,13 @@ def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict
 
     The observers themselves stay as they are.
     """
-    lows = [observer.min_val.reshape(-1) for observer in observers]
-    highs = [-observer.max_val.reshape(-1) for observer in observers]
-    flat = torch.cat([*lows, *highs])
-    dist.all_reduce(flat, dist.ReduceOp.MIN, group=group)
-    parts = torch.split(flat, [part.numel() for part in (*lows, *highs)])
-    shapes = [observer.min_val.shape for observer in observers]
+    own_lows = torch.cat([observer.min_val.reshape(-1) for observer in observers])
+    own_highs = torch.cat([observer.max_val.reshape(-1) for observer in observers])
+    sizes = [observer.min_val.numel() for observer in observers]
+    lows, highs = (torch.split(values, sizes) for values in reduce_range(own_lows, own_highs, group))
     return {
-        observer: (low.view(shape), -high.view(shape))
-        for observer, low, high, shape in zip(
-            observers, parts[: len(observers)], parts[len(observers) :], shapes, strict=True
-        )
+        observer: (low.view_as(observer.min_val), high.view_as(observer.min_val))
+        for observer, low, high in zip(observers, lows, highs, strict=True)
     }
 
 
