@@ -22,10 +22,15 @@ def channel_moments(c: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: fewer than two values per channel.
     """
-    if c.numel() < 2 * c.shape[1]:
-        raise ValueError(f"expected more than one value per channel when training, got an output of {tuple(c.shape)}")
+    check_count(c)
     mean, var = _ChannelMoments.apply(c)  # type: ignore[no-untyped-call]
     return mean, var
+
+
+def check_count(c: Tensor) -> None:
+    """Raise ValueError unless each channel (axis 1) has at least two values."""
+    if c.numel() < 2 * c.shape[1]:
+        raise ValueError(f"expected more than one value per channel when training, got an output of {tuple(c.shape)}")
 
 
 class _ChannelMoments(torch.autograd.Function):

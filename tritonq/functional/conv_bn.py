@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
+from tritonq.functional.channel_moments import check_count
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import DifferentiableMap
@@ -232,12 +233,6 @@ def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
     ready: ReadyWeight = memory.ready
     memory.ready = None
     return ready if ready.version == version_of(weight) else None
-
-
-def check_count(c: Tensor) -> None:
-    """Raise ValueError unless each channel (axis 1) has at least two values."""
-    if c.numel() < 2 * c.shape[1]:
-        raise ValueError(f"expected more than one value per channel when training, got an output of {tuple(c.shape)}")
 
 
 def _tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
