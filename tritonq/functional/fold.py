@@ -12,8 +12,6 @@ from tritonq.functional.validate import check_float_tensor
 from tritonq.qparams import is_readable
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 class FoldedConv(NamedTuple):
     """Parameters of a convolution into which the BatchNorm behind it was folded.
@@ -116,7 +114,7 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
         bn.weight,
         bn.bias,
         bn.eps,
-        isinstance(conv, _TRANSPOSED),
+        conv.transposed,
         conv.groups,
     )
     fused.weight = nn.Parameter(folded.weight.detach(), conv.weight.requires_grad)
