@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tritonq.calibration import modes_restored
 from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers, value_of_codes
 from tritonq.deploy.float_quantizer import FloatQuantizer
@@ -49,7 +49,8 @@ def torch_runner(model: nn.Module) -> Runner:
         else:
             handles = [m.register_forward_hook(_recorder(codes, name, given)) for name, m in active.items()]
         try:
-            with _eval_mode(model), torch.no_grad():
+            with modes_restored(model), torch.no_grad():
+                model.eval()
                 args, kwargs = replace_tensors((args, kwargs), lambda tensor: tensor.to(device))
                 result = model(*args, **kwargs)
         finally:
@@ -69,12 +70,8 @@ def _is_active(quantizer: nn.Module) -> bool:
 
 def _recorder(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def record(module: Any, args: Any, output: Tensor) -> Tensor | None:
-        scale = module.calculate_qparams().scale if isinstance(module, FakeQuantizeBase) else module.scale
-        axis = module.qtype.axis
-        shape = [1] * output.dim()
-        if axis is not None:
-            shape[axis] = -1
-        scale = scale.view(shape)
+        scales = module.calculate_qparams().scale if isinstance(module, FakeQuantizeBase) else module.scale
+        scale: Tensor = module.qtype.granularity.align(scales, output.dim())
         number = module.qtype.float_format
         steps = output.detach().float() / scale
         own = steps.round_().cpu() if number is None else codes_of_floats(round_to_float_(steps, number), number).cpu()
@@ -94,15 +91,3 @@ def _reader(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, 
         return None if other is None else (value_of_codes(layer, other.to(args[0].device)), *args[1:])
 
     return record
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set eval mode inside the block, and restore each module's mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
