@@ -43,8 +43,9 @@ class Translation(NamedTuple):
 
 def is_converted(state: Mapping[str, Any]) -> bool:
     """Whether a state dict is that of a model which torch.ao's eager mode converted to integers."""
-    quantized = (value for value in state.values() if isinstance(value, Tensor) and value.is_quantized)
-    return any(name.endswith(_PACKED) for name in state) or next(quantized, None) is not None
+    return any(
+        name.endswith(_PACKED) or (isinstance(value, Tensor) and value.is_quantized) for name, value in state.items()
+    )
 
 
 def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
