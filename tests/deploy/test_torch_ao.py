@@ -278,6 +278,30 @@ def test_a_converted_checkpoint_with_activations(kind):
     assert (int8(images(1)) - theirs(images(1))).abs().max() < 1.01 * step
 
 
+def test_a_converted_checkpoint_with_another_float_layer_is_refused():
+    def net(kit, classes):
+        return nn.Sequential(
+            kit.QuantStub(), nn.Conv2d(3, 4, 3), kit.DeQuantStub(), nn.Flatten(), nn.Linear(64, classes)
+        )
+
+    def qconfigs(model, qconfig):
+        model.train().qconfig = qconfig
+        model[4].qconfig = None
+        return model
+
+    theirs = ao.prepare_qat(qconfigs(net(AoKit, 5), ao.get_default_qat_qconfig("qnnpack", 0)))
+    theirs(images(0))
+    state = ao.convert(theirs.eval()).state_dict()
+    same, other = (
+        tritonq.prepare_qat(qconfigs(net(tritonq.nn, classes), tritonq.get_default_qat_qconfig("qnnpack", 0)))
+        for classes in (5, 7)
+    )
+    report = load_torch_ao_state_dict(same, state)
+    assert (report.unmapped, report.missing) == ((), ())
+    assert torch.equal(same[4].weight, theirs[4].weight)
+    refused(other, state, r"'4.weight' has shape \(5, 64\) in the checkpoint and \(7, 64\) in the model")
+
+
 def test_a_converted_checkpoint_of_another_model_is_refused():
     state = dict(ao.convert(torch_model().eval()).state_dict())
     for change, make, message in (

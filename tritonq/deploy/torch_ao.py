@@ -41,7 +41,8 @@ class TorchAoReport:
     Attributes:
         loaded: how many tensors of the checkpoint the model took over.
         unmapped: names of the other tensors of the checkpoint, with the reason.
-        missing: names of buffers of the model's quantizers that the checkpoint does not set; they are as they were.
+        missing: names of tensors of the model that the checkpoint does not set; they are as they were. A checkpoint of
+            QAT lacks none but buffers of quantizers; one converted to integers may also lack weights, such as PReLU's.
         notes: sentences about what will differ from torch.ao when training goes on.
 
     Examples:
@@ -75,11 +76,11 @@ def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | s
         state_dict: torch.ao's state dict, or the path of a file that holds it. Only tensors are loaded from a file.
 
     Returns:
-        How many tensors were loaded, and which could not be mapped, with reasons.
+        How many tensors were loaded, which could not be mapped, with reasons, and which the checkpoint lacks.
 
     Raises:
-        ValueError: the checkpoint is of another architecture or qconfig (the message names the first tensor that does
-            not fit), or the file has no state dict. ``model`` is then unchanged.
+        ValueError: ``model`` is not prepared, the checkpoint is of another architecture or qconfig (the message names
+            the first tensor that does not fit), or the file has no state dict. ``model`` is then unchanged.
         OSError: the file can't be read.
 
     Source: the `_load_from_state_dict` methods of torch.ao.quantization.observer, torch.ao.quantization.fake_quantize

@@ -61,8 +61,8 @@ def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
         A :class:`Translation`: the state for ``model``, and what became of the entries of ``state``.
 
     Raises:
-        ValueError: a layer, or the grid of a result, that the file lacks; a tensor of another shape; or a grid that is
-            not the model's. The message names it.
+        ValueError: a quantized layer, or the grid of a result, that the file lacks; a tensor of another shape; a bias
+            where the model has none; or a grid that is not the model's. The message names it.
     """
     new: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -84,7 +84,10 @@ def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
                 used |= _translate_output(name, quantizer, state, new)
     for name, tensor in model.state_dict().items():
         found = state.get(name)
-        if name not in new and isinstance(found, Tensor) and found.shape == tensor.shape and not found.is_quantized:
+        if name not in new and isinstance(found, Tensor) and not found.is_quantized:
+            if found.shape != tensor.shape:
+                shapes = f"{tuple(found.shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
+                raise ValueError(f"{name!r} has shape {shapes}")
             new[name] = found
             used.add(name)
     return Translation(new, frozenset(used), tuple(folded), tuple(switched_off))
