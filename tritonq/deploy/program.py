@@ -62,8 +62,9 @@ def export_program(
         The program.
 
     Raises:
-        ValueError: an unknown form, codes of more than 16 bits in the form of PT2E, a model that torch.export can't
-            trace, a fixed-point one, or what :func:`tritonq.convert` raises.
+        ValueError: an unknown form; a model of fixed point, with recurrent layers or with results rounded to floats; in
+            the form of PT2E also codes of more than 16 bits, weights rounded to floats or with a scale per group; a
+            model that torch.export can't trace; or what :func:`tritonq.convert` raises.
         OSError: the file can't be written.
 
     Examples:
@@ -83,6 +84,9 @@ def export_program(
         raise ValueError(f"unknown form {form!r}; known: {', '.join(get_args(ProgramForm))}")
     model = uncompiled(model)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    for name, module in deployed.named_modules():
+        if isinstance(module, DeployedModule) and not isinstance(module, (Quantizer, QuantizedLayer, QuantizedTable)):
+            raise ValueError(f"{type(module).__name__} {name!r} has no form in a program of torch.export")
     deployed = with_output_sizes(deployed, example_inputs)
     traced = pt2e_form(deployed) if form == "pt2e" else _program_form(deployed)
     arguments, shapes = example_arguments(example_inputs), None
@@ -121,18 +125,13 @@ def _program_form(converted: nn.Module) -> nn.Module:
     """Return a copy of ``converted`` whose layers compute with PyTorch's operators, whatever backend runs here.
 
     The results are the same, bit for bit.
-
-    Raises:
-        ValueError: a module can't be computed so; the message names it.
     """
     model = copy.deepcopy(converted)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, Quantizer):
             module.forward = partial(_quantize, module)  # type: ignore[method-assign]
         elif isinstance(module, QuantizedLayer):
             module.forward = partial(_run_layer, module)  # type: ignore[method-assign]
-        elif isinstance(module, DeployedModule) and not isinstance(module, QuantizedTable):
-            raise ValueError(f"{type(module).__name__} {name!r} has no form in a program of torch.export")
     return model
 
 

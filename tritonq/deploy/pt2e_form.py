@@ -24,7 +24,7 @@ from torch.fx.traceback import annotate
 
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
-from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
+from tritonq.deploy.modules import QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.nn import Joint
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
@@ -111,12 +111,9 @@ def pt2e_form(converted: nn.Module) -> nn.Module:
     """Return a copy of ``converted`` that traces to float operators between pairs of quantize and dequantize.
 
     Raises:
-        ValueError: a module or quantizer without such a form; the message names it.
+        ValueError: a layer or quantizer without such a form, for its codes or a scale per group; the message names it.
     """
     register_pt2e_operators()
-    for name, module in converted.named_modules():
-        if isinstance(module, DeployedModule) and not isinstance(module, (Quantizer, QuantizedLayer, QuantizedTable)):
-            raise ValueError(f"{type(module).__name__} {name!r} has no form in a program of torch.export")
     model = copy.deepcopy(converted)
     quantizers = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)]
     pairs: dict[nn.Module, nn.Module] = {module: PairQuantizer(module, name) for name, module in quantizers}
