@@ -151,7 +151,8 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and round ``x``, or clip it, as the phase says; same shape, dtype and memory format.
 
-        In eval mode, before a training batch was seen, ``x`` is returned, and a UserWarning says so once.
+        In phase ``"floating_wo_clip"`` nothing is observed. In eval mode, before a training batch was seen, ``x`` is
+        returned, and a UserWarning says so once.
         """
         if self.phase == "floating_wo_clip":
             return x if self.signed else F.relu(x)
@@ -179,7 +180,8 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def observe(self, x: Tensor) -> None:
         """Write the fractional length of this batch to ``batch_frac_len``, and move the running one towards it.
 
-        While ``observer_enabled`` is 0, the running one stays and is rounded into ``batch_frac_len``.
+        ``scale`` follows, and ``observed`` becomes 1. While ``observer_enabled`` is 0, all three stay, and the running
+        one is rounded into ``batch_frac_len``.
         """
         join_ranks()
         batch, enabled = self.choose(x), self.observer_enabled != 0
@@ -207,7 +209,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.round_to(x, self.rounded_frac_len(), seen)
 
     def round_to(self, x: Tensor, frac_len: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Round ``x`` to fixed point with a given fractional length.
+        """Round ``x`` to fixed point with a given fractional length; return it as it is while switched off.
 
         In phase ``"floating"`` ``x`` is clipped to the format's range instead.
 

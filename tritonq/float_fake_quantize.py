@@ -112,7 +112,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def tensor_scale(self) -> Tensor | None:
         """The buffer ``scale``, (1,), by which the scales of blocks are multiplied (``"nvfp4"``).
 
-        None if the scales of blocks are powers of two. Without blocks it is the one scale of the tensor.
+        None if the scales of blocks are powers of two. Without blocks it is the buffer, too: (1,) or (channels,).
         """
         return self.scale if self.has_observed_scale else None
 
@@ -186,7 +186,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def gather(self, x: Tensor) -> None:
         """Let ``x`` raise the largest magnitudes of the latest batch in the history, instead of adding a batch.
 
-        Calibration calls it for all its data, which count as one batch.
+        Calibration calls it for all its data, which count as one batch. The scale follows unless ``observer_enabled``
+        is 0. Nothing is done for blocks whose scales are powers of two.
         """
         if not self.has_observed_scale:
             return

@@ -89,7 +89,8 @@ class BlockFormat:
             saturates.
 
     Raises:
-        ValueError: an unknown format, scale or rounding, or a size that is no power of two.
+        ValueError: an unknown format, scale or rounding, a size that is no power of two, or ``"ceil"`` for a scale that
+            is no power of two.
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2 and 6.3; ``"ceil"``: Mishra et al., Recipes
     for Pre-training LLMs with MXFP8, 2025; NVFP4: NVIDIA Transformer Engine.

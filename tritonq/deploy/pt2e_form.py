@@ -188,10 +188,10 @@ def _embedding(table: QuantizedEmbedding, input: Tensor) -> Tensor:
 
 
 def complete_pairs(program: ExportedProgram) -> None:
-    """Add a pair behind each operator of a program that moves values, and give each reader a dequantize of its own.
+    """Add a pair behind each operator that moves dequantized values, and give each reader a dequantize of its own.
 
-    The program's graph and signature are changed in place. An operator whose readers all quantize its result gets no
-    pair.
+    The program's graph and signature are changed in place. Grids are per tensor. An operator whose readers all quantize
+    its result gets no pair.
     """
     operators = register_pt2e_operators()
     quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default

@@ -139,7 +139,8 @@ class Quantizer(DeployedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) · s`` in ``x``'s dtype.
 
-        It is float32 if ``x``'s dtype could not tell the codes apart, as bfloat16 with codes of 16 bits.
+        Under autocast bfloat16 and float16 become float32. Elsewhere a UserWarning says once if ``x``'s dtype can't
+        tell the codes apart.
         """
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)

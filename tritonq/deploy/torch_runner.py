@@ -27,8 +27,9 @@ def torch_runner(model: nn.Module) -> Runner:
 
     It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to ``(codes, outputs)``. Codes, by the name
     of the quantizer, are lists with a tensor of codes minus zero points per call; of a fixed-point network the codes
-    that each layer reads, by its name. ``given`` codes are used in place of these. The model's mode and hooks are as
-    before afterwards.
+    that each layer reads, by its name. Quantizers of weights, those that do not round when this function is called, and
+    blocks of floats have none. ``given`` codes are used in place of these. The model's mode and hooks are as before
+    afterwards.
     """
     quantizers = {
         name: module

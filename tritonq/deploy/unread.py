@@ -27,7 +27,7 @@ def without_unread(
         codes: of each quantizer, by its name.
         outputs: of the same run.
         lacking: the quantizers that may be unread, in the order of the run.
-        run: runs the model; called twice for each call of a quantizer in ``lacking``.
+        run: runs the model; called once or twice for each call of a quantizer in ``lacking``.
         arguments: of that run, positional and named.
     """
     lacking = list(lacking)
@@ -55,7 +55,7 @@ def _is_read(
 ) -> bool:
     """Whether outputs or codes of some other calls follow from the codes of one call of a quantizer.
 
-    The model runs again twice, with that call's codes changed: if anything else changes, they are read.
+    The model runs again, up to twice, with that call's codes changed: if anything else changes, they are read.
 
     Args:
         name: name of the quantizer.

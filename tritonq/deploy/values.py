@@ -31,9 +31,10 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
 
 
 def lazy_values(codes: Tensor, make: Callable[[], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the tensor of ``dtype`` that ``make`` returns, with shape and device of ``codes``, without calling it yet.
+    """Return a tensor of ``dtype``, with shape and device of ``codes``, that stands for the one that ``make`` returns.
 
-    While operators are traced it is called at once: what is unused disappears from the graph.
+    ``make`` is called anew by each operator that reads the values. While operators are traced it is called at once:
+    what is unused disappears from the graph.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return make()

@@ -89,7 +89,7 @@ def can_use_codes(x: Tensor) -> bool:
 
     That is so for float32 tensors on the CPU that need no gradient and that Triton kernels do not run on, while nothing
     traces, transforms or watches the operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no
-    dispatch mode.
+    dispatch mode. Of subclasses of Tensor only `CodedTensor` is taken.
     """
     if torch.compiler.is_compiling():
         return False
@@ -119,7 +119,8 @@ def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
 def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
     """Return the codes of ``x`` on ``grid``, uint8: those it carries, else ``round(x / scale) + zero``, ties to even.
 
-    The result is None if a value lies beyond the grid's ends or is NaN. Codes carried on another grid are not used.
+    The result is None if a value lies beyond the grid's ends or is NaN. Codes carried on another grid are not used. An
+    empty tensor has empty codes.
 
     Args:
         x: a tensor that :func:`can_use_codes` accepts.
@@ -142,7 +143,7 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     Args:
         codes: uint8 on the CPU, counted from 0, up to ``grid.largest``; must not be changed any more.
         grid: their grid.
-        like: the module's input. The result is channels_last if ``like`` is, else contiguous.
+        like: the module's input. The result is channels_last if ``like`` is and has as many axes, else contiguous.
     """
     if _calls.depth:
         return coded_like(codes, like, grid)

@@ -72,7 +72,8 @@ def fake_quantize_learnable(
 
     Raises:
         TypeError: ``x`` or ``scale`` is not a floating point tensor, or a zero point of the wrong kind.
-        ValueError: empty code range, wrong shape or device, a scale that is not positive and finite, unknown method.
+        ValueError: empty code range, an axis out of range, wrong shape or device, an unknown method, a scale or
+            floating point zero point that is not finite, or for ``"torch"`` a scale that is not positive.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al.,
