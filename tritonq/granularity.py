@@ -63,14 +63,14 @@ class Granularity:
             groups, rest = divmod(shape[self.axis], self.group)
             if rest:
                 raise ValueError(f"axis {self.axis} of {tuple(shape)} is no multiple of groups of {self.group}")
-            return tuple(groups if axis == self.axis else size for axis, size in enumerate(shape))
+            return tuple(groups if axis == self.axis % len(shape) else size for axis, size in enumerate(shape))
         return () if self.axis is None else (shape[self.axis],)
 
     def count(self, shape: tuple[int, ...]) -> int:
         """Return how many scales a tensor of this shape has.
 
         Raises:
-            ValueError: an axis that is no multiple of its groups.
+            ValueError: an axis that the shape lacks, or that is no multiple of its groups.
         """
         return prod(self.scale_shape(shape))
 

@@ -56,6 +56,17 @@ def test_a_group_is_rounded_as_a_tensor_of_its_own():
         assert float(one.scale) == float(quantizer.scale[np.ravel_multi_index(index, (4, 3, 3, 2))])
 
 
+@pytest.mark.parametrize("maker", [RANGES, LSQ], ids=["ranges", "lsq"])
+@pytest.mark.parametrize("group", [None, 16])
+def test_an_axis_may_count_from_the_end(maker, group):
+    results = []
+    for axis in (1, -3):
+        quantizer = maker(dtype=QuantizedType.of(4, axis=axis, group=group))
+        results.append((quantizer(X), quantizer.scale))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 def test_trained_scales_get_the_gradient_of_their_group():
     """LSQ's formula (Esser et al., 2020) in float64, group by group."""
     qtype = QuantizedType.of(4, axis=1, group=16)
