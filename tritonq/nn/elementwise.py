@@ -26,6 +26,7 @@ from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.concatenation import Cat as Cat
 from tritonq.nn.fusable import checked_ceiling, describe_relu, input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import (
+    GridSource,
     WithOutputQuantizer,
     deployed_grid,
     ends_in_relu,
@@ -156,13 +157,10 @@ class Joint(WithOutputQuantizer):
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
         """Return the result of eval mode from 8-bit codes of a and b (attached or nearest); None if it can't be."""
         own, producers = self.activation_post_process, self.producers
-        quantizers = [*map(quantizer_of, producers), own]
         if own._forward_pre_hooks or not a.numel():
             return None
-        sources = [quantizer for quantizer in quantizers if is_grid_source(quantizer)]
-        if len(sources) < len(quantizers):
-            return None
-        if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
+        sources = self._grid_sources(producers)
+        if sources is None or not all(source.is_enabled_on_host() for source in sources):
             return None
         # A sum's operands are added in an order that depends on which one is broadcast; those of a product commute.
         whole = a if a.numel() >= b.numel() else b
@@ -195,29 +193,31 @@ class Joint(WithOutputQuantizer):
         """The memo of the prepared operation on codes (None if there is none); it is not copied with the module."""
         return cast("Memo[CodedJoin | None]", self.__dict__.setdefault("_coded_join", Memo()))
 
+    def _grid_sources(self, producers: tuple[nn.Module | None, ...]) -> list[GridSource] | None:
+        """Return the quantizers of both operands and of the result; None unless each has one grid of integers."""
+        quantizers = [*map(quantizer_of, producers), self.activation_post_process]
+        sources = [each for each in quantizers if is_grid_source(each) and each.qtype.axis is None]
+        return sources if len(sources) == len(quantizers) else None
+
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
         """Return ``f(a, b)`` on the output's grid as integer runtimes do, not rectified or clipped, without gradient.
 
-        None if a grid is unknown. In a traced graph it is the float result if a grid is off when the graph runs.
+        None if a grid is unknown or off. In a traced graph it is the float result if a grid is off when the graph runs.
         """
-        quantizers = (*self.input_quantizers, self.activation_post_process)
+        sources = self._grid_sources(self.producers)
+        if sources is None:
+            return None
+        trained = [isinstance(source, FakeQuantizeBase) for source in sources]
+        reads_later = torch.compiler.is_compiling() and any(trained)
+        if not (all(trained) if reads_later else all(source.is_enabled_on_host() for source in sources)):
+            return None
         relus = (*self.after_relu, self.ceiling is not None)
-        if torch.compiler.is_compiling():
-            trained = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeQuantizeBase)]
-            if trained:
-                if len(trained) < len(quantizers) or any(quantizer.qtype.axis is not None for quantizer in trained):
-                    return None
-                from tritonq.functional.traced import eval_mode
-
-                grids = [deployed_grid(quantizer.grid(), relu) for quantizer, relu in zip(trained, relus, strict=True)]
-                return eval_mode.join(self.kind, a, b, *grids)
-        sources = [quantizer for quantizer in quantizers if is_grid_source(quantizer)]
-        if len(sources) < len(quantizers):
-            return None
-        if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
-            return None
         grids = [deployed_grid(source.grid(), relu) for source, relu in zip(sources, relus, strict=True)]
+        if reads_later:
+            from tritonq.functional.traced import eval_mode
+
+            return eval_mode.join(self.kind, a, b, *grids)
         return integer_join(self.kind, a, b, *grids).to(a.dtype)
 
     def extra_repr(self) -> str:

@@ -114,19 +114,18 @@ def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode in a graph of ``torch.compile``.
 
     The graph reads the switches when it runs: sums are computed in integers if the grids of input and weight are on,
-    else in float. Without a per-tensor input grid, or for groups in the weight, the graph has the float computation
+    else in float. Without grids that allow integer sums (`QATLayer.integer_quantizers`) it has the float computation
     alone.
     """
     weight, bias = layer.folded_parameters(weight, bias)
-    op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
-    is_integer = isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.group is None
-    if source is None or source.qtype.axis is not None or not is_integer:
+    op, quantizers = layer.linear_map, layer.integer_quantizers()
+    if quantizers is None:
         return layer.quantized_output(op(x, layer.quantized_folded_weight(weight), bias))
     from tritonq.functional.traced import eval_mode
 
     output = layer.output_quantizer()
     padded, plain = op.padded(x)
-    grids = (source.grid(), layer.weight_grid(), None if output is None else output.grid())
+    grids = (quantizers[0].grid(), layer.weight_grid(), None if output is None else output.grid())
     y = eval_mode.affine(padded, layer.weight_near_codes(weight), bias, plain, op.output_axis, *grids)
     if _needs_grad(x, weight):
         # The compiler drops the surrogate's own value.

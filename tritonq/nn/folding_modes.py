@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
@@ -183,10 +183,10 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     It is rounded only if input and weight have symmetric 8-bit grids that are switched on. A weight scale that is too
     small for the bias, as in dead channels, counts as just large enough.
     """
-    source, quantizer = layer.input_quantizer, layer.weight_fake_quant
-    if not _is_symmetric_int8(source) or not _is_symmetric_int8(quantizer):
+    quantizers = layer.integer_quantizers()
+    if quantizers is None or not all(map(_is_symmetric_int8, quantizers)):
         return bias
-    source, quantizer = cast(FakeQuantizeBase, source), cast(FakeQuantizeBase, quantizer)
+    source, quantizer = quantizers
     both_on = (source.enabled_on_device() & quantizer.enabled_on_device()) != 0
     input_scale, weight_scale = source.calculate_qparams().scale, layer.weight_grid().scale
     weight_scale = raise_scale_for_bias(weight_scale.expand(len(bias)), bias, input_scale)
@@ -194,14 +194,11 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     return torch.where(both_on, rounded, bias)
 
 
-def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
-    """Whether a quantizer is tritonq's, with a symmetric 8-bit grid and no groups."""
-    if not isinstance(quantizer, FakeQuantizeBase):
-        return False
+def _is_symmetric_int8(quantizer: FakeQuantizeBase) -> bool:
+    """Whether a quantizer to integers has a symmetric 8-bit grid, with zero points of 0."""
     if isinstance(quantizer, FakeQuantize) and not quantizer.activation_post_process.zero_point_is_zero:
         return False
-    qtype = quantizer.qtype
-    return qtype.bits == _BITS and qtype.fixed_zero_point == 0 and qtype.group is None
+    return quantizer.qtype.bits == _BITS and quantizer.qtype.fixed_zero_point == 0
 
 
 def _batch_statistics(

@@ -18,6 +18,7 @@ from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.quantized_type import QuantizedType
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 class WithOutputQuantizer(ReferringModule):
@@ -62,7 +63,7 @@ def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
 
     That is the producer itself if it is a quantizer. None if it has none or is None.
     """
-    if producer is None or is_grid_source(producer):
+    if producer is None or isinstance(producer, SwitchedQuantizer) or is_grid_source(producer):
         return cast("nn.Module | None", producer)
     return producer._modules.get("activation_post_process")
 

@@ -71,14 +71,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     weight_fake_quant: nn.Module
     activation_post_process: nn.Module
     ceiling: float | None = None
-    # Keep the input for the backward as 8-bit codes where it lies on the grid of a known quantizer.
     save_input_codes: bool = True
-
-    # Evaluates weight and bias where they are no parameters of the layer's own.
     computed: ComputedParameters | None = None
-
     _references = ("_input_quantizer",)
-    # The computation of each path that layers of the class take.
     paths: ClassVar[dict[Path, Callable[..., Tensor]]]
 
     def attach_quantizers(self, qconfig: QConfig | None, out_channels: int) -> None:
@@ -86,8 +81,8 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
         Raises:
             TypeError: no QConfig.
-            ValueError: a weight quantizer whose channel axis is not the layer's out-channel axis, or groups that don't
-                divide its input channels.
+            ValueError: a weight quantizer with another channel axis than 0, the out channels (of transposed
+                convolutions, too); or groups that lie along another axis than 1 or don't divide the input channels.
         """
         self.qconfig = qconfig = checked_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
@@ -126,7 +121,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         self.weight_fake_quant.allocate(granularity.count(shape))  # type: ignore[operator]
 
     def move_quantizers(self, device: torch.device) -> None:
-        """Move the quantizers' buffers to ``device``."""
+        """Move the buffers of the weight's and the output's quantizer to ``device``."""
         self.weight_fake_quant.to(device)
         self.activation_post_process.to(device)
 
@@ -312,19 +307,22 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
         return (self.ceiling, types, [vars(self).get(name) for name in (*_GEOMETRY, "output_padding")])
 
-    def _knows_grids(self) -> bool:
-        """Whether input and weight lie on integer grids without groups that are switched on.
+    def integer_quantizers(self) -> tuple[FakeQuantizeBase, FakeQuantizeBase] | None:
+        """Return the quantizers of input and weight if sums can be integers on their grids, on or off; else None.
 
-        May synchronise with a device.
+        Both round to integers, the input's has one scale, and the weight's no groups, whose sums have several units.
         """
         source, quantizer = self.input_quantizer, self.weight_fake_quant
-        if source is None or source.qtype.axis is not None or not source.is_enabled_on_host():
-            return False
-        if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
-            return False
-        # Sums of groups have several units.
+        if source is None or not isinstance(quantizer, FakeQuantizeBase):
+            return None
         is_integer = source.qtype.float_format is None and quantizer.qtype.float_format is None
-        return is_integer and quantizer.qtype.group is None
+        fits = is_integer and source.qtype.axis is None and quantizer.qtype.group is None
+        return (source, quantizer) if fits else None
+
+    def _knows_grids(self) -> bool:
+        """Whether the :meth:`integer_quantizers` are known and switched on; may synchronise with a device."""
+        quantizers = self.integer_quantizers()
+        return quantizers is not None and all(quantizer.is_enabled_on_host() for quantizer in quantizers)
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer that rounds the whole output to one grid.
