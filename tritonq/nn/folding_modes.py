@@ -90,12 +90,11 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
     """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
 
     FQ_b rounds the bias to multiples of input scale × weight scale, as :func:`bias_on_grid` has it; ReLU and the
-    output's quantizer follow.
-    Mean and biased variance are those of ``op(x, W)``, and gradients flow through them: the layer runs twice. They also
-    update the running statistics. The second time one kernel computes it with its bias and ReLU, if the kernel is
-    faster.
+    output's quantizer follow. Mean and biased variance are those of ``op(x, W)``, and gradients flow through them: the
+    layer runs twice. They also update the running statistics. The second time one kernel computes it with its bias and
+    ReLU, if the kernel is faster.
     """
-    mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
+    mean, inverse_std = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
     rounded = layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping))
     on_grid = bias_on_grid(layer, _batch_bias(layer, bias, mean, scale))
@@ -112,7 +111,7 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
     ``t = γ/σ(rv)`` and ``bias = β - γ/σ(var) · mean``, not rounded. Mean and biased variance var are those of ``op(x,
     W)``; they update rv first, and gradients flow through them: the layer runs twice.
     """
-    mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
+    mean, inverse_std = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
     fold = fold_scale(running_var, bn.weight, bn.eps)
     folded, grid = layer.weight_to_map(scale_out_channels(weight, fold, *layer.grouping))
@@ -126,9 +125,8 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
     FQ_b rounds the bias to multiples of input scale × weight scale, as :func:`bias_on_grid` has it; ReLU and the
-    output's quantizer follow.
-    ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with ``u = -1`` where γ < 0, else
-    1. One kernel computes it with its ReLU, if the kernel is faster.
+    output's quantizer follow. ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with ``u = -1``
+    where γ < 0, else 1. One kernel computes it with its ReLU, if the kernel is faster.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
     kernel = find_kernel(x, folded, layer.linear_map)
@@ -203,10 +201,10 @@ def _is_symmetric_int8(quantizer: FakeQuantizeBase) -> bool:
 
 def _batch_statistics(
     layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, ``1/σ`` and biased variance of ``op(x, W)`` per channel, differentiable; update running statistics.
+) -> tuple[Tensor, Tensor]:
+    """Return mean and ``1/σ`` of ``op(x, W)`` per channel, differentiable; update the running statistics.
 
-    ``σ = sqrt(variance + eps)``. The bias counts only in the running mean.
+    ``σ = sqrt(variance + eps)`` with the biased variance. The bias counts only in the running mean.
 
     Raises:
         ValueError: a BatchNorm of another class than torch's, with hooks, or synchronized over ranks.
@@ -218,7 +216,7 @@ def _batch_statistics(
     with torch.no_grad():
         batch_mean = mean if bias is None else mean + bias
         update_running_statistics(batch_norm_state(layer.bn), batch_mean, var, c.numel() // c.shape[1])
-    return mean, torch.rsqrt(var + layer.bn.eps), var
+    return mean, torch.rsqrt(var + layer.bn.eps)
 
 
 def _batch_bias(layer: QATBatchNormLayer, bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
