@@ -240,11 +240,21 @@ def test_structures_survive_as_plain_arguments(missing, axis):
             assert vars(found) == vars(value)
 
 
-def test_a_type_that_no_plain_argument_stands_for_is_refused():
+@pytest.mark.parametrize("kind", [dict[str, int], list[list[int]], tuple[int | None, ...]])
+def test_a_type_that_no_plain_argument_stands_for_is_refused(kind):
     with pytest.raises(TypeError, match="x: an operator can't take"):
-        parts.describe("x", dict[str, int])
-    with pytest.raises(ValueError, match="y"):
-        parts.schema([("x", parts.describe("x", torch.Tensor))], ["y"])
+        parts.describe("x", kind)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, int])
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_only_tensor_arguments_are_written_to(kind, name):
+    described = [("x", parts.describe("x", kind))]
+    if kind is torch.Tensor and name == "x":
+        assert parts.schema(described, [name]) == "Tensor(a0!) x"
+    else:
+        with pytest.raises(ValueError, match=name):
+            parts.schema(described, [name])
 
 
 class Attending(nn.Module):

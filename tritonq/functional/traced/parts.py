@@ -89,7 +89,7 @@ def describe(name: str, hint: Any, optional: bool = False) -> Part:
     mark = "?" if optional or can_be_none else ""
     if get_origin(hint) is Literal:
         return Leaf(name, f"str{mark}")
-    if get_origin(hint) in (tuple, list):
+    if get_origin(hint) in (tuple, list) and get_args(hint)[0] in _PLAIN:
         kept = tuple if get_origin(hint) is tuple else None
         return Leaf(name, f"{_PLAIN[get_args(hint)[0]]}[]{mark}", kept)
     if hint in _PLAIN:
@@ -109,7 +109,7 @@ def schema(parts: Parts, mutated: Sequence[str]) -> str:
 
     Args:
         parts: name and part of each parameter.
-        mutated: names of plain arguments that the operator writes to; they are marked ``(a1!)``.
+        mutated: names of plain arguments that the operator writes to; the one at index 1 is marked ``(a1!)``.
 
     Raises:
         ValueError: a name in ``mutated`` that is no tensor argument.
@@ -117,7 +117,7 @@ def schema(parts: Parts, mutated: Sequence[str]) -> str:
     declared: list[str] = []
     unknown = set(mutated)
     for name, kind in _arguments(parts):
-        if name in unknown:
+        if name in unknown and kind.startswith("Tensor"):
             unknown.remove(name)
             kind = kind.replace("Tensor", f"Tensor(a{len(declared)}!)", 1)
         declared.append(f"{kind} {name}")
