@@ -8,6 +8,7 @@ say how they look: :class:`~tritonq.reference.operator.Like`, :class:`~tritonq.r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -114,10 +115,7 @@ def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
 def lookup(name: str, arguments: dict[str, Any]) -> Any:
     """Return an argument by name from ``arguments``, or an attribute of one: ``"grid.scale"``."""
     first, *fields = name.split(".")
-    value = arguments[first]
-    for field in fields:
-        value = getattr(value, field)
-    return value
+    return reduce(getattr, fields, arguments[first])
 
 
 def _dtype(leaf: Like | New, source: Tensor, arguments: dict[str, Any]) -> torch.dtype:
