@@ -29,8 +29,8 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
     - restores all values after the warm-up steps: ranges, statistics of BatchNorm, counters, first learned scales;
     - marks the buffers as changed with each replay, which torch doesn't, so that what is derived from them in eval
       mode is derived anew;
-    - runs the model as it was, and warns once, where inputs have other shapes, dtypes or strides than
-      ``example_inputs`` (a smaller last batch), or autocast another state than during the capture;
+    - runs the model as it was, and warns once, where inputs have other shapes, dtypes, strides or ``requires_grad``
+      than ``example_inputs`` (a smaller last batch) or are named, or autocast another state than during the capture;
     - runs the first step as it was, since it replaces the ranges that ``prepare_qat`` took from example inputs;
     - runs the model as it was in the mode that was not captured: validation between epochs needs no second model.
 

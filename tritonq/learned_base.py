@@ -195,7 +195,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` by the trained parameters; the first training batch sets them before it is rounded.
 
-        While they are not set, ``x`` is returned, and a UserWarning says so once.
+        It sets them if the observer is switched on and the batch has a finite value. While they are not set, ``x`` is
+        returned, and a UserWarning says so once.
 
         Raises:
             NotImplementedError: ``torch.compile`` traces, and the parameters are not known to be set.

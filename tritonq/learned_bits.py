@@ -52,7 +52,9 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         elements: how many values the last tensor had, which a penalty counts.
 
     Raises:
-        ValueError: bounds that are not whole, not ordered, or outside of 2 and 8, or another axis.
+        TypeError: ``initial_bits`` is no number.
+        ValueError: bounds that are not whole, not ordered, or outside of 2 and 8, ``initial_bits`` beyond them, or
+            another axis.
 
     Source: Yang and Jin, FracBits: Mixed Precision Quantization via Fractional Bit-Widths, AAAI 2021 (the two grids,
     the penalty on size, rounding at the end); Nikolić et al., BitPruning, 2020; Esser et al., LSQ, 2020 (the scale).

@@ -51,7 +51,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         zero_point: int32 buffer, or a float32 parameter when trained.
 
     Raises:
-        ValueError: unknown method or init, or a trained zero point for a symmetric type or MegEngine's method.
+        ValueError: unknown method or init, a negative or infinite ``grad_factor``, or a trained zero point for a
+            symmetric type or MegEngine's method.
 
     Source: docs/numbers.md, "Learned scales"; Esser et al. (2020); Bhalgat et al. (2020); torch.ao's
         _LearnableFakeQuantize.
@@ -237,6 +238,9 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
     Raises:
         ValueError: a type that does not allow a zero point of 0: neither symmetric and signed, nor affine with codes
             from 0 on.
+
+    Warns:
+        UserWarning: t is set for codes from 0 on, and the observer has seen values below zero.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al. (2020); MegEngine's TQT.
 

@@ -246,7 +246,10 @@ def window_average(pool: Any) -> WindowAverage:
 
 
 def adaptive_average(pool: Any) -> AdaptiveAverage:
-    """Return the mean of an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` as data: its output size, a number per axis."""
+    """Return the mean of an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` as data: its output size.
+
+    That is one number per axis; None: the input's size.
+    """
     return AdaptiveAverage(per_axis(pool.output_size, _rank(pool)))
 
 

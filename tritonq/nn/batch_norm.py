@@ -52,7 +52,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         """Return ``γ (x - μ) / sqrt(var + eps) + β`` per channel (axis 1), in the shape and dtype of ``input``.
 
         In training μ and the biased variance are those of all ranks of the process group, and the running statistics
-        are updated by ``momentum``, with the unbiased variance. In eval mode they are the running statistics.
+        are updated by ``momentum`` (None: they are plain averages), with the unbiased variance. In eval mode they are
+        the running statistics.
         """
         group = self._group() if self.training and input.device.type == "cpu" else None
         if group is None:

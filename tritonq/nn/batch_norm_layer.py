@@ -136,7 +136,8 @@ class QATBatchNormLayer(QATLayer):
     def weight_grid(self) -> Grid:
         """Return the grid of the folded weight.
 
-        In mode "scale" its scales are those of the unfolded weight times ``|t|``, one for each channel or group.
+        In mode "scale" its scales are those of the unfolded weight times ``|t|``, one for each channel or group, and at
+        least 2^-23.
         """
         grid = super().weight_grid()
         if self._mode != "scale":
@@ -209,7 +210,10 @@ class QATBatchNormLayer(QATLayer):
         return choose_path(self.path_state()) == "train_operator"
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return operation, BatchNorm, ReLU (if there is one) and fake quantization, with the given weight and bias."""
+        """Return operation, BatchNorm, ReLU (if there is one) and fake quantization, with the given weight and bias.
+
+        An empty batch has no statistics: in training it is computed as with a frozen BatchNorm.
+        """
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
             if input.numel() == 0 and not torch.compiler.is_compiling():  # it has no statistics

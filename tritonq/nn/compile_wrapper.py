@@ -19,7 +19,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def uncompile_children(model: nn.Module) -> None:
-    """Undo ``torch.compile`` and ``module.compile()`` on the modules inside of a model, in place."""
+    """Undo ``torch.compile`` on modules inside of a model, and ``module.compile()`` on these and the model, in place.
+
+    A wrapper around the model itself stays: :func:`uncompiled` returns what is inside of it.
+    """
     for module in list(model.modules()):
         if isinstance(module, ScriptModule):
             continue

@@ -34,7 +34,7 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     Raises:
         TypeError: no QConfig given.
-        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
+        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0, or groups that don't fit the weight.
 
     Source: torch.ao.nn.qat.
 

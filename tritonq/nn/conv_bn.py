@@ -92,8 +92,8 @@ class _ConvBn(QATBatchNormLayer):
 class ConvBn1d(_ConvBn, Conv1d):  # type: ignore[misc]
     """Quantization-aware Conv1d and BatchNorm1d as one layer.
 
-    The constructor is that of ``nn.Conv1d``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    The constructor is that of ``nn.Conv1d``, with ``bias=False`` by default, plus eps, momentum, freeze_bn, qconfig and
+    mode; :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -109,8 +109,8 @@ class ConvBn1d(_ConvBn, Conv1d):  # type: ignore[misc]
 class ConvBn2d(_ConvBn, Conv2d):  # type: ignore[misc]
     """Quantization-aware Conv2d and BatchNorm2d as one layer.
 
-    The constructor is that of ``nn.Conv2d``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    The constructor is that of ``nn.Conv2d``, with ``bias=False`` by default, plus eps, momentum, freeze_bn, qconfig and
+    mode; :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -128,8 +128,8 @@ class ConvBn2d(_ConvBn, Conv2d):  # type: ignore[misc]
 class ConvBn3d(_ConvBn, Conv3d):  # type: ignore[misc]
     """Quantization-aware Conv3d and BatchNorm3d as one layer.
 
-    The constructor is that of ``nn.Conv3d``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    The constructor is that of ``nn.Conv3d``, with ``bias=False`` by default, plus eps, momentum, freeze_bn, qconfig and
+    mode; :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -145,8 +145,8 @@ class ConvBn3d(_ConvBn, Conv3d):  # type: ignore[misc]
 class ConvBnReLU1d(ConvBn1d):
     """Quantization-aware Conv1d, BatchNorm1d and ReLU as one layer.
 
-    The constructor is that of ``nn.Conv1d``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    The constructor is that of ``nn.Conv1d``, with ``bias=False`` by default, plus eps, momentum, freeze_bn, qconfig and
+    mode; :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -162,8 +162,8 @@ class ConvBnReLU1d(ConvBn1d):
 class ConvBnReLU2d(ConvBn2d):
     """Quantization-aware Conv2d, BatchNorm2d and ReLU as one layer.
 
-    The constructor is that of ``nn.Conv2d``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    The constructor is that of ``nn.Conv2d``, with ``bias=False`` by default, plus eps, momentum, freeze_bn, qconfig and
+    mode; :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -179,8 +179,8 @@ class ConvBnReLU2d(ConvBn2d):
 class ConvBnReLU3d(ConvBn3d):
     """Quantization-aware Conv3d, BatchNorm3d and ReLU as one layer.
 
-    The constructor is that of ``nn.Conv3d``, plus eps, momentum, freeze_bn, qconfig and mode;
-    :class:`QATBatchNormLayer` has the formulas.
+    The constructor is that of ``nn.Conv3d``, with ``bias=False`` by default, plus eps, momentum, freeze_bn, qconfig and
+    mode; :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq

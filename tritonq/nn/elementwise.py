@@ -42,10 +42,11 @@ from tritonq.reference.activation import rectify
 class Joint(WithOutputQuantizer):
     """``FQ(relu?(f(a, b)))`` for an operation f of two tensors.
 
-    In eval mode, if both operands lie on known grids, it computes as integer runtimes do, on codes u, v minus zero
-    points: ``round(u v · (s_a s_b / s_out) + z)`` for a product, ``round(u s_a/s_out ± v s_b/s_out + z)`` for a sum
-    (order of operations: :mod:`tritonq.functional.integer_joins`). A *producer* is the module that puts an operand on
-    its grid: a quantizer, or a module with an output quantizer ``activation_post_process``.
+    In eval mode, if operands and result have known grids of integers, each with one scale and switched on, it computes
+    as integer runtimes do, on codes u, v minus zero points: ``round(u v · (s_a s_b / s_out) + z)`` for a product,
+    ``round(u s_a/s_out ± v s_b/s_out + z)`` for a sum (order of operations:
+    :mod:`tritonq.functional.integer_joins`). A *producer* is the module that puts an operand on its grid: a quantizer,
+    or a module with an output quantizer ``activation_post_process``.
 
     Args:
         ceiling: upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None: no ReLU.
@@ -82,7 +83,7 @@ class Joint(WithOutputQuantizer):
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers on whose grids a and b lie (None: unknown), which no ReLU may come before."""
+        """Set the quantizers on whose grids a and b lie (None: unknown); :attr:`after_relu` is then False for both."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -57,6 +57,7 @@ class Embedding(_QATTable, nn.Embedding):
 
     Raises:
         TypeError: no QConfig given.
+        ValueError: the quantizer has scales per group, or along another axis than the rows.
 
     Source: torch.ao.nn.qat.Embedding.
 
@@ -109,6 +110,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 
     Raises:
         TypeError: no QConfig given.
+        ValueError: the quantizer has scales per group, or along another axis than the rows.
 
     Source: torch.ao.nn.qat.EmbeddingBag.
 

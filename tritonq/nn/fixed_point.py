@@ -82,16 +82,18 @@ class FixedPointConv2d(_FixedPointConvolution):
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
+        """Return ``input_factor · W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
         return self._unnormalised_parameters()
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointConv2d:
         """Return the fixed-point form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
 
+        Its input is unsigned (``signed_input=False``), and its bias has 32 bits in eval mode.
+
         Raises:
             TypeError: not an ``nn.Conv2d``.
-            ValueError: a geometry that has no fixed-point form.
+            ValueError: a geometry that has no fixed-point form, or a qconfig that isn't fixed point.
         """
         check_float_type(cls, mod, nn.Conv2d)
         layer = cls(**conv_arguments(cast(nn.Conv2d, mod)), qconfig=getattr(mod, "qconfig", None))
@@ -159,7 +161,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return ``γ/σ · W η/η_next`` and ``(β + γ(b - mean)/σ) / η_next`` with the running statistics; not rounded.
 
-        The bias is never None; b is 0 without one.
+        η counts with ``input_factor``. The bias is never None; b is 0 without one.
         """
         return self._normalised_parameters(self.bn.running_mean, self.bn.running_var)
 
@@ -183,7 +185,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def _normalised_parameters(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``.
+        """Return ``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``; η counts with ``input_factor``.
 
         Mean and var (biased) are (out channels,); b is 0 without a bias. Neither result is rounded.
         """
@@ -218,11 +220,13 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     def from_float(cls, mod: nn.Module) -> FixedPointConvBn2d:
         """Return the fixed-point form of a fused row Conv2d, BatchNorm2d(, ReLU): it shares parameters and BatchNorm.
 
-        A ReLU becomes part of the rounding in the layer that reads the output.
+        A ReLU becomes part of the rounding in the layer that reads the output. The input of the layer is unsigned
+        (``signed_input=False``), and its bias has 32 bits in eval mode.
 
         Raises:
             TypeError: another row.
-            ValueError: a geometry that has no fixed-point form, or a BatchNorm without affine or running statistics.
+            ValueError: a geometry that has no fixed-point form, a BatchNorm without affine or running statistics, or a
+                qconfig that isn't fixed point.
         """
         has_relu = type(mod) is intrinsic.ConvBnReLU2d
         check_float_type(cls, mod, intrinsic.ConvBnReLU2d if has_relu else intrinsic.ConvBn2d)
@@ -269,15 +273,18 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
+        """Return ``input_factor · W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
         return self._unnormalised_parameters()
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointLinear:
         """Return the fixed-point form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
 
+        Its input is unsigned (``signed_input=False``), and its bias has 32 bits in eval mode.
+
         Raises:
             TypeError: not an ``nn.Linear``.
+            ValueError: a qconfig that isn't fixed point.
         """
         check_float_type(cls, mod, nn.Linear)
         linear = cast(nn.Linear, mod)

@@ -142,8 +142,8 @@ class FixedPointLayer(ReferringModule):
             bias_word_len: bits of the bias in eval mode; None: a float bias.
 
         Raises:
-            ValueError: a qconfig whose quantizers aren't fixed point, a weight format per another axis than 0, a bias
-                of other than 2 to 32 bits.
+            ValueError: a qconfig whose quantizers aren't fixed point, a weight format that is unsigned or per another
+                axis than 0, a bias of other than 2 to 32 bits.
         """
         qconfig = get_qconfig("f8net") if qconfig is None else qconfig
         activation, weight = qconfig.activation(), qconfig.weight()
@@ -207,8 +207,8 @@ class FixedPointLayer(ReferringModule):
         bias of :meth:`effective_parameters`. Eval mode computes it in exact integers, with the same gradient, if input
         and weight are rounded and ``bias_word_len`` is given. In phase "floating_wo_clip" it is the float layer.
 
-        In eval mode outputs between layers are float64: a 32-bit accumulator must not be rounded before the next layer
-        rounds it to 8 bits.
+        Outputs that are computed in integers are float64 between layers: a 32-bit accumulator must not be rounded
+        before the next layer rounds it to 8 bits.
         """
         rounded = self.input_format.read(input, self.observes)
         if self.input_format.phase == "floating_wo_clip":
@@ -305,7 +305,7 @@ class FixedPointLayer(ReferringModule):
         return y if self.following is not None else y.to(self.weight.dtype)
 
     def _unnormalised_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``W η / η_next`` and ``b / η_next`` (or None): the parameters of a layer without BatchNorm."""
+        """Return ``input_factor · W η / η_next`` and ``b / η_next`` (or None): those of a layer without BatchNorm."""
         eta_next = self.eta_next()
         ratio = self.input_factor * self.input_format.eta().to(self.weight.dtype) / eta_next
         return self.weight * ratio, None if self.bias is None else self.bias / eta_next

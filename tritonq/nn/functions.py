@@ -115,8 +115,8 @@ class FunctionLayer(ElementwiseLayer):
         """Return the function for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it is ``FQ(f(x))``, read from the table of the result of each code as in :meth:`exact`; else
-        ``f(x)`` in float.
+        when it runs, it lies on the output's grid, not clipped, read from the table of the result of each code as in
+        :meth:`exact`; else it is ``f(x)`` in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode

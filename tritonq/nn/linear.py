@@ -30,6 +30,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
     Raises:
         TypeError: no QConfig given.
+        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0, or groups that don't fit the weight.
 
     Source: torch.ao.nn.qat.Linear.
 

@@ -82,7 +82,8 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
     """Return the grid with the codes that deployment uses: behind a ReLU only those from the code of zero on.
 
     ``relu`` says whether a ReLU comes before the quantizer. Then, if the type fixes the zero point (such as 0 of codes
-    -128..127), ``quant_min`` is raised to it (codes 0..127); else the grid is returned as it is.
+    -128..127), ``quant_min`` is raised to it (codes 0..127), and the type is no longer symmetric; else the grid is
+    returned as it is.
     """
     zero = grid.qtype.fixed_zero_point
     if zero is None or not relu:

@@ -19,7 +19,6 @@ def quantize_read(quantizer: nn.Module, x: Tensor, observes: bool) -> Tensor:
     ``observes`` False: the range stays, since another reader of ``x`` updates it. A quantizer with a forward of its own
     is called all the same, and decides itself.
     """
-    # A quantizer with a forward of its own decides itself.
     if not observes and type(quantizer).forward is FakeQuantize.forward:
         return cast(Tensor, quantizer(x, observe=False))
     return cast(Tensor, quantizer(x))

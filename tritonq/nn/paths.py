@@ -34,8 +34,8 @@ class LayerState:
             eval mode outside of ``torch.compile``, since reading a switch may synchronise with a device.
         mode: how training folds its BatchNorm; None without a BatchNorm.
         frozen: whether its BatchNorm normalises with running statistics in training too.
-        fits_operator: whether one operator can do a training step in the approximate mode: it can take over both
-            quantizers and the BatchNorm, and none of them has hooks.
+        fits_operator: whether one operator can do a training step in the approximate mode: it can take over the
+            BatchNorm and the weight's quantizer, if there is one, and neither has hooks.
     """
 
     training: bool

@@ -28,6 +28,9 @@ class MatMul(Joint):
     In eval mode, if both operands lie on known grids, the products are summed in integers and rounded once: ``code =
     round(Σ u v · (s_a s_b / s_out)) + z`` with u, v the codes minus zero points.
 
+    Raises:
+        ValueError: in eval mode on such grids, sums that may pass 31 bits (53 where an operand has more than 8 bits).
+
     Examples:
         >>> import torch, tritonq
         >>> tritonq.nn.MatMul()(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.25], [0.5]]))
@@ -88,7 +91,8 @@ class ScaledDotProductAttention(MatMul):
     softmax.
 
     Args:
-        qconfig: makes the quantizers of scores, softmax and result; None: nothing is rounded.
+        qconfig: makes the quantizers of scores, softmax and result; with ``islands="float"`` the scores stay in float.
+            None: nothing is rounded.
 
     Attributes:
         scores: the product of queries and keys.

@@ -28,9 +28,9 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether ``module`` is recurrent and one of its weights is no parameter of its own.
+    """Whether ``module`` is recurrent and one of its weights (or biases, but of a cell) is no parameter of its own.
 
-    That is so if ``weight_norm`` or a parametrization computes the weight.
+    That is so if ``weight_norm`` or a parametrization computes it.
     """
     if isinstance(module, nn.RNNCellBase):
         names = ["weight_ih", "weight_hh"]

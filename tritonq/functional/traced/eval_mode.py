@@ -89,7 +89,7 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
 
 
 def on_grid(x: Tensor, output: Grid, source: Grid | None = None) -> Tensor:
-    """Return ``round(x / s) · s`` in ``x``'s dtype if the grids are on, else ``x``; without gradient.
+    """Return ``round(x / s) · s``, not clipped, in ``x``'s dtype if the grids are on, else ``x``; without gradient.
 
     Args:
         x: float tensor.
