@@ -130,16 +130,6 @@ class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
         if input.shape[-1] != self.input_size:
             raise RuntimeError(f"expected input_size={self.input_size} features, got the shape {tuple(input.shape)}")
 
-    def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return float32 values of weights and biases of layer ``layer`` (from 0), one direction after the other.
-
-        Within a direction: ``weight_ih, weight_hh``, ``bias_ih, bias_hh`` if there are any, ``weight_hr`` if there are
-        projections.
-        """
-        directions = 2 if self.bidirectional else 1
-        names = self._all_weights[layer * directions : (layer + 1) * directions]
-        return [self.quantized(name) for part in names for name in part]
-
 
 class QuantizedLSTM(_QuantizedSequence, nn.LSTM):
     """``nn.LSTM`` of a converted model: integer weights with a scale per row or group, float gates, biases and states.
@@ -166,9 +156,7 @@ class QuantizedRNN(_QuantizedSequence, nn.RNN):
 
 
 class _QuantizedCell(QuantizedRecurrent, RecurrentCellForward):
-    def cell_weights(self) -> list[Tensor]:
-        """Return ``[weight_ih, weight_hh]`` as float32 values."""
-        return [self.quantized("weight_ih"), self.quantized("weight_hh")]
+    """The base of the converted cells."""
 
 
 class QuantizedLSTMCell(_QuantizedCell, nn.LSTMCell):

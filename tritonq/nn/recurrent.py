@@ -120,7 +120,7 @@ _CELL_GEOMETRY = ("input_size", "hidden_size", "bias")
 
 
 class _QATSequence(QATRecurrent, RecurrentForward):
-    """The base of LSTM, GRU and RNN: constructor and rounded weights."""
+    """The base of LSTM, GRU and RNN: the constructor."""
 
     geometry_names: ClassVar[tuple[str, ...]] = _SEQUENCE_GEOMETRY
 
@@ -128,16 +128,6 @@ class _QATSequence(QATRecurrent, RecurrentForward):
         args, qconfig = without_qconfig(args, qconfig)
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.num_layers)
-
-    def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return weights (fake-quantized) and biases of one layer, all of one direction, then those of the other.
-
-        The order within a direction is ``weight_ih, weight_hh``, ``bias_ih, bias_hh`` if there are any, ``weight_hr``
-        if there are projections. ``layer`` counts from 0.
-        """
-        directions = 2 if self.bidirectional else 1
-        names = self._all_weights[layer * directions : (layer + 1) * directions]
-        return [self.quantized(name) for part in names for name in part]
 
 
 class LSTM(_QATSequence, nn.LSTM):
@@ -195,7 +185,7 @@ class RNN(_QATSequence, nn.RNN):
 
 
 class _QATCell(QATRecurrent, RecurrentCellForward):
-    """The base of LSTMCell, GRUCell and RNNCell: constructor and rounded weights."""
+    """The base of LSTMCell, GRUCell and RNNCell: the constructor."""
 
     geometry_names: ClassVar[tuple[str, ...]] = _CELL_GEOMETRY
 
@@ -203,10 +193,6 @@ class _QATCell(QATRecurrent, RecurrentCellForward):
         args, qconfig = without_qconfig(args, qconfig)
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, 1)
-
-    def cell_weights(self) -> list[Tensor]:
-        """Return ``weight_ih`` and ``weight_hh``, rounded."""
-        return [self.quantized("weight_ih"), self.quantized("weight_hh")]
 
 
 class LSTMCell(_QATCell, nn.LSTMCell):

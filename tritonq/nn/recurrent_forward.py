@@ -45,30 +45,41 @@ def is_weight_quantizer(name: str) -> bool:
     return child.startswith("weight") and child.endswith(WEIGHT_QUANTIZER)
 
 
-class RecurrentForward(QuantizesInput, nn.RNNBase):
-    """The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, one layer at a time.
-
-    The input of each layer is rounded, and the sequence that the last layer returns. Returned states are in float, as
-    torch computes them, and so are the gates and states inside of a layer. A subclass defines :meth:`parameters_of`,
-    which returns the rounded weights and the biases of one layer.
+class RoundsWeights(QuantizesInput):
+    """The base of both forwards: a subclass provides the rounded weights.
 
     Attributes:
-        activation_post_process: the quantizer of the returned sequence.
+        activation_post_process: the quantizer of the returned sequence, of a cell that of the hidden state.
     """
 
     activation_post_process: nn.Module
 
-    def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return weights and biases of one layer as the forward uses them, in the order of torch's functions.
+    def quantized(self, name: str) -> Tensor:
+        """Return a parameter by its name as the forward uses it: a weight rounded, as floats, a bias as it is.
 
-        Weights are rounded: by their fake quantizers before conversion; after it they are the values of their codes.
-        Biases are not rounded. The order is ``weight_ih, weight_hh``, both biases if there are any, ``weight_hr`` of an
-        LSTM with projections; all of one direction, then all of the other.
+        Before conversion fake quantizers round the weights; after it they are the values of their codes.
 
         Raises:
             NotImplementedError: a subclass must define it.
         """
         raise NotImplementedError
+
+
+class RecurrentForward(RoundsWeights, nn.RNNBase):
+    """The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, one layer at a time.
+
+    The input of each layer is rounded, and the sequence that the last layer returns. Returned states are in float, as
+    torch computes them, and so are the gates and states inside of a layer.
+    """
+
+    def parameters_of(self, layer: int) -> list[Tensor]:
+        """Return weights (rounded) and biases of one layer, counted from 0, in the order of torch's functions.
+
+        The order is ``weight_ih, weight_hh``, both biases if there are any, ``weight_hr`` of an LSTM with projections;
+        all of one direction, then all of the other.
+        """
+        names = self._all_weights[layer * self._directions : (layer + 1) * self._directions]
+        return [self.quantized(name) for part in names for name in part]
 
     def add_quantizers_between(self, quantizers: list[nn.Module]) -> None:
         """Add quantizers of what each layer hands to the next as children; there is one fewer than layers."""
@@ -179,28 +190,16 @@ def _reordered(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor
     return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
-class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
+class RecurrentCellForward(RoundsWeights, nn.RNNCellBase):
     """The forward of ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``; the new hidden state is rounded.
 
     The input of the step is rounded, too, if the cell has an input quantizer. The LSTM's cell state and the gates stay
     in float.
-
-    Attributes:
-        activation_post_process: the quantizer of the hidden state.
     """
 
-    activation_post_process: nn.Module
-
     def cell_weights(self) -> list[Tensor]:
-        """Return ``[weight_ih, weight_hh]`` as the cell multiplies by them: rounded, as floats.
-
-        Before conversion fake quantizers round them; after it they are the values of their codes. Biases are not among
-        them.
-
-        Raises:
-            NotImplementedError: a subclass must define it.
-        """
-        raise NotImplementedError
+        """Return ``[weight_ih, weight_hh]`` as the cell multiplies by them: rounded, as floats."""
+        return [self.quantized("weight_ih"), self.quantized("weight_hh")]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Return the next hidden state, rounded; of an LSTM (hidden state, cell state), the latter not rounded.
