@@ -104,6 +104,26 @@ def test_frozen_weights_keep_their_codes_in_training(folding):
     assert_close(codes[memory["frozen"]], memory["codes"][memory["frozen"]], TRAINED)
 
 
+def test_a_kept_state_is_of_its_step_and_loads_to_the_models_device():
+    layer = linear([[0.5, 1.0, 1.5]] * 2)
+    freezing = OscillationFreezing(layer, threshold=1.0, momentum=0.2)
+    for turned in range(3):
+        with torch.no_grad():
+            layer.weight[0, 0] = 0.5 * (turned % 2)
+        freezing.step()
+    kept = freezing.state_dict()
+    before = copy.deepcopy(kept)
+    with torch.no_grad():
+        layer.weight[0, 0] = 0.5
+    freezing.step()
+    assert all(torch.equal(kept[""][name], value) for name, value in before[""].items())
+    layer.to("meta")
+    freezing.load_state_dict(kept)
+    assert {value.device.type for value in freezing.state_dict()[""].values()} == {"meta"}
+    with pytest.raises(ValueError, match="no layer 'head'"):
+        freezing.load_state_dict({"head": kept[""]})
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="threshold must be in"):
         OscillationFreezing(linear([[0.0] * 3] * 2), threshold=0)

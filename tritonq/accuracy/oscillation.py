@@ -150,14 +150,30 @@ class OscillationFreezing:
         return sum(int(memory.frozen.sum()) for memory in self._memories.values()) / max(1, sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: codes, averages and what is frozen, as tensors by layer and name."""
-        return {name: dict(vars(memory)) for name, memory in self._memories.items()}
+        """Return the state for a checkpoint: codes, averages and what is frozen, as tensors by layer and name.
+
+        They are copies, which later steps do not change.
+        """
+        return {name: _copied(vars(memory)) for name, memory in self._memories.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that :meth:`state_dict` returned."""
+        """Load a state that :meth:`state_dict` returned; its tensors are copied to the devices of the layers.
+
+        Raises:
+            ValueError: the model lacks a layer of the state.
+        """
+        modules = dict(self._model.named_modules())
+        for name in state:
+            if not isinstance(modules.get(name), QATLayer):
+                raise ValueError(f"the model has no layer {name!r}, of which the state tells")
         self._memories = {
-            name: _Memory(**{key: value.clone() for key, value in held.items()}) for name, held in state.items()
+            name: _Memory(**_copied(held, modules[name].weight.device))
+            for name, held in state.items()
         }
+
+
+def _copied(tensors: dict[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {name: value.to(device or value.device, copy=True) for name, value in tensors.items()}
 
 
 def _layers(model: nn.Module) -> dict[str, QATLayer]:
