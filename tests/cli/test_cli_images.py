@@ -272,6 +272,8 @@ def test_preprocessing_as_plain_data():
     for broken in ({}, {**preprocessing_to_data(chosen), "std": [0, 0, 0]}, [1], {"size": 3}):
         with pytest.raises(ValueError, match=r"preprocessing|std"):
             preprocessing_from_data(broken)
+    with pytest.raises(ValueError, match="in 1 or 3 channels, got 4"):
+        preprocessing_from_data({**preprocessing_to_data(SMALL), "channels": 4})
 
 
 def test_augmentation_is_a_function_of_seed_and_image(tmp_path):

@@ -154,7 +154,7 @@ def open_examples(
 
     Raises:
         ValueError: no such folder, too few classes, a class with too few readable images, validation classes that
-            training has not, channels that can't be made, or less than no workers.
+            training has not, or less than no workers.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")

@@ -46,8 +46,9 @@ class Preprocessing:
         channels: 3 for colours, 1 for grey.
 
     Raises:
-        ValueError: an empty image, a crop larger than the scaled image, an unknown crop or interpolation; mean or
-            deviation of another length than ``channels`` or not finite; a deviation that is not positive.
+        ValueError: an empty image, a crop larger than the scaled image, an unknown crop or interpolation; other channels
+            than 1 or 3; mean or deviation of another length than ``channels`` or not finite; a deviation that is not
+            positive.
     """
 
     size: int
@@ -65,6 +66,8 @@ class Preprocessing:
             raise ValueError(f"{self.size} pixels can't be cut out of {self.resize}: --resize is at least --image-size")
         if self.crop not in get_args(Crop) or self.interpolation not in get_args(Interpolation):
             raise ValueError(f"no such preprocessing: crop {self.crop!r}, interpolation {self.interpolation!r}")
+        if self.channels not in (_GREY, COLOURS):
+            raise ValueError(f"images are read in {_GREY} or {COLOURS} channels, got {self.channels}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values and len(values) != self.channels:
