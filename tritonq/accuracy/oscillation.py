@@ -166,10 +166,7 @@ class OscillationFreezing:
         for name in state:
             if not isinstance(modules.get(name), QATLayer):
                 raise ValueError(f"the model has no layer {name!r}, of which the state tells")
-        self._memories = {
-            name: _Memory(**_copied(held, modules[name].weight.device))
-            for name, held in state.items()
-        }
+        self._memories = {name: _Memory(**_copied(held, modules[name].weight.device)) for name, held in state.items()}
 
 
 def _copied(tensors: dict[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:

@@ -46,9 +46,9 @@ class Preprocessing:
         channels: 3 for colours, 1 for grey.
 
     Raises:
-        ValueError: an empty image, a crop larger than the scaled image, an unknown crop or interpolation; other channels
-            than 1 or 3; mean or deviation of another length than ``channels`` or not finite; a deviation that is not
-            positive.
+        ValueError: an empty image, a crop larger than the scaled image, an unknown crop or interpolation, other
+            channels than 1 or 3; mean or deviation of another length than ``channels`` or not finite; a deviation that
+            is not positive.
     """
 
     size: int
