@@ -224,6 +224,8 @@ def test_adaptive_rounding_is_better_than_the_nearest_code(folding):
 
 def test_what_can_not_be_done_is_said():
     model = tritonq.calibrate(prepared(), X)
+    with pytest.raises(ValueError, match=r"inputs of one size, layer 'first.0' reads \(3, 8, 8\) and \(3, 9, 9\)"):
+        tritonq.adaptive_round(model, [X, torch.rand(4, 3, 9, 9)])
     for function in (tritonq.equalize, tritonq.correct_bias, tritonq.adaptive_round):
         with pytest.raises(ValueError, match="no batch"):
             function(model, [])

@@ -6,6 +6,7 @@ The *rows* of a weight are all values of one out channel each: a tensor (out, ..
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -96,8 +97,9 @@ def adaptive_round(
         the forward or not rounded are left out.
 
     Raises:
-        ValueError: no quantized layer, no batch, or fewer than one step or sample; a weight in a float format, or one
-            whose codes follow from a formula of the whole tensor (DoReFa, binary, ternary).
+        ValueError: no quantized layer, no batch, or fewer than one step or sample; a layer that reads inputs of several
+            sizes; a weight in a float format, or one whose codes follow from a formula of the whole tensor (DoReFa,
+            binary, ternary).
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
 
@@ -130,10 +132,20 @@ def adaptive_round(
                 weight, bias = layer.folded_parameters()
                 rows = layer.linear_map.to_rows(weight)
                 read = inputs_of(unrounded, cast(QATLayer, unrounded.get_submodule(name)), batches)
+                _check_sizes(name, read)
                 targets = torch.cat([_result(layer, x, rows, bias) for x in read])
                 inputs = torch.cat(inputs_of(model, layer, batches))
             ratios[name] = _round(layer, inputs, targets, steps, batch_size, generator)
     return ratios
+
+
+def _check_sizes(name: str, inputs: Sequence[Tensor]) -> None:
+    """Raise ValueError if samples of the layer's ``inputs`` have several shapes, since they are put into one tensor."""
+    shapes = {tuple(x.shape[1:]): None for x in inputs}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"adaptive_round takes inputs of one size, layer {name!r} reads {' and '.join(map(str, shapes))}"
+        )
 
 
 def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
