@@ -35,7 +35,8 @@ What many kernels take, in all files alike; other parameters have a comment:
 - SYMMETRIC, FIXED_ZERO_POINT, RULE: how a range becomes scale and zero point, see `tritonq.kernels.qparams`: whether
   the range is made symmetric; the zero point that the type fixes, or None; ``"torch"``, ``"torch_v1"`` or
   ``"megengine"``.
-- COPY_ABOVE: growth of a batch's range from which on it replaces the running one of an average; None: it never does.
+- COPY_ABOVE: growth of a batch's range from which on it replaces the running one of an average, as does a fall to less
+  than 1/100; None: only the first batch replaces it.
 - KNOWN: whether the host knows that the range holds data. Otherwise the kernel reads it, and an empty range switches
   rounding off.
 """

@@ -87,9 +87,9 @@ def gradient_bounds(
     """Return three scalars ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``.
 
     The bounds lie half a code outside the last codes, in units of ``scale``. Where a value at that tie rounds to the
-    last code (an even number of steps), the bound is one float further out. If ``active`` is 0, they are infinite.
-    After that a ReLU's CEILING replaces ``high`` if it is lower; ``unit`` is then 1. The caller adds ``y > 0`` if there
-    is a ReLU. Without QUANTIZED the result is a placeholder that nothing reads.
+    last code (an even number of steps), the bound is one float further out. If ``active`` is 0, they are infinite, and
+    block only infinite values. After that a ReLU's CEILING replaces ``high`` if it is lower; ``unit`` is then 1. The
+    caller adds ``y > 0`` if there is a ReLU. Without QUANTIZED the result is a placeholder that nothing reads.
     """
     if not QUANTIZED:
         return 1.0, 0.0, 0.0
@@ -168,7 +168,7 @@ def range_kernel(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
-    COPY_ABOVE: tl.constexpr,  # growth from which on the batch's range replaces the running one; None: never
+    COPY_ABOVE: tl.constexpr,
     BLOCK: tl.constexpr,  # parts read at a time
 ):
     """Merge the ranges of all parts into the running range, and write a copy of scale, zero point and switch.
@@ -265,9 +265,9 @@ def merge_range(
 def load_quantizer(scale_ptr, zero_point_ptr, active_ptr):
     """Return ``(scale, zero_point, active)`` of one quantizer as float32 scalars and the value of its switch.
 
-    Without a switch (``active_ptr`` is None) ``active`` is 1; without a zero point it is 0. Without a quantizer
-    (``scale_ptr`` is None) the results are the placeholders 1, 0, 1: Triton's compiler refuses a function that returns
-    None among other values.
+    Without a switch (``active_ptr`` is None) ``active`` is 1, without a zero point ``zero_point`` is 0. Without a
+    quantizer (``scale_ptr`` is None) the results are the placeholders 1, 0, 1: Triton's compiler refuses a function
+    that returns None among other values.
     """
     scale = 1.0
     zero_point = 0

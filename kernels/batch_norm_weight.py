@@ -58,6 +58,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Grid | None]:
     """Fold a weight with its BatchNorm, observe its range, and quantize it, in one launch.
 
+    If one scale for the whole weight is to be observed, fold and range take launches of their own before.
+
     ``codes = clip(round(rows · γ/σ / scale) + zero_point) - zero_point``, ``unit = scale``. In float16 codes are
     multiplied by the power of two nearest to their unit, and the unit divided by it. While the grid's switch is off,
     codes are ``rows · γ/σ`` and the unit is 1.
@@ -153,7 +155,7 @@ def gradients(
 
 
 def _fold(fold: Tensor, running_var: Tensor, gamma: Tensor | None, eps: float, inverse_std: Tensor) -> None:
-    """Write ``fold`` (``γ/σ``, or ``1/σ`` for a γ of 0) and ``inverse_std`` (``1/σ``); (out,) float32 each.
+    """Write ``fold`` (``γ/σ``, or ``1/σ`` if ``|γ/σ| < 1e-12``) and ``inverse_std`` (``1/σ``); (out,) float32 each.
 
     Called when both are read before the weight's kernel runs.
     """

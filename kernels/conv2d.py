@@ -214,11 +214,11 @@ def integer_conv2d(
     """Return ``FQ(relu?(v))`` in ``dtype`` with ``v = fl(conv(codes, weight) + bias) · multiplier`` and an exact sum.
 
     With ``onto``, of scale s, ``multiplier`` gives v in steps of s, and ``round(v) · s``, not clipped, takes its place
-    before the ReLU; fl rounds to float32. ``codes`` and ``weight`` are integers minus their zero points in any float
-    dtype, bias int32 and multiplier float32 (out,). Stride, padding (zeros) and dilation are (vertical, horizontal),
-    ``ceiling`` the ReLU's bound (None: no ReLU), ``grid`` that of FQ (None: no FQ), ``tile`` the launch size (None: a
-    default). No product of an input's and a weight's code exceeds ``largest_product`` in magnitude: the smaller it is,
-    the longer are the sums that float32 adds exactly.
+    before the ReLU; ``grid`` rounds ties as it does; fl rounds to float32. ``codes`` and ``weight`` are integers minus
+    their zero points in any float dtype, bias int32 and multiplier float32 (out,). Stride, padding (zeros) and dilation
+    are (vertical, horizontal), ``ceiling`` the ReLU's bound (None: no ReLU), ``grid`` that of FQ (None: no FQ),
+    ``tile`` the launch size (None: a default). No product of an input's and a weight's code exceeds ``largest_product``
+    in magnitude: the smaller it is, the longer are the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)

@@ -169,9 +169,9 @@ def linear_histogram_kernel(
 def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
     """Return how many elements lie in each of ``bins`` equal bins between the two ``limits``, both included.
 
-    int64 (bins,), or (x.shape[axis], bins) with ``axis``. ``limits`` is (2,): lower and upper end. An element's bin is
-    ``floor((x - low) · bins / (high - low))``, and the last one for the upper end. Elements outside, and NaN, are not
-    counted.
+    int64 (bins,), or (x.shape[axis], bins) with ``axis``. ``limits`` is (2,): lower and upper end, which differ as
+    float32. An element's bin is ``floor((x - low) · bins / (high - low))``, and the last one for the upper end.
+    Elements outside, and NaN, are not counted.
     """
     channels = 1 if axis is None else x.shape[axis]
     rows = x if axis is None else x.movedim(axis, 0)

@@ -29,8 +29,8 @@ class InputCodes(NamedTuple):
     Attributes:
         codes: int8, shaped and laid out as the tensor.
         scale: one float32.
-        shift: one float32, what :func:`shift_of` returned: it was added to ``round(x / scale)`` so that codes fit a
-            byte. None: the grid has no zero point, and nothing was added.
+        shift: one float32 (int32 for an empty tensor), as :func:`shift_of` computes it: it was added to
+            ``round(x / scale)`` so that codes fit a byte. None: the grid has no zero point, and nothing was added.
     """
 
     codes: Tensor

@@ -80,7 +80,7 @@ def finish(
 def int8_conv_kernel(
     x_ptr,  # images × channels × height × width codes, by strides
     weight_ptr,  # outs × channels × KERNEL int8, by strides
-    bias_ptr,  # (outs,) int32, int64 with saturated_ptr; holds 128 Σ weight where x is unsigned
+    bias_ptr,  # (outs,) int32, int64 with saturated_ptr; holds 128 Σ weight with UNSIGNED, unless DEPTHWISE
     shift_ptr,  # (outs,) int32, or None for accumulators
     y_ptr,  # images × outs × out_height × out_width, by strides
     saturated_ptr,  # one int64, grows by the number of clamped sums; None where no sum can pass 32 bits
@@ -99,7 +99,7 @@ def int8_conv_kernel(
     KERNEL: tl.constexpr,  # (vertical, horizontal): number of taps
     DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
     MULTIPLIER: tl.constexpr,  # out channels per in channel, of a depthwise convolution
-    UNSIGNED: tl.constexpr,  # whether x is uint8; it is read minus 128
+    UNSIGNED: tl.constexpr,  # whether x is uint8; it is read minus 128, unless DEPTHWISE
     WIDE: tl.constexpr,  # whether offsets take 64 bits
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,

@@ -7,8 +7,9 @@ A table is ``kernels/tuned/<gpu>.json``, written by ``python -m tritonq tune``::
                  "conv2d": {"float16/channels_last/3x3s1/dense/large": "torch"}}}
 
 A *launch size* is the tile of a program and its number of warps. A key is dtype, shape class (:func:`shape_class`) and
-size: ``large`` from 2^20 elements on, else ``small``. For an operator that torch has too, an entry may be ``"torch"``:
-torch's was the faster one.
+size: ``large`` from 2^20 elements on, else ``small``. Kernels that read one row have no size in their keys
+(:func:`flat_parameters`), and ``conv2d`` has keys of its own (`tritonq.kernels.conv2d.table_key`). For an operator that
+torch has too, an entry may be ``"torch"``: torch's was the faster one.
 """
 
 from __future__ import annotations

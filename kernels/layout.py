@@ -94,8 +94,8 @@ class View(NamedTuple):
     def pieces(self) -> tuple[View, int | None]:
         """Cut short rows into pieces of 8 or 4 elements; return the view of pieces, and how many elements a row has.
 
-        A piece has elements of two channels at most. Returns the view itself and None if rows are not short, or if
-        neither 8 nor 4 divides a plane (rows · cols).
+        A piece has elements of two channels at most. Returns the view itself and None if rows are not short or have
+        fewer than 3 elements, or if neither 8 nor 4 divides a plane (rows · cols).
         """
         outer, rows, cols = self.sizes
         fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols >= n - 1)
@@ -205,7 +205,7 @@ def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axi
         axis: the axis with the channels; None: there is one channel.
 
     Raises:
-        ValueError: the strides differ, or leave gaps.
+        ValueError: there is no such view, since the strides differ, or leave gaps.
     """
     seen = view(shape, strides, axis)
     if seen is None:

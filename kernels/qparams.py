@@ -38,7 +38,7 @@ def range_to_qparams(
     - "torch", "megengine" with a fixed zero point: ``scale = max(max(-min, max) / (codes / 2), eps)``.
     - "torch", "megengine" without: ``scale = max((max - min) / codes, eps)``, ``zero_point = QUANT_MIN - round(min /
       scale)``; "torch" rounds ties to even and clips it to the codes, "megengine" rounds them away from zero.
-    - "torch_v1": in float64, as torch's fused moving-average operator; eps is not read.
+    - "torch_v1": in float64, as torch's fused moving-average operator; eps is not read, nor is the type's zero point.
 
     ``codes = QUANT_MAX - QUANT_MIN``.
     """
@@ -76,7 +76,7 @@ def _linear_qparams(
     """Return scale and zero point by the rules "torch" (torch.ao's observers) and "megengine", as float32.
 
     With a fixed zero point ``scale = max(-low, high) / (codes / 2)``. Else ``scale = (high - low) / codes`` and
-    ``zero_point = QUANT_MIN - round(low / scale)``; ``codes = QUANT_MAX - QUANT_MIN``.
+    ``zero_point = QUANT_MIN - round(low / scale)``; ``codes = QUANT_MAX - QUANT_MIN``. Scales are at least eps.
     """
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN
     if FIXED_ZERO_POINT is not None:
@@ -98,8 +98,8 @@ def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
     ``scale = (high - low) / codes`` with ``codes = QUANT_MAX - QUANT_MIN``. If SYMMETRIC and the range has values of
     both signs, it is widened first: ``scale = max(-low / (codes // 2 + 1), high / (codes // 2))``, with the middle code
-    as zero point. An empty range has scale 0.1, a smaller scale than 6.1e-5 becomes that. The zero point follows from
-    the end of the range that is represented with the smaller error.
+    as zero point. A range of 0 to 0 has scale 0.1, a smaller scale than 6.1e-5 becomes that. The zero point follows
+    from the end of the range that is represented with the smaller error.
     """
     low = low.to(tl.float64)
     high = high.to(tl.float64)

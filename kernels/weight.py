@@ -108,7 +108,7 @@ def folded_backward_kernel(
     dfold_ptr,  # (channels,) float32, written: gradient of the fold; with gamma_ptr that of γ in its place
     gamma_ptr,  # (channels,) γ of the BatchNorm; None: the fold's gradient is written, and the next three are None
     inverse_std_ptr,  # (channels,) float32: 1/σ
-    eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
+    eps_share_ptr,  # (channels,) float32: eps / (var + eps), with the batch's variance of the unfolded convolution
     sum_gn_ptr,  # (channels,) float32: Σ g n, the gradient of γ behind the convolution; n is its normalised output
     fold_ptr,  # (channels,) float32
     unit_ptr,  # (channels,) float32
@@ -366,9 +366,9 @@ def gradients(
 
 
 def dense_rows(rows: Tensor) -> Tensor:
-    """Return ``rows`` if its out channels lie one behind the other without gaps, else a contiguous copy.
+    """Return ``rows`` if it is contiguous or channels_last (in two or three dimensions), else a contiguous copy.
 
-    Within a row elements may lie in any order, such as channels_last.
+    In both the out channels lie one behind the other without gaps.
     """
     if rows.is_contiguous():
         return rows

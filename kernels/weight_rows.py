@@ -45,7 +45,7 @@ def gamma_gradient(
     fold,  # (ROWS, 1) float32
     gamma_ptr,  # (channels,)
     inverse_std_ptr,  # (channels,) float32: 1/σ
-    eps_share_ptr,  # (channels,) float32: eps / σ², the share of eps in the variance that was divided by
+    eps_share_ptr,  # (channels,) float32: eps / (var + eps), with the batch's variance of the unfolded convolution
     sum_gn_ptr,  # (channels,) float32: Σ g (c - mean) / std; g: gradient behind the BatchNorm, c: its input
     channel,  # (ROWS, 1) channel numbers
     valid,  # (ROWS, 1) which of them exist

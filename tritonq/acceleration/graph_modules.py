@@ -154,7 +154,7 @@ def keep_modes(original: nn.Module, copied: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """Give every graph of ``model`` its own code generator back, in place.
 
-    Models without such a graph stay as they are.
+    What tritonq stored on torchao's quantizers, and on any module for steps that run again, is deleted.
     """
     for module in _graph_modules(model):
         codegen: Any = module.graph._codegen

@@ -277,7 +277,7 @@ def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -
 
     Args:
         quantizer: any fake quantizer of torch.ao or torchao.
-        y: a tensor that was just computed and that nothing else reads, so that it may be overwritten.
+        y: any shape; not changed.
         ceiling: of the ReLU: infinity for a plain one, 6.0 for ReLU6, None for none.
     """
     known = state(quantizer, y)
@@ -289,9 +289,9 @@ def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -
 def marked(y: Tensor, grid: Grid) -> Tensor:
     """Return ``y`` marked as lying on ``grid``, so that a layer that reads it saves 8-bit codes for its backward.
 
-    The mark is an attribute on the same tensor object. Only a grid with one scale for the tensor is marked, and nothing
-    while ``torch.compile`` traces. Of a float64 tensor a float64 copy is returned, with values rounded to float32 as
-    torch's operator rounds them, and without a mark.
+    The mark is an attribute on the same tensor object. On a grid with several scales ``y`` is returned as it is, as it
+    is while ``torch.compile`` traces. With one scale, a float64 ``y`` gives a float64 copy without a mark, whose values
+    are rounded to float32 as torch's operator rounds them.
     """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]
