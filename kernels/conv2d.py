@@ -10,6 +10,8 @@ larger go on in int32 before they do. `tritonq.kernels` explains the constants t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from triton.runtime.driver import driver
 from . import launch_sizes
 from .activation import load_quantizer, quantize_value
 from .cached_launch import Launcher
-from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last, reach
+from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last, output_shape, reach
 from .layout import is_wide
 from .quantized import Grid, grid_pointers
 from .rounding import round_half_away, round_half_even_any
@@ -384,15 +386,12 @@ def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ..
         weight: shape of the weight.
         geometry: stride, padding, dilation, groups.
     """
-    stride, padding, dilation, groups = geometry
+    stride, _, dilation, groups = geometry
     kernel = f"{weight[2]}x{weight[3]}s{_pair(stride)}" + (f"d{_pair(dilation)}" if dilation != (1, 1) else "")
     kind = "depthwise" if groups > 1 and weight[1] == 1 else "grouped" if groups > 1 else "dense"
     if kind == "dense" and weight[1] < _FEW_CHANNELS:
         kind = "stem"
-    elements = x[0] * weight[0]
-    for axis in range(2):
-        reach = dilation[axis] * (weight[axis + 2] - 1)
-        elements *= (x[axis + 2] + 2 * padding[axis] - reach - 1) // stride[axis] + 1
+    elements = math.prod(output_shape(x, weight, geometry))
     return f"{dtype}/{layout}/{kernel}/{kind}/{'large' if elements >= launch_sizes.LARGE else 'small'}"
 
 

@@ -6,6 +6,7 @@ channels). A *tap* is one position of the kernel window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,10 +51,20 @@ class ConvGeometry(NamedTuple):
     groups: int
 
 
-def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised memory for a convolution's output, (n, out, h', w'); channels_last if ``x`` is.
+def output_shape(x: Sequence[int], weight: Sequence[int], geometry: ConvGeometry) -> tuple[int, ...]:
+    """Return the shape (n, out, h', w') of a convolution's output, from the shapes of its input and weight.
 
     ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1`` for height and width.
+    """
+    sizes = (
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(x[2:], weight[2:], *geometry[:3], strict=True)
+    )
+    return (x[0], weight[0], *sizes)
+
+
+def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised memory for a convolution's output, :func:`output_shape`; channels_last if ``x`` is.
 
     Args:
         x: the input, (n, c, h, w).
@@ -61,12 +72,8 @@ def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch
         geometry: of the convolution.
         dtype: of the output.
     """
-    sizes = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(x.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
-    ]
     return torch.empty(
-        (x.shape[0], weight.shape[0], *sizes),
+        output_shape(x.shape, weight.shape, geometry),
         dtype=dtype,
         device=x.device,
         memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format,
