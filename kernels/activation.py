@@ -193,8 +193,8 @@ def range_kernel(
         high = tl.max(highs, 0, keep_dims=True)
         if CEILING is not None:
             has_values = low <= high
-            low = tl.where(has_values, tl.minimum(tl.maximum(low, 0.0), CEILING), low)
-            high = tl.where(has_values, tl.minimum(tl.maximum(high, 0.0), CEILING), high)
+            low = tl.where(has_values, rectify(low, CEILING), low)
+            high = tl.where(has_values, rectify(high, CEILING), high)
         element = tl.arange(0, 1)
         update_range(
             low, high, element, element < 1, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,

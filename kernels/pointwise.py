@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rounding import clamp
+
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _ROOT_TWO_OVER_PI = tl.constexpr(0.7978845608028654)
 # Half of the factor in front of the normal density: sqrt(2 / pi) / 2.
@@ -70,9 +72,9 @@ def function_value(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER
     elif FUNCTION == "silu":
         return x * _sigmoid(x)
     elif FUNCTION == "hardsigmoid":
-        return tl.div_rn(_relu6(x + 3.0), 6.0)
+        return tl.div_rn(clamp(x + 3.0, 0.0, 6.0), 6.0)
     elif FUNCTION == "hardswish":
-        return tl.div_rn(x * _relu6(x + 3.0), 6.0)
+        return tl.div_rn(x * clamp(x + 3.0, 0.0, 6.0), 6.0)
     elif FUNCTION == "gelu":
         return x * 0.5 * (1.0 + _erf(x * _ROOT_HALF))
     elif FUNCTION == "tanh_gelu":
@@ -84,8 +86,7 @@ def function_value(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER
     elif FUNCTION == "softplus":
         return tl.where(x * NUMBER > OTHER_NUMBER, x, tl.div_rn(_softplus(x * NUMBER), NUMBER))
     elif FUNCTION == "clip":
-        x = tl.maximum(x, NUMBER, propagate_nan=tl.PropagateNan.ALL)
-        return tl.minimum(x, OTHER_NUMBER, propagate_nan=tl.PropagateNan.ALL)
+        return clamp(x, NUMBER, OTHER_NUMBER)
     elif FUNCTION == "plus":
         return x + NUMBER
     elif FUNCTION == "times":
@@ -159,12 +160,6 @@ def function_derivative(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_N
 
 
 @triton.jit
-def _relu6(x):
-    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _sigmoid(x):
     return tl.div_rn(1.0, 1.0 + tl.exp(-x))
 
@@ -199,8 +194,7 @@ def _softplus(x):
 @triton.jit
 def _erf(x):
     """Return the error function of ``x`` by the polynomials of Eigen and XLA; the last 3 bits may differ."""
-    x = tl.maximum(x, -4.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, 4.0, propagate_nan=tl.PropagateNan.ALL)
+    x = clamp(x, -4.0, 4.0)
     square = x * x
     upper = square * -2.72614225801306e-10 + 2.77068142495902e-08
     upper = upper * square + -2.10102402082508e-06
