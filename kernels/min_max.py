@@ -275,11 +275,9 @@ def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) ->
     """
     if statistics.frozen:
         return
-    scale, zero_point, constants = None, None, NO_RANGE
+    scale, zero_point, constants = None, None, {**NO_RANGE, "COPY_ABOVE": statistics.copy_above}
     if grid is not None:
-        constants = range_constants(grid, statistics)
-        scale, zero_point = grid.scale, grid.zero_point
-    constants = {**constants, "COPY_ABOVE": statistics.copy_above, "RULE": statistics.rule}
+        scale, zero_point, constants = grid.scale, grid.zero_point, range_constants(grid, statistics)
     ends = (statistics.min_val, statistics.max_val)
     state = (*ends, scale, zero_point, statistics.averaging_constant, statistics.eps)
     _observe(x, statistics.granularity.axis, state, statistics.nonfinite_count, statistics.enabled, constants)
