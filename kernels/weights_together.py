@@ -44,9 +44,8 @@ _SCALE = tl.constexpr(10)
 _ZERO_POINT = tl.constexpr(11)
 _COLUMNS = tl.constexpr(12)
 
-
-# A grid with its running range, both with switches.
-_Quantizer = tuple[Grid, RangeStatistics | None]
+# What weights of one launch have in common: averaging constant, eps, and the kernel's constants, (name, value) each.
+_Kind = tuple[float | None, float, tuple[tuple[str, Any], ...]]
 
 
 @triton.jit
@@ -155,14 +154,14 @@ def quantize_all(
     codes = torch.empty(sum(weight.numel() for weight in rows), dtype=torch.float32, device=device)
     vectors = torch.empty((3, total), dtype=torch.float32, device=device)
     zero_points = torch.empty(total, dtype=torch.int32, device=device)
-    kinds: dict[tuple[Any, ...], tuple[_Quantizer, list[tuple[int, ...]]]] = {}
+    kinds: dict[_Kind, list[tuple[int, ...]]] = {}
     first = at = 0
-    for weight, quantizer in zip(rows, zip(grids, statistics, strict=True), strict=True):
-        _, entries = kinds.setdefault(_kind(*quantizer), (quantizer, []))
-        entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, *quantizer)))
+    for weight, grid, running in zip(rows, grids, statistics, strict=True):
+        entries = kinds.setdefault(_kind(grid, running), [])
+        entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, grid, running)))
         first, at = first + len(weight), at + weight.numel()
-    for quantizer, entries in kinds.values():
-        _launch(quantizer, entries, fold, codes, vectors, zero_points)
+    for kind, entries in kinds.items():
+        _launch(kind, entries, fold, codes, vectors, zero_points)
     counts = [len(weight) for weight in rows]
     own_parts = zip(
         rows,
@@ -183,17 +182,19 @@ def quantize_all(
     ]
 
 
-def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
-    """Return a key of a quantizer's constants: weights with equal keys can share a launch."""
-    return (
-        observing_switch(statistics) is not None,
-        grid.zero_point is not None,
-        has_data(statistics),
-        grid.qtype,
-        tuple(range_constants(grid, statistics).items()),
-        None if statistics is None else statistics.averaging_constant,
-        None if statistics is None else statistics.eps,
-    )
+def _kind(grid: Grid, statistics: RangeStatistics | None) -> _Kind:
+    """Return what the kernel takes of a quantizer beside its tensors: weights with equal results share a launch."""
+    constants = {
+        "OBSERVES": observing_switch(statistics) is not None,
+        "HAS_ZERO_POINT": grid.zero_point is not None,
+        "KNOWN": has_data(statistics),
+        **range_constants(grid, statistics),
+        "CODE_MIN": grid.qtype.quant_min,
+        "CODE_MAX": grid.qtype.quant_max,
+        "ROUNDING": grid.qtype.rounding,
+    }
+    averaging, eps = (None, 0.0) if statistics is None else (statistics.averaging_constant, statistics.eps)
+    return averaging, eps, tuple(constants.items())
 
 
 def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -> tuple[int, ...]:
@@ -224,7 +225,7 @@ def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> tuple[
 
 
 def _launch(
-    quantizer: _Quantizer,
+    kind: _Kind,
     entries: list[tuple[int, ...]],
     fold: Tensor,
     codes: Tensor,
@@ -234,14 +235,14 @@ def _launch(
     """Launch the kernel for weights whose quantizers have equal constants.
 
     Args:
-        quantizer: grid and statistics of any one of the weights.
+        kind: what :func:`_kind` returned for each of the weights.
         entries: one per weight: its number of rows, and its columns of the table from ``_FIRST`` on.
         fold: the factors of all rows of all weights.
         codes: written.
         vectors: (3, rows) written: unit, scale, and whether rounding was on.
         zero_points: written.
     """
-    grid, statistics = quantizer
+    averaging_constant, eps, constants = kind
     table, owner = _table(fold.device, tuple(entries))
     with device_guard(fold):
         quantize_all_kernel[(len(owner),)](
@@ -251,16 +252,10 @@ def _launch(
             codes,
             vectors,
             zero_points,
-            None if statistics is None else statistics.averaging_constant,
-            0.0 if statistics is None else statistics.eps,
+            averaging_constant,
+            eps,
             len(fold),
-            OBSERVES=observing_switch(statistics) is not None,
-            HAS_ZERO_POINT=grid.zero_point is not None,
-            KNOWN=has_data(statistics),
-            **range_constants(grid, statistics),
-            CODE_MIN=grid.qtype.quant_min,
-            CODE_MAX=grid.qtype.quant_max,
-            ROUNDING=grid.qtype.rounding,
+            **dict(constants),
             COLS=_COLS,
             num_warps=_LANES // warp_size(fold.device),
             enable_fp_fusion=False,
