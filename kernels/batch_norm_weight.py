@@ -14,8 +14,8 @@ from torch import Tensor
 from .cached_launch import Launcher
 from .launch_sizes import device_guard
 from .quantized import Grid, RangeStatistics
+from .weight import fold_rows, observe_in_advance
 from .weight import gradients as weight_gradients
-from .weight import observe_in_advance
 from .weight import quantize as quantize_rows
 from .weight_rows import nonzero_fold
 
@@ -116,7 +116,7 @@ def codes_again(
         out: not used.
     """
     if grid is None:
-        return (rows.float() * fold.view(-1, *[1] * (rows.dim() - 1))).to(code_dtype)
+        return fold_rows(rows, fold).to(code_dtype)
     return quantize_rows(rows, fold, grid, None, code_dtype).codes
 
 

@@ -169,14 +169,12 @@ def quantize_folded(
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
     """Return ``(codes, unit, clips, snapshot)`` for ``rows`` (out, ...) and ``fold`` (out,).
 
-    ``codes = clip(round(rows · fold / s) + z) - z``.
-
-    ``unit`` is s, (out,); while the grid's switch is off, or without a grid, codes are ``rows · fold`` and the unit is
-    1. ``statistics`` are updated first, then scale s and zero point z of ``grid``; None: nothing is observed. ``out``
-    is not used.
+    ``codes = clip(round(rows · fold / s) + z) - z``. ``unit`` is s, (out,); while the grid's switch is off, or without
+    a grid, codes are ``rows · fold`` and the unit is 1. ``statistics`` are updated first, then scale s and zero point z
+    of ``grid``; None: nothing is observed. ``out`` is not used.
     """
     if grid is None:
-        return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None
+        return fold_rows(rows, fold), torch.ones_like(fold), False, None
     observed = observe_in_advance(rows, fold, grid, statistics)
     made = quantize(rows, fold, grid, statistics, torch.float32, observes=not observed)
     return made.codes, made.unit, True, made.grid
@@ -208,7 +206,7 @@ def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: Range
     """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
-    min_max.observe(rows.float() * _column(fold, rows), statistics, grid)
+    min_max.observe(fold_rows(rows, fold), statistics, grid)
     return True
 
 
@@ -396,5 +394,6 @@ def _lanes(elements: int) -> int:
     return max(least, min(most, elements // _ELEMENTS_PER_LANE))
 
 
-def _column(vector: Tensor, rows: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (rows.dim() - 1))
+def fold_rows(rows: Tensor, fold: Tensor) -> Tensor:
+    """Return ``rows · fold`` in float32, shaped as ``rows`` (out, ...); ``fold`` is (out,)."""
+    return rows.float() * fold.view(-1, *[1] * (rows.dim() - 1))
