@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
@@ -94,6 +95,32 @@ def test_steps_eval_and_state(make):
     assert list(ours.state_dict()) == list(copy.deepcopy(theirs).state_dict())
     assert_same_steps(theirs, ours)
     assert not [name for name in ours.code.split() if "activation_post_process" in name and name.endswith("(x)")]
+
+
+class WritingNet(nn.Module):
+    """A function writes into a convolution's result between a sum that reads it and that sum's ReLU."""
+
+    def __init__(self, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.other, self.last = (nn.Conv2d(width, 8, 1) for width in (3, 3, 8))
+        self.write = write
+
+    def forward(self, x):
+        h = self.first(x)
+        total = h + self.other(x)
+        written = self.write(h)
+        return self.last(torch.relu(total) + written) + h
+
+
+@pytest.mark.parametrize(
+    "write",
+    [nn.ReLU(inplace=True), lambda h: F.relu(h, inplace=True), lambda h: h.mul_(2), torch.sigmoid_],
+    ids=["module", "function", "method", "torch"],
+)
+def test_what_is_written_in_place_is_read_as_in_the_library(write):
+    theirs = prepare_qat_fx(WritingNet(write).train(), get_default_qat_qconfig_mapping("x86"), images())
+    assert_same_steps(theirs, tritonq.accelerate(theirs))
 
 
 def test_ten_steps_of_fx_in_float64():

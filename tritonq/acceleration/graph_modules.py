@@ -92,6 +92,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
             frozenset(name for name, held in module.named_modules() if MARK in vars(held) and hasattr(held, "weight")),
             tuple((name, c) for name, held in module.named_modules() if (c := ceiling_of(held)) is not None),
             constants(module.graph),
+            frozenset(name for name, held in module.named_modules() if getattr(held, "inplace", False)),
         )
         found = matches(module.graph, known)
         start = f"{prefix}." if prefix else ""

@@ -31,6 +31,7 @@ _ADDITIONS = (_ATEN.add.Tensor, _ATEN.add_.Tensor, operator.add, operator.iadd, 
 _RELUS = (_ATEN.relu.default, _ATEN.relu_.default, F.relu, torch.relu)
 _CLIPS = (_ATEN.hardtanh.default, _ATEN.hardtanh_.default, _ATEN.clamp.default, _ATEN.clamp_.default)
 _RELU6S = (_ATEN.relu6.default, _ATEN.relu6_.default)
+_INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class KnownParts:
         relus: pairs of the target of a ReLU module and its ceiling, such as ``("act", 6.0)``.
         constants: numbers that the dropouts and BatchNorms of the graph had at the start, in the order of the graph:
             ``(p,)`` of a dropout, ``(momentum, eps)`` of a BatchNorm. See :func:`keep_constants`.
+        writing: targets of modules that write their result into their input, such as ``nn.ReLU(inplace=True)``.
     """
 
     quantizers: frozenset[str] = frozenset()
     layers: frozenset[str] = frozenset()
     relus: tuple[tuple[str, float], ...] = ()
     constants: tuple[tuple[float, ...], ...] = ()
+    writing: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -206,7 +209,7 @@ def _conv_bns(graph: Graph, known: KnownParts) -> Iterator[Match]:
         arguments = (x, weight, bias, norm, Module(quantizer.target), *tail.arguments, _geometry(conv))
         kind = "convolution, BatchNorm" + tail.kind
         match = Match(kind, graph_conv_bn, arguments, nodes + tail.nodes, [quantizer.target, *tail.quantizers])
-        if _is_safe(match, x):
+        if _is_safe(match, x, known):
             yield match
 
 
@@ -238,7 +241,7 @@ def _layers(graph: Graph, known: KnownParts) -> Iterator[Match]:
         kind = ("linear" if is_product else "convolution") + tail.kind
         nodes = [quantizer, node, *tail.nodes]
         match = Match(kind, graph_layer, arguments, nodes, [quantizer.target, *tail.quantizers])
-        if _is_safe(match, x):
+        if _is_safe(match, x, known):
             yield match
 
 
@@ -254,7 +257,7 @@ def _module_layers(graph: Graph, known: KnownParts) -> Iterator[Match]:
             if _is_quantizer(quantizer, known):
                 arguments = (Module(node.target), node.args[0], Module(quantizer.target))
                 match = Match("layer, quantizer", run_with, arguments, [node, quantizer], [quantizer.target])
-                if _is_safe(match, node.args[0]):
+                if _is_safe(match, node.args[0], known):
                     yield match
 
 
@@ -263,14 +266,13 @@ def _sums(graph: Graph, known: KnownParts) -> Iterator[Match]:
     for node in graph.nodes:
         if node.target not in _ADDITIONS or not all(isinstance(each, Node) for each in node.args) or node.kwargs:
             continue
-        is_inplace = node.target in (_ATEN.add_.Tensor, operator.iadd)
-        if len(node.args) != 2 or (is_inplace and len(node.args[0].users) > 1):
+        if len(node.args) != 2 or (_is_inplace(node, known) and len(node.args[0].users) > 1):
             continue
         tail = _tail(node, known)
         if tail.quantizers:
             arguments = (*node.args, *tail.arguments)
             match = Match("addition" + tail.kind, graph_add, arguments, [node, *tail.nodes], tail.quantizers)
-            if all(_is_safe(match, each) for each in node.args):
+            if all(_is_safe(match, each, known) for each in node.args):
                 yield match
 
 
@@ -280,11 +282,10 @@ def _quantizers(graph: Graph, known: KnownParts) -> Iterator[Match]:
         ceiling = _ceiling(node, known)
         if ceiling is not None and len(node.users) == 1 and _is_quantizer(next(iter(node.users)), known):
             quantizer, x = next(iter(node.users)), node.args[0]
-            is_inplace = str(node.target).endswith(("_.default", "_.Tensor"))
-            if not is_inplace or len(x.users) == 1:
+            if not _is_inplace(node, known) or len(x.users) == 1:
                 arguments = (x, Module(quantizer.target), ceiling)
                 match = Match("ReLU, quantizer", graph_quantize, arguments, [node, quantizer], [quantizer.target])
-                if _is_safe(match, x):
+                if _is_safe(match, x, known):
                     yield match
         if _is_quantizer(node, known):
             target = str(node.target)
@@ -356,7 +357,21 @@ def _geometry(conv: Node) -> tuple[Any, ...]:
     return (*every, groups, _CONVOLUTIONS[cast(Any, conv.target)])
 
 
-def _is_safe(match: Match, x: Node) -> bool:
+def _is_inplace(node: Node, known: KnownParts) -> bool:
+    """Whether ``node`` writes its result into its first argument."""
+    target: Any = node.target
+    if node.op == "call_module":
+        return target in known.writing
+    if isinstance(target, torch._ops.OpOverload):
+        return any(each.alias_info is not None and each.alias_info.is_write for each in target._schema.arguments[:1])
+    if node.kwargs.get("inplace") or target in _INPLACE_OPERATORS:
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    # Not a method such as __and__, and not operator.and_.
+    return bool(name.endswith("_") and not name.endswith("__") and not hasattr(operator, name))
+
+
+def _is_safe(match: Match, x: Node, known: KnownParts) -> bool:
     """Whether the call may stand at the last node of ``match`` and still read the same ``x``.
 
     That is false if a node outside of the match, between its first reader of ``x`` and its last node, writes into ``x``
@@ -366,7 +381,6 @@ def _is_safe(match: Match, x: Node) -> bool:
     first = next(each for each in match.nodes if x in each.all_input_nodes)
     while node is not first:
         node = node.prev
-        writes = node.op == "call_function" and str(node.target).endswith(("_.default", "_.Tensor", "_.Scalar"))
-        if writes and node not in inside and node.args and node.args[0] is x:
+        if node not in inside and node.args and node.args[0] is x and _is_inplace(node, known):
             return False
     return True
