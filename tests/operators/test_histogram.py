@@ -239,6 +239,9 @@ def test_linear_histogram_per_channel():
         ((torch.ones(3), 2**25, 0, 1), ValueError),
         ((torch.ones(3), 4, 1, 1), ValueError),
         ((torch.ones(3), 4, 0, float("nan")), ValueError),
+        ((torch.ones(3), 4, 1.0, 1.0 + 1e-12), ValueError),
+        ((torch.ones(3), 4, -3e38, 3e38), ValueError),
+        ((torch.ones(3), 4, 0.0, 3e38), ValueError),
     ],
 )
 def test_linear_histogram_bad_arguments(arguments, error):

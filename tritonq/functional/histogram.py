@@ -36,7 +36,8 @@ def histogram(
 
     Raises:
         TypeError: ``x`` is not floating point, or ``bins`` not an int.
-        ValueError: bins out of range, a range that is empty or not finite, an axis out of range.
+        ValueError: bins out of range; a range that is empty, or ``(hi - lo) * bins`` not finite, in the arithmetic's
+            dtype; an axis out of range.
 
     Source: torch.histc.
 
@@ -52,9 +53,12 @@ def histogram(
     bins = whole
     if not 1 <= bins <= _MOST_BINS:
         raise ValueError(f"bins must be in 1..{_MOST_BINS}, got {bins}")
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-        raise ValueError(f"lo and hi must be finite and ascend, got {lo} and {hi}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    limits = torch.tensor([lo, hi], dtype=dtype)
+    if not 0 < float((limits[1] - limits[0]) * bins) < math.inf:
+        raise ValueError(
+            f"lo and hi must be finite and ascend, and (hi - lo) * bins must be finite, in {dtype}: got {lo} and {hi}"
+        )
     axis = None if axis is None else check_axis(x, axis)
-    limits = torch.tensor([lo, hi], dtype=torch.float64, device=x.device)
-    counts: Tensor = implementation("histogram", x, backend).linear_histogram(x, bins, limits, axis)
+    counts: Tensor = implementation("histogram", x, backend).linear_histogram(x, bins, limits.to(x.device), axis)
     return counts
