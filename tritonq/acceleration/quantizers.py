@@ -201,15 +201,18 @@ def state(quantizer: nn.Module, x: Tensor) -> State | None:
     """
     if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None
-    formula = formula_of(quantizer)
-    held: Any = quantizer
+    return _state(quantizer, formula_of(quantizer), x)
+
+
+def _state(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> State:
+    """Return :func:`state` of a quantizer of kind "range" or "fixed" that :func:`can_compute` accepts."""
     if formula.kind == "range":
-        _allocate(held, formula.qtype.axis, x)
+        _allocate(quantizer, formula.qtype.axis, x)
     # With a fixed zero point of 0 there is none to add; torch's fused operator gives one-sided ranges one.
     is_zero = formula.rule != "torch_v1" and formula.kind == "range" and fixed_zero_point(formula.qtype, "torch") == 0
-    zero_point = None if is_zero and formula.qtype.symmetric else held.zero_point.view(-1)
-    grid = Grid(held.scale, zero_point, formula.qtype, held.fake_quant_enabled.to(torch.uint8))
-    return State(grid, _statistics(held, formula) if formula.kind == "range" else None)
+    zero_point = None if is_zero and formula.qtype.symmetric else quantizer.zero_point.view(-1)
+    grid = Grid(quantizer.scale, zero_point, formula.qtype, quantizer.fake_quant_enabled.to(torch.uint8))
+    return State(grid, _statistics(quantizer, formula) if formula.kind == "range" else None)
 
 
 def _statistics(quantizer: Any, formula: QuantizerFormula) -> RangeStatistics:
@@ -250,9 +253,6 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
     """Observe and round ``x`` as ``quantizer`` does, by its switches; the result has the shape and dtype of ``x``.
 
     The backward needs only ``x``. If :func:`can_compute` is false, the quantizer's own forward runs.
-
-    Raises:
-        RuntimeError: the quantizer has buffers that no operator takes.
     """
     if not can_compute(quantizer, x):
         return cast(Tensor, quantizer(x))
@@ -261,10 +261,7 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
         return _quantize_learned(quantizer, formula, x)
     if formula.kind == "observed":
         return _quantize_observed(quantizer, formula, x)
-    known = state(quantizer, x)
-    if known is None:
-        raise RuntimeError(f"a {type(quantizer).__name__} has buffers that no operator takes")
-    grid, statistics = known
+    grid, statistics = _state(quantizer, formula, x)
     if statistics is not None:
         implementation("min_max", x).observe(x.detach(), statistics, grid)
     return marked(fake_quantize(x, grid), grid)
