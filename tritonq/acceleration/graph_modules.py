@@ -188,13 +188,8 @@ def _graph_modules(model: nn.Module) -> list[GraphModule]:
     return [module for module in model.modules() if isinstance(module, GraphModule)]
 
 
-def _quantizers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the fake quantizers that the graph of ``module`` calls, by target (their path in ``module``).
-
-    ``{}`` for other modules.
-    """
-    if not isinstance(module, GraphModule):
-        return {}
+def _quantizers(module: GraphModule) -> dict[str, nn.Module]:
+    """Return the fake quantizers that the graph of ``module`` calls, by target (their path in ``module``)."""
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     held = {target: module.get_submodule(target) for target in sorted(called)}
     return {target: each for target, each in held.items() if is_fake_quantizer(each)}
@@ -209,7 +204,7 @@ def _row(start: str, name: str, kind: str, quantizers: list[str]) -> Row:
 
 
 def _library(model: nn.Module) -> str:
-    if any(type(module).__module__.startswith("torchao.") for module in model.modules()):
+    if package(model) == "torchao":
         import torchao
 
         return f"torchao {torchao.__version__}"
