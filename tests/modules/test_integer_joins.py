@@ -214,6 +214,19 @@ def test_gradients_are_those_of_the_parts(kind):
             assert_close(mine, other, SUMS, size=0.1)
 
 
+@pytest.mark.parametrize("kind", ["add", "sub", "mul"])
+def test_a_number_does_not_change_the_dtype(kind):
+    """As in torch: a tensor without axes, such as a learned factor, leaves a bfloat16 tensor in its dtype."""
+    join = {"add": tritonq.nn.Add, "sub": tritonq.nn.Sub, "mul": tritonq.nn.Mul}[kind](qconfig=tritonq.get_qconfig())
+    x, y = torch.randn(2, 3, dtype=torch.bfloat16), torch.randn(2, 3)
+    for a, b in ((x, torch.tensor(2.0)), (torch.tensor(2.0), x), (y, torch.tensor(2.0).double()), (x, y)):
+        factors = [factor.requires_grad_() for factor in (a.clone(), b.clone())]
+        found = join(*factors)
+        assert found.dtype == torch.result_type(a, b)
+        found.sum().backward()
+        assert [factor.grad.dtype for factor in factors] == [a.dtype, b.dtype]
+
+
 def test_a_product_keeps_codes_and_bits():
     """Float saves 8 bytes per element: both factors."""
     qat, x = trained(lambda: Net("product"))
