@@ -131,7 +131,12 @@ def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
         return carried[0]
     if type(x) is CodedTensor:
         x = x.to_float()
-    return _encode(x, grid)
+    if not x.numel():
+        return x.to(torch.uint8)
+    codes: Tensor | None = without_kernel("eval_codes", x).codes_of_values(
+        x, grid.scale, code_range(grid), grid.largest
+    )
+    return codes
 
 
 def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
@@ -169,9 +174,9 @@ def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
         if x.codes is not None and x.grid == grid:
             return x
         x = x.to_float()
-    codes = (
-        without_kernel("eval_codes", x).codes_of_values(x, grid.scale, code_range(grid), None) if x.numel() else None
-    )
+    if not x.numel():
+        return None
+    codes = without_kernel("eval_codes", x).codes_of_values(x, grid.scale, code_range(grid), None)
     return None if codes is None else give_codes(codes, grid, x)
 
 
@@ -206,13 +211,4 @@ def rounded_codes(steps: Tensor, grid: HostGrid) -> Tensor:
     ``steps`` are float32, finite and on the CPU; ``grid.half_even`` says how ties are rounded.
     """
     codes: Tensor = without_kernel("eval_codes", steps).codes_of_steps(steps, code_range(grid))
-    return codes
-
-
-def _encode(x: Tensor, grid: HostGrid) -> Tensor | None:
-    if not x.numel():
-        return x.to(torch.uint8)
-    codes: Tensor | None = without_kernel("eval_codes", x).codes_of_values(
-        x, grid.scale, code_range(grid), grid.largest
-    )
     return codes
