@@ -112,13 +112,15 @@ def concatenated_codes(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> T
         has no codes of one byte.
     """
     target, parts = host_grid(output), []
+    if target is None:
+        return None
     for x in tensors:
         carried = carried_codes(x)
-        if carried is None or target is None:
+        if carried is None:
             return None
         codes, source = carried
         parts.append(codes if source == target else _looked_up(codes, _requantized(source, target)))
-    return None if target is None else give_codes(torch.cat(parts, dim), target, tensors[0])
+    return give_codes(torch.cat(parts, dim), target, tensors[0])
 
 
 def _looked_up(codes: Tensor, table: Tensor) -> Tensor:
