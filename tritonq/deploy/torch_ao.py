@@ -247,13 +247,12 @@ class _Reader:
     def _read_quantizer(self, owner: str, found: dict[str, Tensor]) -> None:
         quantizer = self._quantizers[owner]
         expected = [name for name in self._target if name.startswith(f"{owner}.")]
-        zero_point = found.get("zero_point")
-        if found and not isinstance(quantizer, FakeQuantize):
+        zero_point, reason = found.get("zero_point"), None
+        if not isinstance(quantizer, FakeQuantize):
             reason = f"a {type(quantizer).__name__} has another state than torch.ao's FakeQuantize"
-            self.unmapped.update({f"{owner}.{tail}": reason for tail in found})
-            found = {}
         elif zero_point is not None and zero_point.is_floating_point():
             reason = "zero points are integers here; this quantizer observes anew"
+        if reason is not None:
             self.unmapped.update({f"{owner}.{tail}": reason for tail in found})
             found = {}
         for tail, value in found.items():

@@ -127,10 +127,9 @@ def _translate_layer(name: str, layer: QATLayer, state: Mapping[str, Any], new: 
     if norm is not None:
         one = torch.ones(count)
         identity = {"weight": (one + norm.eps).sqrt(), "bias": bias, "running_mean": 0 * one, "running_var": one}
-        held = dict(norm.state_dict())
+        identity["num_batches_tracked"] = torch.ones((), dtype=torch.int64)
+        held = norm.state_dict()
         new.update({f"{name}.bn.{key}": value for key, value in identity.items() if key in held})
-        if "num_batches_tracked" in held:
-            new[f"{name}.bn.num_batches_tracked"] = torch.ones((), dtype=torch.int64)
     return used
 
 
