@@ -1,5 +1,7 @@
 """Training with folded BatchNorms: transposed layers written out, γ that starts at zero, the same bits twice."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,3 +193,12 @@ def test_zero_initialised_residual_blocks_train_and_two_runs_give_the_same_bits(
         assert torch.equal(value, other), name
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad)
+
+
+def test_autocast_leaves_float64_alone():
+    """As torch's convolutions do."""
+    layer = tritonq.nn.ConvBn2d(3, 4, 3, qconfig=tritonq.get_qconfig()).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = copy.deepcopy(layer)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)

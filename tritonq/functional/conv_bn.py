@@ -18,7 +18,7 @@ from tritonq.arithmetic import as_dtype
 from tritonq.functional.channel_moments import check_count
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.linear_map import DifferentiableMap
+from tritonq.functional.linear_map import DifferentiableMap, as_autocast
 from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import SavedInput, load_input, mark_on_grid, save_input
 from tritonq.grid import Grid, RangeStatistics
@@ -91,7 +91,7 @@ def conv_bn(
     vectors per channel.
 
     Args:
-        x: (batch, in, ...); under autocast it is cast to autocast's dtype.
+        x: (batch, in, ...); cast by :func:`as_autocast`.
         weight: W, not folded, as ``step.op`` takes it.
         bias: b, (out,) or None. Its gradient is zero: it moves the running mean only.
         gamma: γ, (out,) or None for 1.
@@ -99,16 +99,14 @@ def conv_bn(
         step: convolution or matrix product, BatchNorm's statistics, grids, running ranges and ReLU.
 
     Returns:
-        (batch, out, ...), in the dtype of ``x`` (autocast's under autocast).
+        (batch, out, ...), in the dtype of ``x`` (autocast's under autocast, but for float64).
 
     Raises:
         ValueError: fewer than two values per channel.
 
     Source: docs/conv-bn.md, "The tail of a step".
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    result: Tensor = _ConvBn.apply(x, weight, bias, gamma, beta, step)  # type: ignore[no-untyped-call]
+    result: Tensor = _ConvBn.apply(as_autocast(x), weight, bias, gamma, beta, step)  # type: ignore[no-untyped-call]
     return result
 
 

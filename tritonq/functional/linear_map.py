@@ -84,6 +84,13 @@ def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     return entries * rank if len(entries) == 1 else entries
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """Return the input of a linear map in the dtype that autocast gives it: float64, and all outside of it, stay."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 # Compared by identity: torch.compile of torch 2.11 hashes an instance that is called, before it has attributes.
 @dataclass(frozen=True, eq=False)
 class Convolution:

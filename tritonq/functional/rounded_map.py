@@ -10,7 +10,7 @@ from torch import Tensor
 from tritonq.arithmetic import as_dtype
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.linear_map import DifferentiableMap, LinearMap
+from tritonq.functional.linear_map import DifferentiableMap, LinearMap, as_autocast
 from tritonq.functional.saved_input import SavedInput, load_input, save_input
 from tritonq.grid import Grid
 from tritonq.reference.scratch import borrow
@@ -25,7 +25,7 @@ def rounded_map(
     grid of up to 8 bits, else ``x`` itself, and the weight unrounded.
 
     Args:
-        x: (batch, in, ...), or without a batch; under autocast it is cast to autocast's dtype.
+        x: (batch, in, ...), or without a batch; cast by :func:`as_autocast`.
         weight: float, shaped as the layer's parameter, such as (out, in/groups, kh, kw) or (out, in).
         bias: (out,) or None.
         op: the convolution or matrix product, without weight and bias.
@@ -36,10 +36,7 @@ def rounded_map(
     Returns:
         (batch, out, ...), in the dtype that ``op`` gives.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
-    x, plain = op.padded(x)
+    x, plain = op.padded(as_autocast(x))
     if x.dim() == -plain.output_axis:
         return rounded_map(x.unsqueeze(0), weight, bias, plain, input_grid, weight_grid).squeeze(0)
     if not torch.is_grad_enabled():
