@@ -31,7 +31,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
     The scale follows from the largest magnitudes of the last ``history`` training batches, the present one included:
     ``s = max(history) / L``, with ``L`` the format's largest number (6 · 448 for ``"nvfp4"``, whose blocks have scales
     of their own). Eval mode uses the last scale. Blocks with powers of two as scales need none of that: they find
-    their scales in each tensor. Until a finite value was observed, values pass through, with one warning.
+    their scales in each tensor. Until a finite value was observed, values pass through, with one warning in eval
+    mode.
 
     Args:
         format: of single elements: ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"fp6_e2m3"``, ``"fp6_e3m2"``, ``"fp4_e2m1"``; of

@@ -18,7 +18,7 @@ def without_unread(
     run: Runner,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
 ) -> tuple[Codes, list[str]]:
-    """Return the codes of a run without those that nothing reads, and the names of quantizers whose codes are left out.
+    """Return the codes of a run without those that nothing reads, and the names of quantizers that lost some.
 
     A call's codes are unread if neither an output nor a quantizer's other codes change when they do. Codes that change
     only with those of other unread calls are unread, too.

@@ -144,7 +144,8 @@ def pack(
     """Prepare a layer for torch's integer kernels; return None if they can't run it.
 
     They run convolutions of one to three dimensions (not transposed, padded with zeros) and matrix products on x86 CPUs
-    whose 8-bit products don't saturate, with inputs of up to 256 codes and weights of 8 bits.
+    whose 8-bit products don't saturate, with inputs and outputs of up to 256 codes, weights of 8 bits, and sums that
+    cannot reach 2^31.
 
     Args:
         layer: the layer's weight and bias as integers.

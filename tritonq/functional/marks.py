@@ -1,8 +1,8 @@
 """Marks on tensors: notes that one operator leaves on a tensor for the operators that read it later.
 
-A mark is an attribute of the Python object. Views, copies and pickles have none. Each mark holds the versions of the
-tensors it was made from, and counts only while nothing has changed them in place. A quantizer is known by its ``scale``
-buffer.
+A mark is an attribute of the Python object. Views, copies and pickles have none. Each mark holds the version of its
+tensor, and counts only while nothing has changed that in place; that of :func:`mark_rounded` also ends when the scale
+is changed. A quantizer is known by its ``scale`` buffer.
 """
 
 from __future__ import annotations
