@@ -70,9 +70,14 @@ def test_weights_of_converted_layers_can_not_be_changed(models):
         lambda weight: weight.detach().view(-1).fill_(0),
         lambda weight: weight.__setitem__(0, 1.0),
         lambda weight: weight[:, 0].zero_(),
+        lambda weight: torch.add(torch.ones(8, 3, 4, 4), 1, out=weight),
+        lambda weight: torch._foreach_mul_([torch.ones(2), weight], 2),
     ):
         with pytest.raises(RuntimeError, match="would change the weight of a converted layer"):
             write(layer.weight)
+    other = torch.empty(8, 3, 4, 4)
+    assert torch.add(layer.weight, 1, out=other) is other
+    assert torch.equal(other, layer.weight + 1)
     for name in ("weight", "bias"):
         with pytest.raises(AttributeError, match=f"the {name} of a converted layer is fixed"):
             setattr(layer, name, nn.Parameter(getattr(layer, name) * 2))

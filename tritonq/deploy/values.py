@@ -6,11 +6,12 @@ A forward may read ``layer.weight.dtype`` in each call; the answer must be float
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tritonq.functional.coded_tensor import READS_MEMORY
 
@@ -74,14 +75,25 @@ class LazyValues(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func._schema.is_mutable and args and isinstance(args[0], LazyValues):
+        if func._schema.is_mutable and _is_written(func._schema, args, kwargs or {}):
             raise RuntimeError(
                 f"{func} would change the weight of a converted layer, which is fixed: change the model that it was "
                 "converted from, and convert that"
             )
         result = func(*_made(args), **_made(kwargs or {}))
-        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        is_view = not func._schema.is_mutable and any(each.alias_info is not None for each in func._schema.returns)
         return tree_map(_read_only, result) if is_view else result
+
+
+def _is_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator writes to lazy values, as one of its arguments or in a list of tensors."""
+    given = zip_longest(schema.arguments, args)
+    written = [
+        kwargs.get(argument.name, value)
+        for argument, value in given
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return any(isinstance(leaf, LazyValues) for leaf in tree_leaves(written))
 
 
 def _read_only(item: Any) -> Any:
