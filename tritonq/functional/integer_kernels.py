@@ -210,19 +210,16 @@ def _parts(codes: Tensor, layer: IntegerAffine, make: Callable[[Tensor], _Sums])
         make: makes a kernel from weight codes.
     """
     rows = codes.flatten(1)
-    largest_input = layer.sum_bound / max(1, int(rows.int().abs().sum(1).max()))
+    sizes = rows.int().abs()
+    largest_input = layer.sum_bound / max(1, int(sizes.sum(1).max()))
     count = 1
-    while True:
-        pieces = rows.int().abs().tensor_split(count, dim=1)
-        if max(int(piece.sum(1).max()) for piece in pieces) * largest_input < FLOAT32_EXACT - 1:
-            break
+    while max(int(piece.sum(1).max()) for piece in sizes.tensor_split(count, 1)) * largest_input >= FLOAT32_EXACT - 1:
         count += 1
-    made, start = [], 0
-    for piece in pieces:
+    made = []
+    for columns in torch.arange(rows.shape[1]).tensor_split(count):
         part = torch.zeros_like(rows)
-        part[:, start : start + piece.shape[1]] = rows[:, start : start + piece.shape[1]]
+        part[:, columns] = rows[:, columns]
         made.append(make(part.view(codes.shape)))
-        start += piece.shape[1]
     return tuple(made)
 
 
