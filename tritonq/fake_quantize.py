@@ -77,7 +77,6 @@ class FakeQuantize(FakeQuantizeBase):
         self.qtype = self.activation_post_process.qtype
         # Per channel the length may come later, from the first tensor or a checkpoint.
         shape = (1,) if self.qtype.axis is None else (self.activation_post_process.num_channels or 0,)
-        # 1 while scale and range are those of example inputs, which the first training batch replaces.
         self.register_buffer("begins", torch.zeros(1, dtype=torch.uint8), persistent=False)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", self._initial_zero_point(shape))

@@ -92,7 +92,6 @@ class CodedTensor(Tensor):
     """
 
     grid: HostGrid
-    # That of results of operators on this; None: not asked yet.
     memory_format: torch.memory_format | None
     # What this is a view of, and how it is made from that.
     _source: CodedTensor | None
