@@ -167,3 +167,14 @@ def test_a_chain_of_layers_keeps_codes_where_nothing_can_be_read(unreadable):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
         model(x)
     assert saved.count(torch.int8) == 3
+
+
+def test_quantizers_made_in_inference_mode_run_outside_of_it():
+    """Their buffers count no versions, as marks do."""
+    x = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        layer = tritonq.nn.Conv2d(3, 4, 3, qconfig=tritonq.get_qconfig())
+        layer(x)
+        expected = layer.eval()(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)

@@ -77,7 +77,7 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
 
     A quantizer is active while its switch is on and it has observed something. If that can't be read without waiting
     for a device, the note is made all the same: :func:`save_input` is given a grid only while its quantizer is active.
-    While ``torch.compile`` traces, and on tensors of inference mode, nothing is noted.
+    While ``torch.compile`` traces, and if ``y`` or ``scale`` is of inference mode, nothing is noted.
 
     Args:
         y: the operator's result.
@@ -85,7 +85,7 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
         grid: of the quantizer, or the copy of it that rounded ``y``.
         statistics: the running range of the grid; None for a copy.
     """
-    if torch.compiler.is_compiling() or y.is_inference():
+    if torch.compiler.is_compiling() or y.is_inference() or scale.is_inference():
         return
     if not is_readable(y) or settled(grid, statistics).enabled_flag() is True:
         mark_rounded(y, scale)
