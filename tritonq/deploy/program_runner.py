@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.pt2e_form import QUANTIZER_KEY, register_pt2e_operators
+from tritonq.granularity import Granularity
 
 PROGRAM_SUFFIX = ".pt2"
 # Where a node says which modules it comes from: by call their name and class, the innermost last.
@@ -90,7 +91,7 @@ class _CodesInterpreter(fx.Interpreter):
         if n in self._pairs:
             codes = super().run_node(n)
             args, _ = self.fetch_args_kwargs_from_env(n)
-            zero = _along(args[2], codes, args[3]) if isinstance(args[2], Tensor) else args[2]
+            zero = Granularity(args[3]).align(args[2], codes.dim()) if isinstance(args[2], Tensor) else args[2]
             other = take_given(self.given, self.codes, self._pairs[n], (codes.float() - zero).cpu())
             return codes if other is None else (other.to(codes.device) + zero).to(codes.dtype)
         if n in self._names:
@@ -101,10 +102,6 @@ class _CodesInterpreter(fx.Interpreter):
             if other is not None:
                 steps.copy_(other)
         return super().run_node(n)
-
-
-def _along(zero_point: Tensor, codes: Tensor, axis: int) -> Tensor:
-    return zero_point.view(-1, *[1] * (codes.dim() - axis - 1))
 
 
 def _pair_quantizer(node: fx.Node) -> str | None:
