@@ -95,6 +95,23 @@ def test_megengines_momentum_counts_one_update_later():
         tritonq.MovingAverageMinMaxObserver().set_momentum(1.0)
 
 
+@pytest.mark.parametrize("kind", [tritonq.nn.Linear, tritonq.nn.LinearReLU])
+def test_megengines_momentum_counts_in_layers_whose_operator_observes(kind):
+    """While a momentum waits for the next update, the quantizer runs itself, so that the update is noticed."""
+    quantizer = tritonq.FakeQuantize.with_args(
+        observer=tritonq.MovingAverageMinMaxObserver, dtype="qint8", rule="megengine", averaging_constant=0.25
+    )
+    layer = kind(1, 1, qconfig=tritonq.QConfig(quantizer, quantizer))
+    observers = [held.activation_post_process for held in (layer.weight_fake_quant, layer.activation_post_process)]
+    found = []
+    for momentum in (None, 0.5, None):
+        for observer in observers if momentum is not None else ():
+            observer.set_momentum(momentum)
+        layer(torch.ones(1, 1, requires_grad=True))
+        found.append([observer.averaging_constant for observer in observers])
+    assert found == [[0.25, 0.25], [0.5, 0.5], [0.5, 0.5]]
+
+
 def test_megengines_symmetric_unsigned_codes_count_from_zero():
     qtype = tritonq.QuantizedType(0, 255, symmetric=True, rounding="half_away")
     quantizer = tritonq.FakeQuantize(tritonq.MinMaxObserver, dtype=qtype, rule="megengine")

@@ -61,7 +61,7 @@ def has_observed_grid(quantizer: nn.Module) -> bool:
     """Whether an operator can observe and round in a quantizer's place, so that :func:`observed_grid` gives its grid.
 
     It can for a plain `FakeQuantize` to integers, without groups, with a min-max observer of its own process; neither
-    has hooks.
+    has hooks, and no momentum of MegEngine's rule waits for the next update.
     """
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False
@@ -70,8 +70,8 @@ def has_observed_grid(quantizer: nn.Module) -> bool:
     observer = quantizer.activation_post_process
     if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
         return False
-    # Of a group, the range is reduced over ranks between observing and rounding.
-    return observer.process_group.process_group is None
+    # Of a group, the range is reduced over ranks between observing and rounding. A new momentum is taken up by `observe`.
+    return observer.process_group.process_group is None and observer.later_constant is None
 
 
 def fixed_grid(quantizer: nn.Module) -> Grid | None:

@@ -34,6 +34,8 @@ class MinMaxObserver(RangeObserver):
     averaging_constant: float | None = None
     # A batch with more than this many times the running magnitude is copied, as the first one is; None: none is.
     copy_above: float | None = None
+    # What takes the place of `averaging_constant` after the next update; None: nothing. Only :meth:`observe` looks at it.
+    later_constant: float | None = None
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Update the range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
@@ -124,8 +126,6 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     """
 
     averaging_constant: float
-    # What MegEngine's `set_momentum` was given since the last update.
-    _later_constant: float | None = None
 
     def __init__(
         self, averaging_constant: float = 0.01, *args: Any, copy_above: float | None = None, **kwargs: Any
@@ -150,7 +150,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
             return
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-        self._later_constant = 1.0 - momentum
+        self.later_constant = 1.0 - momentum
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Update the averaged range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
@@ -158,8 +158,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1.
         """
         super().observe(x, qparams, enabled)
-        if self._later_constant is not None and not known_off(enabled):
-            self.averaging_constant, self._later_constant = self._later_constant, None
+        if self.later_constant is not None and not known_off(enabled):
+            self.averaging_constant, self.later_constant = self.later_constant, None
 
     def _set_averaging_constant(self, averaging_constant: float) -> None:
         if not 0.0 < averaging_constant <= 1.0:
