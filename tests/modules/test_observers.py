@@ -304,6 +304,32 @@ def test_a_per_channel_quantizer_adopts_the_length_of_data_or_checkpoint():
         late.allocate(5)
 
 
+def test_a_passive_observer_adopts_the_length_of_a_checkpoint():
+    used, late = (
+        tritonq.FakeQuantize(tritonq.PassiveObserver, dtype=torch.quint8, qscheme=torch.per_channel_affine)
+        for _ in range(2)
+    )
+    used.activation_post_process.set_qparams(torch.tensor([0.1, 0.2, 0.3]), 5)
+    assert used.activation_post_process.zero_point.tolist() == [5, 5, 5]
+    x = torch.randn(3, 4)
+    expected = used(x)
+    late.load_state_dict(used.state_dict())
+    assert torch.equal(late(x), expected)
+    with pytest.raises(ValueError, match="scale has 3 elements, zero_point 2; one is enough"):
+        late.activation_post_process.set_qparams(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([1, 2]))
+    assert torch.equal(late(x), expected)
+
+
+def test_ranges_per_tensor_and_per_channel_do_not_merge():
+    whole = tritonq.MinMaxObserver()
+    channels = tritonq.MinMaxObserver(qscheme=torch.per_channel_affine)
+    whole(torch.ones(3, 4))
+    for one, other in ((whole, channels), (channels, whole)):
+        with pytest.raises(ValueError, match="cannot merge a range per channel and one per tensor"):
+            one.merge(other)
+    assert not channels.has_observed()
+
+
 def test_deepcopy_and_pickle():
     quantizer = tritonq.FakeQuantize()
     quantizer(batches(1)[0])

@@ -240,10 +240,12 @@ class RangeObserver(ObserverBase):
 
         Raises:
             TypeError: ``other`` is of another class.
-            ValueError: ``other`` keeps another number of channels.
+            ValueError: ``other`` keeps another number of channels, or only one of the two keeps a range per channel.
         """
         if type(other) is not type(self):
             raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
+        if (other.qtype.axis is None) != (self.qtype.axis is None):
+            raise ValueError("cannot merge a range per channel and one per tensor")
         if other.min_val.numel() == 0 and self.qtype.axis is not None:
             return
         self.allocate(other.min_val.numel())

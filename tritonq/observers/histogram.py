@@ -132,8 +132,9 @@ class HistogramObserver(RangeObserver):
         """Add to this observer what ``other`` observed: as if this one had seen the values of both.
 
         Raises:
-            TypeError: ``other`` is no HistogramObserver.
-            ValueError: ``other`` has another resolution or number of channels; nothing is changed then.
+            TypeError: ``other`` is of another class.
+            ValueError: ``other`` has another resolution or number of channels, or only one of the two counts per
+                channel; nothing is changed then.
         """
         if isinstance(other, HistogramObserver) and other.prefix_bins != self.prefix_bins:
             raise ValueError(f"cannot merge histograms over {other.prefix_bins} and {self.prefix_bins}")

@@ -49,24 +49,25 @@ class PassiveObserver(ObserverBase):
     def set_qparams(self, scale: ArrayLike, zero_point: ArrayLike | None = None) -> None:
         """Set scale and zero point: tensors, NumPy arrays or numbers, one each or one per channel.
 
-        Without ``zero_point`` it is the type's fixed one, or 0 for an affine type.
+        One zero point serves all channels, too. Without ``zero_point`` it is the type's fixed one, or 0 for an affine
+        type.
 
         Raises:
-            ValueError: a scale that is not positive and finite, a zero point outside the code range, or one
-                that is not the type's fixed one.
+            ValueError: a scale that is not positive and finite, a zero point outside the code range, one that is not
+                the type's fixed one, or another number of zero points than one or one per scale.
         """
         scale = torch.as_tensor(scale)
         fixed = self.fixed_zero_point
-        if zero_point is None:
-            zero_point = torch.full_like(scale, fixed or 0, dtype=torch.int32)
-        zero_point = torch.as_tensor(zero_point)
+        zero_point = torch.as_tensor((fixed or 0) if zero_point is None else zero_point)
+        if zero_point.numel() not in (1, scale.numel()):
+            raise ValueError(f"scale has {scale.numel()} elements, zero_point {zero_point.numel()}; one is enough")
         if bool(((zero_point < self.quant_min) | (zero_point > self.quant_max)).any()):
             raise ValueError(f"zero_point must be in {self.quant_min}..{self.quant_max}, got {zero_point}")
         if fixed is not None and bool((zero_point != fixed).any()):
             raise ValueError(f"this symmetric type has the zero point {fixed}, got {zero_point}")
         self.scale = scale
         self.original_scale = self.scale.clone()
-        self.zero_point = zero_point.to(torch.int32).reshape(self.scale.shape).clone()
+        self.zero_point = zero_point.to(self.zero_point).reshape(-1).expand_as(self.scale).clone()
         self.is_set.fill_(True)
         self.revision += 1
 
@@ -100,6 +101,13 @@ class PassiveObserver(ObserverBase):
         return self.is_set
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, and let the quantizer that holds this observer take its scale over."""
+        """Load a state dict, and let the quantizer that holds this observer take its scale over.
+
+        If the number of channels was unknown, it is taken from there.
+        """
         self.revision += 1
+        for name in ("current_scale", "original_scale", "zero_point"):
+            saved, held = state_dict.get(prefix + name), self.get_buffer(name)
+            if self.qtype.axis is not None and held.numel() == 0 and isinstance(saved, Tensor):
+                held.resize_(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
