@@ -280,6 +280,12 @@ class RangeObserver(ObserverBase):
         low, high = (end.reshape(-1) for end in self.search_range())
         return range_to_qparams(low, high, self.qtype, rule=self.rule, eps=self.eps)
 
+    def _write_qparams(self, qparams: QParams | None, enabled: Tensor | None) -> None:
+        """Copy the present scale and zero point into ``qparams``, if given, unless the flag ``enabled`` is 0."""
+        if qparams is not None:
+            for target, value in zip(qparams, self.calculate_qparams(), strict=True):
+                write_if(enabled, target, value)
+
     def has_observed(self) -> Tensor:
         """Return a 0-d bool tensor: whether any channel has seen a value."""
         if self.min_val.numel() == 0:

@@ -102,10 +102,7 @@ class HistogramObserver(RangeObserver):
                 write_if(enabled, total, total + nonfinite)
             write_if(enabled, self.min_val, torch.minimum(self.min_val, low))
             write_if(enabled, self.max_val, torch.maximum(self.max_val, high))
-        if qparams is not None:
-            scale, zero_point = self.calculate_qparams()
-            write_if(enabled, qparams.scale, scale)
-            write_if(enabled, qparams.zero_point, zero_point)
+        self._write_qparams(qparams, enabled)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
         """Return the range ``(lo, hi)`` within ``min_val..max_val`` that is best by the argument ``search``.

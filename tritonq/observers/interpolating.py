@@ -128,10 +128,7 @@ class InterpolatingHistogramObserver(RangeObserver):
             self.mark_common()
         if qparams is not None:
             observed = self.has_observed()
-            if enabled is not None:
-                observed = observed & (enabled.view(()) != 0)
-            for target, value in zip(qparams, self.calculate_qparams(), strict=True):
-                write_if(observed, target, value)
+            self._write_qparams(qparams, observed if enabled is None else observed & (enabled.view(()) != 0))
 
     def _range(self) -> Tensor:
         """Return both ends of the running range, (2,) float64."""
@@ -229,10 +226,10 @@ class InterpolatingHistogramObserver(RangeObserver):
         Besides those of the base class they are the histogram and the counts that all ranks have in common (0), and the
         ends of these counts' range (+inf and -inf).
         """
-        counts = [(self.histogram, 0), (self.common_histogram, 0)]
         return [
             *super().empty_state(),
-            *counts,
+            (self.histogram, 0),
+            (self.common_histogram, 0),
             (self.common_limits[:1], torch.inf),
             (self.common_limits[1:], -torch.inf),
         ]

@@ -91,10 +91,7 @@ class MinMaxObserver(RangeObserver):
         write_if(enabled, self.min_val, new_min)
         write_if(enabled, self.max_val, new_max)
         write_if(enabled, self.nonfinite_count, self.nonfinite_count + nonfinite)
-        if qparams is not None:
-            scale, zero_point = self.calculate_qparams()
-            write_if(enabled, qparams.scale, scale)
-            write_if(enabled, qparams.zero_point, zero_point)
+        self._write_qparams(qparams, enabled)
 
 
 class MovingAverageMinMaxObserver(MinMaxObserver):
