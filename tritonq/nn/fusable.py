@@ -70,7 +70,7 @@ def has_observed_grid(quantizer: nn.Module) -> bool:
     observer = quantizer.activation_post_process
     if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
         return False
-    # Of a group, the range is reduced over ranks between observing and rounding. A new momentum is taken up by `observe`.
+    # Of a group, the range is reduced over ranks between observing and rounding. `observe` takes a new momentum up.
     return observer.process_group.process_group is None and observer.later_constant is None
 
 

@@ -34,7 +34,7 @@ class MinMaxObserver(RangeObserver):
     averaging_constant: float | None = None
     # A batch with more than this many times the running magnitude is copied, as the first one is; None: none is.
     copy_above: float | None = None
-    # What takes the place of `averaging_constant` after the next update; None: nothing. Only :meth:`observe` looks at it.
+    # Takes the place of `averaging_constant` after the next update, in `observe` alone; None: nothing does.
     later_constant: float | None = None
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
