@@ -184,8 +184,8 @@ class UnaryLayer(nn.Module):
         held = (source.scale, source.zero_point, output.scale, output.zero_point)
         memo: Memo[tuple[HostGrid | None, HostGrid | None]] = self.__dict__.setdefault("_host_grids", Memo())
         one, other = memo.get(held, lambda: (host_grid(source), host_grid(output)), (source.qtype, output.qtype))
-        codes = None if one is None or other is None else take_codes(x, one)
-        if one is None or other is None or codes is None:
+        if one is None or other is None:
             return None
-        result = self.exact_codes(codes, one, other)
+        codes = take_codes(x, one)
+        result = None if codes is None else self.exact_codes(codes, one, other)
         return None if result is None else give_codes(result, other, x)
