@@ -274,7 +274,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         None if it is per channel or missing, or if the activation is neither missing nor an Identity, ReLU, ReLU6 or
         ``Hardtanh(0, b)``.
         """
-        on_grid = self.activation is None or self.ceiling is not None or isinstance(self.activation, nn.Identity)
+        on_grid = self.ends_in_ceiling or isinstance(self.activation, nn.Identity)
         return super().output_quantizer() if on_grid else None
 
     @classmethod
