@@ -104,9 +104,8 @@ class WeightScheme(FakeQuantizeBase):
 
     def _means(self, values: Tensor) -> Tensor:
         """Return the mean of ``values`` for each scale, in a shape that broadcasts against them."""
-        if self.qtype.axis is None:
-            return values.mean().view(self._shape(values))
-        return values.flatten(1).mean(1).view(self._shape(values))
+        means = values.mean() if self.qtype.axis is None else values.flatten(1).mean(1)
+        return means.view(self._shape(values))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict; if the number of channels was unknown, take it from there.
