@@ -61,6 +61,7 @@ def plot_histogram(
     lo, hi = (_select(end, channel) for end in observer.search_range())
     scale, zero_point = (_select(value, channel) for value in observer.calculate_qparams())
     points = grid_points(QParams(scale, zero_point), observer.qtype)
+    ends = (float(points[0]), float(points[-1]))
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     whole, chosen = figure.subplots(2, 1)
@@ -68,7 +69,7 @@ def plot_histogram(
     kind = "symmetric" if qtype.symmetric else "affine"
     figure.suptitle(title or f"{type(observer).__name__}, {qtype.bits} bits, {kind}")
 
-    _draw(whole, edges, density, (float(points[0]), float(points[-1])))
+    _draw(whole, edges, density, ends)
     whole.legend(loc="upper right", fontsize="small", frameon=False)
     whole.set_yscale("log")
     # A single outlier is one count in a wide bin, and still to be seen.
@@ -77,11 +78,11 @@ def plot_histogram(
     _mark_range(whole, lo, hi)
     whole.set_title("everything that was seen", fontsize="medium", loc="left")
 
-    _draw(chosen, edges, density, (float(points[0]), float(points[-1])))
+    _draw(chosen, edges, density, ends)
     step = -(-len(points) // _MOST_GRID_LINES)
     shown = points[::step]
     chosen.vlines(shown.tolist(), 0, 1, transform=chosen.get_xaxis_transform(), color=_GRID, linewidth=0.6, zorder=0)
-    left, right = min(float(points[0]), float(lo)), max(float(points[-1]), float(hi))
+    left, right = min(ends[0], float(lo)), max(ends[1], float(hi))
     margin = 0.08 * (right - left)
     chosen.set_xlim(left - margin, right + margin)
     inside = (edges[1:] > points[0]) & (edges[:-1] < points[-1])
