@@ -43,7 +43,7 @@ class Chains:
         """
         found: tuple[Call, ...] = (call,)
         while _function_of_step(found[0]) is not None:
-            before = self._producer(found[0].inputs[0])
+            before = self._analysis.flow.producer(self._analysis.unwrapped(found[0].inputs[0]))
             if before is None or not self._become_one(before, found[0]):
                 break
             found = (before, *found)
@@ -88,11 +88,6 @@ class Chains:
             return False
         is_read_alone = self._analysis.follower(before) == call
         return is_read_alone and _function_of_step(before) is not None and self.has_fixed_number(before)
-
-    def _producer(self, value: int) -> Call | None:
-        """Return the call that produced a value, before any ``nn.Identity``; None for a value that no call made."""
-        found = self._analysis.flow.producer(value)
-        return self._producer(found.inputs[0]) if found is not None and self._analysis.is_identity(found) else found
 
 
 def joined_clips(row: Sequence[Call]) -> Clipping | None:
