@@ -28,9 +28,7 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]
     found = read_call(call, _READERS)
-    if found is None or has_fixed_arguments:
-        return found
-    return _following_sizes(found, shape) or found
+    return found if has_fixed_arguments else _following_sizes(found, shape)
 
 
 def may_change(averaging: Averaging) -> bool:
@@ -117,17 +115,9 @@ def _whole_per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     return entries
 
 
-def _following_sizes(averaging: Averaging, shape: tuple[int, ...]) -> Averaging | None:
-    """Return a mean that is right for inputs of any size; None if its arguments may have been computed from the size.
-
-    Means over axes and adaptive pools with an output of one element are right as they are. A window over the whole
-    input becomes an adaptive pool.
-    """
-    if isinstance(averaging, AxesAverage):
-        return averaging
-    if isinstance(averaging, AdaptiveAverage):
-        return averaging if all(size == 1 for size in averaging.output_size) else None
+def _following_sizes(averaging: Averaging | None, shape: tuple[int, ...]) -> Averaging | None:
+    """Return an adaptive pool to size 1 for a window over the whole input, of ``shape``; any other mean as it is."""
     if not isinstance(averaging, WindowAverage) or any(averaging.padding) or averaging.divisor_override is not None:
-        return None
+        return averaging
     rank = len(averaging.kernel_size)
-    return AdaptiveAverage((1,) * rank) if averaging.kernel_size == tuple(shape[-rank:]) else None
+    return AdaptiveAverage((1,) * rank) if averaging.kernel_size == tuple(shape[-rank:]) else averaging
