@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -163,7 +164,7 @@ class Unrounded:
         if reader is not None and moved is not None and self.analysis.keeps_grid(reader):
             yield from self._moved(moved)
 
-    @property
+    @cached_property
     def _kinds(self) -> dict[int, str]:
         """The kind of join for each index of a call."""
         return {call: join.kind for join in self.joins for call in join.calls}
