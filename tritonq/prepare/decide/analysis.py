@@ -9,7 +9,7 @@ is what attention adds to its scores before the softmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
@@ -162,11 +162,9 @@ class Analysis:
         return None if site.in_place and len(call.writes) > 1 else site
 
     def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
-        """Return all calls that one place in a forward, a site, made in the recorded runs.
+        """Return all calls that one site in the forward of the module ``owner`` made in the recorded runs.
 
-        Args:
-            owner: name of the module whose forward it is.
-            node: ``Site.node`` of the site.
+        ``node`` is ``Site.node`` of that site.
         """
         return tuple(self._calls_at.get((owner, node), ()))
 
@@ -282,18 +280,21 @@ class Analysis:
             return call.dwarfing
         if call.index not in self._masks:
             found = summands(call, self._without_layers)
-            is_masking = found is not None and self._enters_softmax(self.value_of(call))
+            is_masking = found is not None and self.enters(self.value_of(call), is_softmax)
             self._masks[call.index] = found[1] if found is not None and is_masking else None
         return self._masks[call.index]
 
-    def _enters_softmax(self, value: int | None) -> bool:
-        """Whether a value is read by a softmax alone; it may be moved, scaled and shifted by constants on the way."""
+    def enters(self, value: int | None, is_end: Callable[[Call], bool]) -> bool:
+        """Whether one call alone reads a value, as its first input, and ``is_end`` holds for that call.
+
+        The value may be moved, scaled and shifted by constants on the way. False if the model returns it, too.
+        """
         call = None if value is None else self.flow.single_consumer(value)
         if call is None:
             return False
-        if is_softmax(call):
+        if is_end(call):
             return call.inputs[:1] == (value,)
-        return self.source_of(call) == value and self._enters_softmax(self.value_of(call))
+        return self.source_of(call) == value and self.enters(self.value_of(call), is_end)
 
     @cached_property
     def _without_layers(self) -> frozenset[int]:
@@ -371,9 +372,9 @@ class Analysis:
 
         If no graph can stand for the forward, a ``TraceError`` is returned (not raised).
         """
-        frames = self.flow.frames_of(owner)
+        module, frames = self.modules[owner], self.flow.frames_of(owner)
         try:
-            graph = GuardedGraph.trace(self.modules[owner], frames)
+            graph = GuardedGraph.trace(module, frames)
             sites = [match_frame(graph.graph_of(frame.training), self._recorded, frame) for frame in frames]
         except TraceError as error:
             return error
@@ -383,14 +384,13 @@ class Analysis:
             for index, site in found.items()
             if (node := graph.eval_name(site.node, frame.training)) is not None
         ]
-        branch, number = frozen_branch(self.modules[owner]), fixed_number(self.modules[owner])
+        branch, number = frozen_branch(module), fixed_number(module)
         if branch is not None or number is not None:
             self._labels.update({call.index: site.node for call, site in named})
             has = f"one branch of {branch}" if branch is not None else f"one value of {number}"
             return TraceError(f"its trace has {has}")
         for call, site in named:
             self._note_site(owner, call, site)
-        module = self.modules[owner]
         values = fixed_values(module)
         if not isinstance(module, GraphModule) and (values or takes_any_arguments(type(module).forward)):
             forward, calls = self._answered(frames)

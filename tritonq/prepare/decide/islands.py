@@ -16,13 +16,7 @@ def enters_island(value: int, analysis: Analysis) -> bool:
 
     False if the model returns the value, too, or if the island reads it as anything but its first input.
     """
-    call = analysis.flow.single_consumer(value)
-    if call is None or analysis.flow.values[value].is_output:
-        return False
-    if analysis.is_island(call):
-        return call.inputs[:1] == (value,)
-    result = analysis.value_of(call)
-    return result is not None and analysis.source_of(call) == value and enters_island(result, analysis)
+    return analysis.enters(value, analysis.is_island)
 
 
 def ends_of_islands(analysis: Analysis) -> Iterator[tuple[str, int]]:
