@@ -270,3 +270,47 @@ def test_concatenation_shares_a_format():
     assert quantized.two.input_format is quantized.three.input_format
     assert not quantized.three.input_format.signed
     assert quantized.one.following is quantized.two.following is quantized.three.input_format
+
+
+class Averages(nn.Module):
+    """Two convolutions with a mean between them."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.one, self.two, self.mean = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1), mean
+
+    def forward(self, x):
+        return self.two(self.mean(F.relu(self.one(x))))
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        nn.AvgPool2d(2, padding=(0, 0), count_include_pad=False),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, (3, 3), stride=2, padding=1),
+        lambda x: F.adaptive_avg_pool2d(x, (None, 4)),
+        lambda x: x.mean(axis=[2, 3], keepdims=True),
+    ],
+)
+def test_means_are_recognised_however_they_are_spelled(mean):
+    model = prepared(Averages(mean), (2, 2, 8, 8))
+    pool = next(part for part in model.modules() if isinstance(part, FixedPointAvgPool2d))
+    x = torch.rand(1, 4, 8, 8)
+    set_fixed_point_phase(model, "floating_wo_clip")
+    assert_close(pool(x), mean(x), SUMS)
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        nn.AvgPool2d(2, ceil_mode=True),
+        lambda x: F.avg_pool2d(x, 2, divisor_override=3),
+        lambda x: F.adaptive_avg_pool2d(x, 3),
+        lambda x: x.mean((2, 3), True, dtype=torch.float32),
+    ],
+)
+def test_means_over_different_numbers_of_values_are_refused(mean):
+    with pytest.raises(ValueError, match="which has no fixed-point form"):
+        prepared(Averages(mean), (2, 2, 8, 8))

@@ -8,6 +8,7 @@ power of two. The factor η of a format is what the values that are read in it a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
@@ -17,15 +18,18 @@ from torch import nn
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import intrinsic
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.average_pool import averaging_of_call
 from tritonq.prepare.decide.layers import Layer, find_layer
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.qconfig import QConfig
+from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage
 
 _LAYER_TYPES = (nn.Conv2d, nn.Linear)
 _SWAPPED = frozenset({intrinsic.ConvBn2d})
 # torch has these for floats alone.
 _ONLY_FLOATS = ("adaptivemaxpool", "reflectionpad", "replicationpad", "circularpad", "upsample", "interpolate")
 _CLIPPED_RELUS = ("relu6", "hardtanh")
+_Pairs = tuple[tuple[int, int], ...]
 
 
 def is_fixed_point(qconfig: QConfig | None) -> bool:
@@ -63,8 +67,8 @@ class Group:
         readers: ``(call, operand)`` of layers, additions and poolings that read one of them, in order of execution.
         rectified: whether all these readers come after a ReLU, so that codes are unsigned.
         scaled: whether their values are divided by a factor η; False for the network's input, whose values are real.
-        has_format: whether some reader rounds them.
-        returned: whether nothing in the network reads them, so that they are real values.
+        has_format: whether they are rounded to a format of their own. False if nothing reads them, or if one addition
+            alone reads what one layer, addition or pooling made, without a ReLU between the two.
     """
 
     values: set[int] = field(default_factory=set)
@@ -72,7 +76,11 @@ class Group:
     rectified: bool = False
     scaled: bool = True
     has_format: bool = False
-    returned: bool = False
+
+    @property
+    def returned(self) -> bool:
+        """Whether nothing in the network reads them, so that they are real values."""
+        return not self.readers
 
 
 @dataclass
@@ -104,7 +112,7 @@ class Links:
         network returns the values, which are real.
         """
         while not group.has_format:
-            if group.returned or not group.readers:
+            if group.returned:
                 return None
             group = self.groups[self.ends[group.readers[0][0].index]]
         return group
@@ -281,24 +289,21 @@ class _Finder:
         return clipped or self.analysis.is_relu(call)
 
     def _pooling(self, call: Call) -> Pooling | None:
-        shape = self.flow.values[call.inputs[0]].shape
-        result = self.flow.values[call.outputs[0]].shape
-        target = call.target
-        if isinstance(target, nn.AvgPool2d):
-            if target.ceil_mode or target.divisor_override or not (target.count_include_pad or not target.padding):
+        """Return the pooling of a call that is a mean over windows of an image; None if their sizes differ."""
+        shape, result = (self.flow.values[value].shape for value in (call.inputs[0], call.outputs[0]))
+        mean = averaging_of_call(call, shape)
+        if isinstance(mean, WindowAverage) and len(mean.kernel_size) == 2:
+            if mean.ceil_mode or mean.divisor_override or (any(mean.padding) and not mean.count_include_pad):
                 return None
-            size, stride, padding = (_pair(item) for item in (target.kernel_size, target.stride, target.padding))
-            return Pooling(call, size, stride, padding, size[0] * size[1], True)
-        if isinstance(target, nn.AdaptiveAvgPool2d) or call.name == "adaptive_avg_pool2d":
-            if len(shape) != 4 or shape[2] % result[2] or shape[3] % result[3]:
+            size, stride, padding = cast(_Pairs, (mean.kernel_size, mean.stride, mean.padding))
+            return Pooling(call, size, stride, padding, math.prod(size), True)
+        if isinstance(mean, AdaptiveAverage) and len(mean.output_size) == 2 and len(shape) == 4:
+            if shape[2] % result[2] or shape[3] % result[3]:
                 return None
             size = (shape[2] // result[2], shape[3] // result[3])
-            whole = result[2:] == (1, 1)
-            return Pooling(call, None if whole else size, None, (0, 0), size[0] * size[1], True)
-        if call.kind == "function" and call.name == "mean" and len(shape) == 4:
-            axes = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
-            if isinstance(axes, tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]:
-                return Pooling(call, None, None, (0, 0), shape[2] * shape[3], len(result) == 4)
+            return Pooling(call, None if result[2:] == (1, 1) else size, None, (0, 0), math.prod(size), True)
+        if isinstance(mean, AxesAverage) and len(shape) == 4 and {axis % 4 for axis in mean.axes or ()} == {2, 3}:
+            return Pooling(call, None, None, (0, 0), shape[2] * shape[3], mean.keepdim)
         return None
 
     def _read(self, call: Call, operand: int, value: int) -> None:
@@ -324,7 +329,7 @@ class _Finder:
         return list({id(group): group for group in self.links.groups.values()}.values())
 
     def _settle(self, group: Group) -> None:
-        """Set ``rectified``, ``has_format`` and ``returned`` of a group whose readers are all known.
+        """Set ``rectified`` and ``has_format`` of a group whose readers are all known.
 
         Raises:
             ValueError: the group has no single format: something besides the following layer reads it, or it is read
@@ -335,13 +340,12 @@ class _Finder:
         group.rectified = bool(rectified) and all(rectified)
         additions = [call for call, _ in group.readers if call.index in self.links.additions]
         makers = [value for value in self.links.ends.values() if value in group.values]
-        shared = len(additions) > 1 or len(makers) > 1
-        group.has_format = len(additions) != len(group.readers) or shared or group.rectified
+        only_added = len(additions) == len(group.readers) <= 1 and len(makers) <= 1
+        group.has_format = not only_added or group.rectified
         others = self._other_readers(group)
-        if group.readers and others:
+        if others and not group.returned:
             made = self.output_of(min(group.values))
             raise ValueError(f"{made} is read by {others[0]} besides its following layer; that has no fixed-point form")
-        group.returned = not group.readers
         if any(rectified) and not group.rectified:
             clipped = [call for call in self.links.relus if call.inputs[0] in group.values]
             if clipped:
@@ -394,7 +398,3 @@ def _operands(call: Call) -> tuple[int, ...]:
     """
     given = (*call.args, *call.kwargs.values())
     return tuple(item.value for item in given if isinstance(item, Ref)) or call.inputs
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
