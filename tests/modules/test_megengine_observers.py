@@ -1,0 +1,101 @@
+"""MegEngine's observers: its rule and momentum, and the observer whose scale is given."""
+
+import numpy as np
+import pytest
+import torch
+
+import tritonq
+from tolerances import SUMS, assert_close
+
+
+def test_megengines_momentum_counts_one_update_later():
+    """MegEngine copies the momentum in use at the end of each forward; its largest value keeps the range."""
+    observer = tritonq.MovingAverageMinMaxObserver(dtype="qint8", rule="megengine", averaging_constant=0.1)
+    found = []
+    for value, momentum in ((1.0, None), (2.0, None), (4.0, 0.5), (8.0, 1.0), (16.0, None), (32.0, None)):
+        if momentum is not None:
+            observer.set_momentum(momentum)
+        observer(torch.tensor([0.0, value]))
+        found.append(float(observer.max_val))
+    # Kept: 0.9, 0.9, then a half from the fourth batch on, then all.
+    assert found == pytest.approx([1.0, 1.1, 1.39, 4.695, 4.695, 4.695])
+    with pytest.raises(ValueError, match="momentum must be in"):
+        observer.set_momentum(1.5)
+    with pytest.raises(ValueError, match="averaging_constant must be in"):
+        tritonq.MovingAverageMinMaxObserver().set_momentum(1.0)
+
+
+@pytest.mark.parametrize("kind", [tritonq.nn.Linear, tritonq.nn.LinearReLU])
+def test_megengines_momentum_counts_in_layers_whose_operator_observes(kind):
+    """While a momentum waits for the next update, the quantizer runs itself, so that the update is noticed."""
+    quantizer = tritonq.FakeQuantize.with_args(
+        observer=tritonq.MovingAverageMinMaxObserver, dtype="qint8", rule="megengine", averaging_constant=0.25
+    )
+    layer = kind(1, 1, qconfig=tritonq.QConfig(quantizer, quantizer))
+    observers = [held.activation_post_process for held in (layer.weight_fake_quant, layer.activation_post_process)]
+    found = []
+    for momentum in (None, 0.5, None):
+        for observer in observers if momentum is not None else ():
+            observer.set_momentum(momentum)
+        layer(torch.ones(1, 1, requires_grad=True))
+        found.append([observer.averaging_constant for observer in observers])
+    assert found == [[0.25, 0.25], [0.5, 0.5], [0.5, 0.5]]
+
+
+def test_megengines_symmetric_unsigned_codes_count_from_zero():
+    qtype = tritonq.QuantizedType(0, 255, symmetric=True, rounding="half_away")
+    quantizer = tritonq.FakeQuantize(tritonq.MinMaxObserver, dtype=qtype, rule="megengine")
+    y = quantizer(torch.tensor([-1.0, 0.0, 0.5, 1.9, 1.98]))
+    scale = 1.98 / 127.5
+    assert int(quantizer.zero_point) == 0
+    assert_close(y, torch.tensor([0.0, 0.0, 32 * scale, 122 * scale, 128 * scale]), SUMS)
+    assert int(tritonq.FakeQuantize(tritonq.MinMaxObserver, dtype=qtype).zero_point) == 128
+
+
+def test_passive_observer():
+    observer = tritonq.PassiveObserver(dtype="qint8")
+    assert not observer.has_observed()
+    observer.set_qparams(torch.tensor([0.5]))
+    observer(torch.full((4,), 1e9))
+    observer.scale = torch.tensor([0.25])
+    assert observer.calculate_qparams().scale.tolist() == [0.25]
+    assert observer.original_scale.tolist() == [0.5]
+    observer.set_qparams(np.array([2.0]))
+    assert (observer.scale.tolist(), observer.original_scale.tolist()) == ([2.0], [2.0])
+    observer.scale = 0.125
+    assert observer.scale.tolist() == [0.125]
+    with pytest.raises(ValueError, match="positive and finite"):
+        observer.scale = torch.tensor([0.0])
+    with pytest.raises(ValueError, match="zero point 0, got"):
+        tritonq.PassiveObserver(dtype="qint8").set_qparams(torch.tensor([1.0]), torch.tensor([3]))
+
+
+def test_a_passive_observer_adopts_the_length_of_a_checkpoint():
+    used, late = (
+        tritonq.FakeQuantize(tritonq.PassiveObserver, dtype=torch.quint8, qscheme=torch.per_channel_affine)
+        for _ in range(2)
+    )
+    used.activation_post_process.set_qparams(torch.tensor([0.1, 0.2, 0.3]), 5)
+    assert used.activation_post_process.zero_point.tolist() == [5, 5, 5]
+    x = torch.randn(3, 4)
+    expected = used(x)
+    late.load_state_dict(used.state_dict())
+    assert torch.equal(late(x), expected)
+    with pytest.raises(ValueError, match="scale has 3 elements, zero_point 2; one is enough"):
+        late.activation_post_process.set_qparams(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([1, 2]))
+    assert torch.equal(late(x), expected)
+
+
+def test_a_fake_quantizer_follows_the_scale_it_is_given():
+    """Also in eval mode, with nothing run in training mode before, and through a checkpoint."""
+    quantizer = tritonq.get_qconfig("megengine_passive").activation().eval()
+    quantizer.activation_post_process.set_qparams(torch.tensor([0.5]))
+    x = torch.tensor([0.3, 0.8])
+    assert quantizer(x).tolist() == [0.5, 1.0]
+    quantizer.activation_post_process.scale = torch.tensor([0.25])
+    assert quantizer(x).tolist() == [0.25, 0.75]
+    assert quantizer.is_active()
+    assert quantizer.calculate_qparams().scale.tolist() == [0.25]
+    fresh = tritonq.get_qconfig("megengine_passive").activation().eval()
+    fresh.load_state_dict(quantizer.state_dict())
+    assert fresh(x).tolist() == [0.25, 0.75]
