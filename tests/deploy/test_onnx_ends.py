@@ -81,6 +81,23 @@ def test_whole_numbers_out(returns, tmp_path):
     assert report.outputs.largest == 0
 
 
+def test_the_largest_of_codes_on_a_grid_per_channel_is_found_by_value(tmp_path):
+    torch.manual_seed(0)
+    x, net = torch.randn(4, 1, 8, 8), nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
+    with torch.no_grad():
+        net[1].weight *= torch.tensor([1.0, 0.1, 10.0, 2.0, 0.3]).view(-1, 1, 1, 1)
+    per_channel = tritonq.FakeQuantize.with_args(observer=tritonq.PerChannelMinMaxObserver, ch_axis=1)
+    qconfig = tritonq.get_qconfig("onnxruntime")
+    qconfigs = tritonq.QConfigMapping().set_global(qconfig)
+    qconfigs = qconfigs.set_module_name("1", tritonq.QConfig(activation=per_channel, weight=qconfig.weight))
+    model = tritonq.prepare_qat(net, qconfig=qconfigs, example_inputs=x)
+    model(x)
+    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x, returns="argmax", target="qdq")
+    assert tritonq.verify(model, tmp_path / "m.onnx", x).outputs.differing_integers == 0
+    with pytest.raises(ValueError, match="has no codes: no quantizer with one grid"):
+        tritonq.export_onnx(model, tmp_path / "m.onnx", x, returns="codes", target="qdq")
+
+
 class Peeks(nn.Module):
     """Reads its input in float, too."""
 

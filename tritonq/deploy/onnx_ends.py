@@ -254,9 +254,11 @@ def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, i
     for output in graph.output:
         name = output.name
         maker: Any = makers.get(name)
+        # Codes of several grids have another order than their values.
         has_codes = maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in known
+        has_codes = has_codes and held[maker.input[1]].ndim == 0
         if returned == "codes":
-            if not has_codes or held[maker.input[1]].ndim:
+            if not has_codes:
                 raise ValueError(f"the output {name!r} has no codes: no quantizer with one grid stands before it")
             grids.append((float(held[maker.input[1]]), int(held[maker.input[2]])))
         source = maker.input[0] if has_codes else f"{name}.values"
