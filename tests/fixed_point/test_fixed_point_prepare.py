@@ -9,6 +9,7 @@ from torch import nn
 
 from tolerances import SUMS, assert_close
 from tritonq import get_qconfig, set_fixed_point_phase
+from tritonq.deploy import convert
 from tritonq.nn import FixedPointAdd, FixedPointAvgPool2d, FixedPointConvBn2d, FixedPointLinear, FixedPointMaxPool2d
 from tritonq.prepare import prepare_qat
 
@@ -128,6 +129,10 @@ def test_hooks_move_to_what_takes_a_modules_place():
     quantized(torch.randn(2, 2, 12, 12))
     assert seen == ["0", "1", "2", "3", "4", "5"]
     assert isinstance(quantized[3], FixedPointAvgPool2d)
+    integers = convert(quantized.eval())
+    seen.clear()
+    integers(torch.randn(2, 2, 12, 12))
+    assert seen == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_the_float_phase_is_the_float_network():

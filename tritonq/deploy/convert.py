@@ -17,6 +17,7 @@ from tritonq.deploy.hooked_weights import settle_weights
 from tritonq.deploy.layer_types import LAYER_TYPES
 from tritonq.deploy.modules import CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import deployed_recurrent
+from tritonq.deploy.swap import swap_modules
 from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_weight, rounds, unless_zero, weight_type
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
@@ -29,7 +30,6 @@ from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.changes import note_report, take_report, warn_of_changes
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
-from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.prepare.edit.swap import take_place_again
 from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
 from tritonq.prepare.record.snapshot import copied
@@ -110,22 +110,6 @@ def _with_own_zero_points(converted: nn.Module) -> list[str]:
     layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
     zeros = [(name, layer.weight_zero_point) for name, layer in layers if not layer.has_groups]
     return [name for name, zero in zeros if zero is not None and int(zero.min()) != int(zero.max())]
-
-
-def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace children of ``model`` everywhere, and return it; the hooks of a module move to its replacement.
-
-    Args:
-        model: changed in place.
-        replacements: what replaces each module. If ``model`` itself is in it, its replacement is returned.
-    """
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in replacements:
-                module._modules[name] = replacements[child]
-    for original, replacement in replacements.items():
-        move_hooks(original, original, replacement)
-    return replacements.get(model, model)
 
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:

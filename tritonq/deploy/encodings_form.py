@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
 from tritonq.deploy.onnx_average_pool import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
 from tritonq.deploy.onnx_tables import rewrite_table
+from tritonq.deploy.swap import swap_modules
 from tritonq.nn import AverageLayer, Joint
 from tritonq.nn.unary import UnaryLayer
 from tritonq.quantized_type import QuantizedType

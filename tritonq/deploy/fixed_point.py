@@ -21,6 +21,7 @@ from tritonq.deploy.fixed_point_modules import (
     PoolingWindow,
 )
 from tritonq.deploy.modules import DeployedModule
+from tritonq.deploy.swap import swap_modules
 from tritonq.nn.fixed_point import FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
 from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
@@ -65,11 +66,7 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
         if isinstance(module, _SIMULATED):
             made[module] = _integer_form(module, made)
             made[module].name = name
-    for parent in list(converted.modules()):
-        for child_name, child in parent._modules.items():
-            if child in made:
-                parent._modules[child_name] = made[child]
-    return made.get(converted, converted).eval()
+    return swap_modules(converted, made).eval()
 
 
 def _check(name: str, layer: FixedPointLayer) -> None:

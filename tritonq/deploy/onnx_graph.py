@@ -28,7 +28,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTransposed, Quantizer
@@ -44,6 +43,7 @@ from tritonq.deploy.onnx_tables import rewrite_table
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
 from tritonq.deploy.recurrent import QuantizedRecurrent
+from tritonq.deploy.swap import swap_modules
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class

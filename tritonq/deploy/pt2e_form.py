@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.traceback import annotate
 
-from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
 from tritonq.deploy.modules import QuantizedLayer, QuantizedTransposed, Quantizer
+from tritonq.deploy.swap import swap_modules
 from tritonq.nn import Joint
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
