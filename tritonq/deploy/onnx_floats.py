@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.onnx_ops import quantize_dequantize_float, round_to_float
 from tritonq.formats import FLOAT_FORMATS, FloatCodes
+from tritonq.granularity import Granularity
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
 
 # The oldest with Q/DQ of eight-bit floats.
@@ -110,9 +111,4 @@ def float_values(entry: dict[str, Any], codes: Tensor) -> Tensor:
 
 
 def _scale(entry: dict[str, Any], dimensions: int) -> Tensor:
-    scale = torch.tensor(entry["scale"])
-    if entry["axis"] is None:
-        return scale
-    shape = [1] * dimensions
-    shape[entry["axis"]] = -1
-    return scale.view(shape)
+    return Granularity(entry["axis"]).align(torch.tensor(entry["scale"]), dimensions)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tritonq.granularity import Granularity
+
 # Under this key a graph value says which quantizer's codes it holds.
 QUANTIZER_KEY = "tritonq.quantizer"
 
@@ -243,8 +245,4 @@ def _scalar(value: int, dtype: Any) -> Any:
 def _along(values: Tensor, x: Tensor, axis: int, block_size: int | None = None) -> Tensor:
     if block_size is not None:
         return values.repeat_interleave(block_size, axis)
-    if values.dim() == 0:
-        return values
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return values.view(shape)
+    return values if values.dim() == 0 else Granularity(axis).align(values, x.dim())

@@ -18,6 +18,7 @@ from tritonq.deploy.onnx_floats import float_codes, float_values
 from tritonq.deploy.onnx_layers_apart import find_islands, given_name, separated
 from tritonq.deploy.onnx_packed import widen_floats
 from tritonq.deploy.onnx_session import open_session
+from tritonq.granularity import Granularity
 from tritonq.prepare.record.structure import tensors_in
 
 
@@ -175,9 +176,5 @@ def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 def _zero_point(entry: dict[str, Any], dimensions: int) -> Any:
-    zero = np.asarray(entry["zero_point"], dtype=np.int32)
-    if entry["axis"] is not None:
-        shape = [1] * dimensions
-        shape[entry["axis"]] = -1
-        zero = zero.reshape(shape)
-    return zero
+    zero = torch.tensor(entry["zero_point"], dtype=torch.int32)
+    return Granularity(entry["axis"]).align(zero, dimensions).numpy()
