@@ -130,15 +130,14 @@ def deployed_table(table: Embedding | EmbeddingBag) -> nn.Module:
 
     A table of floats of few bits becomes a module of ``torch.nn``, too, which holds the rounded values.
     """
-    target: Any = TABLE_TYPES[nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag]
+    kind = nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag
+    target: Any = TABLE_TYPES[kind]
     geometry = {name: getattr(table, name) for name in target.geometry_names}
     quantizer = table.weight_fake_quant
     if isinstance(quantizer, FloatFakeQuantize) and quantizer.rounds():
         # A table of numbers that the format has: nothing computes on its codes.
-        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=quantizer.rounded(table.weight.detach()))
     if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
-        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())
     weight = table.weight if quantizer.rounds_to_nearest else quantizer(table.weight)
     codes, scale, zero = codes_of_rows(weight, quantizer.grid())
