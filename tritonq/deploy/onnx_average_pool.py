@@ -97,8 +97,7 @@ def _is_global(averaging: Averaging, x: Tensor) -> bool:
     if not spatial:
         return False
     if isinstance(averaging, AxesAverage):
-        axes = spatial if averaging.axes is None else sorted(axis % x.dim() for axis in averaging.axes)
-        return averaging.axes is not None and tuple(axes) == spatial
+        return averaging.axes is not None and tuple(sorted(axis % x.dim() for axis in averaging.axes)) == spatial
     if isinstance(averaging, AdaptiveAverage):
         return averaging.output_size == (1,) * len(spatial)
     if not isinstance(averaging, WindowAverage) or any(averaging.padding) or averaging.divisor_override is not None:
