@@ -151,8 +151,8 @@ class _Search:
         if kind == "Resize":
             modes = [attribute.s for attribute in node.attribute if attribute.name == "mode"]
             return modes in ([], [b"nearest"])
-        if kind in ("ReduceSum", "CumSum") or (kind == "MatMul" and self._is_whole(node.input[0])):
-            return self._is_whole(node.input[0])
+        if kind in ("ReduceSum", "CumSum", "MatMul") and self._is_whole(node.input[0]):
+            return True
         if kind == "AveragePool":
             # The exporter multiplies the mean by its number of terms and rounds: the sum of codes.
             following = [reader.op_type for name in self._after(node, "Mul") for reader in self._readers.get(name, ())]
