@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,9 +91,7 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], low: int, width: int) -
     Raises:
         ValueError: there are too few or too many bytes for the shape.
     """
-    per_byte, count = 8 // width, 1
-    for size in shape:
-        count *= size
+    per_byte, count = 8 // width, math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (-(-count // per_byte),):
         raise ValueError(f"{tuple(packed.shape)} bytes of {packed.dtype} don't hold {count} codes of {width} bits")
     places = [(packed >> (place * width)) & (2**width - 1) for place in range(per_byte)]
