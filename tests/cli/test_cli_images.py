@@ -214,11 +214,11 @@ def photo(width=70, height=50):
     return Image.fromarray(pixels.numpy())
 
 
-def options(*words, model="tritonq.demo.model:SmallResNet"):
+def options(*words, model="tritonq.demo.model:SmallResNet", arguments=()):
     parser = argparse.ArgumentParser()
     add_preprocessing_arguments(parser)
     chosen = parser.parse_args(list(words))
-    chosen.model, chosen.model_arg = model, []
+    chosen.model, chosen.model_arg = model, list(arguments)
     return chosen
 
 
@@ -263,6 +263,23 @@ def test_torchvision_s_weights_say_how():
     assert difference <= 1.01 / 255 / min(theirs.std)
     without = choose_preprocessing(options(model=spec), nn.Identity())
     assert without.mean == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (("resnet18", "weights=IMAGENET1K_V1"), 224),
+        (("resnet18", 'weights="DEFAULT"'), 224),
+        (("resnet18", "weights=None"), 32),
+        (("get_model", "name=resnet18", "weights=DEFAULT"), 32),
+        (("segmentation:fcn_resnet50", "weights=DEFAULT"), 32),
+    ],
+)
+def test_weights_that_the_user_names(words, size):
+    import_torchvision()
+    factory, *arguments = words
+    spec = f"torchvision.models{'.' if ':' in factory else ':'}{factory}"
+    assert choose_preprocessing(options(model=spec, arguments=arguments), nn.Identity()).size == size
 
 
 def test_preprocessing_as_plain_data():

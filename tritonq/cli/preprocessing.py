@@ -274,16 +274,20 @@ def _from_torchvision(arguments: argparse.Namespace, any_weights: bool) -> Prepr
     """Return the transforms of the weights that ``--model-arg weights=`` names.
 
     With ``any_weights`` those of the factory's best weights are taken if the user names none. None: there are no
-    weights, or the model is not torchvision's.
+    weights, they are of no classifier, or the model is not torchvision's.
     """
     module, _, factory = arguments.model.partition(":")
-    given = dict(word.partition("=")[::2] for word in arguments.model_arg).get("weights")
-    if not module.startswith("torchvision.models") or not (given or any_weights):
+    given = dict(word.partition("=")[::2] for word in arguments.model_arg).get("weights", "None").strip("\"'")
+    if not module.startswith("torchvision.models") or (given == "None" and not any_weights):
         return None
     from torchvision.models import get_model_weights
 
-    known = get_model_weights(factory)
-    transforms = known[given.rpartition(".")[2] if given else "DEFAULT"].transforms()
+    try:
+        transforms = get_model_weights(factory)["DEFAULT" if given == "None" else given.rpartition(".")[2]].transforms()
+    except (ValueError, KeyError):  # a factory without weights of its own, such as get_model; or unknown ones
+        return None
+    if not hasattr(transforms, "crop_size"):
+        return None
     return Preprocessing(
         transforms.crop_size[0],
         transforms.resize_size[0],
