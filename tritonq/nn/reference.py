@@ -134,7 +134,8 @@ class Route:
     def change(self) -> str | None:
         """Return what has changed on the way, as text for a warning; None: nothing.
 
-        A change is another module, or none, in one of the places, or a hook of a user that changes tensors.
+        A change is another module, or none, in one of the places, or a hook of a user that changes tensors; under
+        ``torch.compile`` also a hook that is not watched yet.
         """
         for place in self.places:
             if place.siblings.get(place.attribute) is not place.module and not place.is_kept():
@@ -207,7 +208,10 @@ class Reference(Generic[M]):
 
     @property
     def module(self) -> M | None:
-        """The module, while everything is on the way as it was; None: there is none, or the tensor is another one."""
+        """The module, while everything is on the way as it was; None: there is none, or the tensor is another one.
+
+        In the latter case a warning says so, once per model (:meth:`Route.tell`).
+        """
         change = None if self.route is None else self.route.change()
         if change is None:
             return self._module
@@ -228,7 +232,8 @@ class Reference(Generic[M]):
         Args:
             x: the tensor as it arrived.
             lies_on_grid: called as ``lies_on_grid(module, x)``, it says whether x is as the module rounds; None: that
-                can't be told, as in training mode, where dropout may stand between: new hooks are only watched then.
+                can't be told, as in training mode, where dropout may stand between. New hooks are then watched, and
+                count as changing nothing until one changes a tensor in a later call.
         """
         new = [] if self.route is None else self.route.new_hooks()
         if new and lies_on_grid is not None and self._module is not None and not lies_on_grid(self._module, x):

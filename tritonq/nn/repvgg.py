@@ -188,8 +188,9 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         **kwargs: named arguments of :class:`RepVGGBlock`.
 
     Raises:
-        TypeError: no QConfig given.
-        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
+        TypeError: no QConfig given, or an activation that is neither a module nor a name.
+        ValueError: arguments that :class:`RepVGGBlock` refuses, or a weight quantizer with ``ch_axis`` other than 0 or
+            with groups that don't divide the input channels.
 
     Examples:
         >>> import torch, tritonq
@@ -286,8 +287,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: not a :class:`RepVGGBlock`, or no QConfig on it.
-            ValueError: a BatchNorm without running statistics.
+            TypeError: not exactly a :class:`RepVGGBlock`, or no QConfig on it.
+            ValueError: a BatchNorm without running statistics, or a weight quantizer that the class refuses.
         """
         check_float_type(cls, mod, RepVGGBlock)
         block = cast(RepVGGBlock, mod)

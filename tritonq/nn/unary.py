@@ -66,7 +66,7 @@ class UnaryLayer(nn.Module):
     def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
         """Refer to the modules that took the places of the input's and the output's quantizer in the model.
 
-        The dict has the new module by the old one.
+        The dict has the new module by the old one. The child ``activation_post_process`` stays.
         """
         found = [None if held is None else replacements.get(held, held) for held in self.linked_quantizers]
         self.set_quantizers(*found)

@@ -29,8 +29,8 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
 
     Layers that the operator cannot take work as before: with another mode of folding than "approximate", a quantizer
     that is no plain `FakeQuantize` with a min-max observer per channel, hooks, a frozen BatchNorm, weights that aren't
-    float32, or on a device without kernels. Under ``torch.compile`` nothing changes. It must not be used with
-    sharded parameters (FSDP2), which are whole only inside of their layers.
+    float32 or that something computes (weight_norm), or on a device without kernels. Under ``torch.compile`` nothing
+    changes. It must not be used with sharded parameters (FSDP2), which are whole only inside of their layers.
 
     Args:
         model: a model with quantization-aware layers; the hook runs when this module is called, not its parts.

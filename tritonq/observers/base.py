@@ -67,7 +67,8 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
 
     Raises:
         ValueError: an unknown dtype, qscheme or rule, an empty or half-given code range, ``is_dynamic=True``, an eps
-            that is not positive, or an argument that contradicts the QuantizedType given.
+            that is not positive and finite, a negative ``num_channels``, or an argument that contradicts the
+            QuantizedType given.
 
     Examples:
         >>> import tritonq

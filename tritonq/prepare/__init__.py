@@ -93,8 +93,10 @@ def prepare_qat(
         :class:`~tritonq.prepare.decide.layer_records.LayerRecord` for each layer of the float model.
 
     Raises:
-        ValueError: no quantizable layer, a model that is prepared already or rejects the example inputs, a rule of a
-            mapping that fits no module, or, without example inputs, a model in eval mode. ``model`` is then as it was.
+        ValueError: no quantizable layer, a model that is prepared already, that torch.jit or torch.export made, or that
+            rejects the example inputs, a rule of a mapping that fits no module, with ``strict`` a layer left in float,
+            or, without example inputs, a model in eval mode. After any error ``model`` is as it was.
+        RuntimeError: with rounding off the prepared model would not compute what the float model does.
         TypeError: a qconfig, mapping or example_inputs of the wrong type.
 
     Source: torch.ao.quantization.prepare_qat.

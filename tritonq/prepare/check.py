@@ -42,9 +42,9 @@ Ranges = dict[FakeQuantize | LearnedFakeQuantize, dict[str, Tensor]]
 def check_same_output(model: nn.Module, run: Run) -> None:
     """Repeat a recorded run with the prepared model, rounding off, and compare the result with the recorded one.
 
-    Tensors at the same paths must have equal shapes and dtypes, and agree up to 1/1000 of the largest element (float16:
-    0.1, bfloat16: 0.3), or up to the model's own rounding errors. These are four times the difference between its
-    results in float32 and in float64, at most 5 % of the largest element.
+    Tensors at the same paths must have equal shapes and dtypes. Those of floats must agree up to 1/1000 of the largest
+    element (float16: 0.1, bfloat16: 0.3), or up to the model's own rounding errors: four times the difference between
+    its results in float32 and in float64, at most 5 % of the largest element. Other values are not compared.
 
     Args:
         model: the prepared model, left as it is.

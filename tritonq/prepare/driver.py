@@ -66,8 +66,8 @@ def prepare_recorded(
         inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
 
     Raises:
-        ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form or a rule
-            for inputs.
+        ValueError: the model has no layer to quantize, or is one itself; with ``strict`` one stays in float unasked;
+            or, in fixed point, a part without a fixed-point form or a rule for inputs.
         RuntimeError: the prepared model would not compute what the float model does.
     """
     _log_obstacle(type(model).__name__, recording)
@@ -147,7 +147,7 @@ class FakeQuantScheme:
         keep_classes: whether each replacement is of the replaced module's class, too, for ``isinstance`` in forwards.
 
     Raises:
-        ValueError: no layer has a quantized form.
+        ValueError: no layer is to be quantized, unless some stay in float only because one mode alone runs them.
     """
 
     def __init__(
@@ -200,16 +200,17 @@ class FixedPointScheme:
     Convolutions with their BatchNorms, linear layers, residual additions and average poolings become their fixed-point
     forms. Each gets the formats of its inputs, and the factor η of the format in which its output is read. ReLUs stay:
     an unsigned format clips at 0 itself. A ReLU6 becomes a ReLU, since the learned level of a format clips. The formats
-    of network inputs begin with the fractional length that suits the example inputs, and are signed if these are.
+    of network inputs begin with the fractional length that suits the example inputs, and are signed if these are. The
+    constructor only reads the record; :meth:`edit` changes the model.
 
     Args:
         analysis: the model and its record in eval mode.
         qconfigs: the qconfig of each module.
-        recording: the recorded runs, with which the edited model is compared.
+        recording: the recorded runs: their inputs are the example inputs, and the edited model is compared with them.
 
     Raises:
-        ValueError: a part without a fixed-point form: grouped but not depthwise, a following layer that can't be found
-            and the like. The message names the layer.
+        ValueError: a following layer can't be found, a layer is called twice and the like; the message names it.
+            :meth:`edit` raises one for a layer without a fixed-point form, such as a grouped but not depthwise one.
 
     Source: F8Net (Jin et al., 2022), section 3.
     """

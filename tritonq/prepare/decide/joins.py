@@ -85,8 +85,8 @@ class Join:
     def rounds_constants(self) -> bool:
         """Whether an operand that is computed from parameters and buffers alone is rounded like the others.
 
-        True for products of matrices or of elements and for attention; for other kinds such an operand stays in float,
-        or the call is no join.
+        True for products of matrices (einsum and addmm, too) and attention. For concatenations, minima and maxima such
+        an operand stays in float; for other kinds a call with one is no join.
         """
         return KINDS[self.kind].constants == "rounded"
 
@@ -115,10 +115,10 @@ class JoinKind:
             None by default.
         operands: takes a node of a graph and returns the arguments of the module.
         takes_relu: whether the module computes the ReLU behind it as well.
-        constants: what happens to an operand computed from parameters alone. ``"rounded"``: rounded as the others;
-            ``"kept"``: not rounded; ``"refused"``: a call with such an operand is no join.
-        in_training_alone: whether a call that only training makes is a join. Not for products, which are dropout and
-            the like there.
+        constants: what happens to an operand computed from parameters and buffers alone. ``"rounded"``: rounded as the
+            others; ``"kept"``: not rounded; ``"refused"``: a call with such an operand is no join.
+        in_training_alone: whether a call that only training makes is a join. False for differences, extrema and
+            products of elements, which are dropout and the like there.
     """
 
     read: Callable[[Call], Reading]
@@ -233,7 +233,7 @@ def _concatenation(join: Join, qconfig: QConfig | None) -> nn.Module:
 def _dim(call: Call) -> int:
     """Return the axis of a concatenation or stack; 0 for functions such as ``hstack``, whose axis is fixed."""
     if call.name not in ("cat", "stack"):
-        return 0  # hstack and the like know theirs
+        return 0
     dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
     return int(dim)
 
@@ -307,7 +307,8 @@ KINDS: Mapping[str, JoinKind] = {
 def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
     """Return all joins of a recorded model, one per place in a forward, those that stay in float included.
 
-    ``kept`` holds the indices of ReLU calls that no join may absorb.
+    ``kept`` holds the indices of ReLU calls that no join may absorb. Of kinds without ``in_training_alone``, joins that
+    only training makes are left out.
     """
     joins: list[Join] = []
     seen: set[int] = set()

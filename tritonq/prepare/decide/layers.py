@@ -94,7 +94,7 @@ def find_layer(
 ) -> tuple[Layer, str | None]:
     """Return the layer that begins with a module or function, and why the BatchNorm behind it is not part of it.
 
-    The reason is None if there is no such BatchNorm, or if it is part of the layer.
+    The reason is None if there is no such BatchNorm, if it is part of the layer, or if no type in ``swapped`` has both.
 
     Args:
         name: name of the module, or of the child that a function will become.

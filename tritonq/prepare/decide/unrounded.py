@@ -48,14 +48,14 @@ class Unrounded:
     def add_layers(self, layers: Sequence[Layer]) -> None:
         """Find the layers that do not round their results, because only joins or islands read these.
 
-        A layer is one of them if all readers of its results, directly or after moves and plain ReLUs, are of one of
-        these kinds:
+        A layer is one of them if one call alone reads each of its results (one result for each call of the layer),
+        directly or after moves and plain ReLUs, and if all these readers are of one of these kinds:
 
-        - islands, if the layer's qconfig has ``islands="float"``;
+        - islands, if the layer's qconfig has ``islands="float"``; results may be scaled and shifted on the way;
         - additions, if the qconfig has ``round_summands=False``;
         - concatenations, if the target (the engine) fuses joins;
-        - a single addition, if the target fuses joins and the layer is a convolution without ReLU. Of the two summands
-          of an addition only one stays unrounded for this reason.
+        - additions, if the target fuses joins and the layer is a convolution without ReLU. Of the two summands of an
+          addition only one stays unrounded for this reason.
 
         Their names go into ``layers``, their results into ``values`` and ``makers``.
         """
