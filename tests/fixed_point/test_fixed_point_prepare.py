@@ -312,10 +312,18 @@ def test_means_are_recognised_however_they_are_spelled(mean):
         nn.AvgPool2d(3, padding=1, count_include_pad=False),
         nn.AvgPool2d(2, ceil_mode=True),
         lambda x: F.avg_pool2d(x, 2, divisor_override=3),
+        lambda x: F.avg_pool2d(x, x.shape[-1] // 4),
         lambda x: F.adaptive_avg_pool2d(x, 3),
         lambda x: x.mean((2, 3), True, dtype=torch.float32),
     ],
 )
-def test_means_over_different_numbers_of_values_are_refused(mean):
+def test_means_over_numbers_of_values_that_differ_are_refused(mean):
     with pytest.raises(ValueError, match="which has no fixed-point form"):
         prepared(Averages(mean), (2, 2, 8, 8))
+
+
+def test_a_window_that_follows_the_size_of_the_image_is_kept_for_that_size():
+    model = prepared(Averages(lambda x: F.avg_pool2d(x, x.shape[-2:])), (2, 2, 8, 8))
+    assert model(torch.randn(2, 2, 8, 8)).shape == (2, 3, 1, 1)
+    with pytest.raises(ValueError, match="was prepared for images of 64 values, got 8 by 4"):
+        model(torch.randn(2, 2, 8, 4))

@@ -19,6 +19,7 @@ from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import intrinsic
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.average_pool import averaging_of_call
+from tritonq.prepare.decide.chains import Chains
 from tritonq.prepare.decide.layers import Layer, find_layer
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.qconfig import QConfig
@@ -29,7 +30,6 @@ _SWAPPED = frozenset({intrinsic.ConvBn2d})
 # torch has these for floats alone.
 _ONLY_FLOATS = ("adaptivemaxpool", "reflectionpad", "replicationpad", "circularpad", "upsample", "interpolate")
 _CLIPPED_RELUS = ("relu6", "hardtanh")
-_Pairs = tuple[tuple[int, int], ...]
 
 
 def is_fixed_point(qconfig: QConfig | None) -> bool:
@@ -289,13 +289,14 @@ class _Finder:
         return clipped or self.analysis.is_relu(call)
 
     def _pooling(self, call: Call) -> Pooling | None:
-        """Return the pooling of a call that is a mean over windows of an image; None if their sizes differ."""
+        """Return the pooling of a call that is a mean over windows of an image; None if their sizes may differ."""
         shape, result = (self.flow.values[value].shape for value in (call.inputs[0], call.outputs[0]))
-        mean = averaging_of_call(call, shape)
+        mean = averaging_of_call(call, shape, has_fixed_arguments=False)
         if isinstance(mean, WindowAverage) and len(mean.kernel_size) == 2:
-            if mean.ceil_mode or mean.divisor_override or (any(mean.padding) and not mean.count_include_pad):
+            differ = mean.ceil_mode or mean.divisor_override or (any(mean.padding) and not mean.count_include_pad)
+            if differ or not Chains(self.analysis, (), ()).has_fixed_number(call):
                 return None
-            size, stride, padding = cast(_Pairs, (mean.kernel_size, mean.stride, mean.padding))
+            size, stride, padding = cast("tuple[tuple[int, int], ...]", (mean.kernel_size, mean.stride, mean.padding))
             return Pooling(call, size, stride, padding, math.prod(size), True)
         if isinstance(mean, AdaptiveAverage) and len(mean.output_size) == 2 and len(shape) == 4:
             if shape[2] % result[2] or shape[3] % result[3]:
@@ -346,11 +347,10 @@ class _Finder:
         if others and not group.returned:
             made = self.output_of(min(group.values))
             raise ValueError(f"{made} is read by {others[0]} besides its following layer; that has no fixed-point form")
-        if any(rectified) and not group.rectified:
-            clipped = [call for call in self.links.relus if call.inputs[0] in group.values]
-            if clipped:
-                made, name = self.output_of(min(group.values)), clipped[0].name
-                raise ValueError(f"{made} is read both before and after {name}, whose clipping no format can take over")
+        clips = [call.name for call in self.links.relus if call.inputs[0] in group.values]
+        if clips and any(rectified) and not group.rectified:
+            made = self.output_of(min(group.values))
+            raise ValueError(f"{made} is read both before and after {clips[0]}, whose clipping no format can take over")
 
     def _other_readers(self, group: Group) -> list[str]:
         """Return names of what reads a group's values besides its readers, such as "relu" or "the model's caller"."""
