@@ -22,7 +22,8 @@ def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]
     """Return the names of the layers that are part of an adapter, each with the reason why it stays in float.
 
     A reads what a frozen layer reads, and returns fewer channels than that layer reads or returns. B reads the result
-    of A, and returns a tensor of the frozen layer's shape. Layers that are functions are not searched.
+    of A, and returns a tensor of the frozen layer's shape. Both have parameters that train. Layers that are functions
+    are not searched.
     """
     layers = [layer for layer in layers if layer.function is None]
     frozen = [layer for layer in layers if not _trains(layer, analysis)]

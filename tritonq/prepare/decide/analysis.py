@@ -215,7 +215,7 @@ class Analysis:
         """Whether a call returns only values of its first input (and 0), so that its result lies on the input's grid.
 
         Further inputs must be indices, or tensors that give only a shape. A plain ReLU counts: 0 is on every grid.
-        False if the first input is a parameter or buffer.
+        So does dropout, which scales in training. False if the first input is a parameter or buffer.
         """
         target = call.target
         moved, *indices = call.inputs or (None,)

@@ -41,8 +41,8 @@ def mapped_qconfigs(
             recorded.
 
     Raises:
-        ValueError: a rule that fits no module, one for inputs without a record, or a model that runs no quantizable
-            layer.
+        ValueError: no rule, a rule that fits no module, one for inputs or the first or last layer without a record, or
+            one for the first or last layer of a model that runs no quantizable layer.
         TypeError: a ``qconfig`` attribute that is neither a QConfig nor None.
     """
     if mapping.inputs is not None and flow is None:
