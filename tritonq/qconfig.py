@@ -124,19 +124,6 @@ default_embedding_fake_quant = FakeQuantize.with_args(
     observer=PerChannelMinMaxObserver, dtype=torch.quint8, qscheme=torch.per_channel_affine, ch_axis=0
 )
 
-# torch.ao's version 1 uses a fused operator with range arithmetic of its own, which is part of its numbers.
-_V1: dict[str, RangeRule] = {"rule": "torch_v1"}
-
-
-def _torch_preset(backend: str, version: int) -> QConfig:
-    reduce_range, per_channel = _TORCH_BACKENDS[backend]
-    activation = default_fake_quant.with_args(reduce_range=reduce_range)
-    weight = default_per_channel_weight_fake_quant if per_channel else default_weight_fake_quant
-    if version == 1:
-        return QConfig(activation.with_args(**_V1), weight.with_args(**_V1), backend)
-    return QConfig(activation, weight, backend)
-
-
 # Deployment engine: (reduce_range of activations, weights per channel).
 _TORCH_BACKENDS = {
     "fbgemm": (True, True),
@@ -171,7 +158,11 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")
     if version not in (0, 1):
         raise ValueError(f"version must be 0 or 1, got {version}")
-    return _torch_preset(backend, version)
+    reduce_range, per_channel = _TORCH_BACKENDS[backend]
+    weight = default_per_channel_weight_fake_quant if per_channel else default_weight_fake_quant
+    # Version 1 uses a fused operator with range arithmetic of its own, which is part of its numbers.
+    rule: dict[str, RangeRule] = {"rule": "torch_v1"} if version == 1 else {}
+    return QConfig(default_fake_quant.with_args(reduce_range=reduce_range, **rule), weight.with_args(**rule), backend)
 
 
 def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
