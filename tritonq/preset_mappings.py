@@ -17,11 +17,11 @@ _FEW_BITS = ("lsq_", "dorefa_", "bwn_", "twn_", "learned_bits_")
 def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     """Return a preset by name as a mapping for :func:`tritonq.prepare_qat`.
 
-    For a preset of trained scales (``"lsq_w4a4"`` and the like), of DoReFa-Net, binary or ternary weights, the first
-    layer's weight, the last layer's weight, input and output, and the model's inputs have 8 bits: few values pass
-    there, and rounding them costs most. For a preset of groups or of weights in blocks (``"w4_g32"``, ``"w_mxfp4"``)
-    the first layer's weight has 8 bits and a scale per channel: images have three channels. Any other preset holds for
-    every layer.
+    For a preset of LSQ, DoReFa-Net, binary or ternary weights or trained bits (``"lsq_w4a4"`` and the like), the first
+    and the last layer's weights, the last layer's output and the model's inputs have 8 bits: few values pass there, and
+    rounding them costs most. So has the result of a mean or pooling right before the last layer. For a preset of groups
+    or of weights in blocks (``"w4_g32"``, ``"w_mxfp4"``) the first layer's weight has 8 bits and a scale per channel:
+    images have three channels. Any other preset holds for every layer.
 
     Args:
         name: a preset of :func:`tritonq.get_qconfig`.
@@ -65,8 +65,8 @@ def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QC
     A head is a module that keeps ``stride``, ``strides`` or ``anchors`` and has branches: a ``ModuleList`` with, for
     each feature map, a convolution or a ``Sequential`` that ends in one. So have Ultralytics' (YOLOv8 and later, with
     masks, poses and rotated boxes too), YOLOv5's and YOLOX's. Their last convolutions, ``dfl`` and the arithmetic on
-    boxes stay in float, everything else gets the preset. Few operations are among them, and rounding coordinates
-    costs much accuracy.
+    boxes stay in float: few operations are among them, and rounding coordinates costs much accuracy. Everything else is
+    as in :func:`get_qconfig_mapping`.
 
     Args:
         model: the float model.

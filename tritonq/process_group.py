@@ -17,6 +17,8 @@ _NAMES = ("world", "auto")
 class GroupReference:
     """Names a process group; stays itself when a model that holds it is copied.
 
+    A pickle holds None in place of a group of torch.distributed, and the strings as they are.
+
     Args:
         process_group: None, this rank alone; ``"world"``, the default group, looked up when it is used; ``"auto"``, the
             same where torch.distributed is initialised, else this rank alone; or a group of torch.distributed.

@@ -88,10 +88,11 @@ class QConfigMapping:
 
         None leaves them in float. Subclasses do not count. A class may be given by its name, ``"torch.nn.Conv2d"`` or
         ``"Conv2d"``. Additions and concatenations follow the module in whose forward they stand. Rules for names, first
-        and last layer, and patterns win over this one.
+        and last layer, and patterns win over this one. Of two rules for one class, by its full and its bare name, the
+        one that was set last wins.
 
         Raises:
-            TypeError: neither a module class nor the name of one.
+            TypeError: ``object_type`` is neither a module class nor a string.
         """
         return replace(self, types=_added(self.types, type_name(object_type), qconfig))
 
@@ -132,7 +133,7 @@ class QConfigMapping:
     def set_last_layer(self, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for the last quantizable layer that the model runs.
 
-        None leaves it in float.
+        None leaves it in float. This rule wins if the last layer is the first one, too.
         """
         return replace(self, last=Place(_checked(qconfig)))
 

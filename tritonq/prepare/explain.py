@@ -47,7 +47,7 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
 
     Args:
         model: a float model.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of named ones.
         qconfig: the qconfig of the model; None: that of the default preset.
 
     Returns:

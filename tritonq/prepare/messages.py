@@ -35,7 +35,7 @@ def report_float_layers(
         records: what became of each layer.
         warn: whether to warn.
         strict: whether to raise instead.
-        depth: how many calls above this function the line is that the warning names; 1 is this function itself.
+        depth: which line the warning names: 1 is the line in this function, 2 that of its caller, and so on.
 
     Raises:
         ValueError: ``strict`` is True and a layer or join was left in float unasked.

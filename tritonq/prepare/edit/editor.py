@@ -61,7 +61,10 @@ class ModelEditor:
         self._snapshot.restore()
 
     def replace(self, name: str, new: nn.Module) -> None:
-        """Put a module in the place of the module ``name``, in that module's mode, wherever that is a child."""
+        """Put a module in the place of the module ``name`` under every parent that holds it.
+
+        ``new`` gets the mode of the old module; children of ``new`` keep theirs.
+        """
         old = self.modules[name]
         new.training = old.training
         for parent, attribute in self._places.pop(old, {}):

@@ -71,7 +71,7 @@ def apply_plan(
             tensor in a forward became, by the value that they return.
 
     Raises:
-        ValueError: a name that preparation needs is taken.
+        ValueError: a layer can't be quantized; the message names the layer.
     """
     work = _PlanWork(editor, analysis, plan, types, qconfigs, keep_classes)
     work.do()

@@ -90,7 +90,8 @@ class AnsweredForward:
     def expect(self, call: Call, training: bool) -> None:
         """Note that the forward made a recorded call, with ``training`` the mode of that run.
 
-        A later run in the same mode that does not make the call warns, if the call is edited.
+        A later run in the same mode that does not make the call warns, if the call is edited. The numbers and flags of
+        the call are noted, too: a later call with others is not answered.
         """
         self._expected[training].add(call.place)
         arguments = numbers_of_call(call)

@@ -47,7 +47,7 @@ def frozen_branch(module: nn.Module) -> str | None:
 def fixed_number(module: nn.Module) -> str | None:
     """Return a floating-point attribute that a module's forward reads, as text such as ``"`self.temperature`"``.
 
-    None if there is none.
+    A list or tuple that holds a float counts, too. None if there is none.
 
     A trace would keep its present value, but training code may change it.
     """
@@ -60,8 +60,8 @@ def fixed_number(module: nn.Module) -> str | None:
 def fixed_values(module: nn.Module) -> dict[str, Any]:
     """Return the flags, whole numbers and texts that a module's forward reads from its attributes, by path.
 
-    The path of ``self.config.depth`` is ``"config.depth"``. Attributes of modules inside and of configuration objects
-    count, too.
+    None, and lists and tuples of such values, are among them. The path of ``self.config.depth`` is ``"config.depth"``:
+    attributes of modules inside and of configuration objects count, too.
     """
     return {path: value for _, path, value in _attributes(module) if _is_plain(value)}
 

@@ -82,9 +82,9 @@ def _without_graphs(state: Any) -> Any:
 
 
 def forward_data(module: nn.Module) -> ForwardData | None:
-    """Return the forward data of a module; None if its forward is its class's own.
+    """Return the forward data of a module; None if :func:`apply_forward` did not edit it.
 
-    A ``torch.fx.GraphModule`` has the data of its graph; None if plain data can't hold that.
+    A ``torch.fx.GraphModule``, edited or not, has the data of its graph; None if plain data can't hold that.
     """
     if isinstance(module, fx.GraphModule):
         return read_graph(module)
@@ -92,10 +92,11 @@ def forward_data(module: nn.Module) -> ForwardData | None:
 
 
 def forward_source(module: nn.Module) -> dict[str, str]:
-    """Return the Python source of a module's edited forward, by mode; empty if the forward is its class's own.
+    """Return the Python source of a module's edited forward, by mode.
 
-    The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same. For a forward with
-    answered calls the only entry has one line for each of these calls.
+    The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same, as in a GraphModule.
+    For a forward with answered calls the only entry has one line for each of these calls. Quantized arguments and
+    results are not shown; the dict is empty if the edit did nothing else.
     """
     data = forward_data(module)
     if data is not None and "answers" in data:
@@ -115,8 +116,8 @@ def forward_source(module: nn.Module) -> dict[str, str]:
 def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = ()) -> None:
     """Give ``module`` the forward that ``data`` describes, in place; its type becomes a subclass of its class.
 
-    A ``torch.fx.GraphModule`` gets the edited graph for its own instead. If the module has a forward on the instance,
-    that one is edited, not its class's.
+    The edits before are replaced. A ``torch.fx.GraphModule`` gets the edited graph for its own instead, and hides no
+    children. If the module has a forward on the instance, that one is edited, not its class's.
 
     Args:
         module: the module.
@@ -209,7 +210,8 @@ def quantizing_part(module: nn.Module) -> ForwardData | None:
 def set_inner_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Let a module run ``forward`` in place of its own; it still quantizes arguments and results as before.
 
-    To be used on copies that are traced: pickles and deep copies of the module do not hold the new forward.
+    To be used on copies that are traced: the new forward is an attribute of the instance, and may keep the module from
+    being pickled.
 
     Args:
         module: the module, changed in place.

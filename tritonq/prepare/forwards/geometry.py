@@ -34,6 +34,8 @@ def geometry_of(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def check_geometry(layer: nn.Module, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Check that a function is called with the stride, padding and so on that the layer in its place has.
 
+    Only arguments that the call gives are compared.
+
     Args:
         layer: the layer, which has these as attributes.
         function: plain name of the function, such as "conv2d".

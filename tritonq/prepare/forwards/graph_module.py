@@ -30,7 +30,7 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
         data: forward data, checked by ``apply_forward``.
 
     Raises:
-        ValueError: the data are not one graph, or quantize an argument by name.
+        ValueError: the data are not one graph, or quantize an argument by name or a tensor inside of an argument.
     """
     if "answers" in data or data.get("train") is not None:
         raise ValueError("the forward of a GraphModule is one graph")

@@ -37,7 +37,7 @@ class Read:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return ``(args, kwargs)`` of a call of ``module``'s forward with this argument quantized.
 
-        They are returned as they are if the argument was not given.
+        They are returned as they are if the argument was not given or is no floating-point tensor.
         """
         quantizer = reduce(getattr, self.child.split("."), module)
 

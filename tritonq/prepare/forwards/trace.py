@@ -111,7 +111,8 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
 def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     """Trace ``module.forward`` and return its graph; the module is left as it is.
 
-    Children become single calls; parameters and buffers become attributes that the graph reads.
+    Children become single calls; parameters and buffers become attributes that the graph reads. Of a
+    ``torch.fx.GraphModule`` a copy of its own graph is returned, for both modes.
 
     Args:
         module: the module.
@@ -119,8 +120,8 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
         training: trace as it runs in training mode; else as in eval mode.
 
     Raises:
-        TraceError: the forward branches on tensors, has side effects, uses contexts such as autocast, or reads values
-            that a graph would keep as constants.
+        TraceError: the forward branches on tensors, has side effects, uses contexts such as autocast, reads values that
+            a graph would keep as constants, or was replaced on the instance.
     """
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")

@@ -84,7 +84,7 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
 
     Args:
         model: the model, left as it is. If it is in training mode, submodules in eval mode stay in eval mode.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of named arguments.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of named arguments.
         training_inputs: the same for the training run; None: ``example_inputs``. With it nothing runs in eval mode
             instead: an error in training mode is raised.
 

@@ -216,7 +216,8 @@ def _positions(code: CodeType) -> list[_Position]:
 def traced_places() -> list[tuple[CodeType, str]]:
     """Return ``(code object, place)`` of each function that ``torch.compile`` is tracing now, the innermost first.
 
-    To be called while Dynamo traces: it finds Dynamo's translators on the stack of Python.
+    Python functions of torch that only hand their call on are left out. To be called while Dynamo traces: it finds
+    Dynamo's translators on the stack of Python.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 

@@ -120,10 +120,11 @@ def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 def replace_at(item: Any, path: Path, change: Callable[[Any], Any]) -> Any:
     """Return a copy of a nested structure in which the entry at ``path`` is ``change(entry)``.
 
-    Only the containers on the way are copied. An empty path gives ``change(item)``.
+    Only the containers on the way are copied. An empty path gives ``change(item)``; a path that leads to no entry
+    changes nothing.
 
     Raises:
-        TypeError: a container on the way is no tuple, list or dict.
+        TypeError: a container on the way is no tuple, list or plain dict (subclasses of dict are not rebuilt).
     """
     if not path:
         return change(item)
