@@ -68,8 +68,8 @@ class InputFakeQuants(nn.ModuleDict):
         super().__init__({place.key: quantizer for place, quantizer in zip(self.places, quantizers, strict=True)})
 
 
-def input_place(forward: Any, path: Path, taken: Iterable[str]) -> InputPlace:
-    """Return the place of an input, with the key that version 0.1.0 gave to the input's quantizer.
+def _earlier_key(forward: Any, path: Path, taken: Iterable[str]) -> str:
+    """Return the key that version 0.1.0 gave to an input's quantizer.
 
     The key joins the parameter's name (``input_<position>`` without one) and the keys of the path by ``_``, with ``_``
     for every other sign; it ends in as many more ``_`` as keep it apart from ``taken`` and from attributes of
@@ -80,21 +80,15 @@ def input_place(forward: Any, path: Path, taken: Iterable[str]) -> InputPlace:
         path: a position or parameter name first, then keys that lead to the tensor inside of the argument.
         taken: keys of other quantizers.
     """
-    names = list(inspect.signature(forward).parameters.values())
-    position: int | None = None
-    name: str | None = None
-    if isinstance(path[0], int):
-        position = path[0]
-        if position < len(names) and names[position].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            name = names[position].name
-    else:
-        name = path[0]
-        by_name = [parameter.name for parameter in names if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        position = by_name.index(name) if name in by_name else None
-    key = re.sub(r"\W", "_", "_".join(str(part) for part in (name or f"input_{position}", *path[1:])))
+    name, *inside = path
+    if isinstance(name, int):
+        parameters = list(inspect.signature(forward).parameters.values())[name : name + 1]
+        named = [item.name for item in parameters if item.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        name = named[0] if named else f"input_{name}"
+    key = re.sub(r"\W", "_", "_".join(map(str, (name, *inside))))
     while key in set(taken) or hasattr(nn.ModuleDict, key):
         key += "_"
-    return InputPlace(key, position, name, path[1:])
+    return key
 
 
 def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) -> None:
@@ -107,7 +101,7 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
     earlier: dict[str, str] = {}
     keys: list[str] = []
     for path, quantizers in names.items():
-        keys.append(input_place(model.forward, path, keys).key)
+        keys.append(_earlier_key(model.forward, path, keys))
         earlier |= dict.fromkeys(quantizers, f"{INPUTS}.{keys[-1]}")
     if earlier:
         setattr(model, _NAMES, earlier)
