@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import CellType, FunctionType, MethodType
@@ -85,19 +85,17 @@ class _Rebinder:
             function, *args = map(self._referred, (item.func, *item.args))
             keywords = {name: self._referred(value) for name, value in item.keywords.items()}
             before, after = (item.func, *item.args, *item.keywords.values()), (function, *args, *keywords.values())
-            is_same = all(old is new for old, new in zip(before, after, strict=True))
-            return item if is_same else partial(function, *args, **keywords)
+            return item if _are_same(before, after) else partial(function, *args, **keywords)
         return item
 
     def _rebound_function(self, function: FunctionType) -> FunctionType:
         cells, defaults = function.__closure__ or (), function.__defaults__ or ()
+        keywords = function.__kwdefaults__ or {}
         new_cells = tuple(map(self._rebound_cell, cells))
         new_defaults = tuple(map(self._referred, defaults))
-        keywords = function.__kwdefaults__
-        new_keywords = None if keywords is None else {name: self._referred(item) for name, item in keywords.items()}
-        changes = [*zip(cells, new_cells, strict=True), *zip(defaults, new_defaults, strict=True)]
-        changes += [] if keywords is None else [(item, (new_keywords or {})[name]) for name, item in keywords.items()]
-        if all(old is new for old, new in changes):
+        new_keywords = {name: self._referred(item) for name, item in keywords.items()}
+        before = (*cells, *defaults, *keywords.values())
+        if _are_same(before, (*new_cells, *new_defaults, *new_keywords.values())):
             return function
         made = FunctionType(
             function.__code__,
@@ -107,7 +105,7 @@ class _Rebinder:
             new_cells if function.__closure__ is not None else None,
         )
         made.__kwdefaults__, made.__qualname__, made.__module__ = (
-            new_keywords,
+            new_keywords or None,
             function.__qualname__,
             function.__module__,
         )
@@ -129,3 +127,8 @@ class _Rebinder:
 
     def _referred(self, item: Any) -> Any:
         return self._counterparts[id(item)] if id(item) in self._counterparts else self.rebound(item)
+
+
+def _are_same(before: Iterable[Any], after: Iterable[Any]) -> bool:
+    """Whether two rows hold the same objects."""
+    return all(old is new for old, new in zip(before, after, strict=True))
