@@ -91,25 +91,8 @@ def plain_name(name: str, is_operator: bool = False) -> str:
     return _SYNONYMS.get(bare, bare)
 
 
-_ARITHMETIC = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "div",
-        "mod",
-        "pow",
-        "matmul",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "concat",
-    ]
-)
+_ARITHMETIC_NAMES = "add sub mul truediv floordiv div mod pow matmul and or xor lshift rshift concat"
+_ARITHMETIC = frozenset(_ARITHMETIC_NAMES.split())
 _SYNONYMS = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 _SYNONYMS |= {"concat": "cat", "concatenate": "cat", "floordiv": "floor_divide", "absolute": "abs", "rsub": "sub"}
 _SYNONYMS |= {"bmm": "matmul", "mm": "matmul", "row_stack": "vstack"}
