@@ -219,9 +219,9 @@ class QConfigMapping:
 
 
 def type_name(kind: type[nn.Module] | str) -> str:
-    """Return the full name of a class: ``"torch.nn.modules.conv.Conv2d"`` for ``nn.Conv2d`` or its name.
+    """Return the full name of a class: ``"torch.nn.modules.conv.Conv2d"`` for ``nn.Conv2d`` or ``"torch.nn.Conv2d"``.
 
-    A string that names nothing in ``torch.nn`` is returned as it is.
+    Any other string is returned as it is, ``"Conv2d"`` too.
 
     Raises:
         TypeError: neither a module class nor a string.

@@ -75,8 +75,8 @@ def range_to_qparams(
 
     Float codes of largest value ``L``: ``s = max(max(-m, M) / L, eps)``, ``z = 0``.
 
-    A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, and the type's fixed zero
-    point or else ``z = 0`` clamped into the code range.
+    A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, and the fixed zero point
+    (:func:`fixed_zero_point`) or else ``z = 0`` clamped into the code range.
 
     Args:
         min_val: float tensor, 0-d or (channels,).
