@@ -162,6 +162,20 @@ def test_a_new_head_is_told(tmp_path):
     assert tritonq.verify(model, tmp_path / "model.onnx", TOKENS).agrees()
 
 
+def test_a_model_that_lost_a_part_loads_its_state():
+    def block():
+        return nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
+
+    model = nn.Sequential(block(), block(), nn.Flatten())
+    prepared = tritonq.prepare_qat(model, example_inputs=X)
+    prepared[1] = nn.Identity()
+    prepared.load_state_dict(prepared.state_dict())
+    float_state = {name: value for name, value in model.state_dict().items() if name.startswith("0.1.")}
+    float_state["0.1.running_mean"] = torch.full((4,), 3.0)
+    prepared.load_state_dict(float_state, strict=False)
+    assert prepared[0][0].bn.running_mean.tolist() == [3.0] * 4
+
+
 def test_what_had_become_part_of_a_replaced_layer_is_told():
     model = tritonq.prepare_qat(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()), example_inputs=X).train()
     model[0] = nn.Conv2d(4, 4, 3)

@@ -26,10 +26,11 @@ def note_batch_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
 def _move_batch_norms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
     """Rename the entries of BatchNorms to those of their layers; torch calls this before it loads a state dict.
 
-    An entry is renamed only if the state dict has none under the new name.
+    An entry is renamed only if the state dict has none under the new name, and if the model still has the layer.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in getattr(model, _NAMES, {}).items():
-        bn = model.get_submodule(layer)._modules.get("bn")
+        bn = modules.get(f"{layer}.bn")
         for key in () if bn is None else bn.state_dict():
             old, new = f"{prefix}{name}.{key}", f"{prefix}{layer}.bn.{key}"
             if old in state_dict and new not in state_dict:
