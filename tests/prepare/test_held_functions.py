@@ -67,6 +67,22 @@ def test_hooks_hold_the_copys_modules_and_their_authors_dicts():
     assert prepared.last.shape == X.shape
 
 
+def test_a_hook_that_calls_itself_holds_the_copys_modules():
+    model = net()
+
+    def hook(module, given, made, depth=2):
+        if depth:
+            hook(module, given, made, depth - 1)
+        else:
+            model.last = made.detach()
+
+    model[0].register_forward_hook(hook)
+    prepared = tritonq.prepare_qat(model, example_inputs=X)
+    prepared(X)
+    assert hasattr(prepared, "last")
+    assert not hasattr(model, "last")
+
+
 def test_hooks_that_share_a_variable_go_on_sharing_it():
     model = net()
     shared = model[2]

@@ -115,14 +115,14 @@ class _Rebinder:
     def _rebound_cell(self, cell: CellType) -> CellType:
         if id(cell) in self._cells:
             return self._cells[id(cell)]
-        self._cells[id(cell)] = cell  # a function that refers to itself
         try:
             held = cell.cell_contents
         except ValueError:  # a name that the enclosing function has not set yet
             return cell
-        new = self._referred(held)
-        if new is not held:
-            self._cells[id(cell)] = CellType(new)
+        made = self._cells[id(cell)] = CellType()  # known at once, for a function that refers to itself
+        made.cell_contents = self._referred(held)
+        if made.cell_contents is held:
+            self._cells[id(cell)] = cell
         return self._cells[id(cell)]
 
     def _referred(self, item: Any) -> Any:
