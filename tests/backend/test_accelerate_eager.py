@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.nn.intrinsic import qat as intrinsic
+from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import _learnable_fake_quantize as learnable
 from torch.ao.quantization import quantization_mappings
 from torch.profiler import ProfilerActivity, profile
@@ -74,6 +75,17 @@ def assert_same_state(theirs, ours, tolerance):
     assert list(state) == list(expected)
     for name, value in expected.items():
         assert_close(state[name], value, tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("operands", [lambda x: (x, 2.0), lambda x: (2.0, x)], ids=["behind", "in front"])
+def test_sums_with_numbers(operands):
+    theirs = nn.ModuleList([FloatFunctional()]).train()
+    theirs.qconfig = qconfig()
+    theirs = ao.prepare_qat(theirs)
+    ours = tritonq.accelerate(theirs)
+    for x in (images(0), images(1)):
+        assert_close(ours[0].add_relu(*operands(x)), theirs[0].add_relu(*operands(x)), FLOAT32)
+    assert_same_state(theirs, ours, FLOAT32)
 
 
 @pytest.mark.parametrize("setting", ["x86", "qnnpack", "slow", "frozen", "ranges"])

@@ -123,6 +123,24 @@ def test_what_is_written_in_place_is_read_as_in_the_library(write):
     assert_same_steps(theirs, tritonq.accelerate(theirs))
 
 
+class NumberNet(nn.Module):
+    """Sums of a tensor and a number that the graph computes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h.size(1) + torch.relu(h + h.size(1) / 3))
+
+
+def test_sums_with_numbers():
+    theirs = prepare_qat_fx(NumberNet().train(), get_default_qat_qconfig_mapping("x86"), images())
+    assert_same_steps(theirs, tritonq.accelerate(theirs))
+
+
 def test_ten_steps_of_fx_in_float64():
     theirs = in_float64(fx(0))
     ours = tritonq.accelerate(theirs)

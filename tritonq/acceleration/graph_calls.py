@@ -77,8 +77,11 @@ def graph_conv_bn(
     return normalized(layer, x, weight, bias, BatchNorm(*norm))
 
 
-def graph_add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None, without ReLU if ``ceiling`` is."""
+def graph_add(a: Tensor | float, b: Tensor | float, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None, without ReLU if ``ceiling`` is.
+
+    ``a`` or ``b`` may be a number.
+    """
     return add(a, b, quantizer, ceiling)
 
 

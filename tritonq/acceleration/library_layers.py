@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -136,14 +137,14 @@ def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, nor
     return _one_operator(layer, x, weight, bias, norm, known)
 
 
-def add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None.
+def add(a: Tensor | float, b: Tensor | float, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None. ``a`` or ``b`` may be a number.
 
-    ``ceiling`` is that of the ReLU, as in :class:`Layer`. If ``a`` and ``b`` have the same shape and dtype, one bit per
-    element is kept for the backward.
+    ``ceiling`` is that of the ReLU, as in :class:`Layer`. If ``a`` and ``b`` are tensors of the same shape and dtype,
+    one bit per element is kept for the backward.
     """
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return _finish_with(quantizer, a + b, ceiling)
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return _finish_with(quantizer, cast(Tensor, a + b), ceiling)
     known = _output_state(quantizer, a)
     if quantizer is not None and known is None:
         return quantize(quantizer, residual_join(a, b, None, None, ceiling))

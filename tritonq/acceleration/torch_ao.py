@@ -27,7 +27,7 @@ from torch.ao.quantization.fake_quantize import (
 )
 
 from tritonq.acceleration.library_layers import HOOK, MARK, RELU, BatchNorm, Layer, add, affine, normalized
-from tritonq.acceleration.quantizers import can_compute, has_formula, quantize
+from tritonq.acceleration.quantizers import can_compute, quantize
 from tritonq.functional.recomputation import forget_step_memory, step_memory_of
 from tritonq.nn.batch_norm import batch_norm_state, is_plain
 from tritonq.nn.qat import linear_map_of
@@ -131,10 +131,13 @@ def _run_quantizer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
     return quantize(self, x) if can_compute(self, x) else plain(self, x)
 
 
-def _run_sum(ceiling: float | None, plain: _Forward, self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return ``FQ(relu?(x + y))`` of a marked ``FloatFunctional``; ``ceiling``: infinity for a ReLU, None for none."""
-    quantizer = cast(Any, self).activation_post_process
-    return add(x, y, quantizer, ceiling) if has_formula(quantizer) and can_compute(quantizer, x) else plain(self, x, y)
+def _run_sum(ceiling: float | None, plain: _Forward, self: nn.Module, x: Tensor | float, y: Tensor) -> Tensor:
+    """Return ``FQ(relu?(x + y))`` of a marked ``FloatFunctional``; ``ceiling``: infinity for a ReLU, None for none.
+
+    One of ``x`` and ``y`` may be a number.
+    """
+    quantizer, tensor = cast(Any, self).activation_post_process, x if isinstance(x, Tensor) else y
+    return add(x, y, quantizer, ceiling) if can_compute(quantizer, tensor) else plain(self, x, y)
 
 
 def _put_before(kind: type[nn.Module], method: str, run: Callable[..., Tensor]) -> _Forward:
