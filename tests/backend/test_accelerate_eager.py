@@ -77,6 +77,18 @@ def assert_same_state(theirs, ours, tolerance):
         assert_close(state[name], value, tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_arguments_by_name():
+    theirs = prepared(qconfig())
+    ours = tritonq.accelerate(theirs)
+    x, y = images(0), images(1)
+    assert_close(ours.conv(input=x), theirs.conv(input=x), FLOAT32)
+    assert_close(ours.join.add_relu(x, y=y), theirs.join.add_relu(x, y=y), FLOAT32)
+    assert_close(ours.join.add(y=y, x=x), theirs.join.add(y=y, x=x), FLOAT32)
+    assert_same_state(theirs, ours, FLOAT32)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'inputs'"):
+        ours.conv(inputs=x)
+
+
 @pytest.mark.parametrize("operands", [lambda x: (x, 2.0), lambda x: (2.0, x)], ids=["behind", "in front"])
 def test_sums_with_numbers(operands):
     theirs = nn.ModuleList([FloatFunctional()]).train()

@@ -8,6 +8,7 @@ forward of every class that it knows: it looks for the mark, and runs the librar
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -146,10 +147,15 @@ def _put_before(kind: type[nn.Module], method: str, run: Callable[..., Tensor]) 
     For a module without a mark the library's method runs.
     """
     plain: _Forward = getattr(kind, method)
+    names = tuple(inspect.signature(plain).parameters)[1:]
 
     @functools.wraps(plain)
     def look_for_mark(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return run(plain, self, *args, **kwargs) if MARK in self.__dict__ else plain(self, *args, **kwargs)
+        if MARK not in self.__dict__:
+            return plain(self, *args, **kwargs)
+        # By the names that the library gives them, which ``run`` does not know.
+        named = [kwargs.pop(name) for name in names[len(args) :] if name in kwargs]
+        return run(plain, self, *args, *named, **kwargs)
 
     # A code object of its own: torch.compile counts the graphs of a function by its code, over all classes.
     replacement = cast(types.FunctionType, look_for_mark)
