@@ -58,12 +58,13 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
     or train afterwards.
 
     Args:
-        model: a prepared model; its modes are restored.
+        model: a prepared model, whose weights, biases and γ, β change in place; its modes are restored.
         data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; the first
             batch is used.
 
     Returns:
-        By names of first and second layer the factors s, float32 (channels,), of all sweeps together.
+        By names of first and second layer the factors s, float32 (channels,), of all sweeps together. A pair needs a
+        quantizer to integers between both layers: with weights alone quantized, or float formats, there is none.
 
     Raises:
         ValueError: no quantized layer, or no batch.
