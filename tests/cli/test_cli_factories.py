@@ -43,6 +43,7 @@ def frozen(classes=2):
         ("adds", (), f"{HERE}:adds() raised TypeError: unsupported operand"),
         ("frozen", ("clases=3",), f"{HERE}:frozen(clases=3) raised TypeError: frozen() got an unexpected"),
         ("frozen", ("clases=3",), "; --model-arg KEY=VALUE gives an argument"),
+        ("frozen", ("clases={[]: 1}",), "raised TypeError: frozen() got an unexpected"),
         ("MODEL", (), f"'{HERE}:MODEL' is not a factory but a Linear: name a function that returns one"),
         ("adze", (), f"({__file__}) has no 'adze'; did you mean 'adds'?"),
     ],

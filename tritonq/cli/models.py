@@ -190,5 +190,5 @@ def _argument(text: str) -> tuple[str, Any]:
         raise ValueError(f"an argument of the model is given as KEY=VALUE, got {text!r}")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return key, value
