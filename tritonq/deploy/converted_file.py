@@ -47,7 +47,7 @@ def save_converted(
     """Write a converted model to one file that ``torch.load(path, weights_only=True)`` reads.
 
     The file is a dict: ``format``, ``version``, ``modules`` (one description per module, plain data), ``state_dict``
-    (weights in int8, those of 4 bits and fewer with several codes per byte), ``packed`` (how to unpack these),
+    (weights as integer codes; several per byte for layers and tables of 4 bits and fewer), ``packed`` (how to unpack),
     ``metadata`` where it is given, and ``sha256`` of modules, unpacked state and metadata (torch's reader does not
     check its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model. The
     user's hooks are not saved.

@@ -53,13 +53,14 @@ from tritonq.reference.functions import function_from_data, function_to_data
 
 Description = dict[str, Any]
 
-# Modules that conversion, or preparation before it, may put where the float model has none, or another.
+# By the kind of a description.
 _JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul, Minimum, Maximum)}
-# These know the quantizers of the tensors that they read.
+# Kinds that know the quantizers of the tensors that they read.
 _LINKED = (*_JOINTS, "average", "pool", "function", "prelu", "clip")
 _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
+# Kinds that conversion, or preparation before it, may put where the float model has no module, or another.
 ADDED = (
     *("quantizer", "inputs", *_JOINTS, "cat", "average", "function", "clip", "identity", "sequential"),
     *fixed_point_description.ADDED,

@@ -87,7 +87,10 @@ class QuantizedTable(DeployedModule):
 
 
 class QuantizedEmbedding(QuantizedTable, nn.Embedding):
-    """``nn.Embedding`` over a table of integers; only the rows that are looked up become float."""
+    """``nn.Embedding`` over a table of integers; only the rows that are looked up become float.
+
+    With ``max_norm`` the whole table does, in each call.
+    """
 
     float_type = nn.Embedding
 

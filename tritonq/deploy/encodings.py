@@ -71,8 +71,9 @@ def export_encodings(
         The encodings, as the file has them.
 
     Raises:
-        ValueError: an unknown version, an old opset, a grid that encodings can't describe (the message names it), a
-            fixed-point network, a model that torch can't export, or what :func:`tritonq.convert` raises.
+        ValueError: an unknown version, an old opset, a path that ends in ``.encodings``, a grid that encodings can't
+            describe or a recurrent layer (the message names it), a fixed-point network, parameters or inputs other than
+            float32, a model that torch can't export, or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
 
     Source: the formats that aimet_torch 2.42 writes (``QuantizationSimModel.onnx.export``).

@@ -73,7 +73,7 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
         UserWarning: embedding tables, whose rows have a scale each: they get no encoding.
 
     Raises:
-        ValueError: a grid that encodings can't describe; the message names its quantizer or layer.
+        ValueError: a grid that encodings can't describe, or a recurrent layer; the message names it.
     """
     model = copy.deepcopy(converted)
     encodings: dict[str, Encoding] = {}

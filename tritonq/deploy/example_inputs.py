@@ -28,7 +28,7 @@ def open_axes(
 ) -> tuple[Arguments, dict[str, Any] | None]:
     """Return arguments to trace with, and ``dynamic_shapes`` of torch.export; None for these if no axis is open.
 
-    A batch of one is doubled, since torch.export takes an example of size 1 for a constant.
+    To leave the batch open, a batch of one is doubled: torch.export takes an example of size 1 for a constant.
 
     Args:
         forward: what is traced; the names of its parameters are the keys of the shapes.

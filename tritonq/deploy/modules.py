@@ -191,7 +191,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     bias: Tensor | None = property(_float_bias)  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a float tensor in place of weight or bias codes raises AttributeError."""
+        """Set an attribute; a tensor in place of weight or bias codes that has another dtype raises AttributeError."""
         if name in ("weight", "bias") and "types" in vars(self) and isinstance(value, Tensor):
             held = self.stored_weight if name == "weight" else self.stored_bias
             if self.weight_scale is not None and (held is None or held.dtype != value.dtype):
@@ -202,7 +202,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         super().__setattr__(name, value)
 
     def along_weight(self, values: Tensor) -> Tensor:
-        """Return values of one per out channel or group (such as scales), shaped to broadcast against the weight.
+        """Return values, one per out channel or group (such as scales), shaped to broadcast against the weight.
 
         ``values`` is (out,), or with groups (out, in/groups/group, ...), where each is repeated for its group.
         """
@@ -212,7 +212,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self.linear_map.from_rows(values.repeat_interleave(group, 1))
 
     def along_out_channels(self, values: Tensor) -> Tensor:
-        """Return values of one per out channel, (out,), shaped to broadcast against the weight."""
+        """Return ``values``, (out,) with one per out channel, shaped to broadcast against the weight."""
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:

@@ -57,7 +57,8 @@ def float_convolutions(proto: Any) -> list[str]:
 
     Those are transposed ones, and those that neither QuantizeLinear follows directly nor `onnx_exact_sums` could write
     by ConvInteger: ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and
-    nothing less.
+    nothing less. Weights with a scale per block are left out, and packed ones (``pack=True``) before QuantizeLinear:
+    they run in float by choice.
     """
     graph = proto.graph
     producers = {name: node for node in graph.node for name in node.output}

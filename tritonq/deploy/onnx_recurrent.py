@@ -66,6 +66,8 @@ def _gates(x: Tensor, order: Tensor) -> Tensor:
 def rewrite_recurrent(layer: QuantizedRecurrent, name: str, in_float: bool) -> None:
     """Make a layer trace to ONNX's operator, on weights behind DequantizeLinear, or with ``in_float`` on float weights.
 
+    Weights without integer codes of 8 bits or fewer are float weights in any case.
+
     Args:
         layer: changed in place.
         name: the layer's, for messages.

@@ -20,7 +20,7 @@ def with_output_sizes(deployed: nn.Module, example_inputs: Any) -> nn.Module:
     It is ``deployed`` itself if all have them already, else a copy.
 
     Raises:
-        ValueError: the run needs several output paddings of one layer.
+        ValueError: the run needs several output paddings of one layer, or the model raises an error.
     """
     layers = {name: module for name, module in deployed.named_modules() if isinstance(module, TakesOutputSize)}
     if not layers:

@@ -59,7 +59,8 @@ def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
 def return_tensors_alone(traced: nn.Module, result: Any) -> None:
     """Make a model that is traced return only its tensors, if its result also has text, numbers or a dataclass.
 
-    torch.export knows only the dataclasses that were registered with it.
+    It then returns a flat tuple, or a single tensor. torch.export knows only the dataclasses that were registered with
+    it.
 
     Args:
         traced: the model; its ``forward`` is replaced.

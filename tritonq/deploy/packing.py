@@ -19,7 +19,9 @@ _DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
 
 
 def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Pack the weight codes of a converted model that have 4 bits or fewer.
+    """Pack the weight codes of a converted model's layers and tables that have 4 bits or fewer.
+
+    Those of recurrent layers stay as they are.
 
     Args:
         model: the converted model.
