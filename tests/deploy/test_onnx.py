@@ -216,6 +216,35 @@ def test_rows_of_embeddings_have_at_most_their_norm(target, tmp_path):
     assert verify(model, tmp_path / "m.onnx", every).layers[0].differing == 0
 
 
+class Bags(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.head = nn.EmbeddingBag(11, 5, **options), nn.Linear(5, 3)
+
+    def forward(self, index, factors=None):
+        return self.head(self.table(index, per_sample_weights=factors))
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "max"}, {"mode": "sum"}, {"max_norm": 0.5}], ids=str)
+def test_bags_of_embeddings(options, tmp_path):
+    torch.manual_seed(0)
+    index = torch.randint(0, 11, (6, 4))
+    inputs = (index, torch.rand(6, 4)) if options == {"mode": "sum"} else (index,)
+    model = tritonq.prepare_qat(Bags(**options), example_inputs=inputs).train()
+    model(*inputs)
+    export_onnx(model.eval(), tmp_path / "m.onnx", inputs)
+    assert verify(model, tmp_path / "m.onnx", [inputs]).agrees()
+
+
+def test_bags_that_torch_cannot_write_are_refused(tmp_path):
+    index = torch.randint(0, 11, (6, 4))
+    model = tritonq.prepare_qat(Bags(padding_idx=0), example_inputs=index).train()
+    model(index)
+    with pytest.raises(ValueError, match="torch's exporter writes no valid ONNX for this model: Nodes in a graph"):
+        export_onnx(model.eval(), tmp_path / "m.onnx", index)
+    assert not list(tmp_path.iterdir())
+
+
 LIBRARY = {
     "torchvision resnet18": lambda: torchvision_model("resnet18"),
     "transformers resnet": transformers_resnet,

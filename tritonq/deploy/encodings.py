@@ -17,7 +17,7 @@ from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, check_float32, export_traced
-from tritonq.deploy.onnx_files import forget_source, require_onnx
+from tritonq.deploy.onnx_files import checked, forget_source, require_onnx
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.output_sizes import with_output_sizes
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
@@ -135,11 +135,9 @@ def export_encodings(
 
 
 def _write(proto: Any, target: Path, encodings: dict[str, Any]) -> None:
-    import onnx
-
-    onnx.checker.check_model(proto, full_check=True)
+    content = checked(proto)
     with atomic_files(target, target.with_suffix(".encodings")) as (graph, listed):
-        graph.write(proto.SerializeToString())
+        graph.write(content)
         listed.write(json.dumps(encodings, indent=2).encode())
 
 

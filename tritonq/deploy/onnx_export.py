@@ -27,6 +27,7 @@ from tritonq.deploy.onnx_files import (
     CODES_KEY,
     TARGET_KEY,
     add_metadata,
+    checked,
     forget_source,
     require_onnx,
     separate_zero_points,
@@ -347,8 +348,6 @@ def _name_codes(model: Any) -> None:
 
 
 def _write(proto: Any, target: Path, tables: list[CodeTable], pack: bool) -> None:
-    import onnx
-
     forget_source(proto)
     codes: dict[str, list[str]] = {}
     for entry in json.loads(next(entry.value for entry in proto.metadata_props if entry.key == CODES_KEY)):
@@ -357,6 +356,6 @@ def _write(proto: Any, target: Path, tables: list[CodeTable], pack: bool) -> Non
     separate_zero_points(proto)
     if pack:
         pack_weights(proto)
-    onnx.checker.check_model(proto, full_check=True)
+    content = checked(proto)
     with atomic_file(target) as file:
-        file.write(proto.SerializeToString())
+        file.write(content)

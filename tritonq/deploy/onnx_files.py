@@ -21,6 +21,23 @@ def require_onnx(*packages: str) -> None:
             raise ImportError(f"{name} can't be imported; install the extra: pip install 'tritonq[onnx]'") from error
 
 
+def checked(proto: Any) -> bytes:
+    """Return an ONNX model as bytes.
+
+    Raises:
+        ValueError: it is no valid model, as torch's exporter makes of some operators.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"torch's exporter writes no valid ONNX for this model: {reason}") from error
+    content: bytes = proto.SerializeToString()
+    return content
+
+
 def drop_unread(graph: Any) -> None:
     """Delete from an ONNX graph, in place, the nodes and initialisers that neither a node nor an output reads."""
     outputs = {output.name for output in graph.output}

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
+from tritonq.deploy.embedding_tables import QuantizedEmbeddingBag, QuantizedTable
 from tritonq.deploy.onnx_ops import dequantize
+from tritonq.nn.embedding import embedding_bag
 from tritonq.prepare.forwards.edited import set_inner_forward
 
 
@@ -29,14 +30,27 @@ def rewrite_table(table: QuantizedTable, *, in_float: bool) -> None:
         table.keep(weight=values)
     else:
         table.weight_zero_point = table.weight_zero_point.to(table.stored_weight.dtype)
-    if isinstance(table, QuantizedEmbedding):
-        set_inner_forward(table, partial(_look_up, table))
-    else:
-        table.dequantized_weight = partial(_values, table)  # type: ignore[method-assign]
+    forward: Any = _bags if isinstance(table, QuantizedEmbeddingBag) else _look_up
+    set_inner_forward(table, partial(forward, table))
 
 
-def _look_up(table: QuantizedEmbedding, input: Tensor) -> Tensor:
-    return F.embedding(input, _values(table), table.padding_idx)
+def _look_up(table: QuantizedTable, input: Tensor) -> Tensor:
+    return F.embedding(input, _values(table))
+
+
+def _bags(
+    table: QuantizedEmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    if input.dim() != 2 or table.padding_idx is not None:
+        return embedding_bag(table, _values(table), input, offsets, per_sample_weights)
+    # torch's exporter writes a loop over bags, and one that is no valid ONNX for means.
+    rows = _look_up(table, input)
+    rows = rows if per_sample_weights is None else rows * per_sample_weights.unsqueeze(-1)
+    reduce: Any = {"sum": Tensor.sum, "mean": Tensor.mean, "max": Tensor.amax}[table.mode]
+    return cast(Tensor, reduce(rows, 1))
 
 
 def _values(table: QuantizedTable) -> Tensor:
