@@ -63,6 +63,7 @@ class QuantizedType:
             groups. Scales are listed as the groups follow each other, ``axis`` running fastest.
 
     Raises:
+        TypeError: codes, an axis or groups that are no whole numbers.
         ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, an unknown rounding, unknown codes,
             floats with another range or rounding than theirs, or groups without an axis or of no element.
 
@@ -188,7 +189,7 @@ class QuantizedType:
     @property
     def narrow(self) -> bool:
         """Whether codes are signed and reach as far below 0 as above it, as -127..127."""
-        return self.signed and self.quant_min == -self.quant_max
+        return self.quant_min == -self.quant_max
 
     @property
     def fixed_zero_point(self) -> int | None:
@@ -235,12 +236,16 @@ class QuantizedType:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The quantized dtype that torch has for these codes (quint8, qint8, qint32); None for floats and groups."""
-        if self.codes != "integer" or self.group is not None or self.quant_max > torch.iinfo(torch.int32).max:
+        """The quantized dtype that torch has for these codes: quint8, qint8 or qint32.
+
+        None for floats, for groups, and for codes that int32 does not hold.
+        """
+        storage = self.storage_dtype
+        if self.codes != "integer" or self.group is not None or storage == torch.int64:
             return None
-        if max(-1 - self.quant_min, self.quant_max) <= torch.iinfo(torch.int8).max and self.signed:
-            return torch.qint8
-        return torch.qint32 if self.signed or self.quant_max > torch.iinfo(torch.uint8).max else torch.quint8
+        if self.signed:
+            return torch.qint8 if storage == torch.int8 else torch.qint32
+        return torch.quint8 if storage in (torch.int8, torch.uint8) else torch.qint32
 
     def with_axis(self, axis: int | None) -> QuantizedType:
         """Return a copy of the type, without groups, with one scale per index of ``axis`` (None: one per tensor)."""

@@ -39,6 +39,8 @@ def test_derived_properties():
     assert QuantizedType(0, 127, symmetric=False).bits == 7
     assert QuantizedType(0, 255).fixed_zero_point == 128
     assert QuantizedType(0, 255, symmetric=False).fixed_zero_point is None
+    assert QuantizedType(-(2**31), 0).torch_dtype == torch.qint32
+    assert QuantizedType(-(2**31) - 1, 0).torch_dtype is None
 
 
 @pytest.mark.parametrize("bounds", RANGES)
