@@ -184,7 +184,7 @@ def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None
     # A parameter's own forward has run already: its version must not say that it changed since.
     held = [tensor.data if isinstance(tensor, nn.Parameter) else tensor for tensor in (*lowest, *highest, *first)]
     torch._foreach_copy_(held, [*lows, *highs, *_apart(values, first)])
-    _move_grids([state for state in states if state.grid is not None], moved)
+    _move_grids(states, moved)
     for quantizer in quantizers:
         quantizer.follow_ranks()
 
