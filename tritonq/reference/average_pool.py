@@ -154,32 +154,33 @@ class AdaptiveAverage:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the size of the result along each pooled axis, for an input of ``shape``."""
-        return tuple([size if out is None else out for size, out in self._axes(shape[-len(self.output_size) :])])
+        return tuple([out for _, out in self._axes(shape)])
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return the number of elements of each window: one number if all are equal, else float32, one per window."""
-        sizes = shape[-len(self.output_size) :]
         if self.divides(shape):
-            return math.prod(size // (size if out is None else out) for size, out in self._axes(sizes))
-        return _outer([[end - start for start, end in _bounds(size, out)] for size, out in self._axes(sizes)])
+            return math.prod(size // out for size, out in self._axes(shape))
+        return _outer([[end - start for start, end in windows] for windows in self.bounds(shape)])
 
     def terms(self, shape: tuple[int, ...]) -> int:
         """Return the number of elements of the largest window, for an input of ``shape``."""
-        return math.prod(
-            max(end - start for start, end in _bounds(size, out))
-            for size, out in self._axes(shape[-len(self.output_size) :])
-        )
+        return math.prod(max(end - start for start, end in windows) for windows in self.bounds(shape))
 
     def divides(self, shape: tuple[int, ...]) -> bool:
         """Whether all windows have one size: the output's sizes divide those of an input of ``shape``."""
-        return all(out in (None, 1) or size % out == 0 for size, out in self._axes(shape[-len(self.output_size) :]))
+        return all(size % out == 0 for size, out in self._axes(shape))
 
     def bounds(self, shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:
         """Return the windows along each pooled axis, for an input of ``shape``: (first element, one past the last)."""
-        return [_bounds(size, out) for size, out in self._axes(shape[-len(self.output_size) :])]
+        return [
+            [(index * size // out, -(-(index + 1) * size // out)) for index in range(out)]
+            for size, out in self._axes(shape)
+        ]
 
-    def _axes(self, sizes: tuple[int, ...]) -> list[tuple[int, int | None]]:
-        return list(zip(sizes, self.output_size, strict=True))
+    def _axes(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Return the size of each pooled axis before and after pooling, for an input of ``shape``."""
+        pooled = zip(shape[-len(self.output_size) :], self.output_size, strict=True)
+        return [(size, size if out is None else out) for size, out in pooled]
 
 
 _KINDS: dict[str, Callable[..., Averaging]] = {
@@ -266,11 +267,6 @@ def requantize_sums(
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _bounds(size: int, out: int | None) -> list[tuple[int, int]]:
-    out = size if out is None else out
-    return [(index * size // out, -(-(index + 1) * size // out)) for index in range(out)]
 
 
 def _outer(counts: list[list[int]]) -> Tensor:
