@@ -39,7 +39,10 @@ def rectify_(y: Tensor, ceiling: float | None) -> Tensor:
 
 
 def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
-    """Return the gradient of :func:`rectify` from its result ``y``: ``dy`` where ``0 < y < ceiling``, else 0."""
+    """Return the gradient of :func:`rectify` from its result ``y``: ``dy`` where ``0 < y < ceiling``, else 0.
+
+    ``dy`` passes at NaN too, and at infinity if that is the ceiling.
+    """
     if ceiling == math.inf:
         return torch.ops.aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
     # As the result holds it: rounded to its dtype.
@@ -151,15 +154,15 @@ def straight_through_(
 
     Args:
         dy: float32 or float64; broadcast to ``y``.
-        y: the values before ReLU and rounding; overwritten.
+        y: the values before ReLU and rounding; may be overwritten.
         grid: of the quantizer, per tensor; None, or switched off: there is no clip.
         ceiling: upper bound of the ReLU before it, infinity for a plain one; None: no ReLU.
         finite: whether all of ``y`` is known to be finite.
-        out: memory for the result, in place of ``y``; with ``finite`` ``y`` is not changed then.
+        out: memory that the result may be written to, in place of ``y``; with ``finite`` ``y`` is not changed then.
     """
     enabled = False if grid is None else grid.enabled_flag()
     if isinstance(enabled, Tensor) and grid is not None:
-        return _masked(dy, y, grid, ceiling, enabled)
+        return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
     low, high = -math.inf, math.inf
     if enabled is True and grid is not None:
         zero = 0 if grid.zero_point is None else int(grid.zero_point)
@@ -175,15 +178,10 @@ def straight_through_(
     return between(dy, y, low, high, out=y if out is None else out)
 
 
-def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
-    """Return ``dy`` where neither ReLU nor the clip blocks it (:func:`passes`), else 0, without a read on the host."""
-    return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
-
-
 def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
-    """Return a new bool tensor: where neither the ReLU nor the quantizer's clip blocks the gradient; False at NaN.
+    """Return a new bool tensor: where neither the ReLU nor the quantizer's clip blocks the gradient.
 
-    A ReLU passes ``0 < y < ceiling``, the clip values whose unclipped code is a code.
+    A ReLU passes ``0 < y < ceiling``, the clip values whose unclipped code is a code; neither passes NaN.
 
     Args:
         y: values before ReLU and rounding; not changed.
