@@ -324,8 +324,9 @@ def type_from_arguments(
     """Return the :class:`QuantizedType` that torch.ao's observer arguments describe.
 
     Args:
-        dtype: a torch dtype, a type's name ("qint4"), or a QuantizedType, which the other arguments mustn't contradict.
-        qscheme: None: per tensor, affine.
+        dtype: a torch dtype; or a QuantizedType or its name ("qint4"), which the other arguments mustn't contradict. A
+            name says nothing about axis and rounding.
+        qscheme: None: per tensor, affine; or what the QuantizedType or its name says.
         reduce_range: for 8 bits, halve the smallest and largest code.
         quant_min: smallest code; None, with ``quant_max``: all codes of the dtype.
         quant_max: largest code.
@@ -333,8 +334,8 @@ def type_from_arguments(
         rounding: None: "half_even", or that of the QuantizedType.
 
     Raises:
-        ValueError: an unsupported qscheme or dtype, an empty or half-given code range, or arguments that contradict the
-            QuantizedType given.
+        ValueError: an unsupported qscheme, dtype or rounding, an empty or half-given code range, or arguments that
+            contradict the QuantizedType or the name.
     """
     if (quant_min is None) != (quant_max is None):
         raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")
@@ -342,16 +343,14 @@ def type_from_arguments(
         raise ValueError(
             f"unsupported qscheme {qscheme}: zero points are integers here; known: {', '.join(map(str, _QSCHEMES))}"
         )
-    if isinstance(dtype, QuantizedType):
-        _check_agreement(dtype, qscheme, reduce_range, ch_axis, rounding)
-        return dtype if quant_min is None or quant_max is None else dtype.with_codes(quant_min, quant_max)
     axis = (ch_axis or 0) if qscheme in _PER_CHANNEL else None
-    rounding = "half_even" if rounding is None else rounding
     if isinstance(dtype, str):
         if dtype not in QUANTIZED_TYPES:
             raise ValueError(f"unknown quantized type {dtype!r}; known: {', '.join(QUANTIZED_TYPES)}")
-        named = replace(QUANTIZED_TYPES[dtype], axis=axis, rounding=rounding)
-        return named if quant_min is None or quant_max is None else named.with_codes(quant_min, quant_max)
+        dtype = replace(QUANTIZED_TYPES[dtype], axis=axis, rounding=rounding or "half_even")
+    if isinstance(dtype, QuantizedType):
+        _check_agreement(dtype, qscheme, reduce_range, ch_axis, rounding)
+        return dtype if quant_min is None or quant_max is None else dtype.with_codes(quant_min, quant_max)
     signed = dtype in _SIGNED_DTYPES
     if not signed and dtype not in _UNSIGNED_DTYPES:
         known = ", ".join(map(str, (*_SIGNED_DTYPES, *_UNSIGNED_DTYPES)))
@@ -364,7 +363,7 @@ def type_from_arguments(
         )
     if reduce_range and full.bits == _REDUCIBLE_BITS:
         low, high = low // 2, high // 2
-    return QuantizedType(low, high, qscheme in _SYMMETRIC, axis, rounding)
+    return QuantizedType(low, high, qscheme in _SYMMETRIC, axis, rounding or "half_even")
 
 
 def _check_agreement(
@@ -374,7 +373,7 @@ def _check_agreement(
     ch_axis: int | None,
     rounding: Rounding | None,
 ) -> None:
-    """Raise ValueError if an argument contradicts ``qtype``, which the user gave as dtype.
+    """Raise ValueError if an argument contradicts ``qtype``, which the user gave as dtype, or named.
 
     None and False agree with any.
     """

@@ -185,9 +185,8 @@ def test_first_scales_of_the_least_squared_error(dtype):
     x = torch.randn(2, 400, generator=generator)
     x = x.abs() if dtype.startswith("qu") else x
     x[1, 0] = 40.0
-    quantizer = LearnedStepFakeQuantize(dtype=dtype, qscheme=torch.per_channel_symmetric, ch_axis=0, init="mse")
-    if dtype.startswith("qu"):
-        quantizer = LearnedStepFakeQuantize(dtype=dtype, qscheme=torch.per_channel_affine, ch_axis=0, init="mse")
+    qscheme = torch.per_channel_affine if dtype.startswith("qu") else torch.per_channel_symmetric
+    quantizer = LearnedStepFakeQuantize(dtype=dtype, qscheme=qscheme, ch_axis=0, init="mse")
     quantizer(x)
     codes = (quantizer.qtype.quant_min - quantizer.zero_point, quantizer.qtype.quant_max - quantizer.zero_point)
     for row, scale, low, high in zip(x, quantizer.scale.detach(), *codes, strict=True):

@@ -11,7 +11,7 @@ from torch.ao import quantization as ao
 
 import tritonq
 from tolerances import FLOAT32, assert_close
-from tritonq.quantized_type import type_from_arguments
+from tritonq.quantized_type import QUANTIZED_TYPES, type_from_arguments
 
 PAIRS = [
     (tritonq.MinMaxObserver, ao.MinMaxObserver, {}),
@@ -293,6 +293,21 @@ def test_a_quantized_type_is_taken_whole(kind):
     ):
         with pytest.raises(ValueError, match=r"contradicts|per-channel observer needs"):
             kind(dtype=qtype, **{**given, **argument})
+
+
+@pytest.mark.parametrize("kind", [tritonq.MinMaxObserver, tritonq.PerChannelMinMaxObserver])
+@pytest.mark.parametrize("name", ["qint4", "quint4"])
+def test_a_named_type_says_its_codes_and_symmetry(kind, name):
+    per_channel = kind is tritonq.PerChannelMinMaxObserver
+    named = QUANTIZED_TYPES[name]
+    assert kind(dtype=name).qtype == named.with_axis(0 if per_channel else None)
+    symmetric = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
+    affine = torch.per_channel_affine if per_channel else torch.per_tensor_affine
+    agrees, contradicts = (symmetric, affine) if named.symmetric else (affine, symmetric)
+    assert kind(dtype=name, qscheme=agrees, rounding="half_away").qtype.symmetric == named.symmetric
+    for argument in ({"qscheme": contradicts}, {"reduce_range": True}):
+        with pytest.raises(ValueError, match="contradicts dtype"):
+            kind(dtype=name, **argument)
 
 
 def test_a_per_channel_observer_needs_a_type_with_an_axis():

@@ -50,7 +50,7 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
         dtype: ``torch.qint8``, ``torch.quint8`` and their plain integer twins, ``torch.qint32``, a
             :class:`~tritonq.quantized_type.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
         qscheme: ``torch.per_tensor_affine`` (None means it), ``torch.per_tensor_symmetric`` or their per-channel
-            twins. A QuantizedType says it itself.
+            twins. A QuantizedType says it itself; its name says symmetric or affine.
         reduce_range: halve the code range of an 8-bit type, as torch.ao does for kernels that would overflow.
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
@@ -68,7 +68,7 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
     Raises:
         ValueError: an unknown dtype, qscheme or rule, an empty or half-given code range, ``is_dynamic=True``, an eps
             that is not positive and finite, a negative ``num_channels``, or an argument that contradicts the
-            QuantizedType given.
+            QuantizedType given or named.
 
     Examples:
         >>> import tritonq

@@ -12,7 +12,7 @@ from tritonq.grid import Grid, RangeStatistics
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import ProcessGroup, reduce_range
 from tritonq.qparams import QParams
-from tritonq.quantized_type import QuantizedType
+from tritonq.quantized_type import QUANTIZED_TYPES, QuantizedType
 from tritonq.reference.min_max import update_range
 
 
@@ -167,7 +167,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of :class:`MinMaxObserver` for an observer per channel: ``kwargs`` and these two.
 
-    Without a ``qscheme`` and a QuantizedType the scheme is ``torch.per_channel_affine``.
+    Without a ``qscheme`` and a QuantizedType the scheme is ``torch.per_channel_affine``, or symmetric for the name of a
+    symmetric type.
 
     Raises:
         ValueError: a scheme per tensor.
@@ -176,7 +177,9 @@ def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dic
         if dtype.axis is None:
             raise ValueError(f"a per-channel observer needs a type with an axis, got {dtype}: use with_axis")
         return {**kwargs, "dtype": dtype, "ch_axis": ch_axis}
-    qscheme = kwargs.get("qscheme") or torch.per_channel_affine
+    named = QUANTIZED_TYPES.get(dtype) if isinstance(dtype, str) else None
+    default = torch.per_channel_affine if named is None or not named.symmetric else torch.per_channel_symmetric
+    qscheme = kwargs.get("qscheme") or default
     if qscheme not in (torch.per_channel_affine, torch.per_channel_symmetric):
         raise ValueError(f"a per-channel observer needs a per-channel qscheme, got {qscheme}")
     return {**kwargs, "dtype": dtype, "qscheme": qscheme, "ch_axis": ch_axis}
