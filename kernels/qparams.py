@@ -10,9 +10,11 @@ import triton.language as tl
 
 from .rounding import round_half_away, round_half_even_any
 
-# torch's fused operator widens the range below this scale, and gives an empty range this one.
+# torch's fused operator widens the range below this scale, and gives this one to a range that is empty or tiny.
 _V1_SMALL_SCALE = tl.constexpr(6.1e-5)
 _V1_ZERO_RANGE_SCALE = tl.constexpr(0.1)
+# 2^-128, the largest float32 whose reciprocal is infinite in float32.
+_V1_NO_RECIPROCAL = tl.constexpr(2.0**-128)
 # The smallest normal float64.
 _TINY64 = tl.constexpr(2.2250738585072014e-308)
 # 1.5 * 2^52: adding and subtracting it leaves no fraction bits in a float64 below 2^51.
@@ -94,34 +96,37 @@ def _linear_qparams(
 
 @triton.jit
 def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Return scale and zero point, float32, as torch's fused moving-average operator computes them in float64.
+    """Return scale and zero point, float32, as torch's fused moving-average operator computes them, mostly in float64.
 
     ``scale = (high - low) / codes`` with ``codes = QUANT_MAX - QUANT_MIN``. If SYMMETRIC and the range has values of
     both signs, it is widened first: ``scale = max(-low / (codes // 2 + 1), high / (codes // 2))``, with the middle code
-    as zero point. A range of 0 to 0 has scale 0.1, a smaller scale than 6.1e-5 becomes that. The zero point follows
+    as zero point. A scale of at most 2^-128 becomes 0.1, another one below 6.1e-5 becomes that. The zero point follows
     from the end of the range that is represented with the smaller error.
     """
+    codes: tl.constexpr = QUANT_MAX - QUANT_MIN
+    if SYMMETRIC:
+        # In float32, as the operator divides: a tiny range becomes 0.
+        below: tl.constexpr = codes // 2 + 1
+        above: tl.constexpr = codes // 2
+        two_sided = (low < 0) & (high > 0)
+        widest = tl.div_rn(-low, tl.full(low.shape, below, tl.float32))
+        widest = tl.maximum(widest, tl.div_rn(high, tl.full(low.shape, above, tl.float32)) if above != 0 else high)
+        low = tl.where(two_sided, -widest * below, low)
+        high = tl.where(two_sided, widest * above, high)
     low = low.to(tl.float64)
     high = high.to(tl.float64)
-    codes: tl.constexpr = QUANT_MAX - QUANT_MIN
-    below: tl.constexpr = -(codes // 2 + 1)
-    above: tl.constexpr = codes // 2
-    two_sided = (low < 0) & (high > 0) & SYMMETRIC
-    widest = tl.maximum(tl.abs(low / below), tl.abs(high / above) if above != 0 else high)
-    # The operator keeps its range in float32 between the two steps.
-    low = tl.where(two_sided, widest * below, low).to(tl.float32).to(tl.float64)
-    high = tl.where(two_sided, widest * above, high).to(tl.float32).to(tl.float64)
 
     step = (high - low) / codes
     scale = step.to(tl.float32).to(tl.float64)
     # A bare Python number would reach the comparison as float32.
     small_scale = tl.full(low.shape, _V1_SMALL_SCALE, tl.float64)
-    scale = tl.where(scale == 0, tl.full(low.shape, _V1_ZERO_RANGE_SCALE, tl.float64), scale)
+    is_tiny = scale <= tl.full(low.shape, _V1_NO_RECIPROCAL, tl.float64)
+    scale = tl.where(is_tiny, tl.full(low.shape, _V1_ZERO_RANGE_SCALE, tl.float64), scale)
     small = scale < small_scale
     scale = tl.where(small, small_scale, scale)
     grow_high = low == 0
     grow_low = high == 0
-    both = (low != 0) & (high != 0)
+    both = (low < 0) & (high > 0)
     amplifier = small_scale / tl.maximum(step, tl.full(low.shape, _TINY64, tl.float64))
     small_range = small_scale * codes
     high = tl.where(small & grow_high, small_range, tl.where(small & both, high * amplifier, high))
@@ -130,6 +135,7 @@ def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
     error_min = tl.abs(low / scale) + _magnitude(QUANT_MIN)
     error_max = tl.abs(high / scale) + _magnitude(QUANT_MAX)
     zero_point = tl.where(error_min < error_max, QUANT_MIN - low / scale, QUANT_MAX - high / scale)
-    zero_point = tl.where(two_sided, (QUANT_MIN + QUANT_MAX + 1) // 2, zero_point)
+    if SYMMETRIC:
+        zero_point = tl.where(both, (QUANT_MIN + QUANT_MAX + 1) // 2, zero_point)
     zero_point = (zero_point + _ROUNDER64) - _ROUNDER64
     return scale.to(tl.float32), tl.minimum(tl.maximum(zero_point, QUANT_MIN), QUANT_MAX).to(tl.float32)

@@ -131,11 +131,11 @@ class TestObserve(OpTester):
     def test_state_after_each_batch(self, qtype: QuantizedType, rule: str, use: str, device: str) -> None:
         """Ranges on one side of zero, tiny ones, with gaps; then the qparams that the one function gives for them."""
         generator = torch.Generator().manual_seed(1)
-        spread = torch.tensor([1.0, 0.2, 3e-6, 0.0, 40.0, 7.7, 3e-6, 3e-6])
+        spread = torch.tensor([1.0, 0.2, 3e-6, 0.0, 40.0, 7.7, 3e-6, 3e-6, 5e-38])
         if qtype == QINT32 and rule == "torch_v1":
             return  # that operator has 8-bit types only; its zero point would not fit int32
-        centre = torch.tensor([0.0, 5.0, 0.0, 0.0, -90.0, 0.3, 1e-4, -1e-4])
-        batches = [torch.randn(5, 8, 4, generator=generator) * spread[:, None] + centre[:, None] for _ in range(3)]
+        centre = torch.tensor([0.0, 5.0, 0.0, 0.0, -90.0, 0.3, 1e-4, -1e-4, 0.0])
+        batches = [torch.randn(5, 9, 4, generator=generator) * spread[:, None] + centre[:, None] for _ in range(3)]
         batches[2] *= 1.6  # by which some channels outgrow what was seen before, and others do not
         batches[1][:, 4] = math.nan
         batches[2][0, 0, 0] = math.inf

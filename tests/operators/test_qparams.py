@@ -64,12 +64,14 @@ def test_torch_rule_equals_torch_ao(bounds, dtype, qscheme, qtype):
     assert int(ours.zero_point) == int(zero_point)
 
 
+@pytest.mark.parametrize("exponent", [-7, -45])
 @pytest.mark.parametrize(("quant_min", "quant_max", "symmetric"), [(-128, 127, True), (0, 255, False), (-8, 7, True)])
-def test_v1_rule_equals_torchs_fused_operator(quant_min, quant_max, symmetric):
+def test_v1_rule_equals_torchs_fused_operator(quant_min, quant_max, symmetric, exponent):
+    """At the lower exponents scales have no finite reciprocal."""
     generator = torch.Generator().manual_seed(0)
     one = torch.ones(1, dtype=torch.long)
     for trial in range(300):
-        x = torch.randn(17, generator=generator) * 10.0 ** (trial % 11 - 7)
+        x = torch.randn(17, generator=generator) * 10.0 ** (trial % 11 + exponent)
         x = {0: x.abs(), 1: -x.abs(), 2: x * 0 if trial % 50 == 2 else x}.get(trial % 4, x)
         scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
         low, high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
@@ -78,6 +80,19 @@ def test_v1_rule_equals_torchs_fused_operator(quant_min, quant_max, symmetric):
         )
         ours = range_to_qparams(x.min(), x.max(), QuantizedType(quant_min, quant_max, symmetric), rule="torch_v1")
         assert (float(ours.scale), int(ours.zero_point)) == (float(scale), int(zero_point)), (trial, x.min(), x.max())
+
+
+def test_v1_rule_divides_as_torchs_fused_operator_does():
+    """Many channels: of narrow codes one scale in 2,700 differed by a bit when its range was widened in float64."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20_000, 2, generator=generator)
+    scale, zero_point = torch.ones(len(x)), torch.zeros(len(x), dtype=torch.int32)
+    low, high = torch.full_like(scale, torch.inf), torch.full_like(scale, -torch.inf)
+    one = torch.ones(1, dtype=torch.long)
+    torch.fused_moving_avg_obs_fake_quant(x, one, one, low, high, scale, zero_point, 0.01, -127, 127, 0, True, True)
+    ours = range_to_qparams(*x.aminmax(dim=1), QuantizedType.of(8, narrow=True, axis=0), rule="torch_v1")
+    assert torch.equal(ours.scale, scale)
+    assert torch.equal(ours.zero_point, zero_point)
 
 
 @pytest.mark.parametrize(
