@@ -322,3 +322,18 @@ def test_a_state_dict_into_a_model_that_was_converted_without_data():
     assert all(torch.equal(value, before[name]) for name, value in empty.state_dict().items())
     other.load_state_dict(converted.state_dict())
     assert torch.equal(other(X), converted(X))
+
+
+def test_a_recurrent_layer_converts_without_data():
+    """Its weights' quantizers, named after the weights, have a scale per row."""
+    models = [ours.QuantWrapper(nn.LSTM(3, 5)).train() for _ in range(2)]
+    x = torch.randn(4, 2, 3)
+    for model in models:
+        model.qconfig = model.quant.qconfig = tritonq.get_qconfig()
+        ours.prepare_qat(model, inplace=True)
+    models[0](x)
+    converted = ours.convert(models[0].eval())
+    with pytest.warns(UserWarning, match="have observed nothing"):
+        other = ours.convert(models[1].eval())
+    other.load_state_dict(converted.state_dict())
+    assert torch.equal(other(x)[0], converted(x)[0])

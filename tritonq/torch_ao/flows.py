@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -15,6 +15,7 @@ from tritonq import qconfig_mapping
 from tritonq.calibration import calibrating
 from tritonq.deploy import convert as convert_model
 from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.nn.recurrent_forward import WEIGHT_QUANTIZER, is_weight_quantizer
 from tritonq.prepare import fuse_modules_qat, prepare_qat
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.record.snapshot import copied
@@ -35,7 +36,8 @@ def convert(
     """Return the deployed form of a prepared model, as :func:`tritonq.convert` makes it: integer weights, fixed grids.
 
     A model that has seen no data is converted too, with grids of no meaning, so that a state dict can be loaded into
-    the result.
+    the result. A weight's zero points are left out where all are 0: if the state dict has them and the result has not,
+    or the other way round, loading it fails.
 
     Args:
         module: a trained model.
@@ -85,11 +87,13 @@ def _give_range(model: nn.Module, name: str) -> None:
     """Let the quantizer at path ``name`` observe its layer's weight; if it is no weight's, the numbers from 0 to 1."""
     quantizer = cast(FakeQuantizeBase, model.get_submodule(name))
     owner, _, attribute = name.rpartition(".")
-    values = model.get_submodule(owner).weight if attribute == "weight_fake_quant" else torch.tensor([0.0, 1.0])
+    values = torch.tensor([0.0, 1.0])
+    if is_weight_quantizer(name):
+        values = getattr(model.get_submodule(owner), attribute.removesuffix(WEIGHT_QUANTIZER))
     switch, mode = quantizer.observer_enabled.clone(), quantizer.training
     with torch.no_grad():
         quantizer.enable_observer()
-        quantizer.train()(cast(Tensor, values).to(quantizer.observer_enabled.device))
+        quantizer.train()(values.to(quantizer.observer_enabled.device))
         quantizer.observer_enabled.copy_(switch)
     quantizer.train(mode)
 
