@@ -265,13 +265,11 @@ def fold_known_modules(
     if custom is not None:
         fused = custom(False, *mod_list)
     else:
-        fuse_row(mod_list)  # raises for a row that has no fused form
-        first, second = mod_list[:2]
+        fused = fuse_row(mod_list)  # raises for a row that has no fused form
+        first, second, *rest = mod_list
         if isinstance(second, _BatchNorm):
-            folded: Any = _fold(first, second)
-            fused = folded if len(mod_list) == 2 else fuse_row([folded, mod_list[2]])
-        else:
-            fused = fuse_row(mod_list)
+            folded = _fold(first, second)
+            fused = fuse_row([folded, *rest]) if rest else folded
     move_hooks(mod_list[0], mod_list[-1], fused)
     return [fused, *(nn.Identity().eval() for _ in mod_list[1:])]
 
