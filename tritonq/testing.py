@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy import convert, export_onnx, verify
 from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.functional.groups import aligned
 from tritonq.prepare import prepare_qat
 from tritonq.qconfig import QConfig, get_qconfig
 
@@ -75,9 +76,13 @@ class _Subject:
     make: Callable[[], Any]
     weight: bool
 
-    def batch(self, index: int, shape: tuple[int, ...] = (4, 3, 5, 5)) -> Tensor:
+    def channels(self, wanted: int) -> int:
+        """Return the number of channels to try it with: as many as wanted, or one group of them."""
+        return self.make().qtype.group or wanted
+
+    def batch(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
-        return torch.randn(shape, generator=generator) * (1 + index)
+        return torch.randn((4, self.channels(3), 5, 5), generator=generator) * (1 + index)
 
     def trained(self) -> Any:
         quantizer = self.make()
@@ -163,7 +168,8 @@ def _values(subject: _Subject) -> None:
     x = subject.batch(9)
     y = quantizer(x)
     _require(y.shape == x.shape and y.dtype == x.dtype, f"it made {y.dtype} {tuple(y.shape)} of {tuple(x.shape)}")
-    scale, zero_point = (_aligned(each.float(), quantizer, x) for each in quantizer.calculate_qparams())
+    granularity = quantizer.qtype.granularity
+    scale, zero_point = (aligned(each.float(), x, granularity) for each in quantizer.calculate_qparams())
     codes = (y / scale).round() + zero_point
     low, high = quantizer.qtype.quant_min, quantizer.qtype.quant_max
     _require(bool((codes >= low).all() and (codes <= high).all()), f"its results have codes beyond {low} and {high}")
@@ -172,15 +178,6 @@ def _values(subject: _Subject) -> None:
         "its results are not (code - zero_point) * scale of calculate_qparams",
     )
     _require(torch.equal(quantizer(y), y), "rounding its own results changes them")
-
-
-def _aligned(vector: Tensor, quantizer: Any, x: Tensor) -> Tensor:
-    axis = quantizer.qtype.axis
-    if axis is None:
-        return vector.reshape(())
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return vector.reshape(shape)
 
 
 def _switches(subject: _Subject) -> None:
@@ -260,15 +257,15 @@ def _precision(subject: _Subject) -> None:
     _require(same, "bfloat16() on it changes scale or zero point")
 
 
-def _net() -> nn.Module:
+def _net(subject: _Subject) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2)
-    )
+    inputs, width = subject.channels(3), subject.channels(4)
+    first, second = nn.Conv2d(inputs, width, 3), nn.Conv2d(width, width, 3)
+    return nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), second, nn.Flatten(), nn.Linear(width, 2))
 
 
 def _trained_model(subject: _Subject) -> nn.Module:
-    model = prepare_qat(_net().train(), qconfig=subject.qconfig(), example_inputs=subject.batch(0)).train()
+    model = prepare_qat(_net(subject).train(), qconfig=subject.qconfig(), example_inputs=subject.batch(0)).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for index in range(2):
         optimizer.zero_grad()

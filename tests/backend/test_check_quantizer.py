@@ -27,6 +27,7 @@ ROWS = tritonq.FakeQuantize.with_args(
         (tritonq.FakeQuantize.with_args(observer=tritonq.InterpolatingHistogramObserver, **SYMMETRIC), False),
         (tritonq.FakeQuantize.with_args(rule="torch_v1"), False),
         (tritonq.LearnedStepFakeQuantize.with_args(init="lsq", dtype=tritonq.QuantizedType.of(4, axis=0)), True),
+        (tritonq.get_qconfig("w4a8_g32").weight, True),
         (tritonq.get_qconfig("onnxruntime").activation, False),
         (tritonq.torch_ao.default_fixed_qparams_range_neg1to1_fake_quant, False),
     ],
