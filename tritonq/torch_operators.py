@@ -151,10 +151,6 @@ def _ops(x: Tensor) -> ModuleType:
     return implementation("fake_quant", x)
 
 
-# Each of the following makes the implementation of one operator from torch's own kernel. Arguments are those of the
-# operator's schema in torch, behind the dispatcher's keys; it leaves out trailing ones that have their defaults.
-
-
 def _is_per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int) -> bool:
     if not _is_ours(x, quant_min, quant_max) or not 0 <= axis < x.dim():
         return False
@@ -164,6 +160,10 @@ def _is_per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, qua
         or not zero_point.numel()
         or bool(quant_min <= zero_point.amin() <= zero_point.amax() <= quant_max)
     )
+
+
+# Each of the following makes the implementation of one operator from torch's own kernel. Arguments are those of the
+# operator's schema in torch, behind the dispatcher's keys; it leaves out trailing ones that have their defaults.
 
 
 def _masked_per_tensor(own: Any) -> Callable[..., Any]:

@@ -83,14 +83,19 @@ def quantize(
         running_var: (out,), from before this step's update; not changed.
         gamma: (out,), or None for 1.
         eps: of the BatchNorm.
-        code_dtype: dtype of the result's codes, that of the convolution.
+        code_dtype: dtype of the result's codes, that of the convolution. Codes in float16 are multiplied by a power of
+            two (:func:`fit_codes`).
         dtype: of the arithmetic: float32 or float64.
         grid: of the weight's quantizer, per tensor or per out channel, updated in place; None leaves the folded weight
             in float.
         statistics: the running range of the grid, updated in place with the folded weight; None observes nothing.
         known: fold and ``1/σ``, (out,) each, of a step that is run again (checkpointing); they replace ``running_var``,
             which has changed since. None: computed.
-        out: memory for the codes: shaped as ``rows``, in ``dtype``; None: new memory.
+        out: memory for the codes before they are converted to ``code_dtype``: shaped as ``rows``, in ``dtype``; None:
+            new memory.
+
+    Returns:
+        A :class:`StepWeight`, whose vectors are in ``dtype``.
     """
     families = (reference_fold, reference_weight)
     return composed(*families, rows, running_var, gamma, eps, code_dtype, dtype, grid, statistics, known, out)

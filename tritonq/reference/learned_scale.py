@@ -30,6 +30,8 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
     - ``"tqt"``: ``clip(round_half_away(x/s))``.
     - ``"pact"``: ``clip(round_half_even(x * (1/s)))`` with ``s = parameter / quant_max``.
 
+    While the grid is switched off, the result is a copy of ``x``.
+
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
         grid: its scale is the learned parameter; with ``"pact"`` the clipping level. It has no zero point with

@@ -125,10 +125,10 @@ def update_number(
 ) -> tuple[_Number, _Number]:
     """Return the running range ``min_val..max_val`` merged with a batch's ``low..high``, as :func:`update_range` does.
 
-    All are NumPy numbers; the bits are the same. ``low <= high``, and both are finite. ``averaging_constant`` is
-    the batch's weight in an average (None: extremes of all batches); the batch replaces the range before the first
-    one, and if its magnitude is more than ``copy_above`` times the running one's or less than 1/100 of it and not 0
-    (None: never).
+    All are NumPy numbers; the bits are the same. ``low <= high``, and both are finite. ``averaging_constant`` is the
+    batch's weight in an average; None: the range holds the extremes of all batches. In an average the first batch
+    replaces the range, and with ``copy_above`` a batch whose magnitude is more than ``copy_above`` times the running
+    one's, or less than 1/100 of it and not 0.
     """
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)

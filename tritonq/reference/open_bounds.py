@@ -74,7 +74,7 @@ def between(dy: Tensor, y: Tensor, low: float, high: float, out: Tensor | None =
     """Return ``dy`` where ``low < y < high`` or ``y`` is NaN, else 0.
 
     Args:
-        dy: gradient, in the dtype and shape of ``y``.
+        dy: gradient, in the dtype of ``y``; shaped as ``y`` or 0-d.
         y: the values that are compared.
         low: lower bound, excluded.
         high: upper bound, excluded.

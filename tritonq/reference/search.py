@@ -170,7 +170,8 @@ def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Te
         stride: how many neighbouring bins become one.
 
     Returns:
-        Edges, float64 (channels, n + 1), and the share of the values in each bin over its width, (channels, n).
+        Edges, float64 (channels, n + 1) with ``n + 1 = 2 · ceil(m / stride)``, and the share of the values in each bin
+        over its width, (channels, n).
     """
     edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
     return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))

@@ -15,9 +15,10 @@ _BARS = 64
 
 
 def histogram(tensor: TensorMeasure) -> str:
-    """Return an SVG of how many values fall on each code of a quantizer, and outside of its codes.
+    """Return an SVG histogram of a tensor's values over the codes of its quantizer, and outside of them.
 
-    Heights are logarithms, so that tails are visible.
+    It has at most 64 bars, each for several neighbouring bins of the measure. Heights are logarithms, so that tails are
+    visible.
     """
     first, last = _window(tensor.counts)
     step = max(1, math.ceil((last - first) / _BARS))
