@@ -25,7 +25,7 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     """Return ``2^exponent`` exactly, by writing the exponent's bits.
 
     Args:
-        exponent: integers in -126..127.
+        exponent: integers in -126..127, for float64 in -1022..1023.
         dtype: float32 or float64.
     """
     if dtype == torch.float64:

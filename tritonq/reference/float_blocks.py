@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritonq.formats import FLOAT_FORMATS, BlockFormat, FloatFormat
 from tritonq.reference.fake_quant import arithmetic_dtype
+from tritonq.reference.fixed_point import power_of_two
 from tritonq.reference.float_rounding import round_to_float_
 from tritonq.reference.operator import Like, operator
 
@@ -101,12 +102,9 @@ def _power_of_two_scales(largest: Tensor, blocks: BlockFormat) -> tuple[Tensor, 
         exponent = exponent + (fraction > elements.largest * 2.0 ** -(elements.greatest_exponent + 1))
     # frexp says that zero has exponent 0; every scale holds it.
     exponent = exponent.clamp(_LEAST_SCALE_EXPONENT, _GREATEST_EXPONENT - elements.greatest_exponent)
-    return _power_of_two(exponent, largest.dtype), _power_of_two(-exponent, largest.dtype)
-
-
-def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``2^exponent`` exactly, which ``pow`` does not promise."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64).to(dtype)
+    # By way of float64, in which the smallest scale is a normal number.
+    scale, reciprocal = (power_of_two(power, torch.float64).to(largest.dtype) for power in (exponent, -exponent))
+    return scale, reciprocal
 
 
 def _float_scales(largest: Tensor, elements: FloatFormat, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
