@@ -21,9 +21,9 @@ def histogram(tensor: TensorMeasure) -> str:
     visible.
     """
     first, last = _window(tensor.counts)
-    step = max(1, math.ceil((last - first) / _BARS))
+    step = math.ceil((last - first) / _BARS)
     groups = [(start, sum(tensor.counts[start : min(start + step, last)])) for start in range(first, last, step)]
-    tallest = max((math.log1p(count) for _, count in groups), default=1.0) or 1.0
+    tallest = max(math.log1p(count) for _, count in groups) or 1.0
 
     def x(bin_: float) -> float:
         return (bin_ - first) / (last - first) * _WIDTH
