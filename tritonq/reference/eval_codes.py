@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import round_half_away
-from tritonq.reference.scratch import is_dense
+from tritonq.reference.scratch import in_memory_order, is_dense
 
 # Steps up to here, plus a zero point, fit into int32.
 LARGEST_STEP = 2.0**30
@@ -115,7 +115,7 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 def is_within(sums: Tensor, reach: float) -> bool:
     """Whether the magnitude of every sum is below ``reach``."""
     # In the order in which they lie: torch would copy any other.
-    least, most = torch.aminmax(sums.as_strided((sums.numel(),), (1,)) if is_dense(sums) else sums)
+    least, most = torch.aminmax(in_memory_order(sums) if is_dense(sums) else sums)
     return -reach < float(least) and float(most) < reach
 
 
@@ -238,8 +238,7 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
         uint8, in the order of ``codes``.
     """
     # One axis in the order of memory: torch looks up along one axis five times as fast.
-    flat = codes.as_strided((codes.numel(),), (1,), codes.storage_offset())
-    return table.index_select(0, flat.int()).as_strided(codes.shape, codes.stride())
+    return table.index_select(0, in_memory_order(codes).int()).as_strided(codes.shape, codes.stride())
 
 
 @cache

@@ -16,7 +16,7 @@ from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
 from tritonq.reference.operator import Like, New, operator
 from tritonq.reference.ranges import OBSERVED, settled
-from tritonq.reference.scratch import borrow_or_new
+from tritonq.reference.scratch import borrow_or_new, in_memory_order
 
 _BITS = 8
 # Planes start where a kernel can read 128 bits at a time.
@@ -137,8 +137,3 @@ def _powers(device: torch.device) -> Tensor:
     """Return 1, 2, 4, ... 128 as a (8, 1) tensor: one product with it packs or unpacks eight planes."""
     with torch.inference_mode(False):
         return (2 ** torch.arange(_BITS, device=device)).to(torch.uint8).view(_BITS, 1)
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    """Return the elements of a dense tensor as a vector, in the order in which they lie in memory; a view."""
-    return x.as_strided((x.numel(),), (1,))

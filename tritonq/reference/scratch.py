@@ -70,3 +70,8 @@ def is_dense(x: Tensor) -> bool:
     if x.dim() not in (4, 5):
         return False
     return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Return the elements of a dense tensor as a vector, in the order in which they lie in memory; a view."""
+    return x.as_strided((x.numel(),), (1,))
