@@ -125,13 +125,12 @@ default_embedding_fake_quant = FakeQuantize.with_args(
 )
 
 # Deployment engine: (reduce_range of activations, weights per channel).
-_TORCH_BACKENDS = {
+TORCH_BACKENDS = {
     "fbgemm": (True, True),
     "x86": (True, True),
     "qnnpack": (False, False),
     "onednn": (False, True),
 }
-TORCH_BACKENDS = tuple(_TORCH_BACKENDS)
 
 
 def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
@@ -154,11 +153,11 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
         >>> qtype.quant_min, qtype.quant_max, qtype.symmetric
         (0, 127, False)
     """
-    if backend not in _TORCH_BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")
+    if backend not in TORCH_BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(TORCH_BACKENDS)}")
     if version not in (0, 1):
         raise ValueError(f"version must be 0 or 1, got {version}")
-    reduce_range, per_channel = _TORCH_BACKENDS[backend]
+    reduce_range, per_channel = TORCH_BACKENDS[backend]
     weight = default_per_channel_weight_fake_quant if per_channel else default_weight_fake_quant
     # Version 1 uses a fused operator with range arithmetic of its own, which is part of its numbers.
     rule: dict[str, RangeRule] = {"rule": "torch_v1"} if version == 1 else {}

@@ -16,7 +16,7 @@ from tritonq.observers import (
     PerChannelMinMaxObserver,
 )
 from tritonq.prepare.edit.eager import FIXED_OUTPUTS, fixed_quantizer
-from tritonq.qconfig import TORCH_BACKENDS, QConfig, default_fake_quant, get_default_qat_qconfig
+from tritonq.qconfig import TORCH_BACKENDS, QConfig, default_fake_quant
 
 default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)
 default_histogram_observer = HistogramObserver.with_args(quant_min=0, quant_max=127)
@@ -97,15 +97,10 @@ def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:
         raise ValueError(f"version must be 0, got {version}")
     if backend not in TORCH_BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(TORCH_BACKENDS)}")
-    trained = get_default_qat_qconfig(backend, 0)
-    reduced = trained.activation().qtype.quant_max == 127  # type: ignore[union-attr]
-    one_scale = trained.weight().qtype.axis is None  # type: ignore[union-attr]
-    weight = default_weight_observer if one_scale else default_per_channel_weight_observer
-    return QConfig(
-        FakeQuantize.with_args(observer=HistogramObserver, reduce_range=reduced),
-        _rounding(weight),
-        backend,
-    )
+    reduce_range, per_channel = TORCH_BACKENDS[backend]
+    activation = FakeQuantize.with_args(observer=HistogramObserver, reduce_range=reduce_range)
+    weight = default_per_channel_weight_observer if per_channel else default_weight_observer
+    return QConfig(activation, _rounding(weight), backend)
 
 
 def get_default_qat_module_mappings() -> dict[type[nn.Module], type[nn.Module]]:
