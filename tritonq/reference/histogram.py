@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonq.bins import FloatPrefixBins
-from tritonq.granularity import Granularity
-from tritonq.reference.min_max import min_max
+from tritonq.reference.min_max import RANGE, min_max, range_shape
 from tritonq.reference.operator import New, operator
 
 # The exponent field of NaN and the infinities.
@@ -28,7 +27,7 @@ _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 
 
 def _linear_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    return (*_range_shape(arguments), arguments["bins"])
+    return (*range_shape(arguments), arguments["bins"])
 
 
 @operator(returns=New(_linear_shape, "x", torch.int64))
@@ -58,20 +57,13 @@ def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = No
 
 
 def _counts_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    return (*_range_shape(arguments), arguments["bins"].count)
-
-
-def _range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    return Granularity(arguments["axis"]).scale_shape(arguments["x"].shape)
-
-
-_RANGE = New(_range_shape, "x", torch.float32)
+    return (*range_shape(arguments), arguments["bins"].count)
 
 
 @operator(
     returns=(
         New(_counts_shape, "x", torch.int64),
-        *(_RANGE, _RANGE),
+        *(RANGE, RANGE),
         New(lambda arguments: (), "x", torch.int64),
     )
 )

@@ -24,16 +24,17 @@ _Number = TypeVar("_Number", np.float32, np.float64)
 _NUMBERS: dict[torch.dtype, type[Any]] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def _range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+def range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    """Return the shape of the ranges of an operator's argument ``x``, one per index of its ``axis``."""
     return Granularity(arguments["axis"]).scale_shape(arguments["x"].shape)
 
 
 # Batches of one network differ by less than this factor in their largest value; `kernels/constants.py` has it too.
 FALL = 100.0
-_RANGE = New(_range_shape, "x", torch.float32)
+RANGE = New(range_shape, "x", torch.float32)
 
 
-@operator(returns=(_RANGE, _RANGE, New(lambda arguments: (), "x", torch.int64)))
+@operator(returns=(RANGE, RANGE, New(lambda arguments: (), "x", torch.int64)))
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the smallest and the largest finite value of ``x``, and how many values are not finite.
 
