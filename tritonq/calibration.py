@@ -15,6 +15,7 @@ from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize
+from tritonq.nn.call_arguments import by_position
 from tritonq.nn.qat import QATLayer
 from tritonq.observers import PassiveObserver
 from tritonq.qparams import QParams
@@ -288,7 +289,7 @@ def rounding(*quantizers: nn.Module) -> Iterator[None]:
 def _layer_examples(
     model: nn.Module, layers: dict[str, QATLayer], data: Any
 ) -> dict[str, list[tuple[tuple[Any, ...], Tensor]]]:
-    """Run ``data`` through the model; return pairs of positional arguments and output of each call of each layer.
+    """Run ``data`` through the model; return pairs of arguments, by position, and output of each call of each layer.
 
     Args:
         model: runs as it is set; outputs are copied.
@@ -301,12 +302,12 @@ def _layer_examples(
     examples: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {name: [] for name in layers}
 
     def recorder(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            examples[name].append((args, output.clone()))
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+            examples[name].append((by_position(module, args, kwargs), output.clone()))
 
         return record
 
-    hooks = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(recorder(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         for args, kwargs in model_batches(model, data):
             model(*args, **kwargs)

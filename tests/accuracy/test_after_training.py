@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from qat_models import Named
 from tolerances import FLOAT32, FLOAT64, FLOAT64_SUMS, HALF, LONG_SUMS, SUMS, TRAINED, assert_close
 from tritonq.accuracy.adaptive_rounding import SoftRounding
 from tritonq.accuracy.quantized_layers import inputs_of
@@ -220,6 +222,19 @@ def test_adaptive_rounding_is_better_than_the_nearest_code(folding):
     assert_close(steps, steps.round(), LONG_SUMS)
     assert float((model.point.weight.detach() - weights).abs().max() / scales) < 1.001
     assert tritonq.verify(model, tritonq.convert(model), X).agrees()
+
+
+@pytest.mark.parametrize(
+    "method", [tritonq.correct_bias, tritonq.refine_scales, partial(tritonq.adaptive_round, steps=3)]
+)
+def test_layers_that_take_their_input_by_name(method):
+    x, results = torch.rand(2, 3, 8, 8), []
+    for named in (False, True):
+        model = tritonq.calibrate(tritonq.prepare_qat(Named(named), example_inputs=x), [x])
+        torch.manual_seed(1)
+        method(model, [x])
+        results.append(model(x))
+    assert torch.equal(*results)
 
 
 def test_what_can_not_be_done_is_said():

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qat_models import Named
 from tolerances import SUMS, assert_close
-from tritonq import get_qconfig, set_fixed_point_phase
-from tritonq.deploy import convert
+from tritonq import convert, get_qconfig, set_fixed_point_phase, verify
 from tritonq.nn import FixedPointAdd, FixedPointAvgPool2d, FixedPointConvBn2d, FixedPointLinear, FixedPointMaxPool2d
 from tritonq.prepare import prepare_qat
 
@@ -133,6 +133,15 @@ def test_hooks_move_to_what_takes_a_modules_place():
     seen.clear()
     integers(torch.randn(2, 2, 12, 12))
     assert seen == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_layers_that_take_their_input_by_name():
+    x, results = torch.rand(2, 3, 8, 8), []
+    for named in (False, True):
+        model = prepare_qat(Named(named), example_inputs=x, qconfig=F8NET).train()
+        results.append(model(x))
+        assert verify(model, convert(model.eval()), x).total.differing == 0
+    assert torch.equal(*results)
 
 
 def test_the_float_phase_is_the_float_network():

@@ -127,3 +127,15 @@ def without_ranges(model: nn.Module) -> nn.Module:
         if isinstance(module, tritonq.FakeQuantize):
             module.begin_anew()
     return model
+
+
+class Named(nn.Module):
+    """Gives its layers their input by name, or by position."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.named, self.first, self.second = named, nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(input=self.first(input=x).relu()) if self.named else self.second(self.first(x).relu())

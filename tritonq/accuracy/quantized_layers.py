@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tritonq.calibration import Batch
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.call_arguments import by_position
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare.record.structure import tensors_in
 
@@ -80,10 +81,10 @@ def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> li
     """
     found: list[Tensor] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(layer.quantized_input(args[0]).detach())
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(layer.quantized_input(by_position(module, args, kwargs)[0]).detach())
 
-    hook = layer.register_forward_pre_hook(note)
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
         for args, kwargs in batches:
             model(*args, **kwargs)

@@ -15,6 +15,7 @@ from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import Quantizer
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
+from tritonq.nn.call_arguments import by_position
 from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.prepare.record.structure import replace_tensors, tensors_in
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
@@ -46,7 +47,10 @@ def torch_runner(model: nn.Module) -> Runner:
         codes: Codes = {}
         given = given or {}
         if layers:
-            handles = [layer.register_forward_pre_hook(_reader(codes, name, given)) for name, layer in layers.items()]
+            handles = [
+                layer.register_forward_pre_hook(_reader(codes, name, given), with_kwargs=True)
+                for name, layer in layers.items()
+            ]
         else:
             handles = [m.register_forward_hook(_recorder(codes, name, given)) for name, m in active.items()]
         try:
@@ -85,10 +89,10 @@ def _recorder(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module
     return record
 
 
-def _reader(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, Any], Any]:
-    def record(layer: nn.Module, args: Any) -> Any:
-        own = codes_read(layer, args[0].detach()).cpu()
-        other = take_given(given, codes, name, own)
-        return None if other is None else (value_of_codes(layer, other.to(args[0].device)), *args[1:])
+def _reader(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, Any, Any], Any]:
+    def record(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        read, *others = by_position(layer, args, kwargs)
+        other = take_given(given, codes, name, codes_read(layer, read.detach()).cpu())
+        return None if other is None else ((value_of_codes(layer, other.to(read.device)), *others), {})
 
     return record

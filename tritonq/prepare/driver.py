@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import set_fixed_point_phase
+from tritonq.nn.call_arguments import by_position
 from tritonq.prepare.changes import note_report
 from tritonq.prepare.check import check_same_output, first_ranges
 from tritonq.prepare.decide.analysis import Analysis, EditableForward
@@ -255,10 +256,10 @@ def _network_inputs(links: Links, recording: Recording) -> dict[str, Tensor]:
     for index, layer in links.layers.items():
         if not links.groups[links.analysis.flow.calls[index].inputs[0]].scaled:
 
-            def keep(module: nn.Module, given: tuple[Any, ...], name: str = layer.name) -> None:
-                found[name] = given[0].detach()
+            def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = layer.name) -> None:
+                found[name] = by_position(module, args, kwargs)[0].detach()
 
-            handles.append(links.analysis.modules[layer.name].register_forward_pre_hook(keep))
+            handles.append(links.analysis.modules[layer.name].register_forward_pre_hook(keep, with_kwargs=True))
     try:
         with preserved_random_state(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
