@@ -66,6 +66,9 @@ def test_passive_observer():
     assert observer.scale.tolist() == [0.125]
     with pytest.raises(ValueError, match="positive and finite"):
         observer.scale = torch.tensor([0.0])
+    with pytest.raises(ValueError, match="a type with one scale for the tensor, got 2"):
+        observer.set_qparams(torch.tensor([0.5, 0.25]))
+    assert (observer.scale.tolist(), observer.original_scale.tolist()) == ([0.125], [2.0])
     with pytest.raises(ValueError, match="zero point 0, got"):
         tritonq.PassiveObserver(dtype="qint8").set_qparams(torch.tensor([1.0]), torch.tensor([3]))
 

@@ -53,8 +53,9 @@ class PassiveObserver(ObserverBase):
         type.
 
         Raises:
-            ValueError: a scale that is not positive and finite, a zero point outside the code range, one that is not
-                the type's fixed one, or another number of zero points than one or one per scale.
+            ValueError: a scale that is not positive and finite, several for a type per tensor, a zero point outside the
+                code range, one that is not the type's fixed one, or another number of zero points than one or one per
+                scale.
         """
         scale = torch.as_tensor(scale)
         fixed = self.fixed_zero_point
@@ -76,7 +77,7 @@ class PassiveObserver(ObserverBase):
         """The scale in use, float32, one element or (channels,); assigning tensors or numbers replaces it.
 
         Raises:
-            ValueError: a scale that is not positive and finite is assigned.
+            ValueError: a scale that is not positive and finite is assigned, or several to a type per tensor.
         """
         return self.current_scale
 
@@ -85,6 +86,8 @@ class PassiveObserver(ObserverBase):
         scale = torch.as_tensor(scale)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"scale must be positive and finite, got {scale}")
+        if self.qtype.axis is None and scale.numel() != 1:
+            raise ValueError(f"this is a type with one scale for the tensor, got {scale.numel()}")
         self.current_scale = scale.detach().to(self.current_scale).reshape(-1).clone()
         self.revision += 1
 
