@@ -15,6 +15,7 @@ from torch import nn
 
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.places import results
 from tritonq.prepare.decide.rows import out_channels
 
 
@@ -35,8 +36,8 @@ def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]
     bases: dict[str, list[str]] = {}  # for each layer of an adapter, the frozen layers that it may stand beside
     for base in frozen:
         for down in (layer for value in _inputs(base, analysis) for layer in by_input.get(value, ())):
-            results = [analysis.value_of(analysis.flow.calls[index]) for index in down.ends]
-            for up in (layer for value in results if value is not None for layer in by_input.get(value, ())):
+            made = results((analysis.flow.calls[index] for index in down.ends), analysis)
+            for up in (layer for value in made for layer in by_input.get(value, ())):
                 if _is_narrow(down, base, analysis) and _shapes(up, analysis) == _shapes(base, analysis):
                     for name in (down.name, up.name):
                         bases.setdefault(name, []).append(base.name)
@@ -78,5 +79,5 @@ def _is_narrow(down: Layer, base: Layer, analysis: Analysis) -> bool:
 
 def _shapes(layer: Layer, analysis: Analysis) -> set[tuple[int, ...]]:
     """Return the shapes of the tensors that a layer returns in its calls."""
-    values = (analysis.value_of(analysis.flow.calls[index]) for index in layer.calls)
-    return {analysis.flow.values[value].shape for value in values if value is not None}
+    values = results((analysis.flow.calls[index] for index in layer.calls), analysis)
+    return {analysis.flow.values[value].shape for value in values}
