@@ -82,10 +82,10 @@ def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
         return None
     shape = analysis.flow.values[found[0][0].inputs[0]].shape if found[0][0].inputs else ()
     steps = [_step(call, analysis) for call in found[0] if call.name not in _PASSING]
-    if len(shape) < 2 or any(step is None for step in steps) or not any(step and step.operands for step in steps):
+    known = tuple(step for step in steps if step is not None)
+    if len(shape) < 2 or len(known) < len(steps) or not any(step.operands for step in known):
         return None
     starts, ends = tuple(chain[0] for chain in found), tuple(chain[-1] for chain in found)
-    known = tuple(step for step in steps if step is not None)
     return FrozenNorm(shape[1], len(shape), known, starts, ends, remainders.pop())
 
 
