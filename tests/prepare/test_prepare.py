@@ -18,7 +18,7 @@ from prepared_nets import (
     prepare,
     quantizers,
 )
-from tolerances import TRAINED, assert_close
+from tolerances import SUMS, TRAINED, assert_close
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.original_class import original_class
 from tritonq.prepare import (
@@ -119,6 +119,33 @@ def test_hook_between_convolution_and_norm_keeps_them_apart(where):
     heard.clear()
     prepared(X)
     assert len(heard) == 1
+
+
+class Clips(nn.Module):
+    """A ReLU behind an addition, and clips and functions that would become one operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv(), conv()
+        self.relu, self.relu6, self.hardtanh, self.silu = nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0, 3), nn.SiLU()
+
+    def forward(self, x):
+        x = self.relu(self.first(x) + x)
+        return self.silu(self.hardtanh(self.relu6(self.second(x)))) * 2.0
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("name", ["relu", "relu6", "hardtanh", "silu"])
+def test_modules_with_hooks_stay_apart_from_joins_and_clips(name, kind):
+    model, heard = Clips(), []
+    getattr(model.get_submodule(name), kind)(lambda module, *values: heard.append(values[-1]))
+    float_model = copy.deepcopy(model).eval()
+    prepared = prepare_qat(model, example_inputs=X).eval()
+    disable_fake_quant(prepared)
+    heard.clear()
+    assert_close(prepared(X), float_model(X), SUMS)
+    got, expected = heard
+    assert_close(*(value[0] if isinstance(value, tuple) else value for value in (got, expected)), SUMS)
 
 
 def test_deepcopy_pickle_and_state_dict():

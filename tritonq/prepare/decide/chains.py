@@ -15,6 +15,7 @@ from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.arithmetic import arithmetic_of_call, has_number
 from tritonq.prepare.decide.clips import bounds_of_call
 from tritonq.prepare.decide.functions import function_of_call
+from tritonq.prepare.decide.layers import has_hooks
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.dataflow import Call
 from tritonq.reference.functions import Function
@@ -79,12 +80,14 @@ class Chains:
 
         Both are clips, or one of the two is arithmetic with a number and ``before`` is a clip, function or arithmetic
         with a fixed number. ``call`` alone reads the result, which lies on no grid, and ``before`` is not among those
-        that stay.
+        that stay. No hooks see what ``before`` is given or what stands between the two.
         """
         is_alike = bounds_of_call(before) is not None and bounds_of_call(call) is not None
         if not is_alike and arithmetic_of_call(before) is None and arithmetic_of_call(call) is None:
             return False
         if before.index in self._kept or self._analysis.value_of(before) in self._grids:
+            return False
+        if has_hooks(before.target) or has_hooks(call.target, before=True):
             return False
         is_read_alone = self._analysis.follower(before) == call
         return is_read_alone and _function_of_step(before) is not None and self.has_fixed_number(before)

@@ -118,8 +118,7 @@ def find_layer(
     has_relu = (
         ceiling is not None
         and ROWS.get((*row, nn.ReLU)) in swapped
-        and not any(_has_hooks(relu.target) for relu in absorbed)
-        and not _has_hooks(module if norm is None else analysis.modules[norm.name], after=True)
+        and not has_hooks(module if norm is None else analysis.modules[norm.name], after=True)
     )
     if has_relu:
         row, ends = (*row, nn.ReLU), tuple(absorbed)
@@ -173,12 +172,14 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
 
     Returns:
         ``(calls, upper bound)``, infinity for plain ReLUs. ``([], None)`` if a call has no ReLU behind it or one of
-        ``kept``, if the bounds differ, or if the forward may do something else in training mode.
+        ``kept``, if the bounds differ, if a ReLU has hooks, or if the forward may do something else in training mode.
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]
     ceilings = {ceiling_of_call(relu) for relu in relus}
     if not relus or len(relus) < len(found) or len(ceilings) > 1 or None in ceilings:
+        return [], None
+    if any(has_hooks(relu.target) for relu in relus):
         return [], None
     if not all(map(analysis.may_fuse_in, {call.owner for call in (*calls, *relus)})):
         return [], None
@@ -211,7 +212,7 @@ def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | 
     if obstacle is None and issubclass(start.kind, nn.Linear):
         ranks = {len(analysis.flow.values[call.inputs[0]].shape) for call in norm.calls}
         obstacle = None if ranks == {2} else "BatchNorm1d of a linear layer normalises another axis than the features"
-    if obstacle is None and (_has_hooks(start.module, after=True) or _has_hooks(bn, before=True)):
+    if obstacle is None and (has_hooks(start.module, after=True) or has_hooks(bn, before=True)):
         obstacle = "hooks stand between the two"
     return (norm, None) if obstacle is None else (None, obstacle)
 
@@ -285,7 +286,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORM_OF_DIMENSIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-def _has_hooks(module: object, before: bool = False, after: bool = False) -> bool:
+def has_hooks(module: object, before: bool = False, after: bool = False) -> bool:
     """Whether a module has hooks that see values before its forward, after it, or (neither given) on any side.
 
     ``before`` asks for hooks before the forward, ``after`` for hooks after it. Backward hooks always count.
