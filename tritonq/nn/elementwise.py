@@ -151,15 +151,16 @@ class Joint(WithOutputQuantizer):
 
     def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
         """Return ``FQ(relu?(f(a, b)))`` of a training step by one operator that updates ``statistics`` and ``grid``."""
-        if a.shape != b.shape or a.dtype != b.dtype:
+        if self.kind not in ("add", "sub") or a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
 
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
         """Return the result of eval mode from 8-bit codes of a and b (attached or nearest); None if it can't be."""
-        own, producers = self.activation_post_process, self.producers
-        if own._forward_pre_hooks or not a.numel():
+        own = self.activation_post_process
+        if self.kind not in ("add", "sub", "mul") or own._forward_pre_hooks or not a.numel():
             return None
+        producers = self.producers
         sources = self._grid_sources(producers)
         if sources is None or not all(source.is_enabled_on_host() for source in sources):
             return None
@@ -281,12 +282,6 @@ class Extremum(Joint):
         >>> tritonq.nn.Maximum()(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
         tensor([2., 3.])
     """
-
-    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
-
-    def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
-        return None
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:

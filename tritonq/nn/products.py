@@ -12,9 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.functional.integer_joins import float_join
-from tritonq.functional.residual import rounded_result
-from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.elementwise import Add, Joint
 from tritonq.nn.reference import Referred
 from tritonq.qconfig import QConfig
@@ -38,12 +35,6 @@ class MatMul(Joint):
     """
 
     kind = "matmul"
-
-    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
-
-    def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
-        return None
 
 
 class AddMatMul(Add):
