@@ -14,12 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.functional.recomputation import is_recomputing, normalize_once
+from tritonq.functional.recomputation import normalize_once
 from tritonq.nn import intrinsic
+from tritonq.nn.batch_norm import batch_norm_state
 from tritonq.nn.conv import check_float_type, conv_arguments
 from tritonq.nn.conv_bn import checked_batch_norm
 from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
 from tritonq.qconfig import QConfig
+from tritonq.reference.conv_bn import update_running_statistics
 
 # Files of torch.save(model) name ActivationFormat here.
 __all__ = ["ActivationFormat", "FixedPointConv2d", "FixedPointConvBn2d", "FixedPointLinear"]
@@ -180,7 +182,11 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         eta = self.input_format.eta().to(x.dtype) * self.input_factor
         y = self.linear_map(x * eta, self.weight, self.bias)
         var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
-        self._update_running(mean, var, y.numel() // y.shape[1])
+        count = y.numel() // y.shape[1]
+        if count < 2:
+            raise ValueError(f"training needs more than 1 value per channel for its statistics, got {count}")
+        with torch.no_grad():
+            update_running_statistics(batch_norm_state(self.bn), mean, var, count)
         weight, bias = self._normalised_parameters(mean, var)
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
@@ -195,26 +201,6 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         ratio = self.input_factor * self.input_format.eta().to(self.weight.dtype) / eta_next
         shift = -mean if self.bias is None else self.bias - mean
         return self.weight * (scale * ratio).view(-1, 1, 1, 1), (bn.bias + scale * shift) / eta_next
-
-    @torch.no_grad()
-    def _update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Update the running statistics by mean and biased variance of a batch with ``count`` values per channel.
-
-        ``r += factor (v - r)`` with the unbiased variance, and ``bn.momentum`` or 1 over the number of batches as
-        factor. A step that is recomputed for a checkpoint updates nothing.
-
-        Raises:
-            ValueError: fewer than two values per channel.
-        """
-        bn = self.bn
-        if count < 2:
-            raise ValueError(f"training needs more than 1 value per channel for its statistics, got {count}")
-        if is_recomputing():
-            return
-        bn.num_batches_tracked.add_(1)
-        factor = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
-        bn.running_mean += factor * (mean - bn.running_mean)
-        bn.running_var += factor * (var * (count / (count - 1)) - bn.running_var)
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointConvBn2d:
