@@ -221,9 +221,7 @@ def learned_size(model: nn.Module) -> Tensor:
         >>> float(qat[2].weight_fake_quant.bits.grad) > 0
         True
     """
-    found = dict(_with_learned_bits(model))
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no weight whose width is trained: use LearnedBitsFakeQuantize")
+    found = _with_learned_bits(model)
     elements = {name: _elements(model, name, quantizer) for name, quantizer in found.items()}
     waiting = [name for name, count in elements.items() if not count]
     if waiting:
@@ -270,9 +268,7 @@ def fix_learned_bits(model: nn.Module) -> dict[str, int]:
         >>> fix_learned_bits(qat), type(qat[0].weight_fake_quant).__name__
         ({'0.weight_fake_quant': 3}, 'LearnedStepFakeQuantize')
     """
-    found = dict(_with_learned_bits(model))
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no weight whose width is trained: use LearnedBitsFakeQuantize")
+    found = _with_learned_bits(model)
     made = {quantizer: quantizer.fixed() for quantizer in found.values()}
     for module in model.modules():
         for name, child in module._modules.items():
@@ -281,5 +277,13 @@ def fix_learned_bits(model: nn.Module) -> dict[str, int]:
     return {name: made[quantizer].qtype.bits for name, quantizer in found.items()}
 
 
-def _with_learned_bits(model: nn.Module) -> list[tuple[str, LearnedBitsFakeQuantize]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LearnedBitsFakeQuantize)]
+def _with_learned_bits(model: nn.Module) -> dict[str, LearnedBitsFakeQuantize]:
+    """Return the quantizers with trained widths by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LearnedBitsFakeQuantize)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no weight whose width is trained: use LearnedBitsFakeQuantize")
+    return found
