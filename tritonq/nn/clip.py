@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tritonq.functional.functions import requantized
 from tritonq.grid import Grid
 from tritonq.nn.functions import ElementwiseLayer
+from tritonq.nn.fusable import bound_of_clip
 from tritonq.qconfig import QConfig
 from tritonq.reference.functions import Function
 
@@ -36,7 +37,7 @@ class Clipping:
 
         None if it is no ReLU.
         """
-        return self.high if self.low == 0 and self.high > 0 else None
+        return bound_of_clip(self.low, self.high)
 
     def then(self, other: Clipping) -> Clipping:
         """Return the one clip that computes this clip and then ``other``.
