@@ -19,10 +19,17 @@ from tritonq.qconfig import QConfig
 
 
 class _QATTable(nn.Module):
-    """The quantizer of an embedding's table.
+    """The constructor of both embeddings, and the quantizer of their tables.
 
     Outputs are rows of the quantized table and get no quantizer of their own.
     """
+
+    num_embeddings: int
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
+        super().__init__(*args, **kwargs)
+        self.attach_quantizer(qconfig, self.num_embeddings)
 
     def attach_quantizer(self, qconfig: QConfig | None, rows: int) -> None:
         """Create the weight quantizer of ``qconfig`` with buffers for ``rows`` rows.
@@ -67,11 +74,6 @@ class Embedding(_QATTable, nn.Embedding):
         >>> table(torch.tensor([1, 7])).shape, table.weight_fake_quant.scale.shape
         (torch.Size([2, 4]), torch.Size([10]))
     """
-
-    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
-        args, qconfig = without_qconfig(args, qconfig)
-        super().__init__(*args, **kwargs)
-        self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of the quantized table for integer indices (...)."""
@@ -120,11 +122,6 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         >>> table(torch.tensor([[1, 7], [2, 2]])).shape
         torch.Size([2, 4])
     """
-
-    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
-        args, qconfig = without_qconfig(args, qconfig)
-        super().__init__(*args, **kwargs)
-        self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return (bags, embedding_dim): for each bag the sum, mean or maximum of its rows of the quantized table.
