@@ -108,13 +108,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return self.batch_axis is not None and super().rests_on_examples()
 
     def _begins_anew(self) -> bool:
-        """Return whether this training batch replaces parameters of example inputs; False from the second call on."""
-        if self._beginning is None:
-            return False
-        self._beginning = None
-        begins = bool(self.begins)
-        self.begins.zero_()
-        return begins
+        """Whether the parameters are still those of example inputs, so that a training batch replaces them."""
+        if self._beginning is not None and not bool(self.begins):
+            self._beginning = None
+        return self._beginning is not None
 
     @property
     def _channels(self) -> int:

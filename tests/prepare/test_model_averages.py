@@ -147,6 +147,17 @@ def test_the_first_batch_sets_learned_parameters_and_a_loaded_state_keeps_them(q
     assert torch.equal(ranges_of(other), after)
 
 
+def test_a_first_batch_without_finite_values_leaves_learned_parameters_to_the_next():
+    quantizer = prepared("LSQ")[0].input_fake_quant
+    before = float(quantizer.scale)
+    quantizer(torch.full_like(IMAGES, torch.nan))
+    assert float(quantizer.scale) == before
+    assert quantizer.rests_on_examples()
+    quantizer(3 * IMAGES)
+    assert float(quantizer.scale) > 2 * before
+    assert not quantizer.rests_on_examples()
+
+
 def ranges_of(model):
     """The scales of all activations."""
     found = (module for name, module in model.named_modules() if name.endswith(("_process", "input_fake_quant")))
