@@ -227,6 +227,25 @@ def test_a_number_does_not_change_the_dtype(kind):
         assert [factor.grad.dtype for factor in factors] == [a.dtype, b.dtype]
 
 
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Minimum", "Cat"])
+@pytest.mark.parametrize("mode", ["training", "eval", "compiled"])
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_operands_of_two_dtypes_give_the_wider_one(kind, mode, dtypes):
+    qconfig = tritonq.get_qconfig("tensorrt")
+    join, quantizer = getattr(tritonq.nn, kind)(qconfig=qconfig), tritonq.FakeQuantize(dtype="qint8_narrow")
+    a, b = (torch.rand(4, 4).to(getattr(torch, dtype)) for dtype in dtypes)
+    quantizer(a.float())
+    call = join if kind != "Cat" else lambda a, b: join([a, b])
+    if kind != "Cat":
+        join.set_producers(quantizer, quantizer)
+    call(a, b)
+    join.train(mode == "training")
+    quantizer.eval()
+    torch.compiler.reset()
+    run = torch.compile(call, backend="eager") if mode == "compiled" else call
+    assert run(quantizer(a), quantizer(b)).dtype == torch.float32
+
+
 def test_a_product_keeps_codes_and_bits():
     """Float saves 8 bytes per element: both factors."""
     qat, x = trained(lambda: Net("product"))

@@ -32,6 +32,15 @@ def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def joint_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """Return the dtype of :func:`float_join` of two float tensors: the wider one, of tensors with axes if one has any.
+
+    It is that of ``torch.result_type``, which no graph of ``torch.compile`` can hold.
+    """
+    counted = [operand.dtype for operand in (a, b) if operand.dim()] or [a.dtype, b.dtype]
+    return torch.promote_types(counted[0], counted[-1])
+
+
 def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``round(v / s) · s``, with v the join of ``a`` and ``b`` and s the output's scale; not clipped yet.
 

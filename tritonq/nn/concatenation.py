@@ -8,6 +8,7 @@ the other side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -91,7 +92,8 @@ class Cat(WithOutputQuantizer):
             joined = concatenated_codes(tensors, dim, grid)
             if joined is not None:
                 return joined
-        return integer_concatenation(tensors, dim, grid).to(tensors[0].dtype)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        return integer_concatenation(tensors, dim, grid).to(dtype)
 
     def extra_repr(self) -> str:
         """Return the axis for ``repr``, and the function if it is not ``torch.cat``."""

@@ -17,7 +17,7 @@ from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.fake_quant import with_gradient_of
-from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join
+from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join, joint_dtype
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
@@ -220,7 +220,7 @@ class Joint(WithOutputQuantizer):
             from tritonq.functional.traced import eval_mode
 
             return eval_mode.join(self.kind, a, b, *grids)
-        return integer_join(self.kind, a, b, *grids).to(a.dtype)
+        return integer_join(self.kind, a, b, *grids).to(joint_dtype(a, b))
 
     def extra_repr(self) -> str:
         """Return the ReLU for ``repr``, if there is one."""

@@ -21,7 +21,7 @@ from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.functions import integer_function, integer_prelu, requantized
 from tritonq.functional.integer import integer_sums, onto_grid, to_integers
-from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join
+from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join, joint_dtype
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
 from tritonq.functional.traced.build import traced_operator
 from tritonq.grid import Grid
@@ -82,10 +82,11 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
         output: grid of the quantizer behind the operation.
 
     Returns:
-        Tensor in ``a``'s dtype; without gradient. If a grid is off, the float result.
+        Tensor in the dtype of torch's ``a + b``; without gradient. If a grid is off, the float result.
     """
-    result: Tensor = _join(kind, a.detach(), b.detach(), grid_a, grid_b, output)
-    return result
+    wide = a.detach().to(torch.promote_types(a.dtype, b.dtype))
+    result: Tensor = _join(kind, wide, b.detach(), grid_a, grid_b, output)
+    return result.to(joint_dtype(a, b))
 
 
 def on_grid(x: Tensor, output: Grid, source: Grid | None = None) -> Tensor:
@@ -214,7 +215,7 @@ def run_affine(
 
 @operator(returns=New(_join_shape, "a", keeps_format=True))
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Compute :func:`join` of kind ``kind`` when the compiled graph runs, in ``a``'s dtype.
+    """Compute :func:`join` of kind ``kind`` when the compiled graph runs, in ``a``'s dtype, the wider one of both.
 
     If the grids of ``a`` and ``b`` (``grid_a``, ``grid_b``) and ``output`` are on, it is computed from codes and
     rounded to ``output``, not clipped; else in float.
