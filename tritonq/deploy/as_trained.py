@@ -9,11 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritonq.deploy.outputs import takes_what
+from tritonq.deploy.example_inputs import name_keywords, open_axes
+from tritonq.deploy.outputs import result_of, takes_what
 from tritonq.prepare.forwards.graph_data import traced_as_run
+from tritonq.prepare.record.example import Arguments, example_arguments
 
 
-def trace_as_trained(traced: nn.Module) -> None:
+def ready_to_trace(
+    traced: nn.Module, deployed: nn.Module, example_inputs: Any, batch: bool, sizes: bool = False
+) -> tuple[Arguments, dict[str, Any] | None, Any]:
+    """Make a rewritten model ready for torch.export; return ``(arguments, shapes, result)``.
+
+    Arguments and shapes are those of :func:`open_axes`; the result is what the deployed model returns for them.
+
+    Args:
+        traced: the rewritten model; its ``forward`` is replaced.
+        deployed: the model that it was made of, which runs once.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones.
+        batch: whether axis 0 of the inputs is open.
+        sizes: whether the axes behind the first two are open.
+
+    Raises:
+        ValueError, TypeError: as :func:`open_axes` and :func:`result_of`.
+    """
+    arguments = example_arguments(example_inputs)
+    name_keywords(traced, arguments[1])
+    arguments, shapes = open_axes(traced.forward, arguments, batch, sizes)
+    result = result_of(deployed, *arguments)
+    _trace_as_trained(traced)
+    return arguments, shapes, result
+
+
+def _trace_as_trained(traced: nn.Module) -> None:
     """Make a model compute the same operations while it is traced for export as when it runs.
 
     Some forwards ask ``torch.onnx.is_in_onnx_export()`` and then compute by other operations, which were never

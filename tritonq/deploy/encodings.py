@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from tritonq.deploy.as_trained import trace_as_trained
+from tritonq.deploy.as_trained import ready_to_trace
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_files
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -20,9 +19,8 @@ from tritonq.deploy.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, check_float3
 from tritonq.deploy.onnx_files import checked, forget_source, require_onnx
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.output_sizes import with_output_sizes
-from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
+from tritonq.deploy.outputs import name_outputs, output_paths, return_tensors_alone
 from tritonq.nn.compile_wrapper import uncompiled
-from tritonq.prepare.record.example import example_arguments
 from tritonq.version import __version__
 
 if TYPE_CHECKING:
@@ -112,11 +110,7 @@ def export_encodings(
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     deployed = with_output_sizes(deployed, example_inputs)
     traced, marks = encodings_form(deployed)
-    arguments = example_arguments(example_inputs)
-    name_keywords(traced, arguments[1])
-    arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, False)
-    result = result_of(deployed, *arguments)
-    trace_as_trained(traced)
+    arguments, shapes, result = ready_to_trace(traced, deployed, example_inputs, dynamic_batch)
     return_tensors_alone(traced, result)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), None, None)
     name_outputs(program.model, output_paths(result))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.as_trained import trace_as_trained
+from tritonq.deploy.as_trained import ready_to_trace
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import check_sizes, name_keywords, name_sizes, open_axes, tell_fixed_batch
+from tritonq.deploy.example_inputs import check_sizes, name_sizes, tell_fixed_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -38,7 +38,7 @@ from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
 from tritonq.deploy.output_sizes import with_output_sizes
-from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
+from tritonq.deploy.outputs import name_outputs, output_paths, return_tensors_alone
 from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
@@ -156,11 +156,7 @@ def export_onnx(
     if dynamic_sizes:
         check_sizes(deployed, example_arguments(example_inputs))
     traced, tables = onnx_form(deployed, form)
-    arguments = example_arguments(example_inputs)
-    name_keywords(traced, arguments[1])
-    arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
-    result = result_of(deployed, *arguments)
-    trace_as_trained(traced)
+    arguments, shapes, result = ready_to_trace(traced, deployed, example_inputs, dynamic_batch, dynamic_sizes)
     return_tensors_alone(traced, result)
     opset = max(opset, least_opset(traced), PACKED_OPSET if pack else 0)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)

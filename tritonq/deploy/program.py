@@ -12,18 +12,16 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.traceback import preserve_node_meta
 
-from tritonq.deploy.as_trained import trace_as_trained
+from tritonq.deploy.as_trained import ready_to_trace
 from tritonq.deploy.convert import convert
 from tritonq.deploy.embedding_tables import QuantizedTable
-from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.output_sizes import with_output_sizes
-from tritonq.deploy.outputs import result_of, return_no_text
+from tritonq.deploy.outputs import return_no_text
 from tritonq.deploy.pt2e_form import complete_pairs, pt2e_form
 from tritonq.grid import Grid
 from tritonq.nn.compile_wrapper import uncompiled
-from tritonq.prepare.record.example import example_arguments
 from tritonq.reference.fake_quant import fake_quantize
 
 ProgramForm = Literal["integers", "pt2e"]
@@ -89,12 +87,7 @@ def export_program(
             raise ValueError(f"{type(module).__name__} {name!r} has no form in a program of torch.export")
     deployed = with_output_sizes(deployed, example_inputs)
     traced = pt2e_form(deployed) if form == "pt2e" else _program_form(deployed)
-    arguments, shapes = example_arguments(example_inputs), None
-    name_keywords(traced, arguments[1])
-    if dynamic_batch:
-        arguments, shapes = open_axes(traced.forward, arguments, True, False)
-    result = result_of(deployed, *arguments)
-    trace_as_trained(traced)
+    arguments, shapes, result = ready_to_trace(traced, deployed, example_inputs, dynamic_batch)
     return_no_text(traced, result)
     try:
         # So that nodes keep the names of quantizers.
