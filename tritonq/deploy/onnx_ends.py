@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
-from tritonq.deploy.onnx_files import CODES_KEY, drop_unread
+from tritonq.deploy.onnx_files import code_entries, drop_unread
 from tritonq.prepare.record.structure import replace_tensors
 
 ENDS_KEY = "tritonq.ends"
@@ -149,7 +149,7 @@ def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module)
     channels = source.type.tensor_type.shape.dim[1].dim_value
     if len(normalization.mean) not in (1, channels):
         raise ValueError(f"pixels has {len(normalization.mean)} means, and the input has {channels} channels")
-    quantizers = {entry["tensor"]: entry for entry in _entries(proto)}
+    quantizers = {entry["tensor"]: entry for entry in code_entries(proto)}
     between, made = _nodes_up_to_codes(graph, source.name, set(quantizers))
     pixels = torch.arange(_PIXELS).view(1, 1, _PIXELS).expand(1, channels, _PIXELS)
     values = normalization(pixels)
@@ -168,11 +168,6 @@ def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module)
     for index, node in enumerate(new):
         graph.node.insert(index, node)
     source.type.tensor_type.elem_type = onnx.TensorProto.UINT8
-
-
-def _entries(proto: Any) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads(next(e.value for e in proto.metadata_props if e.key == CODES_KEY))
-    return entries
 
 
 def _nodes_up_to_codes(graph: Any, source: str, codes: set[str]) -> tuple[list[Any], list[str]]:
@@ -249,7 +244,7 @@ def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, i
     graph = proto.graph
     makers = {name: node for node in graph.node for name in node.output}
     held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    known = {entry["tensor"] for entry in _entries(proto)}
+    known = {entry["tensor"] for entry in code_entries(proto)}
     grids: list[tuple[float, int]] = []
     for output in graph.output:
         name = output.name

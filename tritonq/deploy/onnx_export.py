@@ -28,6 +28,7 @@ from tritonq.deploy.onnx_files import (
     TARGET_KEY,
     add_metadata,
     checked,
+    code_entries,
     forget_source,
     require_onnx,
     separate_zero_points,
@@ -346,7 +347,7 @@ def _name_codes(model: Any) -> None:
 def _write(proto: Any, target: Path, tables: list[CodeTable], pack: bool) -> None:
     forget_source(proto)
     codes: dict[str, list[str]] = {}
-    for entry in json.loads(next(entry.value for entry in proto.metadata_props if entry.key == CODES_KEY)):
+    for entry in code_entries(proto):
         codes.setdefault(entry["quantizer"], []).append(entry["tensor"])
     check_functions(proto, tables, codes)
     separate_zero_points(proto)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,12 @@ def require_onnx(*packages: str) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ImportError(f"{name} can't be imported; install the extra: pip install 'tritonq[onnx]'") from error
+
+
+def code_entries(proto: Any) -> list[dict[str, Any]]:
+    """Return the file's list of codes: dicts with "quantizer", "tensor", "zero_point" and "axis", in order."""
+    entries: list[dict[str, Any]] = json.loads(next(e.value for e in proto.metadata_props if e.key == CODES_KEY))
+    return entries
 
 
 def checked(proto: Any) -> bytes:
