@@ -55,7 +55,8 @@ class _QATTable(nn.Module):
 class Embedding(_QATTable, nn.Embedding):
     """``nn.Embedding`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
 
-    torch.ao uses float zero points here; tritonq's are integers, so that zero is on the grid of every row.
+    torch.ao uses float zero points here; tritonq's are integers, so that zero is on the grid of every row. With
+    ``max_norm`` the rounded rows are scaled; the table itself is not, as it is in torch.
 
     Args:
         *args: arguments of ``nn.Embedding``.
@@ -104,6 +105,8 @@ class Embedding(_QATTable, nn.Embedding):
 
 class EmbeddingBag(_QATTable, nn.EmbeddingBag):
     """``nn.EmbeddingBag`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
+
+    With ``max_norm`` the rounded rows are scaled; the table itself is not, as it is in torch.
 
     Args:
         *args: arguments of ``nn.EmbeddingBag``.

@@ -138,6 +138,7 @@ class LSTM(_QATSequence, nn.LSTM):
 
     Raises:
         TypeError: no QConfig given.
+        ValueError: scales of weights along another axis than the rows, or groups that don't divide these.
 
     Source: AIMET's ``QuantizedLSTM``. torch.ao's ``nn.quantizable.LSTM`` rounds gates and states too, and unrolls time.
 
