@@ -14,7 +14,7 @@ from torch import nn
 
 import tritonq
 from tritonq.deploy import onnx_session
-from tritonq.deploy.files import atomic_files
+from tritonq.deploy.files import atomic_file, atomic_files, remove_leftovers
 
 
 def trained():
@@ -149,3 +149,15 @@ def test_onnx_files_hold_the_caller_s_metadata(tmp_path):
         with pytest.raises(ValueError, match=message):
             tritonq.export_onnx(qat, tmp_path / "other.onnx", images[:2], metadata=metadata)
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_only_unfinished_files_of_the_same_name_are_leftovers(tmp_path):
+    left = tmp_path / "last[1].pt"
+    writing = atomic_file(left)
+    writing.__enter__()  # and the writer is killed
+    others = [".last[1].pt.swp", ".last[1].pt.json.abcdefgh", ".last1.pt.abcdefgh", "last[1].pt"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 5
+    remove_leftovers(left)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

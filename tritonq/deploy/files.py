@@ -65,8 +65,10 @@ def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Delete the unfinished files that killed writers of ``path`` left beside it."""
     target = Path(path)
-    for leftover in target.parent.glob(f".{target.name}.*"):
-        leftover.unlink(missing_ok=True)
+    temporary = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # as tempfile.mkstemp names them
+    for beside in target.parent.glob(".*"):
+        if temporary.fullmatch(beside.name):
+            beside.unlink(missing_ok=True)
 
 
 def why_unread(error: BaseException) -> str:
