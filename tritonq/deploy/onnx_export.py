@@ -104,8 +104,8 @@ def export_onnx(
         pixels: ``(mean, std)``, each a number or one per channel: the file takes uint8 images, and looks up the code of
             ``(pixel / 255 - mean) / std``, which is the value that the trained model takes. For models with one input
             that only quantizers read.
-        returns: ``"values"``; ``"codes"`` of the outputs, uint8 or int8 (their scales and zero points stand in the
-            file's metadata); or ``"argmax"``, the index of the largest along axis 1.
+        returns: ``"values"``; ``"codes"`` of the outputs, uint8 or int8, with 16 bits uint16 or int16 (their scales and
+            zero points stand in the file's metadata); or ``"argmax"``, the index of the largest value along axis 1.
         pack: store weights of four bits and fewer as INT4 and UINT4, two codes per byte, in a file of opset 21 at
             least. ONNX Runtime computes their layers in float, which takes longer, and in no defined order, so that
             :func:`tritonq.verify` lets codes differ by one there. Floats of four bits become FLOAT4E2M1 (opset 23),
