@@ -14,7 +14,7 @@ from tritonq import get_qconfig
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert
 from tritonq.deploy.fixed_point_modules import FixedPointFormat, IntegerLayer, overflow_report
-from tritonq.nn import FixedPointConvBn2d, FixedPointLinear
+from tritonq.nn import FixedPointAvgPool2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.prepare import prepare_qat
 from tritonq.qconfig import QConfig
@@ -248,6 +248,13 @@ def test_what_cannot_be_converted_is_refused_and_left_as_it_was():
     model(torch.randn(4, 2, 12, 12))
     with pytest.raises(ValueError, match="more than 8 bits"):
         convert(model)
+    x = torch.randn(2, 1, 8, 8)
+    model = prepare_qat(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), qconfig=F8NET, example_inputs=x)
+    model(x)
+    model[1] = FixedPointAvgPool2d((2, 2), input_format=model[0].input_format)
+    with pytest.raises(ValueError, match="'1' can't be converted: an average pooling needs a following layer"):
+        convert(model, inplace=True)
+    assert isinstance(model[1], FixedPointAvgPool2d)
 
 
 def test_inplace_copies_and_modes():

@@ -64,7 +64,10 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
     made: dict[nn.Module, IntegerModule] = {}
     for name, module in converted.named_modules():
         if isinstance(module, _SIMULATED):
-            made[module] = _integer_form(module, made)
+            try:
+                made[module] = _integer_form(module, made)
+            except ValueError as error:
+                raise ValueError(f"{name!r} can't be converted: {error}") from error
             made[module].name = name
     return swap_modules(converted, made).eval()
 
