@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -61,6 +62,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _in_other_runs.update(map(_run_of, elsewhere))
     config.hook.pytest_deselected(items=elsewhere)
     items[:] = [item for item in items if _run_of(item) == _run]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Take what a file's tests leave behind, such as torch's caches of traces, out of the garbage collector's sight.
+
+    In a million objects that stay each full collection takes half a second, a fifth of all time.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_report_collectionfinish() -> list[str]:
