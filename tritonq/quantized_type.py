@@ -236,7 +236,7 @@ class QuantizedType:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The quantized dtype that torch has for these codes: quint8, qint8 or qint32.
+        """The quantized dtype, quint8, qint8 or qint32, that torch has for these codes.
 
         None for floats, for groups, and for codes that int32 does not hold.
         """
