@@ -91,8 +91,9 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
 
     FQ_b rounds the bias to multiples of input scale × weight scale, as :func:`bias_on_grid` has it; ReLU and the
     output's quantizer follow. Mean and biased variance are those of ``op(x, W)``, and gradients flow through them: the
-    layer runs twice. They also update the running statistics. The second time one kernel computes it with its bias and
-    ReLU, if the kernel is faster.
+    layer runs twice. They also update the running statistics: the running mean by the mean plus b, the running variance
+    by the unbiased variance. Otherwise b has no effect, and its gradient is zero. The second time one kernel computes
+    the layer with its rounded bias and ReLU, if the kernel is faster.
     """
     mean, inverse_std = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
@@ -106,10 +107,11 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Fold the updated running variance rv, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + bias``.
+    """Fold the updated running variance rv, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + shift``.
 
-    ``t = γ/σ(rv)`` and ``bias = β - γ/σ(var) · mean``, not rounded. Mean and biased variance var are those of ``op(x,
-    W)``; they update rv first, and gradients flow through them: the layer runs twice.
+    ``t = γ/σ(rv)`` and ``shift = β - γ/σ(var) · mean``, not rounded. Mean and biased variance var are those of ``op(x,
+    W)``. The running statistics, rv among them, are updated first. Gradients flow through mean and var: the layer runs
+    twice. The bias b counts only in the running mean, and gets a gradient of zero.
     """
     mean, inverse_std = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
@@ -181,8 +183,11 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     It is rounded only if input and weight have symmetric 8-bit grids that are switched on. A weight scale that is too
     small for the bias, as in dead channels, counts as just large enough.
     """
+    # The input's quantizer first: a trained width of the weight is read from the device.
+    if layer.input_quantizer is None or not _is_symmetric_int8(layer.input_quantizer):
+        return bias
     quantizers = layer.integer_quantizers()
-    if quantizers is None or not all(map(_is_symmetric_int8, quantizers)):
+    if quantizers is None or not _is_symmetric_int8(quantizers[1]):
         return bias
     source, quantizer = quantizers
     both_on = (source.enabled_on_device() & quantizer.enabled_on_device()) != 0
