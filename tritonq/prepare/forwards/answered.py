@@ -106,7 +106,10 @@ class AnsweredForward:
             child: name of the child module.
             operands: which arguments of the call the child gets, such as ``node_operands`` of ``graph.py``.
             in_place: not used here; a graph needs it.
-            joined: whether the child computes other calls, too, which were erased.
+            joined: whether the child computes other calls, too, which were erased. It matters where the child is
+                given tensors alone, and :meth:`expect` noted numbers or flags of the call. If a later run makes the
+                call with others, its forward raises ValueError if ``joined``; else the call runs as written, and its
+                result is rounded.
         """
         self._answer(node)[:3] = ["replace", child, _OPERANDS[operands]]
         if joined:
@@ -128,8 +131,11 @@ class AnsweredForward:
     def to_data(self) -> dict[str, Any]:
         """Return the edits as plain data for JSON: ``{"answers": …, "expected": …}``.
 
-        "answers" has an ``Answer`` by place. "expected" has for "eval" and "train" the places of edited calls that the
-        recorded run in this mode made.
+        "answers" has a list by place: ``"run"``, ``"replace"`` or ``"erase"``; the child that replaces the call; the
+        kind of its operands, such as ``"tensors"``; the child that the result goes through. The last three are "" where
+        there is none. If the kind is "tensors", "sequence" or "first" and the recorded arguments are not tensors alone,
+        these arguments are a fifth item, and a sixth is True where the call is erased or its child computes others too.
+        "expected" has for "eval" and "train" the places of edited calls that the recorded run in this mode made.
         """
         modes = {"eval": self._expected[False], "train": self._expected[True]}
         expected = {mode: sorted(places & self._answers.keys()) for mode, places in modes.items()}
@@ -174,7 +180,12 @@ def answering(
 
     Args:
         original: the forward as its author wrote it, called with the module first.
-        answers: the answer to each call, by place.
+        answers: the answer to each call, by place: a list of four texts, "" where there is none. The first is "run" (as
+            written), "replace" (by a child), or "erase" (the first tensor argument is returned). Then come the child's
+            name, what the child gets of the call's arguments (a text of ``_OPERANDS``, such as "tensors" for all
+            tensors), and the name of a child that the result goes through. A fifth item holds the arguments that were
+            recorded: a call with others runs as written, and its result is rounded. If there is a sixth item, such a
+            call raises ValueError.
         expected: for "eval" and "train", the places of calls that a run in this mode makes; a run that leaves one out
             warns, once per module. None: no run warns.
     """
@@ -199,7 +210,9 @@ class Answering(ForwardMode):
 
     Args:
         owner: the module whose forward runs.
-        answers: the answer to each call, by place.
+        answers: how each call is answered, by place: a list of "run", "replace" or "erase", the name of the child that
+            replaces the call, what operands that child gets, and the name of the child that the result goes through.
+            The comment of ``Answer`` in this file has the details.
         places: the places of these calls, without their occurrence (``#0``).
         functions: the parts of the places that name functions.
     """
@@ -301,10 +314,9 @@ class Answering(ForwardMode):
         """Return the result of ``child`` for the operands of a call; the first operand if ``child`` is ""."""
         if operands in _BY_POSITION:
             return getattr(self._owner, child)(*_BY_POSITION[operands](args, kwargs))
-        given = (*args, *kwargs.values())
         if operands == "sequence":
-            return getattr(self._owner, child)(given[0])
-        tensors = [item for item in given if isinstance(item, Tensor)]
+            return getattr(self._owner, child)(args[0] if args else kwargs["tensors"])
+        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
         if not child:
             return tensors[0]
         return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))

@@ -206,6 +206,8 @@ def _reads_nodes(argument: Any) -> bool:
 def first_operand(node: fx.Node) -> fx.Node:
     """Return the first node among the arguments of a node. Nodes inside of lists, as ``cat`` takes them, do not count.
 
+    Positional arguments come first, then named ones in the order in which the call has them.
+
     Raises:
         ValueError: no argument is a node.
     """
@@ -253,8 +255,8 @@ def product_operands(node: fx.Node) -> tuple[Any, ...]:
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
-    """Return the first argument of a node as it is, as a tuple of one: for a concatenation the list of its parts."""
-    return ((*node.args, *node.kwargs.values())[0],)
+    """Return the list of parts that a concatenation is given, as it is, in a tuple of one."""
+    return (node.args[0] if node.args else node.kwargs["tensors"],)
 
 
 def compile_graph(graph: fx.Graph, name: str) -> FunctionType:

@@ -21,15 +21,23 @@ Numbers = dict[str, Any]
 _TENSOR = "a tensor"
 # It says where a result is written, which is no part of it.
 _WHERE = "inplace"
+# A key of calls whose function has no signature that Python can read, which are compared as they are written.
+_AS_WRITTEN = "as written"
 
 
 def numbers_of_call(call: Call) -> Numbers:
-    """Return the arguments of a recorded call, each under its position and under its name if that is known.
+    """Return the arguments that a recorded call gave, each under its position and under its name.
 
-    ``F.dropout(x, 0.5)`` gives ``{"0": "a tensor", "input": "a tensor", "1": 0.5, "p": 0.5}``.
+    Both ``F.dropout(x, 0.5)`` and ``F.dropout(x, p=0.5)`` give
+    ``{"0": "a tensor", "input": "a tensor", "1": 0.5, "p": 0.5}``.
+    If Python can't find the signature of the function, as of ``torch.clamp``, an argument has only the key by which it
+    was given, and a further key "as written" is True.
+    Tuples become lists; what is no number, text, None, list or dict becomes its ``repr``.
     """
-    given = _by_key(call.args, call.kwargs)
-    for position, name in enumerate(_parameters(call.target)):
+    given, names = _by_key(call.args, call.kwargs), _parameters(call.target)
+    if not names:
+        given[_AS_WRITTEN] = True
+    for position, name in enumerate(names):
         key = name if name in given else str(position)
         if key in given:
             given |= {name: given[key], str(position): given[key]}
@@ -39,15 +47,16 @@ def numbers_of_call(call: Call) -> Numbers:
 def has_tensors_alone(numbers: Numbers) -> bool:
     """Whether all arguments of a recorded call, as :func:`numbers_of_call` returns them, are tensors or lists of these.
 
-    The argument ``inplace`` may have any value, since the result does not depend on it. True for an empty dict.
+    An argument ``inplace`` that stands under its name only may have any value. True for an empty dict.
     """
-    return all(key == _WHERE or _is_of_tensors(value) for key, value in numbers.items())
+    return all(key in (_WHERE, _AS_WRITTEN) or _is_of_tensors(value) for key, value in numbers.items())
 
 
 def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequence[Numbers]) -> bool:
     """Whether a call gives the same numbers and flags as one of the recorded calls.
 
-    Only the arguments that the call gives are compared; all others have their defaults.
+    Only the arguments that the call gives are compared: functions of torch hand the others on with their defaults. Of a
+    function without a signature that Python can read, the recorded call must have given as many arguments.
 
     Args:
         args: positional arguments of the call.
@@ -55,7 +64,11 @@ def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequen
         recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them.
     """
     given = _by_key(args, kwargs)
-    return any(all(numbers.get(key) == value for key, value in given.items()) for numbers in recorded)
+    return any(
+        all(numbers.get(key) == value for key, value in given.items())
+        and (_AS_WRITTEN not in numbers or len(numbers) == len(given) + 1)
+        for numbers in recorded
+    )
 
 
 def changed_numbers(
