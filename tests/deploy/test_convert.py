@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import tritonq
 from qat_models import PRESETS, Residual, assert_same_state, images, state_of, train, trained_residual
@@ -321,3 +322,18 @@ def test_a_prepared_table_keeps_the_quantizer_of_its_rows():
     converted = convert(model.eval())
     assert [layer.name for layer in tritonq.verify(model, converted, codes).layers] == ["0", "1"]
     assert tritonq.verify(model, converted, codes).agrees()
+
+
+@pytest.mark.filterwarnings("ignore:1 modules were put into the model:UserWarning")
+def test_a_refused_conversion_in_place_leaves_the_model_as_it_was():
+    x = torch.randn(4, 3, 8, 8)
+    model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), example_inputs=x)
+    model(x)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(x)
+    model[1].weight_fake_quant = nn.Hardtanh()
+    names, summary, hooks = list(model.state_dict()), str(tritonq.summary(model)), dict(model[0]._forward_pre_hooks)
+    with pytest.raises(ValueError, match="'1' can't be converted: a weight quantizer of type Hardtanh has no grid"):
+        convert(model, inplace=True)
+    assert (list(model.state_dict()), str(tritonq.summary(model))) == (names, summary)
+    assert dict(model[0]._forward_pre_hooks) == hooks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -32,7 +33,7 @@ from tritonq.prepare.changes import note_report, take_report, warn_of_changes
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.edit.swap import take_place_again
 from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
-from tritonq.prepare.record.snapshot import copied
+from tritonq.prepare.record.snapshot import copied, undone_on_error
 from tritonq.quantized_type import QuantizedType
 
 
@@ -41,9 +42,9 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 
     Every quantization-aware layer, its BatchNorm included, becomes one layer of :mod:`tritonq.deploy.modules`; every
     fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. It warns (UserWarning) of
-    quantizers that no training step reached, of modules put into the model since, and of weight zero points that differ
-    between channels. The result gives the same codes as ``model`` in eval mode, bit for bit, and has no other mode:
-    ``train()`` on it raises RuntimeError. A fixed-point network becomes one of integers alone:
+    quantizers that no training step reached, of modules put into the model after `prepare_qat`, and of weight zero
+    points that differ between channels. The result gives the same codes as ``model`` in eval mode, bit for bit, and has
+    no other mode: ``train()`` on it raises RuntimeError. A fixed-point network becomes one of integers alone:
     :mod:`tritonq.deploy.fixed_point`.
 
     Args:
@@ -57,8 +58,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 
     Raises:
         ValueError: nothing to convert, a weight, BatchNorm statistic or range that is not finite, a quantizer that
-            rounds nothing, float64 parameters, a weight or a layer type that can't be deployed; the message names the
-            module. ``model`` is then as it was.
+            rounds nothing (without ``allow_unquantized``), float64 parameters, a weight or a layer type that can't be
+            deployed; the message names the module. ``model`` is then as it was.
 
     Examples:
         >>> import torch, tritonq
@@ -78,28 +79,29 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     warn_if_untrained(model, stacklevel=2)
     warn_of_changes(model, stacklevel=2)
     converted = model if inplace else copied(model)
-    records = take_report(converted)
-    replace_hooks(converted)
-    for layer in converted.modules():
-        if isinstance(layer, QATLayer):
-            settle_weights(layer)
-    computed = [layer.computed for layer in converted.modules() if isinstance(layer, QATLayer) and layer.computed]
-    with torch.no_grad():
-        replacements = _replacements(converted)
-    for module in converted.modules():
-        if isinstance(module, Joint):
-            module.replace_producers(replacements)
-        elif isinstance(module, UnaryLayer):
-            module.replace_quantizers(replacements)
-        elif isinstance(module, QATLayer):
-            # Modules of the copy, not of the model that is converted.
-            cast(QuantizedLayer, replacements[module]).set_quantizer_behind_clip(
-                replacements.get(cast(nn.Module, module.quantizer_behind_clip))
-            )
-    converted = swap_modules(converted, replacements).eval()
-    drop_computations(converted, computed)
-    if records is not None:
-        note_report(converted, records)
+    with undone_on_error(converted) if inplace else nullcontext():
+        records = take_report(converted)
+        replace_hooks(converted)
+        for layer in converted.modules():
+            if isinstance(layer, QATLayer):
+                settle_weights(layer)
+        computed = [layer.computed for layer in converted.modules() if isinstance(layer, QATLayer) and layer.computed]
+        with torch.no_grad():
+            replacements = _replacements(converted)
+        for module in converted.modules():
+            if isinstance(module, Joint):
+                module.replace_producers(replacements)
+            elif isinstance(module, UnaryLayer):
+                module.replace_quantizers(replacements)
+            elif isinstance(module, QATLayer):
+                # Modules of the copy, not of the model that is converted.
+                cast(QuantizedLayer, replacements[module]).set_quantizer_behind_clip(
+                    replacements.get(cast(nn.Module, module.quantizer_behind_clip))
+                )
+        converted = swap_modules(converted, replacements).eval()
+        drop_computations(converted, computed)
+        if records is not None:
+            note_report(converted, records)
     warn_of_weight_zero_points(_with_own_zero_points(converted), stacklevel=2)
     # A single layer has nothing to carry codes to.
     return converted if isinstance(converted, DeployedModule) else carry_codes(converted)
