@@ -11,6 +11,8 @@ from tritonq.arithmetic import whole_number
 from tritonq.qparams import is_readable
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The largest number, and the one up to which numbers round to 0.
+_LARGEST, _ROUNDED_TO_ZERO = torch.finfo(torch.float32).max, 2.0**-150
 _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -43,33 +45,35 @@ def check_axis(x: Tensor, axis: int) -> int:
 
 
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
-    """Return ``scale`` as a float32 tensor on ``x``'s device, with one element or ``channels`` elements.
+    """Return ``scale`` as a float32 tensor on ``x``'s device: 0-d for a number, else of the tensor's shape.
 
     Values of numbers and CPU tensors are checked; those of a GPU are not, since reading them would wait.
 
     Args:
-        scale: a number, or a float tensor.
+        scale: an int or float, or a float tensor.
         x: the tensor that is to be rounded.
-        channels: the expected length; None: one element.
+        channels: the length that ``scale`` must have if it is a tensor; None: one element.
 
     Raises:
-        TypeError: not a float or a floating point tensor.
+        TypeError: neither a number nor a floating point tensor.
         ValueError: wrong shape or device, not finite, or not positive.
     """
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a float or a tensor, got {type(scale).__name__}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+        if not _ROUNDED_TO_ZERO < scale <= _LARGEST:
+            raise ValueError(f"scale must be positive and finite in float32, got {scale}")
         return torch.full((), scale, dtype=torch.float32, device=x.device)
     if not scale.is_floating_point():
         raise TypeError(f"scale must be floating point, got {scale.dtype}")
     _check_shape_and_device("scale", scale, x, channels)
-    if is_readable(scale) and scale.numel():
-        least, greatest = _extremes(scale)
+    held = scale.to(torch.float32)
+    if is_readable(held) and held.numel():
+        least, greatest = _extremes(held)
         if not 0 < least <= greatest < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
-    return scale.to(torch.float32)
+            shown = scale.detach().flatten()[:8].tolist()
+            raise ValueError(f"scale must be positive and finite in float32, got {shown}")
+    return held
 
 
 def check_zero_point(
@@ -77,12 +81,13 @@ def check_zero_point(
 ) -> Tensor | None:
     """Return ``zero_point`` as an int32 tensor on ``x``'s device, or None if it is known to be 0.
 
-    Values of numbers and CPU tensors are checked; those of a GPU are not, since reading them would wait.
+    An int becomes a 0-d tensor, whatever ``channels`` is. Values of numbers and CPU tensors are checked; those of a GPU
+    are not, since reading them would wait.
 
     Args:
         zero_point: an int, or an integer tensor.
         x: the tensor that is to be rounded.
-        channels: the expected length of a tensor; None: one element.
+        channels: the length that ``zero_point`` must have if it is a tensor; None: one element.
         quant_min: smallest code.
         quant_max: largest code.
 
