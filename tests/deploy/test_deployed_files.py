@@ -15,6 +15,7 @@ from torch import nn
 import tritonq
 from tritonq.deploy import onnx_session
 from tritonq.deploy.files import atomic_file, atomic_files, remove_leftovers
+from tritonq.deploy.onnx_files import drop_unread
 
 
 def trained():
@@ -43,6 +44,24 @@ def test_onnx_files_hold_no_source_and_no_shared_zero_point(tmp_path):
     weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     zero_points = [node.input[2] for node in weights if len(node.input) > 2]
     assert len(zero_points) == len(set(zero_points)) == 2
+
+
+def test_what_only_branches_read_stays_in_an_onnx_graph():
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    branches = {
+        key: onnx.helper.make_graph([onnx.helper.make_node("Neg", [source], ["y"])], key, [], [result])
+        for key, source in (("then_branch", "x_abs"), ("else_branch", "held"))
+    }
+    nodes = [
+        onnx.helper.make_node("Abs", ["x"], ["x_abs"]),
+        onnx.helper.make_node("Exp", ["x"], ["unread"]),
+        onnx.helper.make_node("If", ["flag"], ["y"], **branches),
+    ]
+    held = [onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [1], [1.0]) for name in ("held", "unused")]
+    graph = onnx.helper.make_graph(nodes, "main", [], [result], held)
+    drop_unread(graph)
+    assert [node.op_type for node in graph.node] == ["Abs", "If"]
+    assert [tensor.name for tensor in graph.initializer] == ["held"]
 
 
 def test_programs_hold_no_example_and_no_stack_traces():

@@ -119,6 +119,19 @@ def test_what_has_no_quantizer_at_its_ends_is_refused(tmp_path):
     assert not path.exists()
 
 
+def test_argmax_of_16_bit_codes_runs_and_of_an_output_without_classes_is_refused(tmp_path):
+    torch.manual_seed(0)
+    x, path = torch.randn(4, 6), tmp_path / "m.onnx"
+    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(6, 5)), qconfig=tritonq.get_qconfig("a16w8"), example_inputs=x)
+    model(x)
+    tritonq.export_onnx(model.eval(), path, x, returns="argmax")
+    assert tritonq.verify(model, path, x).outputs.differing_integers == 0
+    flat = tritonq.prepare_qat(nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), example_inputs=x)
+    flat(x)
+    with pytest.raises(ValueError, match="argmax looks along axis 1, which the output 'output' does not have"):
+        tritonq.export_onnx(flat.eval(), tmp_path / "flat.onnx", x, returns="argmax")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

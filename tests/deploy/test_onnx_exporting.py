@@ -116,3 +116,33 @@ def test_an_argument_that_holds_tensors_by_name(kind, batch, tmp_path):
     assert tritonq.verify(qat, path, [more]).agrees()
     program = tritonq.deploy.export_program(qat, None, example)
     assert tritonq.verify(qat, program, [more]).agrees()
+
+
+class Named(nn.Module):
+    """Returns its results under names that inner tensors have, or that become one."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.first, self.second, self.names = nn.Linear(4, 4), nn.Linear(4, 4), names
+
+    def forward(self, x):
+        x = self.first(x)
+        results = (self.second(x), self.second(x * 2), self.second(x * 3))
+        return dict(zip(self.names, results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("linear", "linear_1", "y"), ["output_linear", "output_linear_1", "y"]),
+        (("a.b", "a_b", "a-b"), ["a_b", "output_a_b", "output_output_a_b"]),
+    ],
+)
+def test_outputs_have_names_of_their_own(names, expected, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 4)
+    model = tritonq.prepare_qat(Named(*names), example_inputs=x)
+    model(x)
+    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x)
+    assert [output.name for output in onnx.load(tmp_path / "m.onnx").graph.output] == expected
+    assert tritonq.verify(model, tmp_path / "m.onnx", x).outputs.differing_integers == 0

@@ -58,7 +58,7 @@ class Ends:
     Attributes:
         pixels: how the pixels that it takes become values; None: it takes values.
         returned: what it returns: ``"values"``, ``"codes"`` or ``"argmax"``.
-        grids: for ``"codes"``: scale and zero point of each output.
+        grids: for ``"codes"`` a pair ``(scale, zero point)`` for each output, in their order; else empty.
     """
 
     pixels: PixelNormalization | None = None
@@ -94,8 +94,8 @@ class Ends:
     def results(self, outputs: list[Tensor]) -> list[Tensor]:
         """Return the outputs that the file should have if the trained model returns ``outputs``.
 
-        For ``"argmax"`` the index of the largest value along axis 1; for ``"codes"`` ``round(output / scale) + zero``,
-        int32; else the outputs themselves.
+        For ``"argmax"`` the index of the largest value along axis 1, int64, without that axis; for ``"codes"``
+        ``round(output / scale) + zero``, int32; else the outputs themselves.
         """
         if self.returned == "argmax":
             return [output.argmax(1) for output in outputs]
@@ -109,12 +109,13 @@ def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
     """Check the arguments ``pixels`` and ``returns`` of :func:`tritonq.export_onnx`; return how pixels become values.
 
     Args:
-        pixels: ``(mean, std)``, each a number or one per channel; None: the result is None.
+        pixels: ``(mean, std)``, two numbers for all channels, or two sequences with one number per channel. A number
+            counts as a sequence of one. None: the result is None.
         returned: what the file returns: ``"values"``, ``"codes"`` or ``"argmax"``.
 
     Raises:
-        ValueError: no two numbers or sequences of equal length, deviations that are not positive, or an unknown
-            ``returned``.
+        ValueError: ``pixels`` are something else, or have another number of means than of deviations; a deviation is
+            not positive; or ``returned`` is unknown.
     """
     if returned not in get_args(Returned):
         raise ValueError(f"unknown returns {returned!r}; known: {', '.join(get_args(Returned))}")
@@ -237,7 +238,7 @@ def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, i
         Scale and zero point of each output that is codes.
 
     Raises:
-        ValueError: codes of an output that has no quantizer.
+        ValueError: codes of an output that has no quantizer, or argmax of one without an axis 1.
     """
     import onnx
 
@@ -252,7 +253,12 @@ def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, i
         # Codes of several grids have another order than their values.
         has_codes = maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in known
         has_codes = has_codes and held[maker.input[1]].ndim == 0
-        if returned == "codes":
+        if returned == "argmax":
+            if len(output.type.tensor_type.shape.dim) < 2:
+                raise ValueError(f"argmax looks along axis 1, which the output {name!r} does not have")
+            # ONNX Runtime's ArgMax takes codes of 8 bits only.
+            has_codes = has_codes and held[maker.input[2]].dtype.itemsize == 1
+        else:
             if not has_codes:
                 raise ValueError(f"the output {name!r} has no codes: no quantizer with one grid stands before it")
             grids.append((float(held[maker.input[1]]), int(held[maker.input[2]])))
@@ -280,11 +286,18 @@ def _rename(names: Any, old: str, new: str) -> None:
 def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: Returned, model: nn.Module) -> None:
     """Make a file take pixels or return integers, and note both in its metadata; ``proto`` is changed in place.
 
+    Nothing changes if ``normalization`` is None and ``returned`` is ``"values"``.
+
     Args:
         proto: the ONNX model, which takes and returns values.
         normalization: how uint8 pixels become values; None: the file goes on taking values.
-        returned: what the file returns; ``"values"``: as before.
+        returned: what the file returns for each output: ``"values"``, as before; ``"codes"``, the codes of its
+            quantizer; ``"argmax"``, the index of the largest value along axis 1, int64.
         model: the converted model, in which the file's quantizers are found by name.
+
+    Raises:
+        ValueError: pixels for a model with several inputs, with another number of channels, or with an input that
+            anything but quantizers of one grid reads; codes of an output that no quantizer with one grid rounds.
     """
     if normalization is None and returned == "values":
         return

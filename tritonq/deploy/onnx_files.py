@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Under these keys a file says, for `verify`, where its codes are and for which target it was written.
@@ -46,10 +46,13 @@ def checked(proto: Any) -> bytes:
 
 
 def drop_unread(graph: Any) -> None:
-    """Delete from an ONNX graph, in place, the nodes and initialisers that neither a node nor an output reads."""
+    """Delete from an ONNX graph, in place, the nodes and initialisers that neither a node nor an output reads.
+
+    Nodes in the branches of an If and the like may read them, too.
+    """
     outputs = {output.name for output in graph.output}
     while True:
-        read = {name for node in graph.node for name in node.input} | outputs
+        read = {*_names_read(graph), *outputs}
         unread = [node for node in graph.node if not any(name in read for name in node.output)]
         if not unread:
             break
@@ -58,6 +61,17 @@ def drop_unread(graph: Any) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _names_read(graph: Any) -> Iterator[str]:
+    """Yield the names of all tensors that a graph's nodes read, those in graphs of their attributes among them."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            inner = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+            for branch in inner:
+                yield from (output.name for output in branch.output)
+                yield from _names_read(branch)
 
 
 def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:

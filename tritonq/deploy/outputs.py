@@ -98,7 +98,10 @@ def return_no_text(traced: nn.Module, result: Any) -> None:
 
 
 def output_name(path: Path) -> str:
-    """Return the name of the output at a path.
+    """Return the name of the output at a path: its keys, joined by ``_``.
+
+    If the path is empty, or its first key is no text, ``output`` stands before them. Characters other than letters,
+    digits and ``_`` become ``_``.
 
     Examples:
         >>> output_name(()), output_name((1,)), output_name(("boxes",)), output_name(("scores", 0))
@@ -111,7 +114,8 @@ def output_name(path: Path) -> str:
 def name_outputs(model: Any, paths: Sequence[Path]) -> None:
     """Name the outputs of an exported ONNX program after their paths; if their number differs, leave all names.
 
-    A tensor that is an input too, or an output twice, keeps its name.
+    A tensor that is an input too, or an output twice, keeps its name. A name that another tensor of the program has
+    gets ``"output_"`` before it.
 
     Args:
         model: the program; changed in place.
@@ -120,10 +124,15 @@ def name_outputs(model: Any, paths: Sequence[Path]) -> None:
     outputs = list(model.graph.outputs)
     if len(outputs) != len(paths):
         return
-    taken = {value.name for value in model.graph.inputs}
+    final = {value.name for value in model.graph.inputs}
+    inner = {value.name for node in model.graph for value in node.outputs}
+    taken = final | set(model.graph.initializers) | inner - {value.name for value in outputs}
     for value, path in zip(outputs, paths, strict=True):
-        name = output_name(path)
-        if value.name in taken:
+        if value.name in final:
             continue
-        value.name = name if name not in taken else f"{_DEFAULT}_{name}"
-        taken.add(value.name)
+        name = output_name(path)
+        while name in taken:
+            name = f"{_DEFAULT}_{name}"
+        value.name = name
+        final.add(name)
+        taken.add(name)
