@@ -1,5 +1,6 @@
 """Float weights as trainers save them."""
 
+import copy
 import io
 import math
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tritonq.cli.checkpoints import load_weights
+import tritonq
+from tritonq.cli.checkpoints import load_state, load_weights
 
 
 def model():
@@ -69,6 +71,19 @@ def test_entries_that_are_no_named_tensors(state, reason, tmp_path):
     torch.save(state, tmp_path / "float.pt")
     with pytest.raises(ValueError, match=reason):
         load_weights(model(), tmp_path / "float.pt")
+
+
+def test_the_mark_of_frozen_statistics_is_for_layers_with_a_batch_norm():
+    layer = tritonq.nn.ConvBn2d(1, 2, 1, qconfig=tritonq.get_qconfig())
+    frozen = copy.deepcopy(layer).freeze_bn_stats()
+    load_state(layer, frozen.state_dict(), "last.pt")
+    assert layer.freeze_bn
+    plain = model()
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    foreign = {**model().state_dict(), "0.freeze_bn": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"last.pt is of another architecture: the model has no '0.freeze_bn'"):
+        load_state(plain, foreign, "last.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
 
 
 @pytest.mark.parametrize(

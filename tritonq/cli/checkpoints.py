@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tritonq.cli.earlier_fields import with_defaults
 from tritonq.cli.preprocessing import Preprocessing, preprocessing_from_data, preprocessing_to_data
 from tritonq.deploy.files import atomic_file, why_unread
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 FORMAT = "tritonq.training"
 # Version 1 had no checksum, no class names, and of the preprocessing only channels and size.
@@ -77,10 +78,11 @@ def recipe_from_data(data: Any) -> ModelRecipe:
 def check_names(data: Any) -> None:
     """Check the entries of ``data`` that describe a model: the factory, its arguments and the names of the classes.
 
-    An entry that is missing is no fault.
+    ``"model"`` has to be a text, ``"model_arguments"`` and ``"classes"`` lists or tuples of texts. An entry that is
+    missing is no fault.
 
     Raises:
-        ValueError: one of them is no text, or no list of texts, or ``data`` is no dict.
+        ValueError: one of them is something else, or ``data`` is no dict.
     """
     if not isinstance(data, Mapping):
         raise ValueError("what it says of its model is no dict")
@@ -160,10 +162,12 @@ def has_format(path: Path, name: str) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Return the dict of tensors and plain data in a file of ``torch.save``; code in it is not run.
+    """Return the dict of tensors and plain data in a file of ``torch.save``, on the CPU; code in it is not run.
+
+    A checksum is an entry like the others, and is not checked here: :func:`read_training` does that.
 
     Raises:
-        ValueError: it can't be read, or holds something else.
+        ValueError: there is no such file, it can't be read, or it holds something other than a dict.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,8 +221,12 @@ def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict into a model of the same architecture; ``where`` names the file in the error's text.
 
+    Keys of the model's layers that end in ``.freeze_bn`` may be there besides. A tensor that has no elements in the
+    model takes any shape here.
+
     Raises:
-        ValueError: the first tensor that does not fit; the model is then as it was.
+        ValueError: the state dict lacks a tensor, has it in another shape, or has one that the model lacks. The text
+            names the first one, and the model is as it was.
     """
     expected = model.state_dict()
     for name, tensor in expected.items():
@@ -232,8 +240,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         if state[name].shape != tensor.shape and tensor.numel():
             shapes = f"{tuple(state[name].shape)} there, {tuple(tensor.shape)} in the model"
             raise ValueError(f"{where} is of another architecture: {name!r} has shape {shapes}")
+    # Only the state dict of a frozen layer has the key.
+    freezing = {
+        f"{name}.freeze_bn".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, QATBatchNormLayer)
+    }
     for name in state:
-        if name not in expected and not name.endswith(".freeze_bn"):
+        if name not in expected and name not in freezing:
             raise ValueError(f"{where} is of another architecture: the model has no {name!r}")
     model.load_state_dict(state)
 
