@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver
 from tritonq.qparams import QParams
 from tritonq.quantized_type import QuantizedType
+from tritonq.reference.float_rounding import floats_of_codes
 from tritonq.reference.search import condensed, densities
 
 if TYPE_CHECKING:
@@ -143,11 +144,15 @@ def _select(values: Tensor, channel: int | None) -> Tensor:
 def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
     """Return the values ``(code - zero_point) · scale`` of all codes, ascending: float64, 1-d, on the CPU.
 
-    Of types with more than 2^12 codes it is every n-th, so that 2^12 to 2^13 are left.
+    For float codes the values are the format's numbers times the scale. Of types with more than 2^12 codes it is every
+    n-th, so that 2^12 to 2^13 are left.
     """
     step = max(1, (qtype.quant_max - qtype.quant_min) // 2**12)
     codes = torch.arange(qtype.quant_min, qtype.quant_max + 1, step, dtype=torch.float64)
-    return (codes - qparams.zero_point.cpu()) * qparams.scale.double().cpu()
+    numbers = codes - qparams.zero_point.cpu()
+    if qtype.float_format is not None:
+        numbers = floats_of_codes(codes, qtype.float_format)
+    return numbers * qparams.scale.double().cpu()
 
 
 def _draw(axes: Axes, edges: Tensor, density: Tensor, ends: tuple[float, float]) -> None:

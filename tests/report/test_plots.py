@@ -37,7 +37,13 @@ def test_densities_add_up(kind):
     assert float(edges[-1]) == pytest.approx(9, rel=SUMS.rtol)
 
 
-def testgrid_points():
+def test_points_of_a_float_format():
+    points = grid_points(QParams(torch.tensor(0.5), torch.tensor(0)), QuantizedType.of_floats("e4m3"))
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    assert points.tolist() == (0.5 * numbers[numbers.isfinite()].unique()).tolist()
+
+
+def test_grid_points():
     points = grid_points(QParams(torch.tensor(0.5), torch.tensor(1)), QuantizedType(0, 3, symmetric=False))
     assert points.tolist() == [-0.5, 0, 0.5, 1]
 
