@@ -8,6 +8,7 @@ import tritonq.nn as qnn
 from tritonq.nn import intrinsic
 from tritonq.prepare import fuse_known_modules, fuse_modules_qat, prepare_qat
 from tritonq.prepare.decide.rows import ROWS
+from tritonq.torch_ao import fuse_modules
 
 
 class Net(nn.Module):
@@ -101,9 +102,12 @@ def test_custom_fuser_method_and_function():
     assert calls == [True]
 
     def function(modules, is_qat, mapping):
+        calls.append(is_qat)
         return [Pair(*modules), *(nn.Identity() for _ in modules[1:])]
 
     assert type(fuse_modules_qat(Net(), ["fc", "bn1"], fuser_func=function).fc) is Pair
+    assert type(fuse_modules(Net().eval(), ["fc", "bn1"], fuser_func=function).fc) is Pair
+    assert calls == [True, True, False]
 
 
 def change(**attributes):

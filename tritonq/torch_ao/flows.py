@@ -16,8 +16,8 @@ from tritonq.calibration import calibrating
 from tritonq.deploy import convert as convert_model
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.recurrent_forward import WEIGHT_QUANTIZER, is_weight_quantizer
-from tritonq.prepare import fuse_modules_qat, prepare_qat
-from tritonq.prepare.edit.fuse import fuse_row, move_hooks
+from tritonq.prepare import prepare_qat
+from tritonq.prepare.edit.fuse import fuse_row, fuse_rows, move_hooks
 from tritonq.prepare.record.snapshot import copied
 from tritonq.torch_ao.mapping import QConfigMapping
 
@@ -294,9 +294,11 @@ def fuse_modules(
         model: the model that holds the modules, in eval mode.
         modules_to_fuse: one row of names, or a list of rows.
         inplace: change ``model`` itself instead of a copy.
-        fuser_func: takes the modules of one row, and returns as many that replace them.
-        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``, with the types of a row
-            and the function that fuses it; None: no further rows.
+        fuser_func: called as ``fuser_func(modules, is_qat, mapping)`` with the modules of one row and the mapping of
+            fuser methods; returns as many modules that replace them.
+        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``, with the tuple of types
+            of a row and the function that fuses it: ``method(False, *modules)`` returns the one fused module. None: no
+            further rows.
 
     Returns:
         The model; the first module of each row is the folded layer, or with a ReLU the fused one of both, and the
@@ -312,7 +314,7 @@ def fuse_modules(
         >>> [type(module).__name__ for module in fuse_modules(model, [["0", "1", "2"]])]
         ['ConvReLU2d', 'Identity', 'Identity']
     """
-    return fuse_modules_qat(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict)
+    return fuse_rows(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict, is_qat=False)
 
 
 def _check_unset(**options: Any) -> None:

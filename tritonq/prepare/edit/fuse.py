@@ -103,6 +103,23 @@ def fuse_modules_qat(
         >>> [type(module).__name__ for module in tritonq.fuse_modules_qat(model, [["0", "1", "2"]])]
         ['ConvBnReLU2d', 'Identity', 'Identity']
     """
+    return fuse_rows(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict, is_qat=True)
+
+
+def fuse_rows(
+    model: nn.Module,
+    modules_to_fuse: Sequence[str] | Sequence[Sequence[str]],
+    inplace: bool,
+    fuser_func: Callable[..., Sequence[nn.Module]],
+    fuse_custom_config_dict: Mapping[str, Any] | None,
+    *,
+    is_qat: bool,
+) -> nn.Module:
+    """Fuse named rows of modules by ``fuser_func``, for :func:`fuse_modules_qat` and torch.ao's ``fuse_modules``.
+
+    Arguments, result and errors are those of the former; ``fuser_func`` is called with the modules of a row, ``is_qat``
+    and the mapping.
+    """
     custom = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
     is_one_row = all(isinstance(item, str) for item in modules_to_fuse)
     rows = cast(Sequence[Sequence[str]], [modules_to_fuse] if is_one_row else modules_to_fuse)
@@ -111,7 +128,7 @@ def fuse_modules_qat(
     with undone_on_error(model):
         for row in rows:
             parts = [_submodule(model, name) for name in row]
-            for name, replacement in zip(row, fuser_func(parts, True, custom), strict=True):
+            for name, replacement in zip(row, fuser_func(parts, is_qat, custom), strict=True):
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, replacement)
     return model
