@@ -86,10 +86,12 @@ def gradient_bounds(
 ):
     """Return three scalars ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``.
 
-    The bounds lie half a code outside the last codes, in units of ``scale``. Where a value at that tie rounds to the
-    last code (an even number of steps), the bound is one float further out. If ``active`` is 0, they are infinite, and
-    block only infinite values. After that a ReLU's CEILING replaces ``high`` if it is lower; ``unit`` is then 1. The
-    caller adds ``y > 0`` if there is a ReLU. Without QUANTIZED the result is a placeholder that nothing reads.
+    With a ReLU the caller checks ``y > 0`` in place of ``low < y / unit``. ``unit`` is ``scale``, and the bounds lie
+    half a code outside the last codes, in units of ``scale``. Where a value at that tie rounds to the last code (an
+    even number of steps), the bound is one float further out. If ``active`` is 0, they are infinite, and block only
+    infinite values. After that a finite CEILING replaces ``high`` if ``CEILING / scale`` is lower, or if ``high`` is
+    infinite: ``unit`` is then 1, and ``low`` means nothing. Without QUANTIZED the result is a placeholder that nothing
+    reads.
     """
     if not QUANTIZED:
         return 1.0, 0.0, 0.0
@@ -128,6 +130,7 @@ def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.con
     """Return a bool block: where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; False at NaN.
 
     ``y`` holds the values before ReLU and rounding; ``unit``, ``low`` and ``high`` come from :func:`gradient_bounds`.
+    QUANTIZED: whether there is a quantizer; without one only the ReLU blocks, and the bounds are not read.
     """
     if QUANTIZED:
         v = divide_by_scale(y, unit, ROUNDING)
@@ -145,10 +148,10 @@ def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.con
 @Launcher
 @triton.jit
 def range_kernel(
-    low_ptr,  # (parts,) float32: smallest value of each part; NaN or infinite where the part has such values
-    high_ptr,  # (parts,) float32
-    nonfinite_ptr,  # one int64, grows by `weight` for each part that is not finite
-    observing_ptr,  # one uint8; None or 0 leaves the range as it is
+    low_ptr,  # (parts,) float32: smallest value of each part; NaN or infinite for a part that is left out
+    high_ptr,  # (parts,) float32: largest value of each part; NaN or infinite for a part that is left out
+    nonfinite_ptr,  # one int64, grows by `weight` for each part that is left out
+    observing_ptr,  # one uint8; None or 0 leaves the range, scale, zero point and count as they are
     switch_ptr,  # one uint8: whether fake quantization is on
     min_ptr,  # one float32, updated in place
     max_ptr,  # one float32, updated in place

@@ -106,7 +106,7 @@ def codes_again(
     """Return the codes of a folded weight on a grid, shaped as ``rows``, for a backward; nothing is observed.
 
     ``clip(round(rows · fold / scale) + zero_point) - zero_point``; in float16 times the power of two nearest to the
-    scale. Without a grid, or while its switch is off, ``rows · fold``.
+    scale on a logarithmic axis, from 2^-24 to 2^7. Without a grid, or while its switch is off, ``rows · fold``.
 
     Args:
         rows: the weight, (out, ...), any float dtype.

@@ -23,7 +23,8 @@ def share_bounds(sizes, share, split_strides, FIRST: tl.constexpr, WIDE: tl.cons
         sizes: (outer, rows, cols) of the view; ``end`` does not pass them.
         share: elements of one program along each dimension, whole tiles.
         split_strides: factors of the program numbers along each dimension; their sum of products is the split's number.
-        FIRST: dimension of the view on the first axis of the launch.
+        FIRST: dimension of the view on axis 0 of the launch. With 2 (columns) rows are on axis 1 and outer on axis 2;
+            with 0 or 1 that dimension and the columns trade places.
         WIDE: whether offsets need 64 bits.
     """
     outer_program = program_along(0, FIRST)
@@ -47,8 +48,9 @@ def share_bounds(sizes, share, split_strides, FIRST: tl.constexpr, WIDE: tl.cons
 def share_channels(start, channels, CHANNEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the numbers of the channels of a share, and a mask of those below ``channels``.
 
-    Both have ROWS elements if the channels lie along rows (CHANNEL 1), COLS along columns (2), else one. ``start`` is
-    the first corner of the share, (outer, row, col).
+    Both are vectors: of ROWS elements if the channels lie along rows (CHANNEL 1), of COLS along columns (2), else of
+    one element, which is the share's outer index (CHANNEL 0) or channel 0 (None). ``start`` is the first corner of the
+    share, (outer, row, col).
     """
     if CHANNEL == 1:
         channel = start[1] + tl.arange(0, ROWS)
@@ -142,6 +144,8 @@ def load_block(
     SKEW: tl.constexpr = 1,
 ):
     """Load a block of tiles and return a tuple of pairs, one per tile: its elements, and a mask of those that exist.
+
+    The tiles come in the order of the view: first those along cols, then the next rows, then the next outer index.
 
     Args:
         ptr: outer × rows × cols, by ``strides``.

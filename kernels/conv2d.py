@@ -338,7 +338,7 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
-    """Return ``"tf32"`` if torch's float32 convolutions may use it (not on AMD); else, or for codes, ``"ieee"``."""
+    """Return "tf32" for float32 values, if torch.backends.cudnn.conv.fp32_precision is it (not on AMD); else "ieee"."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"

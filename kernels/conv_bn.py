@@ -52,7 +52,7 @@ def scan_statistics(
     c_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
-    blocks,  # of AHEAD tiles
+    blocks,  # how many blocks the share has, in all: a block is AHEAD[0] × AHEAD[1] × AHEAD[2] tiles
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -165,9 +165,9 @@ def finish_kernel(
     ratio_ptr,  # (channels,) float32: c / ratio is the convolution by the weight before folding
     gamma_ptr,  # (channels,), or None for 1
     beta_ptr,  # (channels,), or None for 0
-    bias_ptr,  # (channels,), or None for 0
-    running_mean_ptr,  # (channels,), updated in place
-    running_var_ptr,  # (channels,), updated in place
+    bias_ptr,  # (channels,), or None for 0: the convolution's, which c lacks; only the running mean takes it in
+    running_mean_ptr,  # (channels,), updated in place with mean / ratio + bias
+    running_var_ptr,  # (channels,), updated in place with var / ratio² · unbias
     momentum_ptr,  # one float32, or None: the next argument has it
     momentum,  # weight of this batch in the running statistics
     eps,  # of the BatchNorm
@@ -289,20 +289,20 @@ def apply_kernel(
 
 
 def forward(
-    c: Tensor,
-    ratio: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    bias: Tensor | None,
-    norm: Any,
-    grid: Grid | None,
-    statistics: RangeStatistics | None,
-    ceiling: float | None,
+    c: Tensor,  # (batch, channels, ...)
+    ratio: Tensor,  # (channels,): fold over unit
+    gamma: Tensor | None,  # (channels,), or None for 1
+    beta: Tensor | None,  # (channels,), or None for 0
+    bias: Tensor | None,  # of the convolution, (channels,), or None for 0
+    norm: Any,  # running_mean and running_var of the BatchNorm, both updated in place, and its momentum and eps
+    grid: Grid | None,  # of the result, updated in place; None: no FQ, and no snapshot
+    statistics: RangeStatistics | None,  # the running range behind the grid, updated in place; None: the grid stays
+    ceiling: float | None,  # upper bound of the ReLU, None without one
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the batch's statistics, the vectors of `Normalization`, a snapshot.
+    """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the batch's statistics, six vectors, and a snapshot of the grid.
 
-    Vectors are (channels,): mean, 1/std, |γ|, slope, shift, eps ratio² / std²; γ, β, bias (None: 1, 0, 0), ``ratio``
-    (fold over unit). ``norm``, ``statistics``, ``grid`` (None: no FQ; its copy is the snapshot) are updated in place.
+    The vectors, each (channels,), are mean of c, 1/std, |γ|, slope, shift and ``eps ratio² / std²``, with ``std² = var
+    + eps ratio²`` and var the biased variance of c. The result before the ReLU is ``slope · c + shift``.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)

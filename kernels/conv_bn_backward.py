@@ -47,7 +47,7 @@ def scan_gradients(
     end,
     blocks,  # of AHEAD tiles
     CEILING: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    QUANTIZED: tl.constexpr,  # whether there is a quantizer; without one unit, low and high are not used
     ROUNDING: tl.constexpr,
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,

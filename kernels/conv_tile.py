@@ -102,13 +102,18 @@ def conv_tile(
 ) -> ConvTile:
     """Return the tile of a launch that is not tuned: sizes are powers of two, at least 16 pixels × 16 out channels.
 
+    The sizes are ``pixels``, ``outs`` and ``channels``, rounded up to a power of two and brought between limits: 16 to
+    64 pixels; 16 to ``widest`` out channels, and at most 64 for up to 32 in channels, 32 for fewer than 16; in channels
+    as ``steps`` says. A tile of at least 4096 results (pixels × out channels) has eight warps, any other four. A
+    depthwise tile has at most 32 out channels, ``steps[0]`` in channels, four warps and one stage.
+
     64 × 128 with eight warps keeps 32 accumulators of 32 bits per lane: the largest tile that spills nothing on any
     target (`tests/operators/test_codegen.py`). Not measured.
 
     Args:
         pixels: output pixels of the launch.
-        outs: out channels of one group.
-        channels: in channels of one group.
+        outs: out channels of one group; all of them if ``depthwise``.
+        channels: in channels of one group; changes nothing if ``depthwise``.
         depthwise: whether each out channel has one in channel; then there is no matrix product.
         widest: most out channels; less than 128 if accumulators or operands are wide.
         steps: fewest and most in channels per step; matrix units take 32 bytes at least, or 16 floats.

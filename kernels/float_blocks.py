@@ -32,7 +32,7 @@ _SCALE_MANTISSA_BITS, _SCALE_LEAST_EXPONENT, _SCALE_LARGEST = tl.constexpr(3), t
 def fake_quantize_blocks_kernel(
     x_ptr,  # outer × rows × cols, by strides
     y_ptr,  # outer × rows × cols, by strides
-    tensor_scale_ptr,  # one element, float32; None: scales are powers of two
+    tensor_scale_ptr,  # one float32, which each block's e4m3 scale is multiplied by; None: scales are powers of two
     active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
     x_strides,
     y_strides,
@@ -50,7 +50,14 @@ def fake_quantize_blocks_kernel(
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # both tensors have x's strides, so that offsets are computed once
 ):
-    """Compute the scales of one tile's blocks, and write the tile as the format's nearest numbers times them."""
+    """Compute the scales of one tile's blocks, and write the tile as the format's nearest numbers times them.
+
+    A block's scale follows from its largest magnitude a (infinity counts as float32's largest number). Without a tensor
+    scale it is ``2^(floor(log2 a) - GREATEST_EXPONENT)``, doubled with ROUNDS_UP if a would saturate, then clamped to
+    2^-127 .. 2^(127 - GREATEST_EXPONENT). With a tensor scale t it is ``e4m3(a / (t · LARGEST)) · t``, where e4m3
+    rounds to that format, and 0 if that or ``t · LARGEST`` is below float32's normal numbers. A block with NaN
+    becomes NaN.
+    """
     tensor_scale = 1.0
     if tensor_scale_ptr is not None:
         tensor_scale = tl.load(tensor_scale_ptr)
@@ -116,7 +123,10 @@ def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
 
 @triton.jit
 def reciprocal_or_zero(v):
-    """Return ``1 / v``, or 0 for ``v`` below float32's normal numbers, whose reciprocal may be infinite."""
+    """Return ``1 / v``; 0 for ``v`` less than 2^-126, float32's smallest normal number, and for NaN.
+
+    The reciprocal of a smaller number may be infinite. A negative ``v`` gives 0, too.
+    """
     is_usable = v >= _SMALLEST_NORMAL
     return tl.where(is_usable, tl.div_rn(1.0, tl.where(is_usable, v, 1.0)), 0.0)
 
@@ -131,10 +141,13 @@ def fake_quantize_blocks(
     the exponent of the format's largest number (doubled if a would saturate and scales are rounded up), or with
     ``tensor_scale`` ``e4m3(a / (tensor_scale · largest)) · tensor_scale``. A block with NaN becomes NaN.
 
+    The exponent of a power of two is clamped to ``-127 .. 127 - e``. With ``tensor_scale``, a scale below float32's
+    normal numbers is 0, and finite elements of its block become 0. A block of zeros stays zeros.
+
     Args:
         x: any float dtype.
         blocks: the format of elements and scales, and the block size.
-        axis: that blocks run along.
+        axis: that blocks run along; not negative. The last block may be shorter.
         tensor_scale: one float32 on the device, for e4m3 block scales; None: block scales are powers of two.
         enabled: the switch, one element; 0 returns a copy of ``x``, None counts as 1.
     """

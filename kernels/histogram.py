@@ -46,7 +46,9 @@ _LINEAR_BLOCK = 1024
 def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr):
     """Return the number of the bin of floats with ``prefix``, the top bits of their magnitude, and with this sign.
 
-    Bin PER_SIDE is that of zero and of magnitudes below FIRST_PREFIX; negative floats have the bins before it.
+    Bin PER_SIDE is that of zero and of magnitudes below FIRST_PREFIX. FIRST_PREFIX has bin PER_SIDE + 1, the prefix
+    after it PER_SIDE + 2, and so on up to 2 · PER_SIDE, which also counts all larger magnitudes. With a negative sign
+    the bins are PER_SIDE - 1, PER_SIDE - 2, and so on down to 0.
     """
     outward = tl.minimum(tl.maximum(prefix - (FIRST_PREFIX - 1), 0), PER_SIDE)
     return tl.where(negative, PER_SIDE - outward, PER_SIDE + outward)
@@ -153,7 +155,10 @@ def linear_histogram_kernel(
     parts,  # the bins as a float: Triton makes an integer that is 1 a number of Python
     BLOCK: tl.constexpr,  # elements of a channel read at a time
 ):
-    """Add the counts of BLOCK elements of one channel to its histogram of equal bins."""
+    """Add the counts of BLOCK elements of one channel to its histogram of equal bins.
+
+    An element at the upper limit counts in the last bin. Elements outside the limits, and NaN, are not counted.
+    """
     program = tl.program_id(0)
     channel = (program // blocks).to(tl.int64)
     at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

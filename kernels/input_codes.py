@@ -165,5 +165,5 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
 
 
 def middle_of(grid: Grid) -> int:
-    """Return the code that a byte holds as 0: the middle of the code range, or 0 without a zero point."""
+    """Return the code that a byte holds as 0: ``(quant_min + quant_max + 1) // 2``, or 0 without a zero point."""
     return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2

@@ -29,9 +29,9 @@ def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
     Args:
         total: int32 or int64 accumulators.
-        shift: of the same dtype, broadcasts against ``total``; a negative shift multiplies, by 2^16 at most.
-        QUANT_MIN: smallest code.
-        QUANT_MAX: largest code.
+        shift: of the same dtype, broadcasts against ``total``; -16..30 (-16..62 for int64), which is not checked.
+        QUANT_MIN: smallest code, at least -2^14.
+        QUANT_MAX: largest code, at most 2^14.
     """
     right = tl.maximum(shift, 0)
     left = tl.maximum(-shift, 0)

@@ -54,7 +54,7 @@ class Parameters(NamedTuple):
     warps: int
 
     def num_warps(self, warp_size: int) -> int:
-        """Return Triton's ``num_warps`` for a device: ``warps`` for warps of 32 lanes, half as many for AMD's of 64."""
+        """Return Triton's ``num_warps``: ``warps`` for warps of 32 lanes, half as many, at least 1, for AMD's of 64."""
         return max(1, self.warps * 32 // warp_size)
 
 
@@ -70,6 +70,9 @@ _AGAINST_TORCH = frozenset({"conv2d"})
 
 def default_parameters(shape_class: str, size_class: str) -> Parameters:
     """Return the launch size for a shape class and a size class (``"large"`` or ``"small"``) without a table entry.
+
+    A tile has 4096 elements, or 1024 if small, for 4 warps. For ``"cols"`` it has up to 128 columns; else a row may
+    take the whole tile.
 
     128 lanes with 32 elements each keep 16 KiB of float32 loads in flight per program and amortise the scale's
     reciprocal. Channels along the columns take narrow, tall tiles: few reciprocals, each used for every row.
@@ -147,7 +150,7 @@ def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device
     """Return the launch size of ``kernel`` for a view: of :func:`override`, else of the GPU's table, else the default.
 
     Args:
-        kernel: its name in tables.
+        kernel: its name in tables; not ``"conv2d"``, which alone has entries of another kind, such as ``"torch"``.
         dtype: of the tensor that is read.
         view: of the tensors.
         device: that of the tensors; only ``cuda`` devices have tables.
@@ -186,7 +189,11 @@ def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
 
 
 def gpu_file_stem(name: str) -> str:
-    """Return the file name of a GPU's table, without suffix: ``"NVIDIA H200"`` gives ``"nvidia_h200"``."""
+    """Return the file name of a GPU's table, without suffix: ``"NVIDIA H200"`` gives ``"nvidia_h200"``.
+
+    It is the name in lower case, in which one underscore replaces each run of characters other than a-z and 0-9, and
+    none stands at its ends.
+    """
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
@@ -231,7 +238,8 @@ def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
 def flat_parameters(kernel: str, x: Tensor, default: Parameters) -> Parameters:
     """Return the launch size of a ``kernel`` that reads ``x`` as one row.
 
-    What an enclosing :func:`override` block sets comes first, then the GPU's table, then ``default``.
+    What an enclosing :func:`override` block sets comes first, then the GPU's table, then ``default``. An entry replaces
+    ``default`` as a whole; one that is no :class:`Parameters`, such as ``"torch"``, gives ``default``.
 
     Args:
         kernel: its name in tables. The key there has no size class: ``"float32/flat"``.
@@ -278,8 +286,8 @@ class LaunchPlan(NamedTuple):
     """The size of a launch with one program per tile of a view.
 
     Attributes:
-        tile: what one program works on.
-        grid: how many programs there are.
+        tile: what one program works on, and its number of warps.
+        grid: how many programs there are along each axis of the launch, and the view's dimension on the first axis.
     """
 
     tile: Tile

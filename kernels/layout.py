@@ -4,8 +4,8 @@ A tensor is copied only if its strides don't allow such a view. Functions take p
 elements) and return plain integers, so that sizes beyond any memory can be tested without allocating.
 
 Memory is read fast if each access begins at a multiple of several elements. *Short rows*, such as the 49 elements of a
-7 × 7 image, lie one behind the other and so begin anywhere. Kernels read them from the last such multiple before the
-row on: that shift is the *skew* of a tile.
+7 × 7 image, lie one behind the other and hold a channel each; their length is no multiple of 4, so that they begin
+anywhere. Kernels read them from the last such multiple before the row on: that shift is the *skew* of a tile.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ class View(NamedTuple):
 
     @property
     def lies_row_by_row(self) -> bool:
-        """Whether rows are short ones: one behind the other, a channel each, their length no multiple of 4."""
+        """Whether rows are short ones, so that they begin anywhere in memory.
+
+        That is so if each row is a channel (``channel`` is 1), if in every tensor all rows lie one behind the other
+        without gaps, and if their length, however large, is no multiple of 4.
+        """
         _, rows, cols = self.sizes
         dense = all(triple[1:] == (cols, 1) for triple in self.strides)
         planes = all(triple[0] == rows * cols for triple in self.strides) or self.sizes[0] == 1
@@ -94,8 +98,9 @@ class View(NamedTuple):
     def pieces(self) -> tuple[View, int | None]:
         """Cut short rows into pieces of 8 or 4 elements; return the view of pieces, and how many elements a row has.
 
-        A piece has elements of two channels at most. Returns the view itself and None if rows are not short or have
-        fewer than 3 elements, or if neither 8 nor 4 divides a plane (rows · cols).
+        A piece has elements of two channels at most. Returns the view itself and None if rows are not short (one behind
+        the other, a channel each, of a length that 4 does not divide), if they have fewer than 3 elements, or if
+        neither 8 nor 4 divides a plane (rows · cols).
         """
         outer, rows, cols = self.sizes
         fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols >= n - 1)
@@ -146,7 +151,8 @@ class LaunchGrid(NamedTuple):
 
     Attributes:
         programs: along axes 0, 1 and 2 of the launch.
-        first: the dimension of the view on axis 0, the only one that may have more than 65535 programs.
+        first: the dimension of the view on axis 0, the only one that may have more than 65535 programs. With 2
+            (columns) rows are on axis 1 and outer on axis 2; with 0 or 1 that dimension and the columns trade places.
     """
 
     programs: tuple[int, int, int]
@@ -192,7 +198,10 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
 
 
 def is_wide(extent: int) -> bool:
-    """Whether offsets up to ``extent`` (in elements) need 64 bits; a margin below 2^31 covers lanes past the end."""
+    """Whether offsets up to ``extent`` (in elements) need 64 bits: from 2^31 - 2^20 on.
+
+    The 2^20 elements below 2^31 are a margin for lanes past the end.
+    """
     return extent >= _WIDE_EXTENT
 
 
@@ -220,13 +229,18 @@ def _extent(sizes: tuple[int, int, int], strides: Sequence[tuple[int, int, int]]
 
 
 def tile_shape(sizes: tuple[int, int, int], elements: int, max_cols: int) -> tuple[int, int]:
-    """Return rows and columns of a tile of about ``elements`` elements: as wide as padding allows, then as tall.
+    """Return rows and columns of a tile of at most ``elements`` elements, both powers of two; columns are chosen first.
+
+    The number of columns is the largest power of two from 32 to ``max_cols`` that pads a row by at most 15 %. If there
+    is none, it is the one that pads least, of several the largest. Powers beyond the first that holds a whole row do
+    not count; a row of 16 elements or fewer gets that first one. There are as many rows as ``elements`` allows, but not
+    more than the first power of two that holds all rows of the view.
 
     ``(1, 1, 5000)`` with 4096 elements gives a tile of 1 × 1024: five of them pad 5000 columns by 2 %.
 
     Args:
         sizes: (outer, rows, cols) of the view.
-        elements: elements per tile, a power of two.
+        elements: most elements per tile, a power of two.
         max_cols: widest tile to consider, a power of two. If channels lie along the columns, narrow tiles are better:
             each program computes few reciprocal scales and uses each for many rows.
     """

@@ -38,8 +38,8 @@ def learned_terms(
     With ``v = x / parameter``, z the zero point, and code between the ends QUANT_MIN and QUANT_MAX:
 
     - ``"torch"``: passes where ``round(v) + z`` is a code; ``code - z - v`` there, else ``end - z``.
-    - ``"megengine"``: passes where ``v + z`` lies between the ends; ``round(v + z) - (v + z)`` there, else the end.
-    - ``"tqt"``: passes where v lies within half a code of the ends; ``code - v`` there, else the end.
+    - ``"megengine"``: passes where ``QUANT_MIN <= v + z <= QUANT_MAX``; ``round(v + z) - (v + z)`` there, else the end.
+    - ``"tqt"``: passes where ``QUANT_MIN - 0.5 <= v <= QUANT_MAX + 0.5``; ``code - v`` there, else the end.
     - ``"pact"``: passes where ``0 <= x < parameter``; 1 where ``x >= parameter``, else 0.
 
     Args:
@@ -87,14 +87,16 @@ def learned_share(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
-    METHOD: tl.constexpr,
+    METHOD: tl.constexpr,  # "torch", "megengine", "tqt" or "pact": see learned_terms
     SHIFTS: tl.constexpr,  # whether the zero point has a gradient
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Write dx of a share, and return two (ROWS, COLS) blocks of sums over its tiles.
 
-    The first is ``Σ dy · d y/d parameter``, the second the sum of dy over clipped values of x (0 without SHIFTS).
+    dx is dy where the gradient passes, else 0. The first block is ``Σ dy · d y/d parameter``, the second the sum of dy
+    over values of x where it does not pass (0 without SHIFTS). NaN in x does not count in sums. :func:`learned_terms`
+    says where the gradient passes, and what ``d y/d parameter`` is. If values are not rounded, dx is dy and sums are 0.
     """
     of_parameter = tl.zeros([ROWS, COLS], tl.float32)
     of_shift = tl.zeros([ROWS, COLS], tl.float32)
@@ -143,7 +145,11 @@ def learned_backward_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write dx of one share, and its partial results of the gradients of parameter and zero point."""
+    """Write dx of one share, and its partial results of the gradients of parameter and zero point.
+
+    Those of the zero point are sums of dy over clipped values for method ``"torch"`` with a zero point, else 0.
+    ``add_partials_kernel`` adds them up and multiplies by ``-scale``.
+    """
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     rounds = True
     if active_ptr is not None:
@@ -170,7 +176,7 @@ def learned_backward_kernel(
 @Launcher
 @triton.jit
 def add_partials_kernel(
-    partial_ptr,  # 2 × splits × channels float32, of learned_backward_kernel
+    partial_ptr,  # 2 × splits × channels float32: the parameter's gradient, Σ dy over clipped values
     scale_ptr,  # (channels,) float32
     parameter_ptr,  # (channels,) float32, written: gradient of the parameter
     shift_ptr,  # (channels,) float32, written: gradient of the zero point, -scale Σ dy over clipped values
@@ -252,6 +258,9 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
     :func:`learned_terms`; that of the zero point is ``-s Σ dy`` over values where it does not pass, for method
     ``"torch"`` with a zero point (0 for others). Where x is NaN all are 0. While the grid's switch is off, ``dy``, 0
     and 0. The last two are float32, shaped as ``grid.scale``.
+
+    ``grid.scale`` is the learned parameter. ``method`` is ``"torch"``, ``"megengine"`` or ``"tqt"``, where that is the
+    scale, or ``"pact"``, where it is the clipping level.
     """
     dx = torch.empty_like(x)
     of_parameter, of_shift = (torch.zeros_like(grid.scale, dtype=torch.float32) for _ in range(2))

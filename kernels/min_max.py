@@ -48,8 +48,9 @@ def scan_min_max(
 ):
     """Return minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the number of values left out.
 
-    With FINITE_ONLY NaN and infinities are left out, and counted, one number for the share. Without it nothing is, and
-    NaN propagates: two instructions per element.
+    With FINITE_ONLY NaN and infinities are left out, and counted, one number for the share. Where all elements at a
+    place of the tiles are left out, the minimum is +inf and the maximum -inf. Without FINITE_ONLY nothing is left out,
+    and NaN propagates: two instructions per element.
     """
     low = tl.full([ROWS, COLS], INF, tl.float32)
     high = tl.full([ROWS, COLS], -INF, tl.float32)
@@ -95,9 +96,10 @@ def update_range(
 ):
     """Merge a batch's range into the running one, and write the scale and zero point that follow.
 
-    Running extremes without ``averaging_constant``; else ``running + constant · (batch - running)``. The first batch
-    replaces the range of an average; with COPY_ABOVE so does one whose magnitude is more than that times the running
-    one, or less than 1/100 of it but not 0.
+    Running extremes without ``averaging_constant``; else ``running + constant · (batch - running)``. A batch replaces
+    the range of an average if that is empty (minimum above maximum); with COPY_ABOVE so does one whose magnitude is
+    more than that times the running one, or less than 1/100 of it but not 0. A channel without a finite value in the
+    batch keeps its range.
     """
     min_val = tl.load(min_ptr + channel, mask=valid, other=INF)
     max_val = tl.load(max_ptr + channel, mask=valid, other=-INF)

@@ -29,7 +29,7 @@ def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
         ptr: values of any float dtype, or integer codes.
         offsets: of the block's elements.
         mask: which of them exist.
-        other: what the others count as.
+        other: what is loaded in place of the others; with ``scale_ptr`` it is a code, and is shifted and scaled, too.
         scale_ptr: one float32; None: the tensor holds values.
         shift_ptr: one number; None stands for zero.
     """

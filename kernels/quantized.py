@@ -122,7 +122,7 @@ class Function(Protocol):
 
 
 class Granularity(Protocol):
-    """What kernels read of which elements share a range, :class:`tritonq.granularity.Granularity`."""
+    """What kernels read of which elements share a range: the axis of :class:`tritonq.granularity.Granularity`."""
 
     @property
     def axis(self) -> int | None:
@@ -138,7 +138,7 @@ class RangeStatistics(Protocol):
 
     @property
     def max_val(self) -> Tensor:
-        """Largest value observed, shaped as ``min_val``."""
+        """Upper end of the running range, float32 of shape () or (channels,); -inf before the first batch."""
 
     @property
     def nonfinite_count(self) -> Tensor:
@@ -233,7 +233,10 @@ def switch_of(grid: Grid) -> Tensor:
 
 
 def observing_switch(statistics: RangeStatistics | None) -> Tensor | None:
-    """Return the switch of a running range (a tensor with a one if it has none); None if it is not to be updated."""
+    """Return the switch of a running range; None if there is no range, or if it is frozen.
+
+    For a range without a switch it is a new uint8 tensor (1,) that holds 1.
+    """
     if statistics is None or statistics.frozen:
         return None
     if statistics.enabled is None:

@@ -65,6 +65,8 @@ class Reduction(NamedTuple):
         """Return how many tiles along (outer, rows, cols) a program loads at a time: a *block*.
 
         The product is ``4 // reads`` at most, 1 at least, with ``reads`` the number of tensors that the kernel reads.
+        The counts are powers of two. Each begins at 1, and is doubled while the product allows it and so many tiles fit
+        into the share: first that of cols, then that of rows, then that of outer.
         """
         room, ahead = TILES_AHEAD // reads, [1, 1, 1]
         for d, step in ((2, self.tile.cols), (1, self.tile.rows), (0, 1)):

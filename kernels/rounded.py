@@ -93,7 +93,10 @@ def rounded_range_kernel(
     BLOCK: tl.constexpr,  # elements read at a time
     WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
-    """Write the smallest and largest finite f(a, b) of one share, and count those that are not finite."""
+    """Write the smallest and largest finite f(a, b) of one share, and count those that are not finite.
+
+    For a share without a finite one it writes infinity as the smallest and -infinity as the largest.
+    """
     if tl.load(observing_ptr) == 0:
         return
     program = tl.program_id(0)
@@ -220,7 +223,11 @@ def write_rounded(
 
 
 def mask_like(y: Tensor) -> Tensor:
-    """Return uninitialised memory for the mask of ``y``'s gradient: uint8, a bit per element, padded."""
+    """Return uninitialised memory for the mask of ``y``'s gradient, on ``y``'s device.
+
+    It is a vector of uint8 with a bit per element of ``y``, and has as many bytes as :func:`plane_length` says: an
+    eighth of the elements, rounded up to a multiple of 16.
+    """
     return torch.empty(plane_length(y.numel()), dtype=torch.uint8, device=y.device)
 
 

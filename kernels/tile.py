@@ -1,7 +1,7 @@
 """Device functions that find the tile of a program in an (outer, rows, cols) view; see `tritonq.kernels.layout`.
 
-A *place* is the triple (outer, row, col) of a tile's indices. `tritonq.kernels` explains the constants that have no
-comment.
+A *place* is the triple (outer, row, col) of a tile's indices: a scalar, (ROWS,) and (COLS,). `tritonq.kernels` explains
+the constants that have no comment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def tile_indices(
 ):
     """Return this program's indices ``(outer, row, col)``: a scalar, (ROWS,) and (COLS,); 64-bit if WIDE.
 
-    FIRST is the dimension of the view on axis 0 of the launch.
+    Axes 0, 1 and 2 of the launch run along the dimensions (2, 1, 0) of the view if FIRST is 2, (1, 2, 0) if it is 1,
+    and (0, 1, 2) if it is 0.
     """
     outer = program_along(0, FIRST)
     row_tile = program_along(1, FIRST)

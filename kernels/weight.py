@@ -52,7 +52,7 @@ def quantize_folded_kernel(
     gamma_ptr,  # (channels,), or None for 1
     inverse_std_ptr,  # (channels,) float32, written with the fold
     bn_eps,  # of the BatchNorm
-    switch_ptr,  # one uint8, or (channels,) of any dtype: whether fake quantization is on
+    switch_ptr,  # one uint8, or (channels,) of any dtype: 0 turns rounding off: codes are rows · fold, the unit is 1
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
     min_ptr,  # (channels,) float32 or one element, updated in place; None: nothing is observed, and the scale holds
     max_ptr,  # as min_ptr
@@ -214,8 +214,8 @@ class Quantized(NamedTuple):
     """A folded and quantized weight, of :func:`quantize`: ``codes · unit`` are its values.
 
     Attributes:
-        codes: shaped and laid out as the rows.
-        unit: (out,) float32, what a code counts.
+        codes: shaped and laid out as the rows, in the given dtype: code minus zero point; folded rows if not rounded.
+        unit: (out,) float32: the scale, or 1 without rounding; divided by the power of two that float16 codes get.
         ratio: (out,) float32, ``fold / unit``.
         grid: a snapshot: copies of scale, zero point and switch as they were used.
     """
@@ -236,14 +236,15 @@ def quantize(
     observes: bool = False,
     norm: tuple[Tensor, Tensor | None, float, Tensor] | None = None,
 ) -> Quantized:
-    """Fold, observe and round all rows of a weight in one launch: ``codes = clip(round(rows · fold / s) + z) - z``.
+    """Fold, observe and round all rows in one launch; return codes, unit s, ratio ``fold / unit`` and a snapshot.
 
     Args:
         rows: (out, ...); each row dense.
         fold: (out,) float32, the factor of each row; written, not read, if ``norm`` is given.
         grid: of the rows, with s and z, updated in place. While its switch is off codes are ``rows · fold``, units 1.
         statistics: the running range behind the grid, or None.
-        dtype: of the codes. In float16 they are multiplied by the power of two nearest to their unit.
+        dtype: of the codes ``clip(round(rows · fold / s) + z) - z``. In float16 they are multiplied by the power of
+            two nearest to s, and the unit is s over that power.
         observes: whether the range is updated.
         norm: if the kernel is to compute the fold: running variance, γ (or None), eps, and where to write ``1/σ``.
     """

@@ -102,7 +102,8 @@ def quantize_rows(
     """Fold, observe and quantize some rows of a weight.
 
     ``codes = clip(round(rows · fold / scale) + zero_point) - zero_point``, and ``unit = scale``; what ends in ``_out``
-    is written per row. If ``observing_ptr`` is not 0, the range of each row, scale and zero point are updated first.
+    is written per row. If ``observing_ptr`` is not 0, the range, scale and zero point of each row are updated first. If
+    range and scale have one element for all rows, the caller observes beforehand and passes None for ``observing_ptr``.
     With codes in float16, codes are multiplied by the power of two nearest to the unit, which is divided by it. If
     rounding is switched off, codes are ``rows · fold`` and the unit is 1.
     """

@@ -60,6 +60,8 @@ class FloatPrefixBins:
     def of_size(cls, bins: int) -> FloatPrefixBins:
         """Return bins whose number on both sides of zero together is ``bins``; 2048 gives four mantissa bits.
 
+        On each side they reach from 2^-32 to 2^32 in magnitude, as the default exponents say.
+
         Raises:
             ValueError: ``bins`` is not a power of two in 128..32768.
         """
@@ -89,7 +91,7 @@ class FloatPrefixBins:
     def first_prefix(self) -> int:
         """The upper bits of ``2^min_exponent``, the lower edge of the innermost positive bin.
 
-        Its float32 bits ``>> shift``.
+        These are its float32 bits shifted right by :attr:`shift`, that is ``23 - mantissa_bits``.
         """
         return (self.min_exponent + _EXPONENT_BIAS) << self.mantissa_bits
 

@@ -154,7 +154,12 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Yield the arguments of :func:`model_calls`.
+    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``, as :func:`model_calls` does.
+
+    Args:
+        model: the model; it is not run.
+        data: one tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or a
+            tuple, of which those items are taken that the forward requires.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable, or has no batch.
@@ -176,7 +181,8 @@ def model_calls(model: nn.Module, data: Any, inputs: int = 0) -> Iterator[Batch]
     Args:
         model: the model; it is not run.
         data: one tensor, one dict of arguments, or an iterable of batches.
-        inputs: take as many items of a tuple, if the forward has so many positional parameters; 0: those it requires.
+        inputs: take as many items of a tuple or list, but at most as many as the forward has positional parameters,
+            and at least those without default; 0: just these.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable.

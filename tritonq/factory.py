@@ -66,8 +66,9 @@ class Factory(Generic[T]):
 class WithArgs:
     """Gives a class torch.ao's ``with_args``, and makes instances known to torch.ao and torchao where these are loaded.
 
-    Both ask whether a module is an instance of their own ``ObserverBase`` or ``FakeQuantizeBase``; a class becomes
-    a virtual subclass of these when it is first instantiated, so that ``QConfig`` and ``QuantizationSpec`` take it.
+    Both ask whether a module is an instance of their own ``ObserverBase`` or ``FakeQuantizeBase``. When an observer is
+    instantiated, its class becomes a virtual subclass of the former, and a fake quantizer's class of the latter, so
+    that ``QConfig`` and ``QuantizationSpec`` take it. A class names these base classes in ``library_bases``.
     """
 
     # Modules and names of the libraries' base classes.

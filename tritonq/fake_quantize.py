@@ -139,8 +139,13 @@ class FakeQuantize(FakeQuantizeBase):
         """Forget the range that ``prepare_qat`` took from example inputs, before the first training batch is observed.
 
         :meth:`observe` calls it for each batch. Once training has begun, or while the observer is off, it forgets
-        nothing. It warns if the last batch made the range more than a hundred times larger, and lets the ranks of a
-        DistributedDataParallel agree on their ranges.
+        nothing. Each call also does two other things:
+
+        - It warns (UserWarning), once per observer, if the largest magnitude of a min-max observer's range for the
+          whole tensor is more than a hundred times that of the call before. On a GPU some of the ranges are compared,
+          in later calls. Nothing is compared while ``torch.compile`` traces.
+        - It tells the DistributedDataParallel whose forward is running, if there is one, to merge the ranges of its
+          ranks after each forward. The call itself does not communicate.
         """
         join_ranks()
         compiling = torch.compiler.is_compiling()

@@ -77,8 +77,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def enabled_on_device(self) -> Tensor:
         """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds, being switched on and having a scale.
 
-        The switch is not read on the host. Whether there is a scale is, as :meth:`has_qparams` has it, but not while
-        ``torch.compile`` traces.
+        The switch is not read on the host. Whether there is a scale is, by :meth:`has_qparams`, until one is known.
+        While ``torch.compile`` traces, that is not read either: the graph finds it out on the device.
         """
         known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()

@@ -151,8 +151,9 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and round ``x``, or clip it, as the phase says; same shape, dtype and memory format.
 
-        In phase ``"floating_wo_clip"`` nothing is observed. In eval mode, before a training batch was seen, ``x`` is
-        returned, and a UserWarning says so once.
+        In phase ``"floating_wo_clip"`` nothing is observed: where codes are unsigned, the result is the ReLU of ``x``,
+        else ``x`` itself. In the other phases eval mode returns ``x`` until a training batch was observed, or a
+        fractional length loaded, and a UserWarning says so once.
         """
         if self.phase == "floating_wo_clip":
             return x if self.signed else F.relu(x)
@@ -178,10 +179,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Write the fractional length of this batch to ``batch_frac_len``, and move the running one towards it.
+        """Write the fractional length of this batch to ``batch_frac_len``, and move ``frac_len`` towards it.
 
-        ``scale`` follows, and ``observed`` becomes 1. While ``observer_enabled`` is 0, all three stay, and the running
-        one is rounded into ``batch_frac_len``.
+        ``observed`` becomes 1. While ``observer_enabled`` is 0, ``frac_len`` and ``observed`` stay, and
+        ``batch_frac_len`` becomes :meth:`rounded_frac_len`. ``scale`` becomes ``2^-rounded_frac_len()`` in both cases.
         """
         join_ranks()
         batch, enabled = self.choose(x), self.observer_enabled != 0
@@ -192,7 +193,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.scale.copy_(power_of_two(-self.rounded_frac_len()))
 
     def rank_state(self) -> RankState:
-        """Return the running fractional length and its scale, of which all ranks will take the first rank's."""
+        """Return a `RankState` with the buffers ``frac_len`` and ``scale``: all ranks take the first rank's values.
+
+        ``scale`` is ``2^-fl`` with the fractional length of eval mode.
+        """
         return RankState(first=[self.frac_len, self.scale])
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -176,7 +176,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def observe(self, x: Tensor) -> None:
         """Put the largest finite magnitudes of ``x`` in front of the history, and compute the scale from it.
 
-        The oldest batch drops out. Nothing changes while ``observer_enabled`` is 0.
+        The oldest batch drops out. Without a finite value the magnitude is 0; if all finite values are 0, it is
+        float32's smallest normal number. While the history holds nothing larger than that, the scale is 1. Nothing
+        changes while ``observer_enabled`` is 0. :meth:`forward` calls it in training, after :meth:`allocate`, and only
+        for formats with an observed scale (:attr:`has_observed_scale`).
         """
         join_ranks()
         history = torch.cat([self._largest(x), self.amax_history[:-1]])
@@ -213,7 +216,11 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return RankState(highest=[self.amax_history] if self.has_observed_scale else [])
 
     def follow_ranks(self) -> None:
-        """Compute the scale from the history that all ranks have in common now."""
+        """Compute the scale from the history, which the caller has made the same on all ranks.
+
+        The scale is 1 where only zeros, or no finite values, were seen. Nothing changes while ``observer_enabled`` is
+        0, and for blocks whose scales are powers of two.
+        """
         if self.has_observed_scale:
             self._follow_history()
 

@@ -106,7 +106,11 @@ def granularity_of(quantizer: nn.Module) -> Granularity:
 
 
 def describe_span(values: Tensor) -> str:
-    """Return a tensor as text: ``"0.25"`` if its elements are equal, else ``"0.1..0.4"``; ``"unset"`` without one."""
+    """Return a tensor as text, such as ``"0.25"`` if its elements are equal, else ``"0.1..0.4"``.
+
+    The two numbers are the smallest and the largest element. Numbers have up to six significant digits, as ``:.6g``
+    writes them. A tensor without elements gives ``"unset"``.
+    """
     if values.numel() == 0:
         return "unset"
     low, high = float(values.min()), float(values.max())

@@ -47,7 +47,9 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         ch_axis: 0 for one scale per output channel, or None for one per tensor. All of the weight has one width.
 
     Attributes:
-        scale: float32 parameter, the step at ``max_bits``.
+        scale: float32 parameter, (1,) or (channels,): the step at ``max_bits``. Unless :meth:`initialize` was called
+            before, the first training batch sets it to the largest magnitude of the weight, per channel of the row,
+            divided by ``2^(max_bits-1) - 1``.
         bits: float32 parameter (1,).
         elements: how many values the last tensor had, which a penalty counts.
 

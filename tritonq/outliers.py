@@ -23,8 +23,8 @@ _PERIOD = 16
 def tells_range(x: Tensor, observer: ObserverBase) -> bool:
     """Whether observing ``x`` can change a range or its scale.
 
-    An empty batch can't, unless the observer shares its range with other ranks, whose batches count. While
-    ``torch.compile`` traces the answer is True.
+    The answer is True for each batch that is not empty: its values are not looked at. An empty batch can't, unless the
+    observer shares its range with other ranks, whose batches count. While ``torch.compile`` traces the answer is True.
     """
     if torch.compiler.is_compiling() or x.numel():
         return True

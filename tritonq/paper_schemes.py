@@ -48,9 +48,10 @@ class WeightScheme(FakeQuantizeBase):
 
     @abstractmethod
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Return the scale for ``weight`` by the paper's formula; eval mode uses the last one of training.
+        """Return the scale for ``weight`` by the paper's formula, in training and in eval mode alike.
 
-        It broadcasts against the weight: (channels, 1, …), or (1, 1, …) per tensor.
+        :meth:`forward` calls it in training mode alone, and keeps the result in the buffer ``scale`` for eval mode,
+        unless ``observer_enabled`` is 0. It broadcasts against the weight: (channels, 1, …), or (1, 1, …) per tensor.
         """
 
     @abstractmethod
@@ -145,9 +146,11 @@ class DoReFaWeight(WeightScheme):
         self.bits = bits
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Return ``1 / (2^bits - 1)``, the scale of ``2 round(n (t/2 + 1/2)) / n - 1``.
+        """Return ``1 / (2^bits - 1)``, or with one bit the mean of ``|weight|``.
 
-        With one bit it is the mean of ``|weight|``.
+        Its shape is (1, 1, …), with as many axes as the weight. With more bits codes are
+        ``2 round(n (t/2 + 1/2)) - n``, every second integer from -n to n, so that neighbouring values lie two scales
+        apart.
         """
         if self.bits == 1:
             return self._means(weight.detach().abs())
@@ -194,10 +197,10 @@ class DoReFaActivation(FakeQuantize):
 class BinaryWeight(WeightScheme):
     """XNOR-Net's weights: ``a sign(w)`` with ``a = mean|w|`` of each output channel, and ``sign(0) = 1``.
 
-    Gradient: ``dw = dy (1/n + a [|w| < 1])``, with n the weights of a channel, as the paper has it.
+    Gradient: ``dw = dy (1/n + a [|w| < 1])``, with n the number of weights that share ``a``, as the paper has it.
 
     Args:
-        ch_axis: 0, as in the paper, or None.
+        ch_axis: 0, as in the paper, or None for one ``a``, the mean of the whole weight.
 
     Source: Rastegari et al., XNOR-Net, 2016, section 3.1.
 
@@ -211,11 +214,18 @@ class BinaryWeight(WeightScheme):
         super().__init__(1, ch_axis)
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Return the mean of ``|weight|``, of each output channel or of the tensor."""
+        """Return the mean of ``|weight|``, of each output channel or, if ``ch_axis`` is None, of the tensor.
+
+        It broadcasts against the weight: (channels, 1, …), or (1, 1, …) for the tensor. It has no gradient.
+        """
         return self._means(weight.detach().abs())
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return ``sign(weight) * scale``; the weight's gradient is ``dy (1/n + scale [|weight| < 1])``."""
+        """Return ``sign(weight) * scale``; the weight's gradient is ``dy (1/n + scale [|weight| < 1])``.
+
+        ``scale`` broadcasts against ``weight``: it is (channels, 1, …), or (1, 1, …) per tensor. n is the number of
+        weights that share a scale.
+        """
         fixed = weight.detach()
         slope = scale.numel() / weight.numel() + scale * (fixed.abs() < 1)
         return with_gradient_of(torch.where(fixed < 0, -scale, scale), weight * slope)

@@ -122,8 +122,10 @@ def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
 
     The dict has ``"format"`` and ``"version"``; a qconfig each under ``"global"``, ``"first"``, ``"last"`` and
     ``"inputs"``, as far as there is such a rule; and lists of ``[key, qconfig]`` under ``"types"``, ``"patterns"`` and
-    ``"names"``. A qconfig is None, ``{"preset": name}``, or a dict with ``"activation"``, ``"weight"`` and the options
-    that are not the default.
+    ``"names"``. Keys are strings; that of a type is the name of its class. A qconfig is None, ``{"preset": name}``
+    (with ``"version"`` for one of torch.ao's backends), or a dict with ``"activation"``, ``"weight"`` and the options
+    that are not the default. These two are factories: ``{"class": name}``, with ``"arguments"`` for one of
+    ``with_args``.
 
     Raises:
         ValueError: a qconfig with a factory or an argument that JSON can't hold; the message says which.

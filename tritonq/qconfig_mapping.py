@@ -157,13 +157,22 @@ class QConfigMapping:
         return self.first is not None or self.last is not None
 
     def qconfigs(self) -> Iterator[Choice]:
-        """Yield the qconfig of every rule, None among them."""
+        """Yield the qconfig of every rule that is set, that of ``inputs`` too; None if the rule leaves layers in float.
+
+        They come in the order global_rule, first, last, inputs, names, patterns, types.
+        """
         places = (self.global_rule, self.first, self.last, self.inputs)
         yield from (place.qconfig for place in places if place is not None)
         yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
 
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
         """Return the qconfig of every module of ``model`` by the strongest rule that fits; None leaves it in float.
+
+        Each value is the rule's own ``QConfig``, or None. A ``qconfig`` attribute on a module does not count here:
+        `prepare_qat` puts it in place of the rule's afterwards.
+
+        Each value is the rule's own ``QConfig``, or None. A ``qconfig`` attribute on a module does not count here:
+        `prepare_qat` puts it in place of the rule's afterwards.
 
         Args:
             model: the float model.

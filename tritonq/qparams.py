@@ -83,7 +83,7 @@ def range_to_qparams(
         max_val: as ``min_val``.
         qtype: the grid.
         rule: which system's formula.
-        eps: floor under the scale; None takes the rule's own. ``"torch_v1"`` ignores it.
+        eps: floor under the scale; None: 1e-5 for ``"megengine"``, 2^-23 for ``"torch"``. ``"torch_v1"`` ignores it.
         ordered: whether the caller knows that every range was observed and is finite.
 
     Returns:

@@ -195,7 +195,7 @@ class QuantizedType:
     def fixed_zero_point(self) -> int | None:
         """The zero point when the type alone decides it, else None.
 
-        Symmetric signed types use 0, symmetric unsigned ones the middle of their range, as torch.ao does.
+        Symmetric types with negative codes use 0, others the middle of their range, rounded up: 128 of 0..255.
         """
         if not self.symmetric:
             return None
@@ -220,7 +220,7 @@ class QuantizedType:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """The smallest torch integer dtype that holds every code."""
+        """The first of int8, uint8, int16, int32 and int64 that holds every code."""
         for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
             info = torch.iinfo(dtype)
             if info.min <= self.quant_min and self.quant_max <= info.max:
@@ -238,7 +238,8 @@ class QuantizedType:
     def torch_dtype(self) -> torch.dtype | None:
         """The quantized dtype, quint8, qint8 or qint32, that torch has for these codes.
 
-        None for floats, for groups, and for codes that int32 does not hold.
+        It is qint8 if there are negative codes and int8 holds all, quint8 if there are none and uint8 holds all, else
+        qint32. None for floats, for groups, and for codes that int32 does not hold.
         """
         storage = self.storage_dtype
         if self.codes != "integer" or self.group is not None or storage == torch.int64:
@@ -327,7 +328,8 @@ def type_from_arguments(
         dtype: a torch dtype; or a QuantizedType or its name ("qint4"), which the other arguments mustn't contradict. A
             name says nothing about axis and rounding.
         qscheme: None: per tensor, affine; or what the QuantizedType or its name says.
-        reduce_range: for 8 bits, halve the smallest and largest code.
+        reduce_range: for a torch dtype of 8 bits, halve the smallest and largest code and round down, also those given
+            by ``quant_min`` and ``quant_max``; other torch dtypes ignore it. It contradicts a QuantizedType or a name.
         quant_min: smallest code; None, with ``quant_max``: all codes of the dtype.
         quant_max: largest code.
         ch_axis: for schemes per channel; None: 0.

@@ -15,9 +15,12 @@ _NOTE = "tritonq.codes"
 class SavesGrid(nn.Module):
     """Base class of modules with a grid, which refuse a state dict of a module with other codes.
 
-    The error names both. The codes (smallest, largest, symmetric or not) are in the state dict's ``_metadata``, not
-    among its keys, so that earlier versions can load it. A state dict that was copied as a plain dict lacks the
-    metadata, and is loaded without a check.
+    ``load_state_dict`` then raises RuntimeError, strict or not, and the error names both. The codes (smallest, largest,
+    symmetric or not) are in the state dict's ``_metadata``, not among its keys, so that earlier versions can load it. A
+    state dict that was copied as a plain dict lacks the metadata, and is loaded without a check.
+
+    Attributes:
+        qtype: type of the codes, which a subclass sets.
     """
 
     qtype: QuantizedType

@@ -77,7 +77,7 @@ class _Subject:
     weight: bool
 
     def channels(self, wanted: int) -> int:
-        """Return the number of channels to try it with: as many as wanted, or one group of them."""
+        """Return the number of channels to try it with: the size of a group if its type has groups, else ``wanted``."""
         return self.make().qtype.group or wanted
 
     def batch(self, index: int) -> Tensor:

@@ -19,10 +19,14 @@ def torch_v1_qparams(
 
     With m and M the ends of the range and ``q = quant_max - quant_min``: affine ``s = (M - m)/q``. A symmetric type
     whose range has values of both signs takes ``-w (q//2 + 1)`` and ``w (q//2)`` for m and M, with
-    ``w = max(|m|/(q//2 + 1), M/(q//2))`` in float32, and the middle code as zero point; otherwise it is taken as
-    affine. A scale of at most 2^-128, whose reciprocal is infinite in float32, becomes 0.1; one below 6.1e-5 becomes
-    6.1e-5, and the range is widened to it. The zero point is ``quant_min - m/s`` if ``|quant_min| + |m/s| <
-    |quant_max| + |M/s|``, else ``quant_max - M/s``, rounded (ties to even) and clamped to the codes.
+    ``w = max(|m|/(q//2 + 1), M/(q//2))`` in float32 (``M/(q//2)`` is M for q = 1); otherwise it is taken as affine. A
+    scale of at most 2^-128, whose reciprocal is infinite in float32, becomes 0.1, and m and M stay as they are. One
+    below 6.1e-5 becomes 6.1e-5, and the range is widened to it: if m or M is 0, the other end becomes ``6.1e-5 q`` with
+    its sign; else both ends are multiplied by ``6.1e-5 q / (M - m)``.
+
+    The zero point of a symmetric type is ``(quant_min + quant_max + 1) // 2`` if then ``m < 0 < M``. Any other is
+    ``quant_min - m/s`` if ``|quant_min| + |m/s| < |quant_max| + |M/s|``, else ``quant_max - M/s``, rounded (ties to
+    even) and clamped to the codes.
 
     Args:
         low: m, float, at most 0.

@@ -89,9 +89,9 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo :func:`accelerate`, in place: the library's own modules, with what they have learned since.
+    """Undo :func:`accelerate` in place: give ``model`` the library's own computation back, and return ``model`` itself.
 
-    After it the library converts, lowers and exports the model as it would have.
+    What was learned since stays. After it the library converts, lowers and exports the model as it would have.
 
     Raises:
         TypeError: ``model`` is no module.

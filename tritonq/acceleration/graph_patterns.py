@@ -94,7 +94,7 @@ def matches(graph: Graph, known: KnownParts) -> list[Match]:
 
 
 def fuse(graph: Graph, known: KnownParts) -> None:
-    """Replace the nodes of every match in ``graph`` by one call, in place."""
+    """Replace the nodes of each match that :func:`matches` finds by one call of its ``Match.call``, in place."""
     calls: dict[Node, Node] = {}
     for match in matches(graph, known):
         last = match.nodes[-1]

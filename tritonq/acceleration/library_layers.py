@@ -85,7 +85,8 @@ class Layer:
         output_quantizer: rounds the result; None: it stays in float.
         ceiling: of the ReLU: infinity for a plain one, 6.0 for ReLU6, None for none.
         grouping: whether the convolution is transposed, and its groups.
-        memory: what a step needs if activation checkpointing runs it again.
+        memory: where a training step leaves what it read and then changed, in case activation checkpointing runs it
+            again. Give one that lasts from step to step (``step_memory_of``); by default it is new and empty.
     """
 
     op: LinearMap

@@ -48,7 +48,7 @@ class QuantizerHistory:
 
     Args:
         model: a prepared model.
-        every: record one of so many steps.
+        every: record the steps whose numbers, from 1, it divides: with 10 the steps 10, 20, 30 and so on.
 
     Attributes:
         records: a :class:`QuantizerRecord` per recorded step and quantizer.
@@ -106,7 +106,7 @@ class QuantizerHistory:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count a step, and append a record of each quantizer that rounds if it is one to record.
+        """Count a step; if ``every`` divides its number, append a record of each quantizer that rounds.
 
         Call it after the optimizer's step: weights are those after it, activations those that ran in training mode
         since the last call.

@@ -45,7 +45,10 @@ class _Statistics:
         self.put_back()
 
     def put_back(self) -> None:
-        """Restore the running statistics from before all batches; some modes fold weights with them. Count no batch."""
+        """Restore the running mean and variance from before all batches, and set ``num_batches_tracked`` to 0.
+
+        Some modes fold weights with these statistics.
+        """
         self._mean.copy_(self._before[0])
         self._var.copy_(self._before[1])
         self._count.zero_()

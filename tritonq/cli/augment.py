@@ -26,14 +26,15 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A list of random changes of an image, in the order in which they are made.
+    """A list of random changes of an image, in the order in which they are made; :meth:`pixels` makes them.
 
-    It is False as a bool if there is none.
+    It is False as a bool if there is none. :meth:`named` makes one from a text and refuses unknown names; the
+    constructor takes ``names`` and does not check them.
 
     Attributes:
-        names: ``"flip"``: left and right exchanged, half of the time; ``"crop"``: a random part of 8 to 100 % of the
-            area, scaled (torchvision's RandomResizedCrop); ``"trivial"``, ``"rand"``, ``"auto"``, ``"mix"``:
-            torchvision's TrivialAugmentWide, RandAugment, AutoAugment and AugMix.
+        names: a tuple of names. ``"flip"``: left and right exchanged, half of the time; ``"crop"``: a random part of
+            8 to 100 % of the area, scaled (torchvision's RandomResizedCrop); ``"trivial"``, ``"rand"``, ``"auto"``,
+            ``"mix"``: torchvision's TrivialAugmentWide, RandAugment, AutoAugment and AugMix.
     """
 
     names: tuple[str, ...] = ()

@@ -71,7 +71,14 @@ def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
 
 
 class Batches:
-    """Batches that a loader reads: pairs of images, float32 (n, channels, height, width), and labels, int64 (n,)."""
+    """An iterable of batches: pairs of images, float32 (n, channels, height, width), and labels, int64 (n,).
+
+    It has no length. Each iteration reads ``loader`` from the start.
+
+    Args:
+        loader: gives these pairs. If it can't read an image, even in a worker process, the iteration raises an
+            :class:`UnreadableImageError` with a message of one line.
+    """
 
     def __init__(self, loader: DataLoader[tuple[Tensor, int]]) -> None:
         self._loader = loader
@@ -96,15 +103,16 @@ def batches_of(
     workers: int,
     device: torch.device | None = None,
 ) -> Batches:
-    """Return the images with these indices, one batch for each list.
+    """Return the images with these indices and their labels, one pair (images, labels) for each list, on the CPU.
 
-    It has a random generator of its own, so that the training's is not used.
+    Images are float32 (n, channels, height, width), labels int64 (n,). The loader that reads them has a random
+    generator of its own, so that the training's is not used.
 
     Args:
         images: all images.
         batches: lists of indices.
         workers: processes that read images; 0: this one.
-        device: where the batches will go; for a GPU they are in pinned memory.
+        device: where the caller will move the batches; for a CUDA device they are in pinned memory.
     """
     loader = DataLoader(
         images,
@@ -118,9 +126,10 @@ def batches_of(
 
 
 def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> Batches:
-    """Return batches of all images in order, 256 in each; with several ``ranks`` of every ``ranks``-th, from ``rank``.
+    """Return batches of all images in order, with their labels: pairs of at most 256 images and 256 labels.
 
-    ``workers`` processes read the images; 0: this one.
+    With several ``ranks`` the batches hold the images with the indices ``rank``, ``rank + ranks``, ``rank + 2 · ranks``
+    and so on. ``workers`` processes read the images; 0: this one.
     """
     chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
     return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)

@@ -103,7 +103,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_option(parser: argparse.ArgumentParser, name: str, purpose: str) -> None:
     """Add the option ``name``, which names images, to a command that needs them only in some uses.
 
-    ``purpose`` is for its help.
+    It takes a text, which is not checked here: ``"digits"``, or a folder of images by class. Without the option the
+    parser returns None for it. The option's help begins with ``purpose``.
     """
     parser.add_argument(name, metavar="DATA", help=f"{purpose}: {_DATA_HELP}")
 
@@ -185,7 +186,9 @@ def open_examples(
 def load_digits(preprocessing: Preprocessing | None = None) -> Images:
     """Return scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded.
 
-    They are scaled as ``preprocessing`` says; None: 8×8 pixels in one channel.
+    Grey levels are divided by 16, to x from 0 to 1, and become ``(x - mean) / std``. Mean, std, size and channels are
+    those of ``preprocessing``, whose crop and interpolation are not used; None: 8×8 pixels in one channel. Without a
+    mean in it, mean and std are those of the training images.
     """
     return in_memory(_digits(Preprocessing(8, 8, channels=1) if preprocessing is None else preprocessing, 0.5))
 

@@ -143,7 +143,8 @@ class FolderLayout:
 def find_layout(folder: Path, validation: Path | None = None, least: int = 2) -> FolderLayout:
     """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
 
-    For ``val`` the names ``valid``, ``validation`` and ``test`` are taken, too, in this order.
+    Of ``val``, ``valid``, ``validation`` and ``test`` the first that is there is taken for ``val``. The others of these
+    four are ignored, such as a ``test`` beside ``val``.
 
     Args:
         folder: holds one sub-folder per class, or ``train`` and ``val`` that do. Hidden folders are no classes.
@@ -152,8 +153,8 @@ def find_layout(folder: Path, validation: Path | None = None, least: int = 2) ->
         least: how many classes there must be.
 
     Raises:
-        ValueError: no such folder, other folders beside ``train`` and ``val``, fewer classes, a class without image
-            files, or a validation folder without images or with classes that training has not.
+        ValueError: no such folder, folders of other names beside ``train`` and these four, fewer classes, a class
+            without image files, or a validation folder without images or with classes that training has not.
     """
     names = _folders(folder)
     held_out = [name for name in _VALIDATION if name in names]
@@ -285,9 +286,10 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 
 def image_paths(folder: Path) -> Iterator[Path]:
-    """Yield the files in ``folder`` and its sub-folders whose endings are images', sorted, without hidden ones.
+    """Yield the files in ``folder`` and its sub-folders whose endings are images', sorted by path.
 
-    Without such a folder there are none. Links are followed, except those to a folder that they lie in.
+    Files and sub-folders whose names begin with a dot are left out, the latter with all that they hold. If ``folder``
+    is missing or no folder, nothing is yielded. Links are followed, except those to a folder that they lie in.
 
     Raises:
         OSError: a folder that can't be read.

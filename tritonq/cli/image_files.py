@@ -29,9 +29,10 @@ class UnreadableImageError(ValueError):
 
 
 def decode(path: Path, content: bytes | None = None) -> Image:
-    """Return the image in a file, in 8 bits per channel.
+    """Return the image in a file as a Pillow image of at most 8 bits per channel.
 
-    Grey images of 16 bits keep their whole range: 0 … 65535 becomes 0 … 255.
+    Grey images of 16 bits keep their whole range: 0 … 65535 becomes 0 … 255, mode "L". A palette with transparency
+    becomes "RGBA". Any other image keeps its mode, such as "1", "P", "RGB" or "CMYK".
 
     Args:
         path: the file.

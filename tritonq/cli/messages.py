@@ -6,8 +6,9 @@ from __future__ import annotations
 def reason_of(error: BaseException) -> str:
     """Return why something failed, in one line.
 
-    Of an OSError it is the reason without the file's name (``No such file or directory``), of any other error the
-    message, or the name of the error's class if the message is empty.
+    Of an OSError it is the reason without the file's name (``No such file or directory``). Of any other error, and of
+    an OSError without such a reason, it is the message, with one space for each line break or run of spaces, or the
+    name of the error's class if the message is empty.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -17,7 +18,8 @@ def reason_of(error: BaseException) -> str:
 def in_one_line(error: BaseException) -> str:
     """Return an error as one line: ``FILE: reason`` for an OSError that names a file, else what it says.
 
-    An error without a message gives the name of its class.
+    Another OSError gives its reason alone. A message of several lines becomes one line, with a space for each run of
+    white space. An error without a message gives the name of its class.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -45,7 +45,8 @@ class Trained:
     Attributes:
         title: what it is, in words.
         answer: from images float32 (n, channels, size, size) to logits (n, classes).
-        preprocessing: how images are scaled; without a mean it is the training images' own.
+        preprocessing: how images are scaled. Mean and deviation are both empty if neither file, options nor model give
+            them. Whoever reads images must then find them, as `tritonq.cli.data.open_examples` does.
         classes: names by label; empty if no file tells them.
         recipe: how the model was made.
         model: the module, in eval mode; None for an ONNX file.
@@ -68,7 +69,9 @@ class Trained:
 def add_trained_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True) -> None:
     """Add the options that name a model and its file, and those for scaling images where no file holds that.
 
-    ``onnx`` says whether the command takes ONNX files as well.
+    They are ``MODEL``, ``--checkpoint FILE``, ``--model-arg KEY=VALUE`` and those of
+    :func:`add_preprocessing_arguments`. ``onnx`` says whether the command takes ONNX files as well; only the help of
+    ``MODEL`` depends on it.
     """
     origin = "module:factory of the float model, or an .onnx file" if onnx else "module:factory of the float model"
     parser.add_argument("model", metavar="MODEL", help=origin)

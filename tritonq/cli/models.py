@@ -28,7 +28,11 @@ from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model-arg KEY=VALUE``, which may be repeated, to a command that calls a user's factory."""
+    """Add ``--model-arg KEY=VALUE``, which may be repeated, to a command that calls a user's factory.
+
+    The parsed ``model_arg`` is a list of the texts as they were given, empty without the option. :func:`make_model`
+    reads and checks them.
+    """
     parser.add_argument(
         "--model-arg",
         action="append",
@@ -41,7 +45,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     """Add ``--qconfig``, which names a preset or a JSON file, to a command that prepares a model.
 
-    ``prefix`` stands before its help.
+    The value is text, which :func:`find_qconfig` turns into a mapping; without the option it is the name of the default
+    preset, "onnxruntime". ``prefix`` stands before the option's help.
     """
     parser.add_argument(
         "--qconfig",
@@ -55,11 +60,12 @@ def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> N
 def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     """Return the model that ``"module:factory"`` makes with the given ``KEY=VALUE`` arguments.
 
-    Modules of the working directory are found as well. What modules and factories print goes to stderr.
+    Each ``VALUE`` is read as a Python literal, such as ``5`` or ``None``; what is no literal stays text. Modules of the
+    working directory are found as well. What modules and factories print goes to stderr.
 
     Raises:
-        ValueError: no such module or factory, arguments that it refuses, an error of its own, or a result that is no
-            module.
+        ValueError: no such module or factory, an argument that is not written ``KEY=VALUE`` or that the factory
+            refuses, an error of its own, or a result that is no module.
     """
     module_name, _, factory_name = spec.partition(":")
     if not module_name or not factory_name:

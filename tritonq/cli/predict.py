@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print the classes of each image; return 0 if all could be read, else 1.
 
-    A line is ``PATH: NAME 97.1%, NAME 2.0%``, with ``--top`` classes, or with ``--json`` an object with ``"image"`` and
-    ``"classes"``. Files that can't be read are told on stderr.
+    A line is ``PATH: NAME 97.1%, NAME 2.0%``, with ``--top`` classes, the most probable first. With ``--json`` it is
+    ``{"image": PATH, "classes": [{"class": NAME, "probability": 0.971}, ...]}``. Files that can't be read are told on
+    stderr.
 
     Raises:
         ValueError: an argument that makes no sense, or nothing says how images are scaled; the command shows the

@@ -110,9 +110,10 @@ class Preprocessing:
         return flat.view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Return ``(x - mean) / std`` as float32.
+        """Return ``(x - mean) / std`` as float32, for ``pixels`` of shape (..., channels, height, width).
 
-        ``x`` is ``pixels / 255`` for uint8 pixels, and ``pixels`` itself for floats from 0 to 1.
+        ``x`` is ``pixels / 255`` for uint8 pixels, and ``pixels`` itself for float32 from 0 to 1. ``mean`` and ``std``
+        must not be empty; :meth:`with_moments` returns a copy that has them.
         """
         if pixels.dtype == torch.uint8:
             pixels = pixels.float().div_(255)
@@ -196,8 +197,9 @@ def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits
     """Return the preprocessing that the options ask for; without mean and deviation if the images' own are to be taken.
 
     ``--preprocessing auto`` takes the config of the model, or of torchvision's weights that ``--model-arg`` names; if
-    there is none, or for digits, that of ``--preprocessing data``: a usual size, and the images' own mean and
-    deviation. Single options win over it; a new size or crop gets the ``resize`` that belongs to it.
+    there is none, or for digits, that of ``--preprocessing data``: stretched to 32 × 32 in colours (digits: 8 × 8
+    in grey), and the images' own mean and deviation. Single options win over it; a new size or crop gets the
+    ``resize`` that belongs to it.
 
     Args:
         arguments: the parsed command line, with the options of :func:`add_preprocessing_arguments`.

@@ -49,7 +49,9 @@ def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | 
     Args:
         content: the checkpoint.
         epochs: how many are asked for.
-        steps_per_epoch: for checkpoints of version 0.1.0, which hold no history.
+        steps_per_epoch: steps in an epoch of the checkpoint's run. It is read only without a history, as in checkpoints
+            of version 0.1.0: the run was finished if it did so many steps for each epoch of its settings. None: a run
+            without a history counts as unfinished.
     """
     finished = int(saved_settings(content).get("epochs", 0))
     history = content.get("history")

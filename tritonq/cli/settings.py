@@ -67,7 +67,9 @@ class Settings:
         return max(1, images // self.batch_size + (images % self.batch_size >= 2 * processes))
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of ``step`` (from 0): ``learning_rate · (1 + cos(π p)) / 2``.
+        """Return the learning rate of a step: ``learning_rate · (1 + cos(π p)) / 2``.
+
+        ``step`` is counted from 0 at the first step of the whole run, whatever ``begin`` is.
 
         p is the share of the steps since the epoch ``begin`` that are done: 0 at its start, 1 after the last epoch.
         """

@@ -25,7 +25,7 @@ class Epoch:
         step: how many steps were done at its end.
         learning_rate: of its last step.
         loss: mean over its images.
-        accuracy: of the model in eval mode, on the held-out images.
+        accuracy: share of the held-out images, 0 to 1, that the model in eval mode classifies rightly.
     """
 
     epoch: int
@@ -88,14 +88,14 @@ def check_tensorboard() -> None:
 class TensorBoard:
     """Loss, accuracy and learning rate for TensorBoard, which must be installed.
 
-    Its own writer works in a thread that ends with the first error. Here an epoch is written at once, and what could
-    not be written, such as on a full disk, is written with a later epoch.
+    Its own writer works in a thread that ends with the first error. Here :meth:`add` writes an epoch at once. If that
+    fails, such as on a full disk, it raises OSError, and the next call writes this epoch, too.
 
     Args:
-        folder: where the log's file is written.
+        folder: where the log's file is written; a missing folder is made.
 
     Raises:
-        OSError: it can't be written; the error names it.
+        OSError: the constructor, which begins the file, can't write it; the error says which file or folder.
     """
 
     def __init__(self, folder: Path) -> None:

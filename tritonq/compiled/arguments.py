@@ -42,9 +42,11 @@ class Rule(ctypes.Structure):
     - ``constant``: weight of a batch in the average, -1: no average, but the extremes of all batches. ``copy_above``: a
       batch whose magnitude is more than this times the range's replaces it, -1: none does; ``fall``: so does one that
       is smaller by more than this factor.
-    - ``reach``: largest value of a symmetric range, in scales. ``eps``: smallest scale.
-    - ``fixed``: whether every zero point is ``zero_point``; else it is ``quant_min - round(min / scale)``, with ties
-      away from zero and unclipped if ``megengine``, else to even and clipped to the codes.
+    - ``reach``: if ``fixed``, the scale is the range's largest magnitude divided by this number; else the range is
+      widened to hold 0, and the scale is ``(max - min) / (quant_max - quant_min)``. ``eps``: smallest scale.
+    - ``fixed``: whether the range is symmetric, so that every zero point is ``zero_point``; else it is
+      ``quant_min - round(min / scale)``, with ties away from zero and unclipped if ``megengine``, else to even and
+      clipped to the codes.
     - ``quant_min``, ``quant_max``: smallest and largest code.
     """
 

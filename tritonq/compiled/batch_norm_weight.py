@@ -42,7 +42,8 @@ def quantize(
         eps: of the BatchNorm.
         code_dtype: dtype of the codes, that of the convolution.
         dtype: of the arithmetic: float32 or float64.
-        grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
+        grid: of the weight's quantizer, updated in place. None: nothing is observed, and the folded weight stays in
+            float: it is returned as ``codes``, with a ``unit`` of 1, ``clips`` False and a grid of None.
         statistics: the running range of the grid, updated in place; None observes nothing.
         known: ``(γ/σ, 1/σ)`` of a step that is run again (checkpointing), in place of ``running_var``; None: computed.
         out: memory for the codes, shaped as ``rows``, in ``dtype``; None: new memory. If ``code_dtype`` is another,

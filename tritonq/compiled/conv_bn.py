@@ -54,8 +54,9 @@ def forward(
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None without one.
 
     Returns:
-        The result, in the dtype and memory format of ``c``; vectors of the step (mean, ``1/std``, |γ|, slope, shift,
-        share of eps in the variance); and a copy of the grid as this step used it, or None.
+        The result, in the dtype and memory format of ``c``; a `Normalization` of six vectors (channels,): mean,
+        ``1/std``, |γ|, slope, shift and ``eps · ratio² / std²``, with ``std² = var + eps · ratio²``; and a copy of the
+        grid as this step used it, or None.
     """
     c = dense(c)
     vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)

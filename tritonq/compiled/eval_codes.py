@@ -33,8 +33,9 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
     """Return ``clip(round(sums * factors) + zero, low, high)``, uint8; None if a sum reaches ``reach``.
 
     Args:
-        sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; may be overwritten.
-        factors: for each channel, how many steps of the result's scale a sum of 1 is.
+        sums: float32 whole numbers; may be overwritten.
+        factors: for each channel, how many steps of the result's scale a sum of 1 is: in ``by_channel``, a tensor that
+            broadcasts against the sums, and in ``row``, a vector; `tritonq.reference.eval_codes.repeated` makes both.
         to: zero, ends and ties.
         reach: bound that the magnitude of every sum must stay below; None: sums are known to be exact.
     """
@@ -49,7 +50,9 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 
 
 def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
-    """Return uint8 ``round(x / scale) + zero``; None if a value is NaN or, with ``largest``, beyond 0..``largest``.
+    """Return the codes ``round(x / scale) + zero``, uint8; None if a value is NaN.
+
+    With ``largest`` it is None, too, if a code would lie beyond 0..``largest``.
 
     Args:
         x: float32, not empty.

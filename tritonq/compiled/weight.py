@@ -122,14 +122,14 @@ def folded_backward(
 def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
     """Whether compiled code can fold and round such a weight.
 
-    It can if all is float32 on the CPU, the weight is not empty and its rows are dense, and the grid has integer codes,
-    no zero point, ties to even, and one switch or none.
+    It can if all is float32 on the CPU, the weight is not empty, its rows are dense, ``out`` is None or has its
+    strides, and the grid has integer codes, ``zero_point`` None, ties to even, and no switch or one on the CPU.
 
     Args:
         rows: the weight, (out, ...).
         fold: (out,), the factor of each row.
         grid: of the quantizer, with one scale for all rows or one per row; None: the weight is not rounded.
-        out: memory that must lie as ``rows`` does; None: none is given.
+        out: memory for the result; None: none is given.
     """
     if not (rows.numel() and is_plain(rows, out) and are_vectors(fold) and _rows_are_dense(rows)):
         return False

@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """``relu(x + bn2(pointwise(relu(bn1(depthwise(x))))))``, with a depthwise 3×3 and a pointwise 1×1 convolution."""
+    """``relu(x + bn2(pointwise(relu(bn1(depthwise(x))))))``, with a depthwise 3×3 and a pointwise 1×1 convolution.
+
+    Args:
+        channels: of the input and of the result.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -89,7 +89,9 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
 
 @torch.no_grad()
 def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
-    """Return the out channel with the largest scale; of several, that with the largest weight.
+    """Return the out channel with the largest scale; of several, that with the largest weight in magnitude.
+
+    Weights are compared before rounding, with a BatchNorm folded in.
 
     Raises:
         ValueError: a layer that has no integer form.

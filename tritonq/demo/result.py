@@ -65,8 +65,8 @@ class Result:
     """The demo's result.
 
     Attributes:
-        stages: the float, prepared, converted and ONNX Runtime models, in this order.
-        files: what was written.
+        stages: a :class:`Stage` for each form of the model: float, prepared, converted and ONNX Runtime, in this order.
+        files: the paths of what was written.
     """
 
     stages: tuple[Stage, ...]
@@ -76,7 +76,8 @@ class Result:
     def agrees(self) -> bool:
         """Whether no code of a deployed form differs from the trained model's by more than is allowed.
 
-        Nothing is, except behind operations in float that add in no defined order.
+        Forms whose stage has a report are compared. No difference is allowed, except behind an island, such as an
+        operation in float that adds in no defined order: there any number of codes may differ by one.
         """
         return self.disagreement is None
 
@@ -100,9 +101,14 @@ class Result:
 
 
 def table(stages: Sequence[Stage]) -> str:
-    """Return a table as text: a header, a line, and one line per stage with its accuracy, file and time.
+    """Return a table as text: a header, a line, and one line per stage.
 
-    Differing codes and predictions count against the QAT model in eval mode.
+    Columns are name, accuracy, predictions that differ from those of the QAT model in eval mode ("3 of 100"), codes
+    that differ from its codes, with the largest difference ("3 of 100, by 1"), size of the file, and seconds per epoch
+    of training. "-" stands for what a stage does not have.
+
+    Raises:
+        FileNotFoundError: the file of a stage does not exist.
     """
     header = ("model", "accuracy", "predictions that differ", "codes that differ", "file", "s/epoch")
     rows = [header, *map(_cells, stages)]

@@ -49,7 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the demo and print its table; return 0 if the deployed models agree with the trained one, else 1."""
+    """Run the demo and print its table; return 0 if the deployed models agree with the trained one, else 1.
+
+    Models and a picture are written to the folder ``arguments.output``.
+
+    Args:
+        arguments: the parsed command line, with the options of :func:`add_arguments`.
+
+    Raises:
+        ValueError: fewer than one epoch.
+    """
     result = run(arguments)
     print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
     if result.disagreement is None:

@@ -1,4 +1,4 @@
-"""Tracing a model for a file in such a way that its forward computes as in training, although it asks who traces it."""
+"""Trace a model for a file so that its forward computes as in training, even if it asks whether an export runs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def ready_to_trace(
     """Make a rewritten model ready for torch.export; return ``(arguments, shapes, result)``.
 
     Arguments and shapes are those of :func:`open_axes`; the result is what the deployed model returns for them.
+
+    A function that calls the old ``traced.forward`` takes its place. In that call ``torch.onnx.is_in_onnx_export()`` is
+    False, and a mask that a forward makes only while it is traced is accepted where None was recorded; neither holds
+    while Dynamo traces.
 
     Args:
         traced: the rewritten model; its ``forward`` is replaced.

@@ -15,7 +15,12 @@ GivenCodes: TypeAlias = Mapping[str, Sequence[Tensor | None]]
 
 
 class Runner(Protocol):
-    """A function that runs a deployed or trained model on arguments, and returns its codes and its outputs."""
+    """A function that runs a deployed or trained model on arguments, and returns ``(codes, outputs)``.
+
+    It is called with positional arguments as a tuple, named ones as a dict, and the codes to use in place of those that
+    the model makes, or None. Codes are minus zero points: a dict from a quantizer's name to a list with one tensor per
+    call. Outputs are a list of the tensors of the result, on the CPU.
+    """
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
@@ -37,8 +42,9 @@ def take_given(given: GivenCodes, codes: Codes, name: str, own: Tensor) -> Tenso
     """Append the codes that a quantizer made to ``codes``; return the codes that its readers should get instead.
 
     Args:
-        given: codes to use, by quantizer and call.
-        codes: what was recorded so far; changed in place.
+        given: codes to use: by the quantizer's name a sequence with one entry per call, None for a call without codes.
+        codes: what was recorded so far: by the quantizer's name a list with one entry per call; changed in place. The
+            number of its entries under ``name``, before ``own`` is appended, is the index of this call.
         name: of the quantizer.
         own: the codes that it made, minus zero point.
 

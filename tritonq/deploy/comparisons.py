@@ -137,7 +137,8 @@ class VerificationReport:
     def first_beyond(self, max_fraction: float = 0.0, max_step: int = 0) -> LayerComparison | None:
         """Return the first layer with more than ``max_fraction`` of its codes differing, or one by over ``max_step``.
 
-        Behind islands any number of codes may differ by one. None: there is no such layer.
+        A layer directly behind an island (its ``island`` is not empty) does not count if its codes differ by one at
+        most. None: there is no such layer.
         """
         return next((layer for layer in self.layers if not layer.is_within(max_fraction, max_step)), None)
 
@@ -176,6 +177,7 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
         one: codes of the trained model, whole numbers as floats.
         other: codes of the deployed model. Axes of size 1 may be missing, and those of a linear layer may be a matrix.
         island: names of operators (softmax, say) before the codes for which these may differ by one; empty: none may.
+            It changes no count: the result keeps it for :meth:`LayerComparison.is_within`.
 
     Raises:
         ValueError: the shapes differ otherwise.
@@ -193,7 +195,11 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
 
 
 def add_layers(one: LayerComparison | None, other: LayerComparison) -> LayerComparison:
-    """Return the sum of two comparisons of one layer, of two batches; the second one if the first is None."""
+    """Return one comparison of a layer from those of two batches; ``other`` itself if ``one`` is None.
+
+    ``codes`` and ``differing`` are added, ``largest`` is the larger of the two, and ``name`` and ``island`` are those
+    of ``other``.
+    """
     if one is None:
         return other
     return LayerComparison(

@@ -49,7 +49,10 @@ def stand_in(module: nn.Module, name: str) -> None:
 
 
 def stand_ins(module: nn.Module) -> list[str]:
-    """Return the names of a module's stand-ins: meta tensors, without memory, that :func:`stand_in` made."""
+    """Return the names of a module's own stand-ins: its plain attributes that are meta tensors, without memory.
+
+    :func:`stand_in` makes them. Parameters, buffers and attributes of children are left out.
+    """
     return [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
 
 

@@ -70,9 +70,18 @@ ADDED = (
 def describe_modules(model: nn.Module) -> list[Description]:
     """Return one description per module name of a converted model, parents first; ready for JSON.
 
-    A module with several names has one description, and entries of kind ``"alias"`` that refer to its first name.
-    Besides what its kind needs it has ``"forward"`` (the edited forward as data, or None), ``"keeps_class"`` if it is
-    also of its float class, and names of quantizers (``"operands"``, ``"quantizer_behind_clip"``).
+    A module with several names has one description, and entries of kind ``"alias"`` whose ``"of"`` is its first name.
+    Besides what its kind needs a description has:
+
+    - ``"forward"``: the edited forward as data, or None.
+    - ``"keeps_class"``, True: only if the module is also of the class of the user's module that it replaced
+      (:func:`~tritonq.nn.kept_class.keep_class`).
+    - ``"operands"``: for a join that is no concatenation the names of the quantizers of the two tensors that it joins;
+      for a function, clip or average those of the quantizers of input and output. None stands for an unknown one.
+    - ``"quantizer_behind_clip"``: for a layer the name of the quantizer of the clip behind it; only if there is one.
+
+    Raises:
+        ValueError: a module that conversion made and that has no form in a file.
     """
     first_names: dict[nn.Module, str] = {}
     found = []
@@ -101,9 +110,11 @@ def describe_modules(model: nn.Module) -> list[Description]:
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
     """Give rebuilt modules their references to quantizers, which a file holds by name.
 
-    Joins, means and functions know the quantizers of their operands and result (``"operands"``, None: unknown), layers
-    a quantizer behind a clip (``"quantizer_behind_clip"``). ``modules`` has those of the rebuilt model by name, and is
-    changed; ``entries`` are their descriptions.
+    ``"operands"`` of a description is a pair of names of quantizers, None for one that is unknown: of a join those of
+    its two operands, of a mean or function those of its input and its result. The module then returns these quantizers
+    as ``linked_quantizers``. A layer's ``"quantizer_behind_clip"``, if there, is one name, for its property.
+
+    ``modules`` has the modules of the rebuilt model by name, and they are changed; ``entries`` are their descriptions.
     """
     for entry in entries:
         if entry["kind"] in _JOINTS:
@@ -295,11 +306,15 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
     """Return the edited forward of a module, as plain data that ``apply_forward`` takes; None if it is the class's own.
 
-    Files of versions 1 to 3 of the format have hooks in its place, which are part of the forward now.
+    In files of versions 1 to 3 of the format an entry may name hooks, which quantized arguments or the result. The
+    forward that is returned for such an entry does what the hooks did.
 
     Args:
         entry: the module's description.
-        entries: those of all modules.
+        entries: those of all modules; they tell at which places hooks quantized the model's inputs.
+
+    Raises:
+        ValueError: an unknown hook.
     """
     data: ForwardData | None = entry.get("forward")
     if not entry.get("hooks"):

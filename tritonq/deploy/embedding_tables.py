@@ -67,12 +67,15 @@ class QuantizedTable(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor by name, in ``geometry_names``; ``num_embeddings`` is one."""
+        """Arguments of the float layer's constructor by name, one for each of the names in ``geometry_names``."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that the state dict has as ``weight``: integer codes, or floats."""
+        """The tensor that the state dict has as ``weight``, which holds integer codes.
+
+        In the copy of a model from which an export writes its file, it may hold the table's float32 values instead.
+        """
         return cast(Tensor, stored(self, "weight"))
 
     def _float_weight(self) -> Tensor:

@@ -136,12 +136,16 @@ def _write(proto: Any, target: Path, encodings: dict[str, Any]) -> None:
 
 
 def encodings_json(found: dict[str, Encoding], parameters: set[str], version: EncodingVersion) -> dict[str, Any]:
-    """Return the content of a file of encodings as plain data.
+    """Return the content of a file of encodings as plain data, ready for JSON.
+
+    Its keys are "producer" and "version", and for version 1.0.0 "activation_encodings", "param_encodings" and
+    "excluded_layers" (empty); for version 2.0.0 "encodings". Each of the two lists of 1.0.0, and the one of 2.0.0, has
+    an entry per tensor: :func:`_older` and :func:`_newer` say its keys.
 
     Args:
         found: the grids by the names of the file's tensors.
-        parameters: which of these names are weights and biases.
-        version: of the format.
+        parameters: which of these names are weights and biases: entries of "param_encodings".
+        version: of the format, ``"1.0.0"`` or ``"2.0.0"``.
     """
     head: dict[str, Any] = {"producer": {"package": "tritonq", "version": __version__}, "version": version}
     if version == "2.0.0":

@@ -73,7 +73,8 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
         UserWarning: embedding tables, whose rows have a scale each: they get no encoding.
 
     Raises:
-        ValueError: a grid that encodings can't describe, or a recurrent layer; the message names it.
+        ValueError: a grid that an :class:`Encoding` can't hold: float codes, a code range of no whole number of bits,
+            or scales per group; or a recurrent layer. The message names it.
     """
     model = copy.deepcopy(converted)
     encodings: dict[str, Encoding] = {}

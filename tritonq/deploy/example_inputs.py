@@ -26,8 +26,9 @@ _RANKS = range(3, 6)
 def open_axes(
     forward: Callable[..., Any], arguments: Arguments, batch: bool, sizes: bool
 ) -> tuple[Arguments, dict[str, Any] | None]:
-    """Return arguments to trace with, and ``dynamic_shapes`` of torch.export; None for these if no axis is open.
+    """Return arguments to trace with, and ``dynamic_shapes`` of torch.export.
 
+    If ``batch`` and ``sizes`` are both False, the arguments are returned unchecked, and None for the shapes.
     To leave the batch open, a batch of one is doubled: torch.export takes an example of size 1 for a constant.
 
     Args:
@@ -37,8 +38,8 @@ def open_axes(
         sizes: whether the axes behind the first two are open, in tensors with 3 to 5 axes.
 
     Raises:
-        ValueError: no tensor has a batch axis.
-        TypeError: arguments that the forward does not take.
+        ValueError: ``batch`` or ``sizes`` is True, and no tensor has a batch axis.
+        TypeError: ``batch`` or ``sizes`` is True, and the forward does not take the arguments.
     """
     if not batch and not sizes:
         return arguments, None
@@ -72,8 +73,9 @@ _SIZE_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "w
 def name_sizes(graph: Any) -> None:
     """Give the open sizes of a file's inputs names: those of the axes behind batch and channels.
 
-    One such axis is called ``length``; two are ``height`` and ``width``; three ``depth``, ``height`` and ``width``. If
-    a further input has open sizes of its own, they are called after it, such as ``mask_height``.
+    If an input has one such axis, open or fixed, its size is called ``length``; two are ``height`` and ``width``; three
+    ``depth``, ``height`` and ``width``. If an earlier input has taken the name for another size, the input's own name
+    stands before it, such as ``mask_height``. Inputs with more axes keep their names.
 
     Args:
         graph: an ``onnx.GraphProto`` whose open sizes have names such as ``s77``; changed in place.
@@ -116,9 +118,11 @@ def tell_fixed_batch(name: str, graph: Any) -> None:
 def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
     """Replace the ``**kwargs`` of a model's forward by named parameters: torch.export can give shapes to no others.
 
+    The new parameters are keyword-only and have no default. A forward without ``**kwargs`` stays as it is.
+
     Args:
-        traced: a model that is traced; its ``forward`` is replaced.
-        names: of the named arguments that it is called with.
+        traced: the model that torch.export will trace; the attribute ``forward`` of this object is replaced.
+        names: of the named arguments that it is called with; those that are parameters already are left out.
     """
     forward = traced.forward
     signature = inspect.signature(forward)

@@ -63,7 +63,11 @@ def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Delete the unfinished files that killed writers of ``path`` left beside it."""
+    """Delete the unfinished files that killed writers of ``path`` left beside it.
+
+    They are known by the names that :func:`atomic_files` gives: a dot, the name of ``path``, a dot and eight characters
+    of a-z, 0-9 and ``_``. The file of a writer that still runs is deleted, too: call this while none runs.
+    """
     target = Path(path)
     temporary = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # as tempfile.mkstemp names them
     for beside in target.parent.glob(".*"):

@@ -105,7 +105,8 @@ def integer_difference(entry: Description, module: nn.Module) -> str | None:
     """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
 
     It fits if it is the Conv2d, Linear or MaxPool2d that the entry stands for, with equal channels, kernel size,
-    strides and the like. Padding given as text, such as ``"same"``, is not compared.
+    strides and the like. Padding given as text, such as ``"same"``, is not compared. The entry must be of kind
+    ``"integer_layer"`` or ``"integer_maximum"``.
     """
     kinds: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
     expected = kinds[entry["type"]] if entry["kind"] == "integer_layer" else nn.MaxPool2d

@@ -38,7 +38,7 @@ class FixedPointFormat:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the codes: int8 or uint8."""
+        """Dtype of the codes, int8 if ``quant_min`` is negative, else uint8."""
         return torch.int8 if self.quant_min < 0 else torch.uint8
 
     @property
@@ -47,7 +47,10 @@ class FixedPointFormat:
         return max(-self.quant_min, self.quant_max)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the codes of real values, ties to even; NaN becomes 0. The network's input becomes integers here."""
+        """Return the codes of real values, in :attr:`dtype`: ``clamp(round_half_even(x · 2^frac_len), lo, hi)``.
+
+        lo and hi are ``quant_min`` and ``quant_max``; NaN becomes 0. The network's input becomes integers here.
+        """
         code = (x.double() * 2.0**self.frac_len).round_().clamp_(self.quant_min, self.quant_max)
         return code.nan_to_num_(nan=0.0).to(self.dtype)
 
@@ -76,8 +79,9 @@ class IntegerModule(DeployedModule):
     def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:
         """Return accumulators as codes of the output: ``clamp(round_half_even(total · 2^-shift))``, int8 or uint8.
 
-        Without an output format they are returned as int32, clamped to ±(2^31 - 1). ``total`` is int32 or int64, and
-        ``channel_axis`` its axis of the channels.
+        ``shift`` is the fractional length of the accumulators, per channel, minus that of the output. Codes are clamped
+        to the output's ``quant_min`` and ``quant_max``. Without an output format the accumulators are returned as
+        int32, clamped to ±(2^31 - 1). ``total`` is int32 or int64, and ``channel_axis`` its axis of the channels.
         """
         if self.output is None or self.shift is None:
             return total.clamp(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
@@ -146,8 +150,8 @@ class IntegerLayer(IntegerModule):
     def accumulate(self, codes: Tensor) -> Tensor:
         """Return the result for input codes (n, c, h, w): codes if ``output`` is a format, else int32 accumulators.
 
-        It is (n, out, h', w'). If ``bound`` is above 2^31 - 1, clamped accumulators are counted in ``saturated``, and a
-        RuntimeWarning tells of them, once per layer.
+        It is (n, out, h', w'). Codes are int8, or uint8 if their format has no negative codes. If ``bound`` is above
+        2^31 - 1, clamped accumulators are counted in ``saturated``, and a RuntimeWarning tells of them, once per layer.
         """
         ops = implementation("int8_conv", codes)
         low, high, dtype = 0, 0, torch.int32
@@ -173,7 +177,8 @@ class IntegerLayer(IntegerModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return codes, or accumulators, for input codes; the first layer takes, and the last returns, real values.
 
-        ``input`` is (n, c, h, w) for a convolution, (..., in) for a linear layer.
+        ``input`` is (n, c, h, w) for a convolution, (..., in) for a linear layer. Codes are int8 or uint8, as their
+        format says (:attr:`FixedPointFormat.dtype`); accumulators are int32, and returned real values float32.
         """
         codes = self.input.encode(input) if self.encodes else input
         if self.linear:
@@ -184,7 +189,10 @@ class IntegerLayer(IntegerModule):
         return self.decode(y) if self.decodes else y
 
     def decode(self, accumulators: Tensor) -> Tensor:
-        """Return the real values of accumulators, ``acc · 2^-frac_len`` per out channel, rounded to float32 once."""
+        """Return the real values of accumulators, ``acc · 2^-frac_len`` per out channel, rounded to float32 once.
+
+        ``accumulators`` is (n, out, h, w) for a convolution, (..., out) for a linear layer.
+        """
         shape = [1] * accumulators.dim()
         shape[-1 if self.linear else 1] = -1
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
@@ -209,8 +217,8 @@ class IntegerAdd(IntegerModule):
     """The sum of two tensors of codes or accumulators: ``(a << left0) + (b << left1)``.
 
     All channels of both are shifted left to one fractional length, the largest that any of these channels has. With an
-    output format the sum is then shifted right to 8-bit codes and clipped; without one (``output`` None) it is returned
-    as an int32 accumulator, clamped to ±(2^31 - 1).
+    output format the sum then becomes 8-bit codes, ``clamp(round_half_even(sum · 2^-shift))`` with the :attr:`shift` of
+    the base class; without one (``output`` None) it is returned as an int32 accumulator, clamped to ±(2^31 - 1).
 
     Args:
         frac_lens: fractional lengths of the two summands, int32 (channels,) or (1,) each.
@@ -291,7 +299,7 @@ class IntegerAvgPool2d(IntegerModule):
         """Return the averages of codes (n, c, h, w), as codes, or as int32 sums without an output format.
 
         Raises:
-            ValueError: the window is the whole image, and the image is of another size than at conversion.
+            ValueError: the window is the whole image, and the image has another number of pixels than at conversion.
         """
         window = self.window
         if window.kernel_size is None:
@@ -307,6 +315,9 @@ class IntegerAvgPool2d(IntegerModule):
 
 
 def overflow_report(model: nn.Module) -> dict[str, int]:
-    """Return how many accumulators of each layer were clamped so far, by the layer's name; empty if none was."""
+    """Return how many accumulators of each convolution and linear layer were clamped so far, by the layer's name.
+
+    Layers without clamped accumulators are left out. Additions and poolings do not count theirs.
+    """
     counts = {name: int(part.saturated) for name, part in model.named_modules() if isinstance(part, IntegerLayer)}
     return {name: count for name, count in counts.items() if count}

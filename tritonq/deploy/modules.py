@@ -138,7 +138,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Compute an upper bound of integer sums' magnitude from weight and zero point; called after each load."""
+        """Set ``_sum_bound``, a bound of the class's ``|Σ …|`` (0.0: input grid unknown); called after each load."""
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.types.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())
@@ -216,9 +216,9 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
-        """Return weight codes minus zero points, int32; without zero points the codes themselves.
+        """Return weight codes minus zero points, int32; without zero points ``stored_weight`` itself, in its dtype.
 
-        Of a float format its numbers, as float32.
+        Of a float format its numbers, as float32; of a weight that stayed in float its values.
         """
         number = None if self.types.weight is None else self.types.weight.float_format
         if number is not None:
@@ -228,7 +228,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self.stored_weight.to(torch.int32) - self.along_weight(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return ``(code - zero_point) · scale`` of the weight, computed in float32, rounded to ``dtype`` once."""
+        """Return ``(code - zero_point) · scale``, computed in float32, or a float weight; rounded to ``dtype`` once."""
         if self.weight_scale is None:
             return self.stored_weight.to(dtype)
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)

@@ -33,14 +33,13 @@ _POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> None:
     """Make a layer trace to a sum of codes and one requantization, for ONNX Runtime.
 
-    A mean over the whole image becomes GlobalAveragePool where the output's type rounds ties to even. The following
-    means stay in float, with a warning (UserWarning), since no ONNX operator adds their codes exactly:
+    A mean over the whole image, of any size, becomes GlobalAveragePool where the output's type rounds ties to even. Of
+    the other means these stay in float, with a warning (UserWarning), since no ONNX operator adds their codes exactly:
 
-    - windows of 2^14 elements and more;
-    - windows of an adaptive pool that have different sizes, with 65,794 elements and more;
-    - where the file leaves height and width open (``dynamic_sizes``), windows whose number of elements depends on them:
-      those of adaptive pools (but for the GlobalAveragePool above), of pools with ``ceil_mode``, and of pools that
-      leave padding out of the mean.
+    - pools with windows of 2^14 elements and more, but for those of the next line;
+    - adaptive pools whose output sizes do not divide the input's, with a window of 65,794 elements and more;
+    - where the file leaves height and width open (``dynamic_sizes``), pools whose windows have a number of elements
+      that depends on them: adaptive pools, pools with ``ceil_mode``, and pools that leave padding out of the mean.
 
     Args:
         layer: a pool or mean with known grids; its forward, buffers and children are changed in place.
@@ -56,10 +55,14 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
 
 
 def rewrite_global_average(layer: AverageLayer) -> None:
-    """Make a layer compute its float operation between the quantizers of its input and output; changed in place.
+    """Make a layer compute its mean in float, between the quantizers of its input and output; changed in place.
 
     A mean over all axes behind the first two becomes GlobalAveragePool: TensorRT 8 does not read the axes of a
-    ReduceMean of opset 18, which are an input, and reduces over all axes.
+    ReduceMean of opset 18, which are an input, and reduces over all axes. An adaptive pool to size 1 is such a mean. So
+    is a window without padding that is as large as an image of fixed size. Any other mean is computed as torch does.
+
+    Args:
+        layer: any pool or mean.
     """
     layer.set_quantizers(None)
     layer.compute = partial(_global_mean, layer.averaging)  # type: ignore[method-assign]

@@ -19,15 +19,20 @@ from tritonq.prepare.forwards.edited import set_inner_forward
 def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantizer, TracedQuantizer]:
     """Let the layer before each clip round its result and limit the codes; a clip without such a layer does both.
 
-    The clip behind a layer then returns its input, and the layer's ReLU, if it has one, is part of the limits. A clip
-    stays as it is if it has no quantizer, or one per channel.
+    The layer before a clip is the one whose ``quantizer_behind_clip`` is the clip's quantizer. The clip behind a layer
+    then returns its input, and the layer's ReLU, if it has one, is part of the limits. A clip stays as it is if it has
+    no quantizer, or one per channel.
 
     Args:
         model: a copy of the converted model; changed in place.
-        names: name in the model of each quantizer.
+        names: name in the model of each quantizer; the quantizer that replaces it gets the same name.
 
     Returns:
-        For each quantizer of such a clip the one that replaces it, with uint8 codes.
+        For each quantizer of a clip that was changed the one that replaces it. Its codes are uint8, whatever the type;
+        :func:`uint8_quantizer` says what they count from.
+
+    Raises:
+        ValueError: a clip's codes do not fit uint8.
     """
     layers = {
         layer.output_quantizer: layer

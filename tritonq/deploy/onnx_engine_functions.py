@@ -42,7 +42,8 @@ def engine_function(function: str, source: str, result: str, nodes: Sequence[Any
     None if ONNX Runtime has none for it, or if ``nodes`` are not the standard operators that it replaces.
 
     Args:
-        function: name of the function, such as ``"gelu"``.
+        function: name of the function. ONNX Runtime's operator is QuickGelu for ``"silu"``, Gelu for ``"gelu"`` and
+            FastGelu for ``"tanh_gelu"``; it has none for others.
         source: name of the codes of its input.
         result: name of the codes of its result.
         nodes: all nodes between the two.

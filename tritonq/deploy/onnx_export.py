@@ -93,8 +93,9 @@ def export_onnx(
             those of the file.
         target: ``"onnxruntime"``, ``"tensorrt"``, ``"qdq"``, or another engine that presets are made for, such as
             ``"openvino"``, whose form is one of these; None: what the preset of the model was made for.
-        opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
-            ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least; eight-bit floats 19.
+        opset: at least 17; by default 18. 17 is the newest whose means TensorRT 8 reads with their axes. Activations of
+            16 bits, which ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least;
+            eight-bit floats 19.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         dynamic_sizes: leave the sizes of all axes behind the first two open, of inputs with 3 to 5 axes, and name them
             ``height``, ``width``; for fully convolutional networks.
@@ -114,10 +115,10 @@ def export_onnx(
             as ``session.get_modelmeta().custom_metadata_map``.
 
     Raises:
-        ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
-            (the message names the quantizer); an option that fixed-point networks lack; pixels or codes at an end that
-            has no quantizer; a model that torch can't export, or not with open sizes; or what :func:`tritonq.convert`
-            raises.
+        ValueError: an unknown target, or none for layers of several; an opset below 17, or 17 for a model that it can't
+            express; something the target can't represent (the message names the quantizer); an option that fixed-point
+            networks lack; pixels or codes at an end that has no quantizer; a model that torch can't export, or not with
+            open sizes; or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
 
     Examples:

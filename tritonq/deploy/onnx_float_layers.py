@@ -55,10 +55,13 @@ def _scale_of(quantize: Any) -> Any:
 def float_convolutions(proto: Any) -> list[str]:
     """Return the names of convolutions with integer weights that ONNX Runtime will run in float.
 
-    Those are transposed ones, and those that neither QuantizeLinear follows directly nor `onnx_exact_sums` could write
-    by ConvInteger: ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and
-    nothing less. Weights with a scale per block are left out, and packed ones (``pack=True``) before QuantizeLinear:
-    they run in float by choice.
+    Those are all ConvTranspose nodes, and the Conv nodes whose result is an output of the graph or is read by anything
+    but QuantizeLinear: ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and
+    nothing less. What `onnx_exact_sums` wrote by ConvInteger is no Conv any more. Weights with a scale per block are
+    left out, and packed ones (``pack=True``) before QuantizeLinear: they run in float by choice.
+
+    A convolution's name is that of its weight's codes in the file without ``.weight``; each name is returned once, in
+    the order of the nodes. ``proto`` is the file's ``onnx.ModelProto``.
     """
     graph = proto.graph
     producers = {name: node for node in graph.node for name in node.output}

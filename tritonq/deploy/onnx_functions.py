@@ -53,14 +53,15 @@ class CodeTable:
 
 
 def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer: nn.Module) -> None:
-    """Make a layer trace to its function in float, and then its quantizer.
+    """Make a layer trace to its function in float, and then its quantizer, for a file for ONNX Runtime.
 
-    For ONNX Runtime QuantizeLinear divides. If the grid rounds ties away from zero, the quotient is rounded before it.
+    If the grid rounds ties to even, QuantizeLinear divides by the scale and rounds. If it rounds ties away from zero,
+    other operators divide and round, and the QuantizeLinear behind them has a scale of 1.
 
     Args:
         layer: a function's layer with known grids; its forward, buffers and children are changed in place.
         output: its output quantizer.
-        quantizer: the traced form of ``output``, a :class:`TracedQuantizer`.
+        quantizer: the traced form of ``output``, a :class:`TracedQuantizer` whose ``exact`` is False.
     """
     layer.activation_post_process = nn.Identity()
     layer.add_module("traced_quantizer", quantizer)
@@ -76,8 +77,9 @@ def _forward(layer: Any, half_away: bool, input: Tensor) -> Tensor:
 def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuantizer) -> CodeTable:
     """Return the trained codes of a function, counted as the traced quantizers of its input and output count them.
 
-    For each code i of ``source`` from 0 up: ``clip(round(f((i - z_in) · s_in) / s_out) + z_out)`` on the grid of
-    ``output``.
+    Both quantizers must have uint8 codes, counted from 0. The table's ``codes`` hold for each code i of ``source``,
+    from 0 to its ``quant_max``, ``clip(round(f((i - z_in) · s_in) / s_out) + z_out)``. Scales, zero points and the ends
+    of the clip are those of the traced quantizers.
     """
     grids = []
     for end in (source, output):

@@ -53,7 +53,7 @@ def separated(model: Any, kinds: Mapping[str, tuple[Any, int]]) -> bytes:
 
     Args:
         model: an ``onnx.ModelProto``; not changed.
-        kinds: dtype and number of dimensions of each tensor of codes, by name.
+        kinds: NumPy dtype and number of dimensions of each tensor of codes, by name.
     """
     import onnx
 
@@ -88,7 +88,8 @@ def _read_inputs(graph: Any, names: frozenset[str]) -> None:
 def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
     """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
 
-    For codes of 16 bits, and of floats, these are all operators that round.
+    The search ends at the other tensors of codes, at inputs and at constants. For codes of 16 bits, and of floats, all
+    operators that compute (``_COMPUTING`` and ``_PRODUCTS``) count, too: their last bit may decide such a code.
 
     Args:
         graph: an ``onnx.GraphProto``.

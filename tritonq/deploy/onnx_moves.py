@@ -121,9 +121,11 @@ def constant_of(value: Any) -> Any:
 
 
 def moves_values(node: Any) -> bool:
-    """Whether the results of an ``onnx_ir.Node`` are elements of its inputs.
+    """Whether an ``onnx_ir.Node`` moves values: its first result (of Split each one) has only elements of its inputs.
 
-    Padding by zero counts: zero is on every grid.
+    Only the operations listed in ``_MOVING`` count: MaxPool, ReduceMax and TopK are among them; Relu, Max and Where are
+    not. Resize counts in mode "nearest". Pad counts unless it fills with a constant other than zero, or one that the
+    file does not hold: zero is on every grid.
     """
     if node.op_type not in _MOVING:
         return False

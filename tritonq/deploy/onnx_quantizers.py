@@ -63,7 +63,7 @@ class TracedQuantizer(nn.Module):
     def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
         """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) · s``, float32; limited by :attr:`clamp` before.
 
-        With ``in_steps`` ``x`` is divided by the scale already.
+        With ``in_steps`` ``x`` is divided by the scale already; :attr:`clamp`, two values, must then be None.
         """
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
@@ -176,8 +176,9 @@ def quantize_twice(layer: nn.Module) -> None:
     """Give a layer a child ``first_quantizer``, a copy of its output quantizer whose codes have no name in the file.
 
     The caller makes the layer's forward run both, with operations that move values between them. ONNX Runtime computes
-    a layer in integers if a quantizer follows directly. The second quantizer changes no code, and its codes have the
-    trained shape; it divides by QuantizeLinear from now on (``exact`` False).
+    a layer in integers if a quantizer follows directly. The second quantizer is the one that the layer had. It changes
+    no code, and its codes have the trained shape. Its ``exact`` becomes False: the file's QuantizeLinear divides by the
+    scale. The copy keeps its ``exact``; True: the quotient is computed before QuantizeLinear, as in training.
 
     Raises:
         TypeError: the layer has no traced quantizer.
@@ -191,6 +192,9 @@ def quantize_twice(layer: nn.Module) -> None:
 
 
 def end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
-    """Return the codes of two values, ``bounds``, on a quantizer's grid per tensor; those beyond it saturate."""
+    """Return the trained codes of two values, ``bounds``, on a quantizer's grid per tensor; those beyond it saturate.
+
+    The codes lie in ``quant_min..quant_max`` of the converted model's quantizer, not in the range that the file has.
+    """
     codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())
     return int(codes[0]), int(codes[1])

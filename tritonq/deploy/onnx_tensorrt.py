@@ -29,7 +29,7 @@ def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
         name: its name in the model.
 
     Raises:
-        ValueError: a grid per channel that TensorRT has no form for.
+        ValueError: a grid per channel, unless its codes are exactly -128..127 and all its zero points are 0.
     """
     low, high = source.qtype.quant_min, source.qtype.quant_max
     fits = _fits(source.qtype, source.zero_point)

@@ -33,7 +33,7 @@ def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
 
     - it is no transposed convolution, or does not compute in integers with a weight of 8 bits;
     - a function such as SiLU, no quantizer, or a quantizer per channel follows directly;
-    - a padding is larger than the kernel.
+    - a padding is as long as the kernel, or longer.
     """
     output = layer.activation_post_process
     if not isinstance(layer, QuantizedTransposed) or layer.multiplier is None or layer.following is not None:
@@ -47,8 +47,13 @@ def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
 def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, ...]) -> None:
     """Make a transposed convolution trace to a plain one and to operations that move its results; changed in place.
 
-    Weight, scales, zero points, bias and multiplier are given one out channel per phase, and the layer a first
-    quantizer behind the plain convolution. ``phases`` are those of :func:`phases_of`.
+    Each out channel becomes as many as there are phases: its scale, zero point, bias and multiplier are repeated, and
+    the weight gets one plain kernel for each. A copy of the output quantizer becomes the layer's child
+    ``first_quantizer`` and rounds the results of the plain convolution. Behind the moves the output quantizer rounds
+    them again, which changes no code. ``phases`` are those of :func:`phases_of`.
+
+    Raises:
+        TypeError: the output quantizer is no TracedQuantizer.
     """
     count = math.prod(axis.stride for axis in phases)
     scale = cast(Tensor, layer.weight_scale)

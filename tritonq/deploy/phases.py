@@ -39,8 +39,8 @@ class Phases:
 
         ``kernel`` counts the gaps of a dilated kernel. With ``taps = ceil(kernel / stride)`` and ``surplus = taps ·
         stride - kernel + padding - output_padding``: before is ``taps - 1 - padding // stride``, first ``padding %
-        stride``, after ``taps - 1 - surplus // stride``, last ``surplus % stride``. Before or after is negative if the
-        padding is larger than the kernel.
+        stride``, after ``taps - 1 - surplus // stride``, last ``surplus % stride``. Before is negative if ``padding >=
+        taps · stride``, after if ``padding - output_padding >= kernel``.
         """
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding
@@ -49,7 +49,7 @@ class Phases:
 
 
 def phases_of_kernel(layer: nn.modules.conv._ConvTransposeNd) -> tuple[Phases, ...] | None:
-    """Return the phases along each axis of the kernel; None where a padding is larger than the kernel."""
+    """Return the phases along each axis of the kernel; None if before or after is negative, see :meth:`Phases.of`."""
     kernel = [reach(size, step) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     padding = cast("tuple[int, ...]", layer.padding)
     sizes = zip(kernel, layer.stride, padding, layer.output_padding, strict=True)

@@ -3,7 +3,8 @@
 A weight's values are ``(code - zero_point) · scale``, float32, with a scale per row or per group of a row. Biases,
 gates and states are float. As in the layer that was trained, children round the input (``input_fake_quant``, if there
 is one), what one layer hands to the next (``layer_fake_quant_0``, ...) and the returned sequence, or a cell's hidden
-state (``activation_post_process``); results equal those of that layer in eval mode.
+state (``activation_post_process``); results equal those of that layer in eval mode. Constructors take the arguments of
+:class:`QuantizedRecurrent`.
 """
 
 from __future__ import annotations
@@ -91,9 +92,10 @@ class QuantizedRecurrent(DeployedModule):
         return stored(self, name) if name in self.tensor_names else None
 
     def centred_weight(self, name: str) -> Tensor:
-        """Return the codes of the weight ``name`` minus zero points, int32; without zero points the codes themselves.
+        """Return the codes of the weight ``name`` minus zero points, int32.
 
-        For a float format its numbers, as float32.
+        Without zero points the codes are returned in the dtype in which they are stored, those of a float format as
+        its numbers, float32. A weight that stayed in float is returned as it is.
         """
         codes, zero, qtype = cast(Tensor, self.held(name)), self.held(name + _ZERO_POINT), self.types[name]
         if qtype is not None and qtype.float_format is not None:
@@ -101,9 +103,11 @@ class QuantizedRecurrent(DeployedModule):
         return codes if zero is None else codes.to(torch.int32) - self.along_rows(zero, qtype)
 
     def along_rows(self, values: Tensor, qtype: QuantizedType | None) -> Tensor:
-        """Return ``values``, one per row (rows,) or group (rows, groups), shaped to broadcast against a weight.
+        """Return ``values``, one per row or per group of a row, shaped to broadcast against a weight (rows, columns).
 
-        ``qtype`` is the weight's type, which says whether it has groups; None: it has none.
+        ``qtype`` is the weight's type, which says how many columns a group has; None: there are no groups. Without
+        groups ``values`` are (rows,), and the result is (rows, 1). With groups they are (rows, groups), and the result
+        is (rows, columns), with each value repeated for all columns of its group.
         """
         group = None if qtype is None else qtype.group
         return values.unsqueeze(1) if group is None else values.repeat_interleave(group, 1)
@@ -149,7 +153,7 @@ class QuantizedGRU(_QuantizedSequence, nn.GRU):
 
 
 class QuantizedRNN(_QuantizedSequence, nn.RNN):
-    """``nn.RNN`` of a converted model: integer weights with a scale per row or group, float gates and states."""
+    """``nn.RNN`` of a converted model: integer weights with a scale per row or group, float biases and states."""
 
     float_type = nn.RNN
     geometry_names = RNN.geometry_names
@@ -174,7 +178,7 @@ class QuantizedGRUCell(_QuantizedCell, nn.GRUCell):
 
 
 class QuantizedRNNCell(_QuantizedCell, nn.RNNCell):
-    """``nn.RNNCell`` of a converted model: integer weights with a scale per row or group, float gates and states."""
+    """``nn.RNNCell`` of a converted model: integer weights with a scale per row or group, float biases and states."""
 
     float_type = nn.RNNCell
     geometry_names = RNNCell.geometry_names

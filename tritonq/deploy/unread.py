@@ -24,10 +24,12 @@ def without_unread(
     only with those of other unread calls are unread, too.
 
     Args:
-        codes: of each quantizer, by its name.
+        codes: of each quantizer, by its name: one tensor per call.
         outputs: of the same run.
         lacking: the quantizers that may be unread, in the order of the run.
-        run: runs the model; called once or twice for each call of a quantizer in ``lacking``.
+        run: called as ``run(args, kwargs, {name: given})``, it runs the model and returns its codes and outputs.
+            ``given`` holds other codes for one call of a quantizer in ``lacking``, and None for the quantizer's other
+            calls, which keep their own. There are one or two runs for each call.
         arguments: of that run, positional and named.
     """
     lacking = list(lacking)

@@ -47,6 +47,11 @@ class LazyValues(Tensor):
 
     Shape, dtype and device are known without computing. An operator that would change it raises RuntimeError; views of
     it are read-only, too.
+
+    Args:
+        codes: a tensor that gives shape, strides and device.
+        make: called without arguments by each operator that reads the values; returns them, shaped as ``codes``.
+        dtype: of the values.
     """
 
     _make: Callable[[], Tensor]

@@ -197,7 +197,7 @@ class _Tally:
         """Add the differences of one batch.
 
         Args:
-            pairs: the codes of the batch.
+            pairs: the codes of both models for each call of each quantizer, as :meth:`pairs` returns them.
             expected: the trained model's outputs.
             found: the deployed model's outputs.
         """

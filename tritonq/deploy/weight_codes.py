@@ -84,8 +84,9 @@ def codes_of_weight(
         ValueError: scales along another axis, or blocks that don't divide the input channels.
 
     Returns:
-        Codes shaped as ``rows``, in the smallest integer dtype that holds them (of floats: n for the format's n-th
-        positive number); scale and zero point (int32), (out,), or shaped as ``rows`` with one index per group.
+        Codes shaped as ``rows``, in the smallest integer dtype that holds them (of floats: 0 for 0, n for the format's
+        n-th positive number, -n for its opposite); scale and zero point (int32), (out,), or shaped as ``rows`` with one
+        index per group.
     """
     blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
     if blocks is None or not isinstance(quantizer, FloatFakeQuantize):
@@ -105,7 +106,9 @@ def codes_of_weight(
 def why_no_blocks(rows: Tensor, quantizer: FloatFakeQuantize) -> str | None:
     """Return why a weight of these ``rows`` (out, in, ...) has no deployed form in blocks of floats.
 
-    None: it has one, or the quantizer has no blocks.
+    A block is a run of elements along an axis that share a scale (:class:`tritonq.formats.BlockFormat`). There is such
+    a form if the blocks run along axis 1 and their size divides its length. None: the weight has it, or the quantizer
+    has no blocks.
     """
     axis, size = quantizer.block_axis(rows), 1 if quantizer.blocks is None else quantizer.blocks.size
     if size == 1 or (axis == 1 and rows.shape[1] % size == 0):

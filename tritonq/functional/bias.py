@@ -17,8 +17,9 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Te
     """Round a bias to the grid of the integer sums that it is added to; gradients pass straight through.
 
     ``s = fl(input_scale · weight_scale)``, ``y = clip(round(bias / s)) · s``: codes are clipped to ±(2^31 - 128), the
-    largest number below 2^31 that float32 holds, and ties go to even. Quotient and product are float64. The bias gets
-    the gradient of the result, clipped or not; the scales get none.
+    largest number below 2^31 that float32 holds, and ties go to even. fl rounds to the dtype that torch gives the
+    product of the scales, float32 for float32 scales. The quotient ``bias / s`` and the product of code and s are
+    computed in float64. The bias gets the gradient of the result, clipped or not; the scales get none.
 
     Args:
         bias: (out,) float tensor.

@@ -43,7 +43,8 @@ class CodedJoin:
             point the code of the value 0.
         ratios: each operand's scale over the output's, float32, the second negative for a difference; for a product one
             number, the product of both scales over the output's.
-        fixed: the constant term, made of zero points and ratios, float32, 0-d.
+        fixed: the constant term, float32, 0-d: ``output.zero - code_range.zero``; for a sum or difference
+            ``(a.zero - starts[0]) · ratios[0] + (b.zero - starts[1]) · ratios[1]`` is subtracted from that.
         code_range: zero, ends of the clip and ties; its ``zero`` is the code that an engine counts the result from.
     """
 

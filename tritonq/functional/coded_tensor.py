@@ -140,7 +140,11 @@ class CodedTensor(Tensor):
         return self._float
 
     def as_float(self) -> Tensor:
-        """Return the values as a float tensor that the caller may change or keep; the codes are not used any more."""
+        """Return the values as a float tensor that the caller may change or keep; the codes are not used any more.
+
+        From now on this tensor, the one that it is a view of, and all views of that have their values in the memory of
+        the returned tensor, so that they see its changes, and ``codes`` of each is None.
+        """
         root = self._root
         root.to_float()
         root._is_float = True
@@ -189,6 +193,8 @@ _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 def coded_like(codes: Tensor, x: Tensor, grid: HostGrid | None = None) -> CodedTensor:
     """Return a CodedTensor of ``codes``: channels_last if ``x`` is and has as many axes, else contiguous.
+
+    It is float32, whatever the dtype of ``x``.
 
     Args:
         codes: uint8, any memory format.

@@ -119,8 +119,8 @@ def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
 def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
     """Return the codes of ``x`` on ``grid``, uint8: those it carries, else ``round(x / scale) + zero``, ties to even.
 
-    The result is None if a value lies beyond the grid's ends or is NaN. Codes carried on another grid are not used. An
-    empty tensor has empty codes.
+    The result is None if a rounded value is no code in ``0..grid.largest`` or a value is NaN. Codes carried on another
+    grid are not used. An empty tensor has empty codes.
 
     Args:
         x: a tensor that :func:`can_use_codes` accepts.
@@ -199,7 +199,8 @@ def code_range(grid: HostGrid, low: int = 0, high: int | None = None, largest_st
         grid: gives the zero and how ties are rounded.
         low: smallest code of the result, counted from 0.
         high: largest one, cut at the grid's; None: the grid's.
-        largest_step: largest absolute value of a step; infinity if unknown.
+        largest_step: largest absolute value of a step, noted in the result; infinity if unknown. A small one lets codes
+            be computed in one pass; they are the same.
     """
     high = grid.largest if high is None else min(high, grid.largest)
     return CodeRange(grid.zero, low, high, grid.half_even, largest_step)

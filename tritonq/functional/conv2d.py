@@ -164,7 +164,8 @@ def run_integer_layer(
     """Run a layer in exact integers, as eval mode and converted layers do; returns values in ``x``'s dtype.
 
     These are ``fl(Σ (x_code - x_zero) (w_code - w_zero) + bias) · multiplier``, or with ``output``, of scale s,
-    ``round(fl(Σ … + bias) · fl(multiplier / s)) · s``; fl rounds to float32.
+    ``round(fl(Σ … + bias) · fl(multiplier / s)) · s``; fl rounds to float32. ``output.qtype.rounding`` says how
+    ``round`` treats ties.
 
     Args:
         x: float tensor of values on the layer's input grid.

@@ -105,7 +105,8 @@ def fake_quantize_blocks(
     - e8m0 scales: ``s = 2^e``, ``e = floor(log2 m) - E``; with ``"ceil"`` one more where ``m > L · 2^e``.
     - e4m3 scales: ``s = e4m3(m / (L · t)) · t`` with the tensor's scale t.
 
-    A block with NaN becomes NaN. The gradient is ``dy`` everywhere. Nothing is checked.
+    If the axis is no multiple of the block size, its last block is shorter. A block of zeros stays 0, and one with NaN
+    becomes NaN. The gradient is ``dy`` everywhere. Nothing is checked.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64.

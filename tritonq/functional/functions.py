@@ -1,4 +1,7 @@
-"""Functions of one tensor (SiLU, tanh, ...): by a table of codes in eval mode, as one operator in training."""
+"""Functions of one tensor (SiLU, tanh, ...): by a table of codes in eval mode, as one operator in training.
+
+In formulas ``fl`` is the rounding of a product to float32.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,11 @@ def integer_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tens
 def requantized(x: Tensor, source: Grid, output: Grid) -> Tensor:
     """Return values of one grid on another, ``round(x / s_out) · s_out``, before clipping; float32, without gradient.
 
+    Ties are rounded as the type of ``output`` says.
+
     Args:
-        x: float tensor of values ``(code - zero_point) * scale`` of ``source``; rounded to these in float32 first.
+        x: float tensor of values ``(code - zero_point) * scale`` of ``source``. A value that differs from these, as in
+            16 bits, is first replaced by the nearest one in float32.
         source: the input's grid, per tensor.
         output: the result's grid, per tensor.
     """

@@ -31,7 +31,11 @@ class GroupRows:
     granularity: Granularity
 
     def split(self, x: Tensor) -> Tensor:
-        """Return ``x`` as (groups, size): a view if the axis is the innermost in memory, else a copy."""
+        """Return ``x`` as (groups, size): a view if the axis is the innermost in memory, else a copy.
+
+        Groups are in the order of the tensor's elements after the axis was moved to the end. For groups of 32 along
+        axis 0 of a (64, 4) tensor the first rows are ``x[:32, 0]``, ``x[32:, 0]`` and ``x[:32, 1]``.
+        """
         return x.movedim(self.axis, -1).reshape(-1, self.granularity.group or 1)
 
     def join(self, rows: Tensor) -> Tensor:
@@ -123,9 +127,10 @@ def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
 
 
 def codes_on(x: Tensor, grid: Grid) -> Tensor:
-    """Return ``clamp(round(x/s) + z, quant_min, quant_max)``, codes as whole float32 numbers, with any granularity.
+    """Return ``clamp(round(x/s) + z, quant_min, quant_max)``, codes as whole float32 numbers, in the shape of ``x``.
 
-    The grid's switch is not read. Of float formats the result is its numbers, ``x/s`` rounded.
+    The grid may have any granularity; its switch is not read. If its type is a float format, the result is numbers of
+    that format: ``x/s`` rounded.
     """
     rows = group_rows(x, grid.granularity)
     return quantize(x, grid) if rows is None else rows.join(quantize(*as_rows(x, grid)))

@@ -50,7 +50,8 @@ class IntegerAffine:
         bias: int32, (out,), one step is ``multiplier``; or None.
         multiplier: float32 (out,): input scale times weight scale.
         input_scale: float32, one element.
-        find_sum_bound: called without arguments, once, when :attr:`sum_bound` is first read; returns it.
+        find_sum_bound: called without arguments, once, when :attr:`sum_bound` is first read; returns an upper bound of
+            the magnitudes of all partial sums of products, without bias, or infinity if none is known.
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
         weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
         has_8_bit_codes: whether input and weight both have codes of up to 8 bits.
@@ -215,6 +216,7 @@ def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Gr
     """Return the float32 values of a layer from its integer sums: ``fl(total + bias) · multiplier``.
 
     With ``output`` they are ``round(fl(total + bias) · fl(multiplier / s)) · s`` with its scale s, not yet clipped.
+    fl rounds to float32 once, also where ``total`` is float64.
 
     Args:
         total: exact sums of products without bias, float32 or float64; may be overwritten.

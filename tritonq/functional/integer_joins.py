@@ -27,7 +27,10 @@ _INT64_END = 2**53
 
 
 def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a + b``, ``a - b``, ``a * b``, ``a @ b``, or their elementwise minimum or maximum, as torch does."""
+    """Return ``a + b``, ``a - b``, ``a * b``, ``a @ b``, or their elementwise minimum or maximum, as torch does.
+
+    ``kind`` is, in this order, ``"add"``, ``"sub"``, ``"mul"``, ``"matmul"``, ``"minimum"`` or ``"maximum"``.
+    """
     result: Tensor = _IN_FLOAT[kind](a, b)
     return result
 

@@ -126,8 +126,10 @@ def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
         layer: the prepared layer.
 
     Returns:
-        Clipped values on the output's grid, which carry their codes; without output grid plain values
-        ``fl(Σ + bias) · input scale · weight scale``. float32; channels_last if ``x`` is, else contiguous.
+        Clipped values on the output's grid, as `codes.give_codes` returns them: a tensor with its codes attached (in
+        ``torch.inference_mode`` without), or a `CodedTensor`; `codes.carried_codes` reads the codes of both. Without
+        output grid plain values ``fl(Σ + bias) · input scale · weight scale``. float32; channels_last if ``x`` is, else
+        contiguous.
     """
     codes = take_codes(x, layer.source) if x.numel() else None
     if codes is None:
@@ -304,7 +306,7 @@ def _unit_scales(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def has_integer_kernels() -> bool:
-    """Whether torch's 8-bit kernels run on this CPU, are switched on, and give exact sums."""
+    """Whether torch's 8-bit kernels run on this CPU with exact sums, and ``torch.backends.mkldnn.enabled`` is True."""
     return bool(torch.backends.mkldnn.enabled) and _kernels_are_exact()
 
 

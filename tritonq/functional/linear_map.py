@@ -56,7 +56,7 @@ class LinearMap(Protocol):
 
 
 class DifferentiableMap(LinearMap, Protocol):
-    """A linear map whose gradients an operator can compute."""
+    """A linear map that also computes the gradients of its input, weight and bias, by :meth:`backward`."""
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
@@ -140,12 +140,17 @@ class Convolution:
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return input and weight for :meth:`as_conv2d`: (n, c, 1, w) and (out, c/groups, 1, k) of a 1-d convolution.
 
-        Those of a 2-d convolution are returned as they are.
+        Those of a 2-d convolution are returned as they are. Call it only where :meth:`as_conv2d` returns a convolution:
+        not for a transposed or 3-d one, which is not checked.
         """
         return (x, weight) if len(self.stride) == 2 else (x.unsqueeze(2), weight.unsqueeze(2))
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y``, computed by :meth:`as_conv2d`; of a 1-d convolution (n, out, 1, w) becomes (n, out, w)."""
+        """Return ``y``, computed by :meth:`as_conv2d`; of a 1-d convolution (n, out, 1, w) becomes (n, out, w).
+
+        That of a 2-d convolution is returned as it is. Where :meth:`as_conv2d` is None, as for three dimensions, this
+        is not called. The map's input ``x`` is not used.
+        """
         return y if len(self.stride) == 2 else y.squeeze(2)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
@@ -250,7 +255,10 @@ _PIXELS = Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """``x @ weight.T`` for x (..., in) and weight (out, in): a linear layer. Its backward takes (batch, ..., in)."""
+    """``x @ weight.T`` for x (..., in) and weight (out, in): a linear layer. A call may add a bias (out,).
+
+    The argument x of :meth:`backward` has at least one axis before the last: (batch, ..., in).
+    """
 
     output_axis: ClassVar[int] = -1
     conv2d: ClassVar[None] = None

@@ -1,7 +1,8 @@
 """The base class of layers whose BatchNorm is part of them.
 
 To *fold* a BatchNorm is to multiply the weight by γ/σ, so that one layer remains. FQ_w and FQ_b are fake quantization
-of weight and bias.
+of weight and bias. FQ_b rounds the bias to multiples of input scale × weight scale if input and weight have integer
+grids that are known and switched on; in training only if these are symmetric and have 8 bits. Else it changes nothing.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ class QATBatchNormLayer(QATLayer):
     - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
       before this step's update. In a channel with γ = 0, ``s = 1/σ``, so that nothing is divided by zero and γ can
       leave zero. The fastest: the layer runs once, and saves only its input and the convolution's output.
-    - ``"exact"`` (MegEngine's ``approx=False``): folds the statistics of this batch, weight and bias quantized.
+    - ``"exact"`` (MegEngine's ``approx=False``): ``y = op(x, FQ_w(W t)) + FQ_b(β - t μ)`` with ``t = γ/σ(v)``, where μ
+      and v are mean and biased variance of this batch's ``op(x, W)``; gradients flow through them.
     - ``"corrected"`` (torch.ao's slow path): folds the updated running variance and rescales to the batch's.
-    - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = sign(γ)``. The weight is rounded as it is, and
-      deployment folds the BatchNorm into the scale: ``s_w |t|``. In the other modes each step's statistics move ``W s``
-      relative to a trained scale, so that codes flip; and running statistics are averages over other weights than the
-      deployed ones. At 2 bits that costs points of accuracy. For symmetric types.
+    - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = -1`` where γ < 0, else 1. The weight is rounded as
+      it is, and deployment folds the BatchNorm into the scale: ``s_w |t|``. In the other modes each step's statistics
+      move ``W s`` relative to a trained scale, so that codes flip; and running statistics are averages over other
+      weights than the deployed ones. At 2 bits that costs points of accuracy. For symmetric types.
 
-    In eval mode, and in training with a frozen BatchNorm, all four compute ``y = op(x, FQ_w(W t)) + β + t (b -
-    running_mean)`` with ``t = γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
+    In eval mode, and in training with a frozen BatchNorm, all four compute ``y = op(x, FQ_w(W t)) + FQ_b(β + t (b -
+    running_mean))`` with ``t = γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
 
     Attributes:
         bn: the BatchNorm.
@@ -57,7 +59,8 @@ class QATBatchNormLayer(QATLayer):
 
     Raises:
         ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, fewer than two values
-            per channel, or a running variance that is negative or not finite.
+            per channel, or a running variance that is negative or not finite; in training with ``"exact"`` or
+            ``"corrected"``, a BatchNorm that has hooks or is synchronized over ranks.
 
     Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training"; "scale" is Esser et al. (2020), LSQ, whose
         weights are rounded before BatchNorm.
@@ -150,9 +153,11 @@ class QATBatchNormLayer(QATLayer):
         return Grid((grid.scale.detach() * factors).clamp(min=_LEAST_SCALE), None, qtype, grid.enabled)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the present weight as its quantizer gets it in training.
+        """Return the present weight about as its quantizer gets it in training, from running statistics, not rounded.
 
-        It is folded; in mode "scale" it is multiplied by -1 where γ < 0 instead.
+        In mode "scale" it is W, multiplied by -1 where γ < 0. In the other modes it is ``W t`` with
+        ``t = γ/σ(running_var)``, which is 0 where γ = 0. Unless the BatchNorm is frozen, a training step of mode
+        "approximate" has ``W/σ`` there, and steps of "exact" and "corrected" fold statistics that count their batch.
         """
         if self._mode != "scale":
             return super().weight_to_quantize()
@@ -205,7 +210,8 @@ class QATBatchNormLayer(QATLayer):
 
         It does in training mode, in mode "approximate", with a plain BatchNorm (torch's own class, not synchronized
         over ranks) that is not frozen and has no hooks, if the weight has no quantizer or one in whose place the
-        operator can observe and round.
+        operator can observe and round. Such a quantizer is a plain `FakeQuantize` to integers, without groups, with one
+        of the four observers of `tritonq.observers.min_max`, as :func:`tritonq.nn.fusable.has_observed_grid` says.
         """
         return choose_path(self.path_state()) == "train_operator"
 
@@ -221,7 +227,10 @@ class QATBatchNormLayer(QATLayer):
         return super().compute(input, weight, bias)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` has the dimensions of a batch: 4 for a two-dimensional convolution."""
+        """Raise ValueError unless ``x`` has the dimensions of a batch: 4 for a two-dimensional convolution.
+
+        They are batch, channels and one for each axis of the kernel. A linear layer takes 2, batch and features.
+        """
         expected = len(cast(nn.modules.conv._ConvNd, self).kernel_size) + 2
         if x.dim() != expected:
             raise ValueError(f"expected an input of {expected} dimensions, got {tuple(x.shape)}")
@@ -269,7 +278,10 @@ class QATBatchNormLayer(QATLayer):
         self.bn.reset_running_stats()
 
     def train(self, mode: bool = True) -> QATBatchNormLayer:
-        """Switch to training or eval mode, and return the layer; a frozen BatchNorm stays in eval mode."""
+        """Switch to training or eval mode, and return the layer; with ``freeze_bn`` set, ``bn`` stays in eval mode.
+
+        The mode of the module at ``batch_norm_place`` has no effect here; each forward reads it.
+        """
         super().train(mode)
         if self.freeze_bn:
             self.bn.training = False

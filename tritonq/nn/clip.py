@@ -136,7 +136,7 @@ class Clip(ElementwiseLayer):
         return self.function(eval_mode.on_grid(x, output, source))
 
     def extra_repr(self) -> str:
-        """Return the bounds for ``repr``."""
+        """Return the text for ``repr``: ``low`` and ``high``, an earlier clip included, such as ``"-1, 1"``."""
         return f"{self.clipping.low:g}, {self.clipping.high:g}"
 
 

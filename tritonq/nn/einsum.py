@@ -71,7 +71,8 @@ def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
     """Return ``(equation, operands)`` of a call of :func:`torch.einsum`, in each of its forms.
 
     These are: an equation and operands; an equation and a list of operands; operands each followed by a list of
-    indices, with a list for the result at the end or without.
+    indices, with a list for the result at the end or without. In the last form the lists become an equation: 0 to 25
+    are "A" to "Z", 26 to 51 "a" to "z". Without a list for the result it has no ``->``.
     """
     first, *rest = args
     if not isinstance(first, str):
@@ -117,10 +118,12 @@ class Contraction:
     def of(cls, equation: str) -> Contraction:
         """Return the contraction of an equation such as ``"bqd,bkd->bqk"``.
 
-        Without ``->`` the result has the indices that occur once, in alphabetical order.
+        Without ``->`` the result has the ellipsis, if there is one, and then the indices that occur once, in
+        alphabetical order.
 
         Raises:
-            ValueError: it is no product of batches of matrices.
+            ValueError: there are not two operands; or an index is repeated within an operand or the result, is in one
+                operand alone and not in the result, or is in the result alone.
         """
         left, arrow, out = equation.replace(" ", "").replace("...", _ELLIPSIS).partition("->")
         a, comma, b = left.partition(",")
@@ -178,7 +181,7 @@ class Contraction:
 
     @property
     def summed(self) -> str:
-        """The indices that both operands have and the result lacks."""
+        """The indices that both operands have and the result lacks, in the order of ``a``."""
         return "".join(index for index in self.a if index in self.b and index not in self.out)
 
     def sizes(self, a: Tensor, b: Tensor) -> dict[str, int]:

@@ -45,8 +45,10 @@ class Joint(WithOutputQuantizer):
     In eval mode, if operands and result have known grids of integers, each with one scale and switched on, it computes
     as integer runtimes do, on codes u, v minus zero points: ``round(u v · (s_a s_b / s_out) + z)`` for a product,
     ``round(u s_a/s_out ± v s_b/s_out + z)`` for a sum (order of operations:
-    :mod:`tritonq.functional.integer_joins`). A *producer* is the module that puts an operand on its grid: a quantizer,
-    or a module with an output quantizer ``activation_post_process``.
+    :mod:`tritonq.functional.integer_joins`). A product of matrices is ``round(Σ u v · (s_a s_b / s_out)) + z``. A
+    minimum or maximum needs no grids of operands: it is ``round(f(a, b) / s_out) + z`` of their values. The ReLU and
+    the clip to the codes follow. A *producer* is the module that puts an operand on its grid: a quantizer, or a module
+    with an output quantizer ``activation_post_process``.
 
     Args:
         ceiling: upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None: no ReLU.
@@ -113,9 +115,10 @@ class Joint(WithOutputQuantizer):
 
     @property
     def after_relu(self) -> tuple[bool, ...]:
-        """For each operand whether a ReLU comes before its quantizer.
+        """For each operand whether its producer computes a ReLU before its quantizer.
 
-        Deployment stores the codes of such values from the code of zero on, and the rounding of a sum depends on it.
+        False if the producer is not known or is a quantizer alone; models that version 0.1.0 pickled keep their values.
+        The rounding of a sum depends on it: deployment stores codes behind a ReLU from the code of zero on.
         """
         if self._pickled_after_relu is not None:
             return self._pickled_after_relu
@@ -223,7 +226,7 @@ class Joint(WithOutputQuantizer):
         return integer_join(self.kind, a, b, *grids).to(joint_dtype(a, b))
 
     def extra_repr(self) -> str:
-        """Return the ReLU for ``repr``, if there is one."""
+        """Return the text for ``repr``: "relu", or "relu up to 6" with the ceiling 6; "" without a ReLU."""
         return describe_relu(self.ceiling)
 
 
@@ -326,7 +329,9 @@ def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
 
 
 class QuantStub(nn.Module):
-    """Return the input. torch.ao's flow (`prepare_qat` without ``example_inputs``) puts a quantizer here.
+    """Return the input, rounded once torch.ao's flow (`prepare_qat` without examples) has added a quantizer as a child.
+
+    The argument ``qconfig`` becomes an attribute, which that flow reads; None sets no attribute.
 
     Examples:
         >>> QuantStub()(torch.ones(1))

@@ -4,7 +4,8 @@ In formulas η is the scaling factor of a layer's input, ``2^fl · |α| / levels
 fractional length, α: learned clipping level, levels: largest code). η_next is that of the layer given to
 ``set_following``; without one it is 1, and the output is real. ``xq`` is the input, which comes divided by η, rounded
 to its format. FQ rounds the weight to fixed point. A qconfig makes both by :class:`FixedPointFakeQuantize` factories:
-``activation`` for the input, ``weight`` for the weight.
+``activation`` for the input, ``weight`` for the weight. The attribute ``input_factor`` of a layer is a constant from an
+average pooling before it, by which the weight is multiplied; 1 without one.
 """
 
 from __future__ import annotations
@@ -161,9 +162,11 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``γ/σ · W η/η_next`` and ``(β + γ(b - mean)/σ) / η_next`` with the running statistics; not rounded.
+        """Return weight and bias of the layer with its BatchNorm, by the running statistics; neither is rounded.
 
-        η counts with ``input_factor``. The bias is never None; b is 0 without one.
+        They are ``input_factor · γ/σ · W η/η_next`` and ``(β + γ(b - mean)/σ) / η_next``. ``input_factor`` is the
+        constant that an average pooling before this layer leaves to be multiplied into the weight; without one it is 1.
+        The bias is never None; b is 0 without one.
         """
         return self._normalised_parameters(self.bn.running_mean, self.bn.running_var)
 
@@ -209,8 +212,12 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         A ReLU becomes part of the rounding in the layer that reads the output. The input of the layer is unsigned
         (``signed_input=False``), and its bias has 32 bits in eval mode.
 
+        Args:
+            mod: a ``ConvBn2d`` or ``ConvBnReLU2d`` of `tritonq.nn.intrinsic`; its attribute ``qconfig`` makes the
+                formats of input and weight. Without one, or if it is None, the preset ``"f8net"`` does.
+
         Raises:
-            TypeError: another row.
+            TypeError: another class, or a subclass.
             ValueError: a geometry that has no fixed-point form, a BatchNorm without affine or running statistics, or a
                 qconfig that isn't fixed point.
         """
@@ -259,7 +266,10 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``input_factor · W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
+        """Return ``input_factor · W η / η_next`` and ``b / η_next`` (None without bias), not rounded.
+
+        The attribute ``input_factor`` is the constant that an average pooling before the layer leaves to it; else 1.
+        """
         return self._unnormalised_parameters()
 
     @classmethod

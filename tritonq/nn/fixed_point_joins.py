@@ -88,7 +88,9 @@ class FixedPointAdd(ReferringModule):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the sum of two tensors of one shape, divided by the η of the format that follows (None: by nothing).
 
-        A summand with a format of its own is rounded to it first.
+        A summand without a format of its own was divided by that η before, and is added as it is. One with a format
+        was divided by that format's η'. It is rounded, and multiplied by ``η' / η`` if a format follows and the phase
+        is not ``"floating_wo_clip"``, in which nothing has a factor.
         """
         left, right = self._read(0, a), self._read(1, b)
         return left + right
@@ -203,7 +205,10 @@ class FixedPointAvgPool2d(ReferringModule):
         return total if following is None else total * self.input_format.power_between(following).to(total.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over each window of ``x`` (n, c, h, w)."""
+        """Return the sum over each window of ``x`` (n, c, h, w): (n, c, h', w'), where the padding counts as zeros.
+
+        Of the whole image it is (n, c, 1, 1), or (n, c) without ``keepdim``. ``x`` is not rounded here.
+        """
         if self.kernel_size is None:
             return x.sum((2, 3), keepdim=self.keepdim)
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, divisor_override=1)

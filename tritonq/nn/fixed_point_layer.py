@@ -43,7 +43,8 @@ class ActivationFormat(FixedPointFakeQuantize):
 
     Attributes:
         alpha: parameter (1,), initially 8. Formats may share it; their η then differ only by powers of two.
-        levels: the number that α is divided by; shared with α.
+        levels: the float that α is divided by: the number above, or that of the format whose α this one shares, even if
+            that format has another sign (:meth:`share_step`).
 
     Source: docs/fixed-point.md.
     """
@@ -64,7 +65,10 @@ class ActivationFormat(FixedPointFakeQuantize):
         self.alpha, self.levels = other.alpha, other.levels
 
     def eta(self) -> Tensor:
-        """Return the scaling factor η, a 0-d tensor, differentiable in α; 1 for a network's input."""
+        """Return the scaling factor η, a 0-d tensor, differentiable in α; 1 for a network's input.
+
+        It does not depend on the phase: in ``"floating_wo_clip"`` the layers leave it out.
+        """
         if not self.scaled:
             return self.alpha.new_ones(())
         power = power_of_two(self.rounded_frac_len(), torch.float64).to(self.alpha.dtype)
@@ -77,6 +81,7 @@ class ActivationFormat(FixedPointFakeQuantize):
     def read(self, x: Tensor, observes: bool) -> Tensor:
         """Return ``x`` rounded to the format: ``clamp(round(x * 2^fl), lo, hi) * 2^-fl``.
 
+        lo..hi is ``-(2^(wl-1) - 1)..2^(wl-1) - 1`` if the format is signed, else ``0..2^wl - 1``.
         In phase ``"floating_wo_clip"`` it is only a ReLU, if the format is unsigned, or ``x`` itself.
 
         Args:
@@ -197,7 +202,9 @@ class FixedPointLayer(ReferringModule):
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias (None: there is none) for an input divided by η and an output divided by η_next.
 
-        Neither is rounded; both are differentiable. A BatchNorm is folded in with its running statistics.
+        Neither is rounded; both are differentiable. ``input_factor`` is multiplied into the weight. A BatchNorm is
+        folded in with its running statistics. The phase makes no difference; the forward of "floating_wo_clip" takes
+        the layer's own weight and bias instead.
         """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -293,8 +300,9 @@ class FixedPointLayer(ReferringModule):
     def exact_forward(self, x: Tensor) -> Tensor:
         """Return ``clamp(Σ input code · weight code + bias code, ±(2^31 - 1)) · 2^-frac_len``, exact in float64.
 
-        ``x`` is the input after rounding, in units of η. The result is float64, without gradient; if no layer follows,
-        it has the weight's dtype.
+        ``x`` is the input after rounding, in units of η. Codes of weight and bias, and the accumulator's frac_len, are
+        those of :meth:`integers`; a layer with a bias must have a ``bias_word_len``. The result is float64, without
+        gradient; if no layer follows, it has the weight's dtype.
         """
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)

@@ -28,6 +28,9 @@ class ElementwiseLayer(UnaryLayer):
 
     The table has the code of the result for each code of the input, whose grid must be known.
 
+    This is a base class without a constructor of its own: that of a subclass sets ``function``, and calls
+    :meth:`attach_quantizers`.
+
     Attributes:
         function: the function, by name and arguments.
     """
@@ -168,8 +171,8 @@ class PReLU(UnaryLayer, nn.PReLU):
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it lies on the output's grid, as integer runtimes round it (:meth:`exact`); else it is
-        ``max(0, x) + weight · min(0, x)`` in float.
+        when it runs, it lies on the output's grid, not clipped, as integer runtimes round it (:meth:`exact`); else it
+        is ``max(0, x) + weight · min(0, x)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 

@@ -36,8 +36,16 @@ _RANGE_OBSERVERS = (
 def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, RangeStatistics] | None:
     """Return grid and running range of a quantizer, for an operator that observes and rounds in its place.
 
-    None: the quantizer's module must run itself. That is so unless it is a plain `FakeQuantize` to integers, without
-    groups, with a min-max observer of its own process; if either has hooks; and for an empty ``x``.
+    The range is always returned. In eval mode, and while activation checkpointing runs the forward again, it is marked
+    as frozen: the operator reads it and observes nothing. Grid and range carry the quantizer's switches.
+
+    None: the quantizer's module must run itself. That is so in each of these cases:
+
+    - the quantizer is not exactly a `FakeQuantize`, rounds to a float format, or has groups;
+    - its observer is no min-max observer, or was given a process group, whose ranks share the range;
+    - quantizer or observer has hooks;
+    - a momentum of MegEngine's rule waits for the next update;
+    - ``x`` is empty.
 
     Args:
         quantizer: the quantizer; in training it forgets a range that came from the example inputs of ``prepare_qat``.
@@ -60,8 +68,9 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
 def has_observed_grid(quantizer: nn.Module) -> bool:
     """Whether an operator can observe and round in a quantizer's place, so that :func:`observed_grid` gives its grid.
 
-    It can for a plain `FakeQuantize` to integers, without groups, with a min-max observer of its own process; neither
-    has hooks, and no momentum of MegEngine's rule waits for the next update.
+    It can for a plain `FakeQuantize` to integers, without groups, with a min-max observer whose ``process_group`` is
+    None. It can't if one of the two modules has hooks. Nor can it if ``set_momentum`` gave an observer with
+    ``rule="megengine"`` a momentum that still waits: such a momentum takes effect after the observer's next update.
     """
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False
@@ -101,7 +110,8 @@ def warn_if_unobserved(quantizer: nn.Module) -> None:
 def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
     """Return the grid on which the values behind a quantizer lie, so that they can be kept as codes.
 
-    None if the quantizer is None, off or per channel, or while ``torch.compile`` traces.
+    None if the quantizer is None or per channel, if it doesn't round (such as while it is switched off, or before it
+    has observed data or loaded a scale), and while ``torch.compile`` traces.
     """
     if quantizer is None or torch.compiler.is_compiling() or quantizer.qtype.axis is not None:
         return None

@@ -35,7 +35,11 @@ class WithOutputQuantizer(ReferringModule):
 
 @runtime_checkable
 class GridSource(Protocol):
-    """A module that puts values on a grid of integers: a fake quantizer, or what it becomes in deployment."""
+    """A module that puts values on a grid of integers: a fake quantizer, or what it becomes in deployment.
+
+    It has the attribute ``qtype``, the type of its grid, and two methods: ``grid()`` returns the grid, and
+    ``is_enabled_on_host()`` says whether it rounds.
+    """
 
     qtype: QuantizedType
 
@@ -61,7 +65,7 @@ def is_grid_source(module: object) -> TypeGuard[GridSource]:
 def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
     """Return the output quantizer of ``producer``, a module that puts a tensor on a grid.
 
-    That is the producer itself if it is a quantizer. None if it has none or is None.
+    That is the producer itself if it is a quantizer. If it has none: the ``nn.Identity`` in its place, or None.
     """
     if producer is None or isinstance(producer, SwitchedQuantizer) or is_grid_source(producer):
         return cast("nn.Module | None", producer)
@@ -94,9 +98,10 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
 def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor], training: bool) -> None:
     """Watch hooks that users put, since preparation, on modules between each operand's quantizer and its reader.
 
-    To watch a hook is to note whether it changes what it is given. Outside of training also find out whether such a
-    hook has changed the operand already: whether it is off its quantizer's grid. The Reference to the quantizer is then
-    empty, so that the reader computes in float.
+    To watch a hook is to note whether it changes what it is given. While one on the way has, the ``module`` of the
+    Reference is None, so that the reader computes in float. A new hook has run for the operand before it is watched:
+    outside of training, if the operand is off its quantizer's grid, all new hooks on its way count as hooks that change
+    it. Otherwise a new hook counts as changing nothing until it changes a tensor in a later call.
 
     Args:
         references: for each operand the Reference to the module that rounds it.

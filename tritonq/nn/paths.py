@@ -32,9 +32,10 @@ class LayerState:
         tracing: whether ``torch.compile`` traces it.
         knows_grids: whether input and weight have per-tensor or per-channel grids that are switched on. Read only in
             eval mode outside of ``torch.compile``, since reading a switch may synchronise with a device.
-        mode: how training folds its BatchNorm; None without a BatchNorm.
+        mode: how training folds its BatchNorm: ``"approximate"``, ``"exact"``, ``"corrected"`` or ``"scale"``, whose
+            formulas :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer` has; None without a BatchNorm.
         frozen: whether its BatchNorm normalises with running statistics in training too.
-        fits_operator: whether one operator can do a training step in the approximate mode: it can take over the
+        fits_operator: whether one operator can do a training step in mode ``"approximate"``: it can take over the
             BatchNorm and the weight's quantizer, if there is one, and neither has hooks.
     """
 
@@ -47,13 +48,13 @@ class LayerState:
 
 
 def choose_path(state: LayerState) -> Path:
-    """Return the name of the computation for a layer in this state.
+    """Return the name of the computation for a layer in this state: the first of the following that fits.
 
     - ``"train"``: training without a BatchNorm: the weight is rounded, and the layer runs in float.
     - ``"train_frozen"``: training with a ``frozen`` BatchNorm: running statistics are folded into weight and bias.
-    - ``"train_operator"``, ``"train_approximate"``: mode "approximate" in one operator, if it ``fits_operator``, or in
-      several.
-    - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: training in these modes.
+    - ``"train_operator"``, ``"train_approximate"``: training in mode "approximate", in one operator if the state
+      ``fits_operator``, else in several.
+    - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: training in mode "exact", "corrected" or "scale".
     - ``"eval_traced"``: eval mode while ``tracing``: a graph that reads on the device whether grids are switched on.
     - ``"eval_integers"``: eval mode that ``knows_grids``: exact integers, as in the converted layer.
     - ``"eval_float"``: eval mode otherwise: the weight is rounded, and the layer runs in float.

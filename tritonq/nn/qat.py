@@ -52,7 +52,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         qconfig: the qconfig that made the quantizers.
         ceiling: upper bound of the ReLU between the operation and its quantizer: infinity for a plain one, 6 for ReLU6;
             None without a ReLU.
-        save_input_codes: whether the input is kept for the backward as 8-bit codes, if it lies on a known grid.
+        save_input_codes: whether the input is kept for the backward as codes, if on a known grid of 8 bits at most.
         computed: computes weight and bias from other parameters, if the layer has none of its own; else None.
         paths: the function for each computation that :func:`~tritonq.nn.paths.choose_path` can choose.
 
@@ -152,7 +152,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def linear_map(self) -> LinearMap:
-        """The convolution or product of input and weight that the layer computes, with its stride and the like."""
+        """The layer's convolution or product, its stride included; called as ``linear_map(x, weight, bias)``."""
         return linear_map_of(self)
 
     def float_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -171,10 +171,10 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def folded_parameters(
         self, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias (or None) that eval mode and deployment use, with a BatchNorm folded in, if any.
+        """Return weight and bias (or None) that eval mode and deployment round, with a BatchNorm folded in, if any.
 
         Args:
-            weight: the weight to fold; None: weight and bias of :meth:`float_parameters`.
+            weight: the weight to fold, in float, as is the result; None: weight and bias of :meth:`float_parameters`.
             bias: the bias that belongs to ``weight``; None without one.
         """
         return self.float_parameters() if weight is None else (weight, bias)
@@ -182,8 +182,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def weight_to_map(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """Return ``(weight, grid)`` to give to :meth:`mapped`: the weight as it is, and the grid to round it to.
 
-        In training the weight's quantizer observes it. If the quantizer must run itself, or a subclass has its own
-        :meth:`quantized_weight`, the weight is returned rounded, with None for the grid.
+        In training the weight's quantizer observes it. The grid is None while nothing was observed: the weight is not
+        rounded then. In a graph of ``torch.compile``, if a subclass has its own :meth:`quantized_weight`, or if no
+        operator can round in the quantizer's place (`has_observed_grid`), the result is (rounded weight, None).
         """
         quantizer = self.weight_fake_quant
         is_own = type(self).quantized_weight is QATLayer.quantized_weight
@@ -207,7 +208,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return rounded_map(x, weight, bias, self.linear_map, self.saved_input_grid(), weight_grid)
 
     def saved_input_grid(self) -> Grid | None:
-        """Return the grid by whose codes the input is kept for the backward; None: the input itself is kept."""
+        """Return the grid to save the input's codes on; None: not wanted, unknown, off, per channel or compiling."""
         return input_grid(self.input_quantizer) if self.save_input_codes else None
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return folded if is_nearest else self.quantized_folded_weight(folded)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the present weight as its quantizer gets it in training: not rounded, with a BatchNorm folded in."""
+        """Return the present weight, not rounded; a BatchNorm, if any, is folded in by its running variance."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
@@ -327,8 +328,8 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer that rounds the whole output to one grid.
 
-        That is the layer's own, or the one behind the clip that follows; None if there is neither, or if it is per
-        channel.
+        It is the layer's own; if that is an Identity, that of a clip module behind it (:attr:`quantizer_behind_clip`).
+        None if there is neither, if it is per channel, or if it is no FakeQuantizeBase.
         """
         quantizer = self.last_quantizer(self.activation_post_process)
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
@@ -380,7 +381,7 @@ def checked_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
 
 
 def linear_map_of(layer: nn.Module) -> LinearMap:
-    """Return the convolution or product that a layer computes, derived from torch's convolutions or ``nn.Linear``."""
+    """Return the convolution or product of a layer, which must be an ``nn.Linear`` or one of torch's convolutions."""
     if isinstance(layer, nn.Linear):
         return MatrixProduct()
     conv = cast(nn.modules.conv._ConvNd, layer)

@@ -58,7 +58,8 @@ class QATRecurrent(nn.Module):
 
         Raises:
             TypeError: no QConfig.
-            ValueError: scales along another axis than the rows, or groups that don't divide these.
+            ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another
+                axis than 1 or don't divide the length of a row.
         """
         self.qconfig = qconfig = checked_qconfig(self, qconfig)
         for name in weight_names(self):
@@ -138,7 +139,8 @@ class LSTM(_QATSequence, nn.LSTM):
 
     Raises:
         TypeError: no QConfig given.
-        ValueError: scales of weights along another axis than the rows, or groups that don't divide these.
+        ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another axis
+            than 1 or don't divide the length of a row.
 
     Source: AIMET's ``QuantizedLSTM``. torch.ao's ``nn.quantizable.LSTM`` rounds gates and states too, and unrolls time.
 

@@ -28,9 +28,9 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether ``module`` is recurrent and one of its weights (or biases, but of a cell) is no parameter of its own.
+    """Whether ``module`` is recurrent and one of its weights or biases is no parameter of its own.
 
-    That is so if ``weight_norm`` or a parametrization computes it.
+    That is so if ``weight_norm`` or a parametrization computes it. The biases of a cell do not count.
     """
     if isinstance(module, nn.RNNCellBase):
         names = ["weight_ih", "weight_hh"]
@@ -46,7 +46,9 @@ def is_weight_quantizer(name: str) -> bool:
 
 
 class RoundsWeights(QuantizesInput):
-    """The base of both forwards: a subclass provides the rounded weights.
+    """Base class of :class:`RecurrentForward` and :class:`RecurrentCellForward`.
+
+    A subclass provides the rounded weights: it defines :meth:`quantized`.
 
     Attributes:
         activation_post_process: the quantizer of the returned sequence, of a cell that of the hidden state.
@@ -68,8 +70,10 @@ class RoundsWeights(QuantizesInput):
 class RecurrentForward(RoundsWeights, nn.RNNBase):
     """The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, one layer at a time.
 
-    The input of each layer is rounded, and the sequence that the last layer returns. Returned states are in float, as
-    torch computes them, and so are the gates and states inside of a layer.
+    A subclass defines :meth:`quantized`, which returns each weight (rounded) and each bias by its name. The child
+    ``input_fake_quant``, if there is one, rounds the input of the first layer, :attr:`quantizers_between` round what
+    each layer hands to the next, and ``activation_post_process`` rounds the sequence that the last layer returns.
+    Returned states are in float, as torch computes them, and so are the gates and states inside of a layer.
     """
 
     def parameters_of(self, layer: int) -> list[Tensor]:
@@ -82,7 +86,11 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
         return [self.quantized(name) for part in names for name in part]
 
     def add_quantizers_between(self, quantizers: list[nn.Module]) -> None:
-        """Add quantizers of what each layer hands to the next as children; there is one fewer than layers."""
+        """Add quantizers of what each layer hands to the next, as children ``layer_fake_quant_0``, ``…_1`` and so on.
+
+        Args:
+            quantizers: ``num_layers - 1`` of them, the lowest first. Their number is not checked.
+        """
         for index, quantizer in enumerate(quantizers):
             self.add_module(_BETWEEN.format(index), quantizer)
 
@@ -193,8 +201,9 @@ def _reordered(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor
 class RecurrentCellForward(RoundsWeights, nn.RNNCellBase):
     """The forward of ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``; the new hidden state is rounded.
 
-    The input of the step is rounded, too, if the cell has an input quantizer. The LSTM's cell state and the gates stay
-    in float.
+    The child ``activation_post_process`` rounds it. The input of the step is rounded, too, if the cell has an input
+    quantizer, ``input_fake_quant``. The LSTM's cell state and the gates stay in float. A subclass also derives from one
+    of the three cells, and defines :meth:`quantized`, which returns a rounded weight by its name.
     """
 
     def cell_weights(self) -> list[Tensor]:

@@ -34,15 +34,20 @@ class ChildPlace(NamedTuple):
     name: str
 
     def is_kept(self) -> bool:
-        """Whether the child of that name is still the module, or a wrapper that returns its results."""
+        """Whether the child of that name is still the module, or a wrapper that returns its results.
+
+        A wrapper is a module of a class of torch with one child, which is the module or such a wrapper of it.
+        """
         occupant = self.siblings.get(self.attribute)
         return occupant is self.module or hands_on(occupant, self.module)
 
 
 def hands_on(wrapper: nn.Module | None, module: nn.Module) -> bool:
-    """Whether a module returns what another one returns: torch's own wrappers of one module do.
+    """Whether ``wrapper`` is ``module``, or torch's own wrapper of it, which returns what ``module`` returns.
 
-    Such are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel and DataParallel.
+    Such wrappers are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel and DataParallel.
+    Every module with exactly one child whose class torch defines counts as one, and wrappers may lie around wrappers.
+    A ``wrapper`` of None gives False.
     """
     while wrapper is not None and wrapper is not module and type(wrapper).__module__.startswith("torch."):
         children = list(wrapper.children())
@@ -55,6 +60,11 @@ class WatchedHook:
 
     Args:
         hook: the hook.
+
+    Attributes:
+        hook: the hook.
+        changes: whether it ever returned other objects than it was given, even equal ones, or changed in place a tensor
+            that it was given by itself or in a tuple.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
@@ -117,10 +127,10 @@ class Route:
     float.
 
     Args:
-        places: modules on the way that may be replaced.
+        places: a :class:`ChildPlace` for each module on the way: it finds out whether another module stands there.
         told: a list of one bool that the routes of one model share: True once the model's warning of a change was
             given; None: a new list for this route alone.
-        hooks: modules on the way to which hooks may be added.
+        hooks: a :class:`HookPlace` for each dict of hooks on the way: it finds hooks that were added.
     """
 
     __slots__ = ("_dicts", "hooks", "places", "told")

@@ -213,7 +213,10 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     @property
     def linear_map(self) -> Convolution:
-        """The merged 3×3 convolution, with its stride and groups."""
+        """The geometry of the merged 3×3 convolution, without its kernel and bias.
+
+        Stride and groups are the block's, padding and dilation are 1.
+        """
         margin = (_KERNEL // 2, _KERNEL // 2)
         return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 

@@ -73,7 +73,10 @@ class UnaryLayer(nn.Module):
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The quantizers of input and output, None for one that is not known; a saved file must name them."""
+        """The quantizers of input and output, None for one that is not known; a saved file must name them.
+
+        That of the output is the module's own if it has one, else the quantizer that follows the module.
+        """
         return self.input_quantizer, self.output_quantizer
 
     @property
@@ -136,8 +139,11 @@ class UnaryLayer(nn.Module):
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
         """Return the codes of the result, clipped; None if only :meth:`exact` can compute it, as is the case here.
 
+        The codes of input and result are uint8, counted from the smallest code of their grid: a quantizer's own code
+        minus its ``quant_min``. Those of the result lie in ``0..output.largest``.
+
         Args:
-            codes: uint8 codes of the input, counted from 0.
+            codes: codes of the input.
             source: the input's grid.
             output: the result's grid.
         """

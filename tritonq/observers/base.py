@@ -276,7 +276,9 @@ class RangeObserver(ObserverBase):
     def calculate_qparams(self) -> QParams:
         """Return scale and zero point for what was observed so far, (1,) or (channels,).
 
-        They follow, by the observer's ``rule``, from the range of :meth:`search_range`.
+        They follow, by the observer's ``rule``, from the range of :meth:`search_range`. A range that has seen no value
+        gives scale 1, and as zero point the one that type and rule fix, or else 0, clamped into the code range. Both
+        are empty, (0,), while the number of channels is unknown.
         """
         low, high = (end.reshape(-1) for end in self.search_range())
         return range_to_qparams(low, high, self.qtype, rule=self.rule, eps=self.eps)
@@ -294,14 +296,17 @@ class RangeObserver(ObserverBase):
         return (self.min_val <= self.max_val).any()
 
     def reset_min_max_vals(self) -> None:
-        """Forget everything that was observed."""
+        """Forget everything that was observed.
+
+        Buffers, ``nonfinite_count`` too, get the numbers of :meth:`empty_state`, in place; they keep their length.
+        """
         for buffer, empty in self.empty_state():
             buffer.fill_(empty)
 
     def reset_where(self, flag: Tensor) -> None:
         """Forget everything that was observed if ``flag``, a 0-d bool tensor on the device, is True.
 
-        The host does not read it.
+        All buffers of :meth:`empty_state` are reset, also ``nonfinite_count``. The host does not read ``flag``.
         """
         for buffer, empty in self.empty_state():
             buffer.copy_(torch.where(flag, empty, buffer))

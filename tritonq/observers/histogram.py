@@ -140,9 +140,9 @@ class HistogramObserver(RangeObserver):
             self.histogram.add_(other.histogram)
 
     def allocate(self, num_channels: int) -> None:
-        """Give range and histogram their final number of channels; counts become 0 with the new length.
+        """Give range and histogram their final number of channels; the range becomes +inf and -inf, and counts 0.
 
-        An observer with one range per tensor stays as it is.
+        An observer with one range per tensor stays as it is, and so does one that has this number of channels.
 
         Raises:
             ValueError: they have another number of channels already.
@@ -155,7 +155,8 @@ class HistogramObserver(RangeObserver):
     def empty_state(self) -> list[tuple[Tensor, float]]:
         """Return pairs of a buffer that observing changes and the number that it holds before.
 
-        Besides those of the base class they are the histogram and the counts that all ranks have in common, all 0.
+        Besides those of the base class they are ``histogram``, ``common_histogram`` and ``common_nonfinite``, each
+        with 0. The last two hold the part of ``histogram`` and ``nonfinite_count`` that all ranks have shared already.
         """
         counts = (self.histogram, self.common_histogram, self.common_nonfinite)
         return [*super().empty_state(), *((count, 0) for count in counts)]

@@ -170,14 +170,16 @@ class InterpolatingHistogramObserver(RangeObserver):
     def own_counts(self, limits: Range) -> Tensor:
         """Return the counts that this rank has not shared yet, over the range ``limits``: float64 (bins,), on the CPU.
 
-        ``limits`` is ``(low, high)`` and contains the running range.
+        ``limits`` is ``(low, high)`` and contains the running range. Counts are shared if all ranks hold them: they
+        were observed in a process group, loaded, or given to :meth:`add_shared`. This call changes nothing.
         """
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
         """Make the histogram what was shared before plus ``counts``, the sum of all ranks' :meth:`own_counts`.
 
-        The range becomes ``limits``, ``(low, high)``, over which they are counted. All of it then counts as shared.
+        The range becomes ``limits``, ``(low, high)``, over which they are counted. What was shared before is re-binned
+        to that range, which must contain its own. All of it then counts as shared. ``counts`` are on the CPU.
         """
         self._adopt(self._common_over(limits) + counts, limits)
         self.mark_common()

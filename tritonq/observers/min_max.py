@@ -40,8 +40,13 @@ class MinMaxObserver(RangeObserver):
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Update the range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
 
-        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. Without a process group this
-        is one pass over ``x``.
+        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. With a process group the range
+        is updated with ``x`` of all ranks in it, and each of them must call this. Without one this is one pass over
+        ``x``.
+
+        Raises:
+            TypeError: ``x`` is no floating point tensor.
+            RuntimeError: a process group is wanted, and torch.distributed is not initialised.
         """
         x = self._checked(x)
         group = self.process_group.resolve()

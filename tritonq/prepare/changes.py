@@ -63,8 +63,9 @@ def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
 def warn_of_changes(model: nn.Module, stacklevel: int = 1) -> None:
     """Warn (UserWarning) of layers that were put into a prepared model and so stay in float; nothing without such.
 
-    The warning also names what had become part of layers that are gone, so that nothing computes it now. Layers that
-    read the results of the new ones give no warning of their own afterwards.
+    The warning also names what had become part of layers that are gone, so that nothing computes it now. Layers and
+    joins that read the results of the new ones compute in float, and one of them warns of that when it runs, once per
+    model. After the warning of this function none of them does.
 
     Args:
         model: the prepared model.

@@ -121,9 +121,14 @@ def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
     BatchNorms normalise with the batch, or with their running statistics if the batch is too small. The model is left
     as it is.
 
+    Args:
+        model: the prepared model.
+        runs: recorded runs of the float model, each with its arguments and modes; only the last is used.
+
     Returns:
-        For each quantizer that observed something its parameters and buffers by name, without its switches; empty if
-        the model fails.
+        A dict: its keys are the quantizers (modules of ``model``) that observed something, its values dicts of copies
+        of their parameters and buffers by name, with those of the observer and without both switches. Empty if the
+        model fails.
     """
     found: Ranges = {}
     learned = [module for module in model.modules() if isinstance(module, LearnedFakeQuantize)]

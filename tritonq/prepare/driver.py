@@ -43,7 +43,11 @@ class Scheme(Protocol):
         """Edit the model by ``editor``, and return a record of what became of each layer."""
 
     def check(self) -> None:
-        """Raise RuntimeError unless the edited model computes what the float model did."""
+        """Raise RuntimeError unless the edited model computes what the float model did; then let its quantizers begin.
+
+        The recorded runs are repeated with rounding off. Results may differ by rounding errors, as
+        :func:`tritonq.prepare.check.check_same_output` says.
+        """
 
 
 def prepare_recorded(
@@ -143,7 +147,7 @@ class FakeQuantScheme:
         analysis: the model and its record.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module; None leaves it in float.
-        recording: the recorded runs, in eval and in training mode; the edited model is run and compared with them.
+        recording: the recorded runs, in eval and in training mode, with which :meth:`check` compares the edited model.
         inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
         keep_classes: whether each replacement is of the replaced module's class, too, for ``isinstance`` in forwards.
 
@@ -176,18 +180,23 @@ class FakeQuantScheme:
         return [layer.name for layer in self.plan.layers]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
-        """Carry out the plan, and return what became of each layer."""
+        """Carry out the plan by ``editor``, and return what became of each layer; outputs are not compared.
+
+        Raises:
+            ValueError: a layer can't be quantized; the message names it.
+        """
         plan, types = self.plan, self._types
         names = apply_plan(editor, self._analysis, plan, types, self._qconfigs, self._keep_classes)
         return layer_records(self._analysis, plan, *names)
 
     def check(self) -> None:
-        """Compare the outputs of each recorded run with rounding off.
+        """Repeat each recorded run with the edited model, rounding off, and compare the outputs with the recorded ones.
 
-        Then let ranges begin with what the last run shows.
+        Then let ranges begin with what quantizers observe when the last run is repeated (:func:`first_ranges`).
 
         Raises:
-            RuntimeError: an output differs.
+            RuntimeError: the edited model fails, or an output differs by more than rounding errors;
+                :func:`check_same_output` has the tolerances.
         """
         for run in self._recording.runs:
             check_same_output(self._analysis.model, run)
@@ -221,7 +230,10 @@ class FixedPointScheme:
         self.links = find_links(analysis)
 
     def layer_names(self) -> list[str]:
-        """Return the qualified names of the layers that it quantizes."""
+        """Return the qualified names of the convolutions and linear layers that the record calls.
+
+        They stand in the order of the model's modules. Additions and poolings are not among them.
+        """
         return [layer.name for layer in self.links.layers.values()]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
@@ -232,12 +244,12 @@ class FixedPointScheme:
     def check(self) -> None:
         """Compare the outputs with the recorded ones of the float model, then switch to fixed point.
 
-        They must be equal while the network computes in float without clipping (phase ``"floating_wo_clip"``). A model
-        with ReLU6 is not compared: its ReLU6 are plain ReLUs now, since learned levels clip in their place. The model
-        is left in phase ``"fixed"``.
+        They must be equal, up to the rounding errors that :func:`check_same_output` allows, while the network computes
+        in float without clipping (phase ``"floating_wo_clip"``). A model with ReLU6 is not compared: its ReLU6 are
+        plain ReLUs now, since learned levels clip in their place. The model is left in phase ``"fixed"``.
 
         Raises:
-            RuntimeError: an output differs.
+            RuntimeError: an output differs by more, or the edited model fails.
         """
         model = self._analysis.model
         set_fixed_point_phase(model, "floating_wo_clip")

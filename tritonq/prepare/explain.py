@@ -1,7 +1,7 @@
 """Print how `prepare_qat` sees a model: its record, the plan, the edited forwards.
 
 ``python -m tritonq.prepare.explain`` prints them for a model whose forward has three lines; ``docs/prepare.md``
-explains the output.
+explains the output. This model takes images (batch, 4, height, width) and returns two scores for each, (batch, 2).
 """
 
 from __future__ import annotations

@@ -65,6 +65,8 @@ class Observed(NamedTuple):
 def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Observed:
     """Update a running range, and the grid that follows from it, with ``relu?(y)``, in place; ``y`` is not changed.
 
+    NaN and infinities in ``y`` are left out; ``statistics.nonfinite_count`` grows by their number.
+
     Args:
         y: float32 or float64, before the ReLU.
         grid: per tensor; its scale and zero point are updated.
@@ -96,9 +98,11 @@ def observe_ends(
     Args:
         low: smallest finite value of ``y`` before the ReLU, 0-d; +inf if there is none. Its memory may be overwritten.
         high: largest finite value, 0-d; -inf if there is none. Its memory may be overwritten.
-        nonfinite: how many values are not finite, one element; None: the host knows that all are finite.
+        nonfinite: how many values are not finite, one element, which is added to ``statistics.nonfinite_count``; None:
+            the host knows that all are finite.
         grid: per tensor; its scale and zero point are updated in place.
-        statistics: the running range, updated in place unless it is frozen or switched off; None observes nothing.
+        statistics: the running range, updated in place. If it is None, frozen or switched off, neither it nor the grid
+            is changed.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None: no ReLU.
 
     Returns:

@@ -29,6 +29,8 @@ _ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adap
 class Averaging(Protocol):
     """An operation whose results are each a sum of elements (and zeros of a padding), divided by a number.
 
+    It has three methods: ``mean(x)`` computes the results, ``divisors(shape)`` returns the numbers that the sums are
+    divided by, and ``terms(shape)`` returns an upper bound of the number of elements in one sum, and of its divisor.
     ``shape`` is always that of the input, batch and channels included. Objects are not callable: ``torch.compile`` of
     torch 2.11 hashes an object that is called, and cannot hash one that is made while it traces.
     """
@@ -38,6 +40,10 @@ class Averaging(Protocol):
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return what each sum is divided by: one number, or a float32 tensor that broadcasts against the result.
+
+        The tensor has one element per window. It is returned by a :class:`WindowAverage` without ``divisor_override``
+        that has ``ceil_mode`` or a padding whose zeros do not count, and by an :class:`AdaptiveAverage` whose output
+        sizes do not divide those of the input. All others return one number.
 
         Args:
             shape: of the input.
@@ -103,8 +109,8 @@ class WindowAverage:
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return the number of elements of each window, or ``divisor_override`` if that is given.
 
-        One number without ``ceil_mode`` where zeros of the padding count or there are none; else float32, one per
-        window. ``shape`` is that of the input.
+        One number without ``ceil_mode`` where zeros of the padding count or there are none; else a float32 tensor, one
+        number per window, in the shape of the result's pooled axes. ``shape`` is that of the input.
         """
         if self.divisor_override is not None:
             return self.divisor_override
@@ -141,7 +147,7 @@ class AdaptiveAverage:
     """Average pooling to a given size: ``adaptive_avg_pool1d``, ``adaptive_avg_pool2d``, ``adaptive_avg_pool3d``.
 
     Attributes:
-        output_size: one number per pooled axis; None: the size of the input.
+        output_size: one number per pooled axis; None in place of a number: the size of the input along that axis.
     """
 
     output_size: tuple[int | None, ...]
@@ -157,7 +163,11 @@ class AdaptiveAverage:
         return tuple([out for _, out in self._axes(shape)])
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
-        """Return the number of elements of each window: one number if all are equal, else float32, one per window."""
+        """Return the number of elements of each window, for an input of ``shape``.
+
+        One number if the output's sizes divide those of the input; else a float32 tensor, one number per window, in the
+        shape of the result's pooled axes.
+        """
         if self.divides(shape):
             return math.prod(size // out for size, out in self._axes(shape))
         return _outer([[end - start for start, end in windows] for windows in self.bounds(shape)])
@@ -167,7 +177,7 @@ class AdaptiveAverage:
         return math.prod(max(end - start for start, end in windows) for windows in self.bounds(shape))
 
     def divides(self, shape: tuple[int, ...]) -> bool:
-        """Whether all windows have one size: the output's sizes divide those of an input of ``shape``."""
+        """Whether the output's sizes divide those of an input of ``shape``; all windows then have one size."""
         return all(size % out == 0 for size, out in self._axes(shape))
 
     def bounds(self, shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:

@@ -157,7 +157,8 @@ def codes_again(
         fold: (out,), that :func:`quantize` returned.
         grid: the snapshot (the copy of the grid) that :func:`quantize` returned; None: the weight is folded only.
         code_dtype: dtype of the codes, that of the convolution.
-        out: memory for the codes before they are converted to ``code_dtype``; None: new memory.
+        out: memory for the codes before they are converted to ``code_dtype``: shaped as ``rows``, in the dtype of
+            ``fold``; None: new memory.
     """
     codes, unit, *_ = reference_weight.folded_codes(rows, fold, grid, out)
     return fit_codes(codes, unit, code_dtype)[0]

@@ -64,7 +64,8 @@ def integer_conv2d(
 
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
-        weight: (out, c/groups, kh, kw), integers minus their zero points. No partial sum may reach 2^24.
+        weight: (out, c/groups, kh, kw), integers minus their zero points, in any float dtype. No partial sum may reach
+            2^24.
         bias: int32 (out,), which is added to the sums; None: none.
         multiplier: float32 (out,), by which the sums are multiplied: values per unit of the sums, or steps of ``onto``.
         onto: grid per tensor, to whose multiples v is rounded; None: v is not rounded here.

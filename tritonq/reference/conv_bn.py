@@ -67,7 +67,7 @@ class TailResult(NamedTuple):
 
     Attributes:
         y: the result.
-        normalization: vectors of this step.
+        normalization: mean, slope, shift and other vectors (channels,) of this step, as a :class:`Normalization`.
         grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
 
@@ -203,12 +203,12 @@ def finish(
     bias: Tensor | None,
     norm: BatchNormState,
 ) -> Normalization:
-    """Return the normalisation that follows from mean and variance of c, and update the running statistics.
+    """Return the vectors that normalise c, given its mean and variance, and update the running statistics.
 
-    These take the mean ``mean / ratio + bias`` and the variance ``var / ratio²``: those of the unfolded convolution.
+    These take the mean ``mean / ratio + bias`` and the unbiased variance, ``var / ratio² · count / (count - 1)``.
 
     Args:
-        mean: (channels,), of the convolution's output.
+        mean: (channels,), of c, the convolution's output.
         var: (channels,), its biased variance.
         count: elements per channel, at least 2.
         ratio: (channels,), what c is divided by to give the convolution with the unfolded weight; not zero.

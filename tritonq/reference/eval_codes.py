@@ -123,6 +123,10 @@ def multiply_(sums: Tensor, factors: Factors) -> Tensor:
     """Multiply ``sums`` by each channel's factor in place, and return them.
 
     If channels lie innermost in memory, several pixels at a time are multiplied by a part of ``factors.row``.
+
+    Args:
+        sums: float32, any shape, channels on the axis where ``factors.by_channel`` has them.
+        factors: one for each channel, or one for all.
     """
     by_channel, channels = factors.by_channel, factors.by_channel.numel()
     pixels = sums.numel() // channels
@@ -136,7 +140,7 @@ def multiply_(sums: Tensor, factors: Factors) -> Tensor:
 
 
 def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
-    """Return the codes ``round(x / scale) + zero``; None if a value is NaN or, with ``largest``, beyond 0..``largest``.
+    """Return the codes ``round(x / scale) + zero``; None at NaN, or with ``largest`` if one is outside 0..``largest``.
 
     Args:
         x: float32, not empty.
@@ -146,7 +150,7 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
         largest: the largest code; None: codes beyond the ends of ``to`` are clipped.
 
     Returns:
-        uint8, in the order of ``x``.
+        uint8, in the shape of ``x``, and in its order in memory if ``x`` is contiguous or channels_last.
     """
     if largest is None:
         low, high = (float(end) for end in torch.aminmax(x))

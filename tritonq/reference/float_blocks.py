@@ -30,8 +30,8 @@ def fake_quantize_blocks(
     - e4m3 scales: ``s = e4m3(m * (1 / (L * t))) * t`` with the tensor's scale ``t``; 0 where that is below float32's
       normal numbers, and so where ``L * t`` is.
 
-    Elements saturate, ties go to even, infinities count as the largest finite float32 (where s is 0 they become NaN). A
-    block with NaN becomes NaN.
+    Elements saturate, ties go to even, infinities count as the largest finite float32. Where s is 0, finite elements
+    become 0, and infinities NaN. A block with NaN becomes NaN. The last block along ``axis`` may have fewer elements.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).

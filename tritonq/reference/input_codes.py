@@ -67,14 +67,17 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
 
 
 def middle_of(grid: Grid) -> int:
-    """Return the code that a byte holds as 0: the middle of the code range, or 0 for a grid without zero point."""
+    """Return the code that a byte holds as 0: the middle of the code range, or 0 for a grid without zero point.
+
+    The middle is ``(quant_min + quant_max + 1) // 2``: 128 for 0..255, 0 for -128..127.
+    """
     return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
 
 
 def shift_of(grid: Grid) -> Tensor | None:
     """Return what is added to ``round(x / scale)`` so that it fits int8; None, for 0, if the grid has no zero point.
 
-    It is ``zero_point - (quant_min + quant_max + 1) // 2``, on the device of the zero point.
+    It is ``zero_point - (quant_min + quant_max + 1) // 2``, with shape, dtype (int32) and device of the zero point.
     """
     return None if grid.zero_point is None else grid.zero_point - middle_of(grid)
 

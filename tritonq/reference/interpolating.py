@@ -130,7 +130,7 @@ def widened(bins: int, old: Tensor, new: Tensor, slices: int = MEGENGINE_SLICES)
 
     Returns:
         The range, (2,) float64, the old slices per new bin, and the index of the first old slice among those of the new
-        range; int64. Nothing of meaning where ``old`` is one value.
+        range, ``round((old[0] - range[0]) / w)``; int64, 0-d. Nothing of meaning where ``old`` is one value.
     """
     width = (old[1] - old[0]) / (bins * slices)
     width = torch.where(width > 0, width, 1.0)

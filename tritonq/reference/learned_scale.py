@@ -59,14 +59,15 @@ def learned_fake_quantize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of :func:`learned_fake_quantize`: of ``x``, of the parameter, and of the zero point.
 
-    With ``v = x/s``, and sums over the values that share a scale:
+    With ``v = x/s``, and sums over the values that share a scale; ``ds`` is the parameter's gradient:
 
     - ``"torch"``: inside where the rounded, unclipped code is a code;
       ``ds = Σ dy {quant_min - z below | quant_max - z above | code - z - v inside}``, ``dz = Σ dy {-s outside}``.
     - ``"megengine"``: inside where ``v + z`` is in range;
       ``ds = Σ dy {quant_min below | quant_max above | round(v + z) - (v + z) inside}``, ``dz = 0``.
     - ``"tqt"``: inside where v is in ``[quant_min - 0.5, quant_max + 0.5]``;
-      ``ds = Σ dy {code - v inside | code outside}``; the threshold's gradient is ``ds s ln 2``.
+      ``ds = Σ dy {code - v inside | code outside}``. A caller that trains ``t`` with ``s = 2^t`` multiplies by
+      ``s ln 2``.
     - ``"pact"``: inside where ``0 <= x < parameter``; ``dparameter = Σ dy {1 where x >= parameter}``.
 
     ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. While the grid is switched off, ``dx = dy`` and the
@@ -75,7 +76,7 @@ def learned_fake_quantize_backward(
     Args:
         dy: gradient of the result, shaped as ``x``.
         x: the input, any shape; float16, bfloat16, float32 or float64.
-        grid: its scale is the parameter, as the forward used it.
+        grid: its scale is the parameter, as the forward used it: with ``"pact"`` the clipping level, else s.
         method: which of the formulas above.
 
     Returns:

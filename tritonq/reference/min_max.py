@@ -25,7 +25,15 @@ _NUMBERS: dict[torch.dtype, type[Any]] = {torch.float32: np.float32, torch.float
 
 
 def range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    """Return the shape of the ranges of an operator's argument ``x``, one per index of its ``axis``."""
+    """Return the shape of the ranges of an operator's argument ``x``: ``(x.shape[axis],)``, or ``()`` if axis is None.
+
+    Args:
+        arguments: all arguments of the operator by name; ``x`` and ``axis`` are read.
+
+    Raises:
+        TypeError: ``axis`` is neither a whole number nor None.
+        ValueError: ``x`` has no such axis.
+    """
     return Granularity(arguments["axis"]).scale_shape(arguments["x"].shape)
 
 
@@ -126,10 +134,10 @@ def update_number(
 ) -> tuple[_Number, _Number]:
     """Return the running range ``min_val..max_val`` merged with a batch's ``low..high``, as :func:`update_range` does.
 
-    All are NumPy numbers; the bits are the same. ``low <= high``, and both are finite. ``averaging_constant`` is the
-    batch's weight in an average; None: the range holds the extremes of all batches. In an average the first batch
-    replaces the range, and with ``copy_above`` a batch whose magnitude is more than ``copy_above`` times the running
-    one's, or less than 1/100 of it and not 0.
+    All are NumPy numbers; the bits are the same. ``low <= high``, and both are finite. Before the first batch
+    ``min_val`` is +inf and ``max_val`` is -inf. ``averaging_constant`` is the batch's weight in an average; None: the
+    range holds the extremes of all batches. In an average the first batch replaces the range, and with ``copy_above`` a
+    batch whose magnitude is more than ``copy_above`` times the running one's, or less than 1/100 of it and not 0.
     """
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)
@@ -200,8 +208,12 @@ def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: G
 def write_qparams_(statistics: RangeStatistics, grid: Grid, ordered: bool = False) -> None:
     """Write the scale and zero point that follow from a running range into ``grid``, in place.
 
-    The statistics' rule says how they follow (formulas in :func:`tritonq.qparams.range_to_qparams`); a range without
-    data gives scale 1. ``ordered``: whether ``min_val <= max_val``, both finite, is known.
+    The statistics' rule says how they follow (formulas in :func:`tritonq.qparams.range_to_qparams`). A range without
+    data (``min_val > max_val``), or one that is not finite, gives scale 1, and as zero point the one that type and rule
+    fix, else 0, clamped to the codes. If the grid's zero point is None, only the scale is written.
+
+    ``ordered``: whether the caller knows that every range is finite and has ``min_val <= max_val``; if True, that is
+    not checked.
     """
     ends = (statistics.min_val, statistics.max_val)
     qparams = range_to_qparams(*ends, grid.qtype, rule=statistics.rule, eps=statistics.eps, ordered=ordered)

@@ -35,11 +35,12 @@ def observe_range(
         statistics: the running range; nothing happens while it is frozen, switched off or None.
         low: smallest finite value of the batch, shaped as ``statistics.min_val``; +inf where there is none.
         high: largest finite value, or -inf.
-        nonfinite: number of values that are not finite; None for zero.
+        nonfinite: number of values that are not finite, added to ``statistics.nonfinite_count``; None for zero.
         ordered: whether the host knows that ``low <= high``, both finite, and that all values are finite.
 
     Returns:
-        The statistics; with ``has_data`` set if the host knows now that the range has data.
+        The given statistics. If an ``ordered`` batch was merged, and the host can read the switch without waiting or
+        there is none, the result has ``has_data=True``: it is a copy with the same tensors if that was False.
     """
     if statistics is None or statistics.frozen:
         return statistics

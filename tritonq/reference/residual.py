@@ -47,6 +47,9 @@ def forward(
 ) -> RoundedResult:
     """Return ``FQ(relu?(a + b))``, computed in float32 and rounded once to ``a``'s dtype, and its mask.
 
+    The mask is packed as :class:`RoundedResult` says. There is always one: without ReLU and grid the bits of all
+    elements are set.
+
     With ``statistics``, ``relu?(a + b)`` first updates range and grid, in place. With a grid, it is then rounded to
     that, unless the grid is switched off or its range has no data.
 

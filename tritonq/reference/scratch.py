@@ -64,7 +64,7 @@ def borrow_or_new(slot: Slot, like: Tensor) -> Tensor:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether ``x`` is contiguous or channels last."""
+    """Whether ``x`` is contiguous or channels last (``channels_last`` in 4 dimensions, ``channels_last_3d`` in 5)."""
     if x.is_contiguous():
         return True
     if x.dim() not in (4, 5):

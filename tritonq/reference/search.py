@@ -143,11 +143,11 @@ def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, 
         low: exact smallest value, float32 (channels,).
         high: exact largest value, float32 (channels,).
         bins: the bins of ``counts``.
-        octaves: how many are kept on each side.
+        octaves: how many are kept on each side; edges that would lie within the bin of zero repeat an edge of it.
 
     Returns:
-        Edges of the bins, float64 (channels, 2, n), ascending over the last two dimensions; and the share of all values
-        below each edge, of the same shape.
+        Edges of the bins (:func:`data_edges`), float64 (channels, 2, octaves · 2^mantissa_bits + 1), ascending: first
+        those below zero, then those above; and the share of all values below each edge, of the same shape.
     """
     largest = torch.maximum(-low, high)
     top = torch.frexp(largest).exponent.clamp(bins.min_exponent, bins.max_exponent) - bins.min_exponent
@@ -167,11 +167,11 @@ def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Te
     Args:
         edges: of bins, float64 (channels, 2, m): ascending, first those of negative values.
         below: share of all values below each edge, as ``edges``.
-        stride: how many neighbouring bins become one.
+        stride: how many bins of a side become one: the first edge of a side stays, and every ``stride``-th after it.
 
     Returns:
         Edges, float64 (channels, n + 1) with ``n + 1 = 2 · ceil(m / stride)``, and the share of the values in each bin
-        over its width, (channels, n).
+        over its width, which counts as 2^-1022 at least: (channels, n).
     """
     edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
     return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))
@@ -361,9 +361,9 @@ def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int =
 
     Best is where the quantized histogram Q diverges least from the clipped one P. For each candidate ``i``: P is the
     first i bins, with all counts beyond added to the last; Q spreads the first i bins' counts over ``levels`` groups
-    (group g begins at bin ``ceil(g i / levels)``), evenly over the bins of a group that are not empty.
-    ``KL = Σ p log(p/q)``. The first bin counts as much as the second: zeros cost nothing. Of equal candidates the
-    largest wins.
+    (group g begins at bin ``ceil(g i / levels)``), evenly over the bins of a group that are not empty in ``counts``.
+    With p and q the shares of P and Q, ``KL = Σ p log(p/q)``, infinite where only q is 0. The first bin counts as much
+    as the second: zeros cost nothing. Of equal candidates the largest wins.
 
     Args:
         counts: float64, (channels, n), not negative.

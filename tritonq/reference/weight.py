@@ -95,15 +95,16 @@ def folded_codes(
 ) -> WeightCodes:
     """Return ``clip(round(rows · fold / s) + z) - z`` on the scale s and zero point z of ``grid``; nothing is observed.
 
-    With it come the codes' unit, whether a value may be clipped, and ``grid``.
+    With it come the codes' unit (out,), whether a value may be clipped, and ``grid``. The second is a bool: False if
+    quantization is known to be off, True if ``extremes`` are None or the host would have to wait to read them.
 
     Args:
         rows: (out, ...), any float dtype.
         fold: (out,), in the dtype of the arithmetic.
         grid: the snapshot that the forward made; None, or switched off: codes are the folded weight, their unit 1.
         out: memory for the codes: shaped as ``rows``, in the dtype of ``fold``; None: new memory.
-        extremes: smallest and largest folded value per channel, from which it follows whether anything is clipped;
-            None: not known.
+        extremes: smallest and largest folded value per channel, (out,) each, from which it follows whether anything is
+            clipped; None: not known.
     """
     rows = as_dtype(rows, fold.dtype)
     enabled = False if grid is None else _enabled(grid, rows)

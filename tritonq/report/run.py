@@ -55,8 +55,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Measure the model, write the page to ``--output``, print accuracies and the three worst layers; return 0.
 
     Raises:
-        ValueError: fewer than one image, a folder that is no output of the demo, or a checkpoint of another model or of
-            other classes.
+        ValueError: ``--images`` below one, a MODEL that is a folder without the demo's checkpoint, or a checkpoint of
+            another model or of other classes.
     """
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")

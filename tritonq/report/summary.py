@@ -212,7 +212,7 @@ def _why_not_on_grid(module: nn.Module) -> str:
 def _why_float_in_engine(module: nn.Module) -> str:
     """Return why ONNX Runtime computes a quantized layer in float, if it was prepared for it; "" if it does not.
 
-    Reasons are that no quantizer follows at once, or that a transposed convolution pads by more than its kernel.
+    Reasons are that no quantizer follows at once, or that a transposed convolution pads by as much as its kernel.
     """
     if isinstance(module, QATLayer):
         target, has_weight = module.qconfig.target, isinstance(module.weight_fake_quant, FakeQuantizeBase)
@@ -225,7 +225,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
     if not isinstance(module.last_quantizer(module.activation_post_process), (FakeQuantizeBase, Quantizer)):
         return "float in ONNX Runtime: no quantizer follows at once"
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and phases_of_kernel(module) is None:
-        return "float in ONNX Runtime: it pads by more than its kernel"
+        return "float in ONNX Runtime: it pads by as much as its kernel, or more"
     return ""
 
 

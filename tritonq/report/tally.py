@@ -37,7 +37,9 @@ class TensorMeasure:
         high: largest value, not rounded; -infinity without values.
         quant_min: smallest code.
         quant_max: largest code.
-        counts: how many values fall into each of 512 bins by code: 128 bins below the grid, 256 on it, 128 above it.
+        counts: how many values fall into each of 512 bins of equal width, by code before rounding: 128 bins below the
+            grid, 256 on it, 128 above it. The 256 reach from ``quant_min - 0.5`` to ``quant_max + 0.5``, whatever the
+            number of codes. Values farther out than all bins count in the first or the last one.
     """
 
     role: Role

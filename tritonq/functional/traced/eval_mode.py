@@ -215,10 +215,11 @@ def run_affine(
 
 @operator(returns=New(_join_shape, "a", keeps_format=True))
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Compute :func:`join` of kind ``kind`` when the compiled graph runs, in ``a``'s dtype, the wider one of both.
+    """Compute :func:`join` when the compiled graph runs; the result has ``a``'s dtype.
 
-    If the grids of ``a`` and ``b`` (``grid_a``, ``grid_b``) and ``output`` are on, it is computed from codes and
-    rounded to ``output``, not clipped; else in float.
+    ``kind`` is as in :func:`join`. The caller gives ``a`` in the wider dtype of both. If the grids of ``a`` and ``b``
+    (``grid_a``, ``grid_b``) and ``output`` are on, it is computed from codes and rounded to ``output``, not clipped;
+    else in float.
     """
     return _chosen(
         (grid_a, grid_b, output),

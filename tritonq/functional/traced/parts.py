@@ -109,7 +109,8 @@ def schema(parts: Parts, mutated: Sequence[str]) -> str:
 
     Args:
         parts: name and part of each parameter.
-        mutated: names of plain arguments that the operator writes to; the one at index 1 is marked ``(a1!)``.
+        mutated: names of plain arguments that the operator writes to. The mark, such as ``(a1!)``, has the index among
+            all plain arguments, counted from 0.
 
     Raises:
         ValueError: a name in ``mutated`` that is no tensor argument.

@@ -102,9 +102,10 @@ def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
     """Return the result in the form in which the reference returns it, from the tensors that the operator returned.
 
     Args:
-        template: of the result.
-        arguments: of the operator, by name.
-        outputs: a tensor, a sequence of tensors, or None.
+        template: of the result. Besides leaves it may hold :class:`~tritonq.reference.operator.Given` for an argument.
+        arguments: of the operator, by name. A ``Given`` becomes its argument. A ``CopyOf`` becomes a grid with the type
+            of the grid that is its argument, and without a zero point if that has none; None if that is None.
+        outputs: a tensor, or a sequence of tensors in the order of the leaves; None: the result is None.
     """
     if outputs is None:
         return None

@@ -176,7 +176,7 @@ class Analysis:
         return {call.run for call in calls} == set(range(self.flow.runs))
 
     def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
-        """Return a report's reason why these calls, all of the recorded run of one mode (0: eval), stay in float."""
+        """Return why ``calls``, all made in the run of one mode, stay in float: a report's text that names the mode."""
         if {call.run for call in calls} == {0}:
             return "it runs in eval mode only, so that training would not teach its range"
         return "it runs in training mode only, and would not be deployed"
@@ -287,7 +287,7 @@ class Analysis:
     def enters(self, value: int | None, is_end: Callable[[Call], bool]) -> bool:
         """Whether one call alone reads a value, as its first input, and ``is_end`` holds for that call.
 
-        The value may be moved, scaled and shifted by constants on the way. False if the model returns it, too.
+        The value may be moved, scaled and shifted by constants on the way. False for None, or if the model returns it.
         """
         call = None if value is None else self.flow.single_consumer(value)
         if call is None:

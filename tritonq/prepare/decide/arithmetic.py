@@ -19,7 +19,7 @@ def arithmetic_of_call(call: Call) -> Function | None:
     """Return the ``Function`` that a call computes of one tensor and at most one number; None for other calls.
 
     ``x + 2`` gives ``Function("plus", (2.0,))``; others are "times", "over" (x / a), "from" (a - x), "ratio" (a / x),
-    "square" and "abs".
+    and, without numbers, "square" and "abs". ``x - 2`` is "plus" of -2.0, and ``-x`` is "times" of -1.0.
     """
     if call.kind != "function":
         return None
@@ -28,7 +28,11 @@ def arithmetic_of_call(call: Call) -> Function | None:
 
 
 def has_number(call: Call) -> bool:
-    """Whether a call is arithmetic of one tensor with a number: True for ``x * 2``, False for ``-x`` and ``abs(x)``."""
+    """Whether a call is arithmetic of one tensor with a number: True for ``x * 2``, False for ``-x`` and ``abs(x)``.
+
+    The arithmetic is ``+``, ``-``, ``*`` and ``/`` with a finite number (not ``x / 0``), and ``x ** 2``. Other powers,
+    ``x.square()``, clamps and floor divisions give False, and so does a tensor of one element in place of the number.
+    """
     return arithmetic_of_call(call) is not None and len(call.args) + len(call.kwargs) > 1
 
 

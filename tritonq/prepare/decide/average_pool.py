@@ -32,9 +32,10 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
 
 
 def may_change(averaging: Averaging) -> bool:
-    """Whether the arguments of a mean may be computed from sizes, in a forward that is not known to give it constants.
+    """Whether a mean's arguments, if they are not known to be constants, may have been computed from a tensor's size.
 
-    False for means over axes, and for adaptive pools with an output of one element.
+    True for windows, and for adaptive pools with an output of more than one element or of the input's size. False for
+    means over axes, and for adaptive pools with an output of one element.
     """
     if isinstance(averaging, AdaptiveAverage):
         return any(size != 1 for size in averaging.output_size)

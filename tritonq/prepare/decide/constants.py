@@ -95,7 +95,14 @@ class Constants:
         return PlannedProgram(state, tuple(calls[index] for index in sorted(calls)), results)
 
     def state_names(self, results: Iterable[int]) -> frozenset[str]:
-        """Return names of the parameters and buffers from which values are computed; ``results`` are their indices."""
+        """Return the qualified names of the parameters and buffers from which some values are computed.
+
+        Those that are read by earlier calls, on whose results the values rest, count, and so does a value that is
+        itself a parameter or buffer. The values need not be constants: what else they are computed from is left out.
+
+        Args:
+            results: the values, by index in ``Dataflow.values``.
+        """
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 

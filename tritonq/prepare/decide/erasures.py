@@ -34,6 +34,8 @@ def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...
 def stuck_relus(analysis: Analysis, plan: Plan) -> frozenset[int]:
     """Return the indices of ReLU6 calls and the like that a plan makes part of a layer but can't remove.
 
+    The plan removes a call if its module is in ``plan.erased_modules``, or its place in ``plan.erased_nodes``.
+
     Unlike a plain ReLU, a ReLU6 behind a quantizer may have an effect: 6 may lie between two codes.
     """
     at_nodes = {call.index for place in plan.erased_nodes for call in analysis.calls_at(*place)}

@@ -31,6 +31,8 @@ COMPUTED_WEIGHTS = "something computes its weights (weight_norm, a parametrizati
 class LayerSearch:
     """Find the layers of a model: modules, and functions with weights.
 
+    :meth:`layers` returns them and fills the attributes.
+
     Args:
         analysis: the model and its record.
         swapped: the module classes, such as ``nn.Conv2d``, that have a quantized form.
@@ -40,7 +42,8 @@ class LayerSearch:
     Attributes:
         reasons: by name, why a layer stays in float, or why a BatchNorm is not part of a layer.
         single_mode: names of layers left in float because they run in eval mode only, or in training mode only.
-        float_functions: for each function left in float its first call, by name.
+        float_functions: the first call of each function left in float, by the qualified name that its layer would
+            have, such as ``block.conv2d``.
     """
 
     analysis: Analysis

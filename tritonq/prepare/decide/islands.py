@@ -12,9 +12,11 @@ from tritonq.prepare.decide.analysis import Analysis
 
 
 def enters_island(value: int, analysis: Analysis) -> bool:
-    """Whether a value is read by an island alone; it may be moved, scaled and shifted by constants on the way.
+    """Whether exactly one call reads a value, and that call is an island; the value is its first input.
 
-    False if the model returns the value, too, or if the island reads it as anything but its first input.
+    On the way the value may be moved, scaled or shifted by constants, or shifted by an attention mask; each result on
+    the way must have one reader, too. False if nothing or several calls read it, even if all of them are islands, or if
+    the model returns it.
     """
     return analysis.enters(value, analysis.is_island)
 

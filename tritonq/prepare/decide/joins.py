@@ -68,7 +68,7 @@ class Join:
 
     @property
     def home(self) -> str:
-        """Name of the module in whose forward the join stands, and whose qconfig and device the join has."""
+        """Name of the module whose qconfig and device the join has, which is the same module as ``owner``."""
         return self.owner
 
     @property
@@ -92,7 +92,7 @@ class Join:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a matrix product of activations."""
+        """Whether its kind is matmul, einsum, addmm, baddbmm or attention; False for products of elements."""
         return self.kind in _PRODUCTS
 
     def module(self, qconfig: QConfig | None) -> nn.Module:
@@ -109,10 +109,10 @@ class JoinKind:
     """One kind of join.
 
     Attributes:
-        read: returns the operands of a call, and what keeps it from becoming a module ("" if nothing does).
-        module: makes the module that takes the place of a join.
-        setting: returns what the module needs of a call besides its operands, such as the axis of a concatenation;
-            None by default.
+        read: takes a Call; returns its operands, and what keeps it from becoming a module ("" if nothing does).
+        module: takes a Join and a QConfig or None; returns the module that takes the place of the join.
+        setting: takes a Call; returns what the module needs of it besides its operands, such as the axis of a
+            concatenation. By default it returns None.
         operands: takes a node of a graph and returns the arguments of the module.
         takes_relu: whether the module computes the ReLU behind it as well.
         constants: what happens to an operand computed from parameters and buffers alone. ``"rounded"``: rounded as the

@@ -151,7 +151,11 @@ def layer_records(
 
 
 def part_of_module(module: nn.Module) -> Part:
-    """Return what a module of a float model counts as: ``"layer"`` if it is a layer with weights, else ``"other"``."""
+    """Return what a module of a float model counts as: ``"layer"`` if it is a layer with weights, else ``"other"``.
+
+    Layers with weights are convolutions, ``nn.Linear``, ``nn.Bilinear``, embeddings, ``nn.MultiheadAttention``,
+    recurrent layers and cells, subclasses of these, and a ScriptModule with parameters. Norms and PReLU are "other".
+    """
     if isinstance(module, ScriptModule):
         return "other" if next(module.parameters(), None) is None else "layer"
     return "layer" if isinstance(module, _WEIGHTED) else "other"

@@ -166,13 +166,15 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
     """Return the calls of the ReLUs that can become part of a layer or join, and their ceiling.
 
     Args:
-        calls: the last calls of the layer or join; one ReLU must follow each.
+        calls: the last calls of the layer or join. A ReLU must be the only reader of each result, directly or behind
+            ``nn.Identity``, and the model must not return the result.
         analysis: the model and its record.
         kept: indices of ReLU calls that must not become part of a layer.
 
     Returns:
-        ``(calls, upper bound)``, infinity for plain ReLUs. ``([], None)`` if a call has no ReLU behind it or one of
-        ``kept``, if the bounds differ, if a ReLU has hooks, or if the forward may do something else in training mode.
+        ``(calls, upper bound)``, infinity for plain ReLUs. ``([], None)`` if a call has no such ReLU or one of
+        ``kept``, if the bounds differ, if a ReLU has hooks, or if a forward that makes one of these calls depends on
+        the mode and was not recorded in training mode.
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]
@@ -289,7 +291,8 @@ _NORM_OF_DIMENSIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 
 def has_hooks(module: object, before: bool = False, after: bool = False) -> bool:
     """Whether a module has hooks that see values before its forward, after it, or (neither given) on any side.
 
-    ``before`` asks for hooks before the forward, ``after`` for hooks after it. Backward hooks always count.
+    ``before`` asks for hooks before the forward, ``after`` for hooks after it; with both, hooks on one side suffice.
+    Backward hooks always count. False for an object that is no module.
     """
     if not isinstance(module, nn.Module):
         return False

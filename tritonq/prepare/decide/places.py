@@ -76,7 +76,8 @@ def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
 def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
     """Whether nothing reads the results of some calls: an LSTM's sequence if only its last state is used.
 
-    Calls that return no single tensor are left out; False if all do so.
+    The model's outputs are read. Of a recurrent layer's result the first tensor counts. Other calls that return no
+    single tensor are left out; False if all do so.
 
     Args:
         ends: indices of the calls in ``analysis.flow.calls``.
@@ -119,7 +120,8 @@ def _has_one_place(call: Call, analysis: Analysis) -> bool:
 def returned_by(value: int, analysis: Analysis) -> str | None:
     """Return the name of the innermost module whose whole result is a value that nothing inside of it reads.
 
-    None if there is no such module; the model itself does not count.
+    Leaves (modules whose call counts as one operation, such as ``nn.Conv2d``) and the model itself do not count. None
+    if there is no such module.
     """
     flow = analysis.flow
     for frame in reversed(flow.frames_returning(value)):

@@ -25,11 +25,11 @@ class PlannedQuantizer:
         where: where it stands. ``"output"``: it quantizes what the module ``owner`` returns; ``"node"``: the result of
             a node in the forward of ``owner``; ``"consumer"``: what the layers and joins ``consumers`` read, such as an
             input of the model.
-        owner: name of a module; see ``where``.
+        owner: name of the module that ``where`` speaks of, "" for the model itself; for ``"consumer"`` always "".
         value: index of one recorded value that it quantizes.
         node: name of the node, for ``"node"``; else "".
-        label: what the quantizer of a node is named after.
-        in_place: whether that node overwrites its first operand.
+        label: what the quantizer of a node is named after, for ``"node"``; else "".
+        in_place: whether that node overwrites its first operand; False where there is no node.
         qconfig: the qconfig whose activation factory makes it.
         like: name of a layer that reads the tensor; the quantizer lives on the device of that layer.
         consumers: the layers and joins that read the tensor, for ``"consumer"``.

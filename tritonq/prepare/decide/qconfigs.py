@@ -18,6 +18,8 @@ QConfigs = dict[nn.Module, QConfig | None]
 def resolve_qconfigs(model: nn.Module, qconfig: QConfig | None) -> QConfigs:
     """Return the qconfig of every module: its own ``qconfig`` attribute, else that of the nearest module around it.
 
+    The result is a dict from modules to qconfigs. An attribute that is None counts, too: it leaves its module in float.
+
     Args:
         model: the float model.
         qconfig: stands for the model's own attribute; None: that attribute counts, and without one modules get None.

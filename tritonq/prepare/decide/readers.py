@@ -30,7 +30,10 @@ class Reading:
 
     @property
     def home(self) -> str:
-        """Name of the module whose qconfig and device the reader has."""
+        """Name of the module whose qconfig and device the reader has.
+
+        That is a layer's own module, or for a function or a join the module whose forward calls it.
+        """
         return self.part.home
 
 

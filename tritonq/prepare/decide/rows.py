@@ -43,7 +43,8 @@ def out_channels(layer: nn.Module) -> int | None:
 def batch_norm_obstacle(channels: int | None, bn: _BatchNorm) -> str | None:
     """Return why a BatchNorm can't become part of a layer with ``channels`` output channels; None if it can.
 
-    It can if it has as many features, and running statistics.
+    It can if it has as many features, and running statistics. With ``channels=None``, a layer that has no such number,
+    it can't.
     """
     if bn.num_features != channels:
         return f"BatchNorm has {bn.num_features} features for {channels} output channels"

@@ -86,7 +86,11 @@ class PlannedUnary:
 
 
 class QuantizerPlace(Protocol):
-    """A place of a quantizer by kind and names; `tritonq.prepare.decide.plan.PlannedQuantizer` has them."""
+    """Where a quantizer stands: the attributes of `tritonq.prepare.decide.plan.PlannedQuantizer` that this file reads.
+
+    ``where`` is the kind of place ("output", "node" or "consumer"), ``owner`` the name of a module, and ``node`` that
+    of a node in the graph of this module's forward.
+    """
 
     @property
     def where(self) -> str:
@@ -159,9 +163,10 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
 def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
     """Return the index of the value that a call computes its result from, so that a grid can be looked for there.
 
-    That is the input of an operation of one tensor, or the value that the call moves, or scales or shifts by constants.
-    With ``through_norms`` it is the input of a softmax or norm, too. None for any other call. ``chains`` tells which
-    calls become one operation with the call behind them.
+    That is the first input of a call for which :func:`is_unary` holds, or the value that the call moves, or scales or
+    shifts by constants or a mask. With ``through_norms`` it is the input of a softmax or norm, too. None for any other
+    call. ``chains`` only serves :func:`is_unary`: also where calls before this one become one operation with it, the
+    result is what ``call`` itself reads, not what the first of them reads.
     """
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 

@@ -29,6 +29,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Unrounded:
     """Collect the results of layers and joins that stay unrounded.
 
+    The caller gives ``analysis``, ``joins`` and ``qconfig_of``. The others begin empty: :meth:`add_layers` adds to all
+    three, :meth:`add_joins` to ``values``.
+
     Attributes:
         analysis: the model and its record.
         joins: the joins that get a quantizer.
@@ -49,13 +52,13 @@ class Unrounded:
         """Find the layers that do not round their results, because only joins or islands read these.
 
         A layer is one of them if one call alone reads each of its results (one result for each call of the layer),
-        directly or after moves and plain ReLUs, and if all these readers are of one of these kinds:
+        directly or after moves and plain ReLUs, and if one of these lines is true of all these readers:
 
         - islands, if the layer's qconfig has ``islands="float"``; results may be scaled and shifted on the way;
         - additions, if the qconfig has ``round_summands=False``;
         - concatenations, if the target (the engine) fuses joins;
         - additions, if the target fuses joins and the layer is a convolution without ReLU. Of the two summands of an
-          addition only one stays unrounded for this reason.
+          addition only one stays unrounded for this reason: the first if its layer allows it, else the second.
 
         Their names go into ``layers``, their results into ``values`` and ``makers``.
         """

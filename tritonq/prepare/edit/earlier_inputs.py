@@ -182,8 +182,10 @@ def hooked_forward(data: ForwardData | None, hooks: Collection[str], places: Ite
 
     Args:
         data: data of the module's edited forward; None if the forward is its class's own.
-        hooks: names of the hooks in files of version 0.1.0.
-        places: where the model's inputs are.
+        hooks: names of the hooks in files of version 0.1.0: "quantize_inputs" rounded arguments, "quantize_output" the
+            result by the child ``activation_post_process``; "quantize_first_argument" layers do themselves today.
+        places: which arguments of this forward are rounded by the hook "quantize_inputs", and by which quantizer; empty
+            for a module without that hook.
 
     Raises:
         ValueError: an unknown hook.

@@ -17,8 +17,8 @@ from tritonq.prepare.record.snapshot import ModelSnapshot
 class ModelEditor:
     """Edit a model in place. As a context manager it undoes every edit if its block raises.
 
-    Modules are given by their names in the float model, also after they were replaced. Edits of forwards take effect
-    with :meth:`apply`.
+    Names of modules are those in the float model, also after a module was replaced. Methods that take a module itself
+    take the one that is in the model now. Edits of forwards take effect with :meth:`apply`.
 
     Args:
         model: the model.
@@ -105,7 +105,10 @@ class ModelEditor:
         self._reads.setdefault(module, []).append(read)
 
     def quantize_result(self, module: nn.Module, child: str) -> None:
-        """Let a module quantize what its forward returns, with its child ``child``; takes effect with :meth:`apply`."""
+        """Let a module quantize what its forward returns, with its child ``child``; takes effect with :meth:`apply`.
+
+        A result that is no floating-point tensor, such as a tuple of tensors, is then returned as it is.
+        """
         self._returns[module] = child
 
     def rewrite(self, owner: str) -> EditableForward:
@@ -115,7 +118,11 @@ class ModelEditor:
         return self._graphs[owner]
 
     def apply(self) -> None:
-        """Put edited forwards on their modules, and hide added children from code that walks through children."""
+        """Put edited forwards on their modules, and hide the children that :meth:`add_child` added.
+
+        ``children()`` leaves hidden children out, and a container does not run, count or index them; they are still in
+        ``named_modules()`` and state dicts. A ``torch.fx.GraphModule`` hides no children.
+        """
         graphs = {self.modules[owner]: graph.to_data() for owner, graph in self._graphs.items()}
         for module in dict.fromkeys([*graphs, *self._reads, *self._returns, *self._added]):
             data: ForwardData = quantizing_data(self._reads.get(module, ()), self._returns.get(module))

@@ -79,11 +79,14 @@ def apply_plan(
 
 
 class _PlanWork:
-    """The work of :func:`apply_plan`, with its arguments.
+    """Puts layers, joins and quantizers of a plan into a model, by :meth:`do`, for :func:`apply_plan`.
+
+    The constructor takes the arguments of that function.
 
     Attributes:
         join_names: qualified name of the module that each join became.
-        unary_names: qualified name of the module that each operation of one tensor in a forward became, by its value.
+        unary_names: qualified name of the module that each operation of one tensor in a forward became, by the index of
+            its result among the recorded values.
     """
 
     def __init__(

@@ -52,8 +52,13 @@ class Routes:
     def to_clip(self, layer: nn.Module, quantizer: nn.Module, ends: Iterable[Call]) -> Route:
         """Return the route between a layer and the quantizer behind the clip that alone reads the layer.
 
-        A clip is a ReLU6, for example. ``ends`` are the layer's last recorded calls. The route is empty if one of the
-        two is no module of the model.
+        A clip is a ReLU6, for example. The route is empty if ``layer`` or ``quantizer`` is no module of the model.
+
+        Args:
+            layer: the layer.
+            quantizer: the clip's quantizer.
+            ends: for each recorded call of the layer, the last call that became part of it, such as that of its
+                BatchNorm, or the layer's own. The clip's call is the one that reads the result.
         """
         name, behind = self._names.get(layer), self._names.get(quantizer)
         if name is None or behind is None:

@@ -95,8 +95,11 @@ def forward_source(module: nn.Module) -> dict[str, str]:
     """Return the Python source of a module's edited forward, by mode.
 
     The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same, as in a GraphModule.
-    For a forward with answered calls the only entry has one line for each of these calls. Quantized arguments and
-    results are not shown; the dict is empty if the edit did nothing else.
+    A forward that keeps its branches has no graph: it runs as written, but some of its calls are *answered*, which is
+    to say that a child's result takes the place of the call's. Then the one key is
+    ``"its own forward, with these calls answered"``, and the text has a line ``place -> answer`` for each of these
+    calls, such as ``place -> self.child(tensors)``. Quantized arguments and results are not shown; the dict is empty if
+    the edit did nothing else, or if there is none.
     """
     data = forward_data(module)
     if data is not None and "answers" in data:
@@ -200,7 +203,11 @@ def quantizing_data(reads: Iterable[Read] = (), returns: str | None = None) -> F
 
 
 def quantizing_part(module: nn.Module) -> ForwardData | None:
-    """Return the part of a module's forward data that quantizes arguments and results; None if it quantizes none."""
+    """Return the part of a module's forward data that quantizes arguments and results; None if it quantizes none.
+
+    The part is forward data too, with the keys "version", "eval" (None: no graph), "reads" and "returns". A module
+    without forward data quantizes none.
+    """
     data = forward_data(module) or {}
     if not data.get("reads") and data.get("returns") is None:
         return None

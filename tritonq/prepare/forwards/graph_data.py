@@ -148,14 +148,26 @@ def _refusing(message: str) -> Iterator[None]:
 def constant_to_data(value: Any) -> Any:
     """Return a constant in a form that JSON can hold: ``(1, None)`` gives ``{"tuple": [1, None]}``.
 
+    None, bools, integers, texts and finite floats stay, and a list becomes a list of its items in this form. Other
+    constants become a dict with their kind as the one key: tuples (also ``torch.Size``), dicts (``{"dict": [[key,
+    value], ...]}``), slices (``{"slice": [start, stop, step]}``), ``...`` (``{"ellipsis": True}``), devices, dtypes,
+    layouts and memory formats (``{"dtype": "float32"}``), and floats that are not finite (``{"float": "inf"}``).
+
     Raises:
-        ValueError: a value that is no plain constant.
+        ValueError: an object of another class, such as a tensor or a named tuple, also within these.
     """
     return _to_data(value)
 
 
 def constant_from_data(data: Any) -> Any:
     """Return the constant that plain data describe: ``{"tuple": [1, None]}`` gives ``(1, None)``.
+
+    It is the inverse of :func:`constant_to_data`. Finite numbers, bools, texts and None stand for themselves, a list
+    for a list of constants. Anything else is a dict with one key, the kind:
+
+    - ``"tuple"``: its entries; ``"dict"``: pairs ``[key, value]``; ``"slice"``: ``[start, stop, step]``.
+    - ``"ellipsis"``: True; ``"float"``: ``"inf"``, ``"-inf"`` or ``"nan"``; ``"device"``: such as ``"cuda:0"``.
+    - ``"dtype"``, ``"memory_format"``, ``"layout"``: the name in torch, such as ``"float32"``.
 
     Raises:
         ValueError: data that don't describe one.

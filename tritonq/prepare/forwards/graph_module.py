@@ -26,11 +26,13 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
     """Give a GraphModule the graph that forward data describe, with quantizers of arguments and results in it.
 
     Args:
-        module: the GraphModule, changed in place.
-        data: forward data, checked by ``apply_forward``.
+        module: the GraphModule, changed in place. Other graphs that it keeps as attributes become the same graph.
+        data: forward data, checked by ``apply_forward``; :mod:`~tritonq.prepare.forwards.edited` lists their keys. If
+            "eval" is None, the module's own graph is kept, and only the quantizers are added.
 
     Raises:
-        ValueError: the data are not one graph, or quantize an argument by name or a tensor inside of an argument.
+        ValueError: the data have "answers" or a graph under "train", since a GraphModule has one graph for both modes;
+            or they quantize an argument by name, or a tensor inside of an argument.
     """
     if "answers" in data or data.get("train") is not None:
         raise ValueError("the forward of a GraphModule is one graph")

@@ -68,7 +68,10 @@ class GuardedGraph(ForwardGraph):
             operands: returns the child's arguments, given the node.
             in_place: whether the node overwrites its first operand; later readers of that operand in the graph then get
                 the child's result, too.
-            joined: whether the child computes other calls, too, which were erased.
+            joined: whether the child computes other calls, too, which were erased. The forward itself then raises
+                ValueError for a call whose numbers or flags are not the recorded ones; without ``joined`` it runs such
+                a call as written, and rounds the result. It compares calls that were recorded with numbers or flags,
+                and only with ``node_operands``, ``first_node`` or ``sequence_operand``.
         """
         super().replace(node, child, operands, in_place, joined)
         self._edit_forward(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
@@ -201,8 +204,12 @@ def _changed(module: nn.Module, path: str, expected: Any, found: Any) -> str:
 def check_values(data: Any) -> None:
     """Check that data are the "values" of :meth:`GuardedGraph.to_data`: constants by the paths of attributes.
 
+    A path is a text of attribute names, joined by dots, such as ``"config.depth"``. A constant is what
+    :func:`constant_to_data` writes: ``4``, or ``{"tuple": [1, None]}`` for ``(1, None)``.
+
     Raises:
-        ValueError: the data have another form.
+        ValueError: the data are no mapping, a path is no such text or has a name that begins with two underscores, or
+            :func:`constant_from_data` refuses a constant.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"values that a forward reads must be a mapping of paths, got {type(data).__qualname__}")

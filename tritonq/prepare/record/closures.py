@@ -74,7 +74,12 @@ class _Rebinder:
         self._cells: dict[int, CellType] = {}
 
     def rebound(self, item: Any) -> Any:
-        """Return a function that refers to the copy where ``item`` refers to the original; else ``item``."""
+        """Return a function that refers to the copied model where ``item`` refers to the original; else ``item``.
+
+        ``item`` is a Python function, a bound method or a ``functools.partial``. What it holds is replaced: in its
+        closure, default values, owner or arguments, and in functions among these. The result is then a new object, and
+        ``item`` stays as it is. Anything else is returned as it is, a module or tensor too.
+        """
         if isinstance(item, FunctionType):
             return self._rebound_function(item)
         if isinstance(item, MethodType):

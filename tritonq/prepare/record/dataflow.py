@@ -356,7 +356,11 @@ def refs_in(structure: Any) -> tuple[int, ...]:
 
 
 def replace_refs(structure: Any, leaf: Callable[[Ref], Any]) -> Any:
-    """Return recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`, inside tuples and dicts too."""
+    """Return recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`, which stands for a tensor.
+
+    Tuples and dicts are searched at any depth. A record holds no other containers: lists are recorded as tuples,
+    other mappings and dataclasses as dicts.
+    """
     if isinstance(structure, Ref):
         return leaf(structure)
     if isinstance(structure, tuple):

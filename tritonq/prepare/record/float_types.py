@@ -27,7 +27,10 @@ def float_type(module: nn.Module, known: Container[type[nn.Module]]) -> type[nn.
 
 
 def inherits_computation(kind: type[nn.Module], base: type[nn.Module]) -> bool:
-    """Whether ``kind`` overrides none of the methods of ``base`` that compute a layer's result, such as ``forward``."""
+    """Whether ``kind`` overrides none of the methods of ``base`` that compute a layer's result.
+
+    These are ``forward``, ``_conv_forward``, ``_output_padding`` and ``__call__``. ``kind`` is ``base`` or a subclass.
+    """
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING)
 
 

@@ -77,9 +77,11 @@ vars(operation_name)["_dynamo_marked_constant"] = True
 
 
 def plain_name(name: str, is_operator: bool = False) -> str:
-    """Return a name without underscores and prefixes, and one name for all synonyms.
+    """Return a name without underscores at its ends, and one name for all synonyms.
 
-    ``add_``, ``__iadd__`` and ``__radd__`` give ``"add"``; ``multiply`` gives ``"mul"``; ``bmm`` gives ``"matmul"``.
+    An arithmetic operator also loses the prefix "i" or "r", if its name begins with two underscores or ``is_operator``
+    is True. ``add_``, ``__iadd__`` and ``__radd__`` give ``"add"``; ``multiply`` gives ``"mul"``; ``bmm`` gives
+    ``"matmul"``; ``max_pool2d`` stays.
 
     Args:
         name: name of a function or method.

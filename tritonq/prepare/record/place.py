@@ -37,7 +37,8 @@ def calling_place(frame: FrameType | None) -> str:
 def calling_frame(frame: FrameType | None) -> FrameType | None:
     """Return the first frame, from this one outwards, that is no Python function of torch which hands its call on.
 
-    None if there is no such frame.
+    Such functions are those of ``_tensor.py``, ``functional.py``, ``overrides.py``, ``_jit_internal.py``,
+    ``nn/functional.py`` and ``utils/_device.py`` in torch's folder. None if there is no other frame.
     """
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
@@ -52,7 +53,8 @@ def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool],
 
     Args:
         frame: the frame that calls a torch function; None gives "".
-        ends: tells whether a frame is that of the forward, or what called it; the search outwards stops there.
+        ends: called with one frame after the other, from ``frame`` outwards; True for a frame that runs the forward, or
+            that called it. The search stops there, and the place is returned; so it is if no frame stops the search.
         beyond: code of a function whose callees do not belong to the forward either; None: there is no such function.
     """
     caller, below = frame, None

@@ -1,6 +1,7 @@
 """Record one run of a model by hooks on its modules and a torch function mode.
 
-Tensors are followed by the identity of their objects, which works in forwards that no tracer can follow.
+Tensors are followed by the identity of their objects, which works in forwards that no tracer can follow. A *leaf* is a
+module whose call is one operation. Calls in it, and calls that read no elements and return no tensor, are left out.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ SEED = 0  # runs that are compared draw the same random numbers
 def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Dataflow:
     """Run ``model(*args, **kwargs)`` once in eval mode without gradients and return the record of the run.
 
-    Modes, buffers, attributes, hooks and the random state are afterwards what they were, also after an error; the
-    example inputs are not written to.
+    Modes, buffers, attributes, hooks, random state and inputs are afterwards what they were, also after an error.
 
     Raises:
         ValueError: the model has lazy parameters, whose shapes a first run would decide.
@@ -94,11 +94,11 @@ class _OpenValue:
 
 
 class Recorder:
-    """Record one run of one model, without gradients; the model is afterwards what it was.
+    """Record one run of one model, without gradients. :meth:`run` returns the record and leaves the model as it was.
 
     Args:
         model: the model.
-        modes: for each module, whether it runs in training mode; None: all run in eval mode.
+        modes: whether each module runs in training mode, by module, the model itself too; None: all run in eval mode.
         passing: names of modules that returned their input in another run; their calls count as one operation here.
 
     Attributes:
@@ -175,7 +175,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Return ``function(*args, **kwargs)``; outside of leaves record the call, unless it reads no elements."""
+        """Return ``function(*args, **kwargs)``, called by frame ``caller``; record the call, if it isn't left out."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]

@@ -20,7 +20,11 @@ PRIMITIVES = (type(None), bool, int, float, complex, str, torch.dtype, torch.dev
 
 @dataclasses.dataclass(frozen=True)
 class Opaque:
-    """Stand for a recorded argument that is neither tensor, container nor constant; only its type's name is kept."""
+    """Stand for a recorded argument that is neither tensor, container nor constant; only its type's name is kept.
+
+    Attributes:
+        type_name: the ``__qualname__`` of the argument's type, without its module.
+    """
 
     type_name: str
 
@@ -120,11 +124,12 @@ def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 def replace_at(item: Any, path: Path, change: Callable[[Any], Any]) -> Any:
     """Return a copy of a nested structure in which the entry at ``path`` is ``change(entry)``.
 
-    Only the containers on the way are copied. An empty path gives ``change(item)``; a path that leads to no entry
-    changes nothing.
+    Only the containers on the way are copied. An empty path gives ``change(item)``. If a container on the way has no
+    entry under the path's key, the copy has the same entries as ``item``.
 
     Raises:
-        TypeError: a container on the way is no tuple, list or plain dict (subclasses of dict are not rebuilt).
+        TypeError: the path goes on inside of something that is no tuple, list or plain dict, such as a tensor, None, a
+            dataclass or a subclass of dict.
     """
     if not path:
         return change(item)
