@@ -301,6 +301,26 @@ def test_frozen_norms_are_folded_and_stay_frozen(norm):
     assert all(torch.equal(tensor, before[name]) for name, tensor in prepared[0].bn.state_dict().items())
 
 
+class ByMode(Frozen):
+    """Multiplies by another buffer, or another number, in training."""
+
+    def __init__(self, by_number):
+        super().__init__(8)
+        self.by_number = by_number
+
+    def forward(self, x):
+        if self.by_number:
+            return x * self.weight.view(1, -1, 1, 1) * (3.0 if self.training else 1.0)
+        return x * (self.weight if self.training else self.bias).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("by_number", [True, False])
+def test_a_norm_of_other_factors_in_training_is_not_folded(by_number):
+    x = torch.randn(4, 1, 8, 8)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), ByMode(by_number), nn.ReLU())
+    assert type(prepare_qat(model, example_inputs=x)[1]).__name__ == "ByMode"
+
+
 class WithActivation(ByFactor):
     """Calls its children afterwards, as timm's FrozenBatchNormAct2d does."""
 

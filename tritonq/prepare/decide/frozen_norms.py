@@ -13,7 +13,7 @@ from torch import nn
 
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.constants import PlannedProgram
-from tritonq.prepare.record.dataflow import Call, Frame, Ref, refs_in
+from tritonq.prepare.record.dataflow import Call, Frame, Ref, refs_in, replace_refs
 
 Operation = Literal["add", "sub", "mul", "div", "reversed_sub", "batch_norm"]
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -40,6 +40,24 @@ class AffineStep:
     operands: PlannedProgram | None = None
     roles: tuple[str, ...] = ()
 
+    @property
+    def key(self) -> object:
+        """What the operation computes, without the indices of recorded values, which differ from run to run."""
+        if self.operands is None:
+            return (self.operation, self.number)
+        names: dict[int, object] = dict(self.operands.state)
+        for call in self.operands.calls:
+            names.update({output: (call.name, place) for place, output in enumerate(call.outputs, len(names))})
+        given = [(call.args, call.kwargs) for call in self.operands.calls]
+        results = [names.get(result) for result in self.operands.results]
+        return (
+            self.operation,
+            self.number,
+            self.roles,
+            replace_refs(tuple(given), lambda ref: names.get(ref.value)),
+            results,
+        )
+
 
 @dataclass(frozen=True)
 class FrozenNorm:
@@ -48,9 +66,9 @@ class FrozenNorm:
     Attributes:
         channels: number of channels.
         dimensions: number of dimensions of its input, 4 for images.
-        steps: the operations, in order.
-        starts: for each run of the module its first operation.
-        ends: for each run of the module its last operation.
+        steps: the operations of the first recorded run, in order; without calls that keep values, such as ``to``.
+        starts: for each recorded run of the module the first call of a function on its input, ``to`` included.
+        ends: for each recorded run the last call of a function on what follows from its input, ``to`` included.
         remainder: names of its children that it calls behind these, one after the other, such as an activation.
     """
 
@@ -65,7 +83,8 @@ class FrozenNorm:
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
     """Return the frozen norm that a module computes.
 
-    None if it computes something else, computes by other operations in another run, or has parameters that train.
+    None if it computes something else, computes by other operations, operands or numbers in another run (as in another
+    mode), or has parameters that train.
     Children may follow, such as an activation.
 
     Args:
@@ -81,9 +100,11 @@ def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
     if len({tuple(call.name for call in chain) for chain in found}) > 1:
         return None
     shape = analysis.flow.values[found[0][0].inputs[0]].shape if found[0][0].inputs else ()
-    steps = [_step(call, analysis) for call in found[0] if call.name not in _PASSING]
+    steps, *others = ([_step(call, analysis) for call in chain if call.name not in _PASSING] for chain in found)
     known = tuple(step for step in steps if step is not None)
     if len(shape) < 2 or len(known) < len(steps) or not any(step.operands for step in known):
+        return None
+    if any([step and step.key for step in other] != [step.key for step in known] for other in others):
         return None
     starts, ends = tuple(chain[0] for chain in found), tuple(chain[-1] for chain in found)
     return FrozenNorm(shape[1], len(shape), known, starts, ends, remainders.pop())
