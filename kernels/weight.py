@@ -191,10 +191,10 @@ def folded_codes(
 
     Args:
         rows: the weight, (out, ...).
-        fold: (out,), the factor of each row.
-        grid: the snapshot that :func:`quantize_folded` returned; None: codes are the folded weight, unit is 1.
-        out: not used.
-        extremes: not used.
+        fold: (out,) float32, the factor of each row; ``unit`` has its shape and dtype.
+        grid: snapshot; returns a copy, scales (out,). None: returns None, codes are ``rows · fold``, unit 1.
+        out: not used; the codes are new memory, float32, shaped as ``rows``.
+        extremes: not used; ``clips`` is True with a grid and False without.
     """
     return quantize_folded(rows, fold, grid, None)
 

@@ -71,6 +71,8 @@ def _magnitude(observer: MinMaxObserver) -> float | None:
 class LateReading:
     """The largest magnitude in a device's range, copied to the host without waiting and read by a later call.
 
+    The calls are those of :meth:`latest`, which takes the range, and returns None if no copy has arrived.
+
     Args:
         period: in one of so many calls a copy of the range to the host is begun.
     """

@@ -29,7 +29,13 @@ class Rule(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A qconfig for the first or last layer, or for the model's inputs; None leaves these in float."""
+    """The global rule of a mapping, or the one for the first layer, the last layer, or the model's inputs.
+
+    The mapping's attribute that holds it tells which. That attribute is None where there is no such rule.
+
+    Attributes:
+        qconfig: for what the rule is about; None leaves it in float.
+    """
 
     qconfig: Choice
 

@@ -155,7 +155,8 @@ def keep_modes(original: nn.Module, copied: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """Give every graph of ``model`` its own code generator back, in place.
 
-    What tritonq stored on torchao's quantizers, and on any module for steps that run again, is deleted.
+    It also deletes what tritonq stored on modules: the formula of each quantizer of torchao, and on any module what a
+    training step needs when activation checkpointing runs it again.
     """
     for module in _graph_modules(model):
         codegen: Any = module.graph._codegen

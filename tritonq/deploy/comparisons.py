@@ -83,7 +83,7 @@ class OutputComparison:
 
     @property
     def agreement(self) -> float:
-        """Fraction of predictions that are the same."""
+        """Fraction of predictions that are the same; 1.0 if no predictions were compared."""
         return 1.0 - self.differing_predictions / max(self.predictions, 1)
 
 

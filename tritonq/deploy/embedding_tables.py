@@ -100,7 +100,7 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return the float32 values (..., embedding_dim) of the rows with the integer indices ``input`` (...).
 
-        With ``max_norm`` rows are scaled as ``nn.Embedding`` does it.
+        With ``max_norm`` the returned rows are scaled as ``nn.Embedding`` does it. The stored table does not change.
         """
         if self.max_norm is not None:
             return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)

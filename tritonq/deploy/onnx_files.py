@@ -23,7 +23,18 @@ def require_onnx(*packages: str) -> None:
 
 
 def code_entries(proto: Any) -> list[dict[str, Any]]:
-    """Return the file's list of codes: dicts with "quantizer", "tensor", "zero_point" and "axis", in order."""
+    """Return the list of codes that an ONNX model of tritonq has in its metadata, in the order of the graph.
+
+    Each entry has "quantizer", name of a quantizer, or of a layer in fixed point; "tensor", name of its codes in the
+    graph; "zero_point", a number or a list; and "axis", that of the zero points (None: one grid for the tensor). For
+    codes of floats "tensor" names their values, and the entry has "format" and "scale", too.
+
+    Args:
+        proto: an ``onnx.ModelProto``.
+
+    Raises:
+        StopIteration: the model has no such list.
+    """
     entries: list[dict[str, Any]] = json.loads(next(e.value for e in proto.metadata_props if e.key == CODES_KEY))
     return entries
 

@@ -71,9 +71,11 @@ def fake_quantize_learnable(
         Tensor of ``x``'s shape and dtype.
 
     Raises:
-        TypeError: ``x`` or ``scale`` is not a floating point tensor, or a zero point of the wrong kind.
+        TypeError: ``x`` or ``scale`` is not a floating point tensor; the zero point is neither an int (a bool is none)
+            nor a tensor of integers or floats; or ``group_size`` is no int.
         ValueError: empty code range, an axis out of range, wrong shape or device, an unknown method, a scale or
-            floating point zero point that is not finite, or for ``"torch"`` a scale that is not positive.
+            floating point zero point that is not finite, an integer zero point outside the code range, for ``"torch"``
+            a scale that is not positive, or groups without an axis or whose size does not divide the axis's length.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al.,

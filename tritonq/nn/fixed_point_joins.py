@@ -183,7 +183,12 @@ class FixedPointAvgPool2d(ReferringModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``.
 
-        In that phase the network computes in float. In the others the next layer's weights have the factor.
+        The phase is that of ``input_format``. In this phase the network computes in float. In the others the next
+        layer's weights have the factor.
+
+        The mean is that of ``input_format.read(input, observes)``: of the rounded input in phase ``"fixed"``, of the
+        clipped one in ``"floating"``, and in ``"floating_wo_clip"`` of its ReLU, or of the input as it is if the format
+        is signed. In training the first two observe the input, if ``observes`` is True.
 
         If there is a following format, the divided mean is multiplied by ``η/η_following`` as well.
 

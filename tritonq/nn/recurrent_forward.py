@@ -180,8 +180,10 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
         """Run one layer in float; return the sequence that it makes of ``x``, followed by its last states.
 
         Args:
-            x: the layer's input.
-            states: the states to begin with, (directions, batch, size): two for an LSTM, else one.
+            x: the layer's input, (time, batch, features), or with ``batch_first`` (batch, time, features); of a packed
+                sequence its rows, (rows, features). The returned sequence has the same axes.
+            states: the states to begin with, (directions, batch, size): two for an LSTM, else one. The last states have
+                these shapes.
             sizes: batch sizes of a packed sequence; None for a plain tensor.
             parameters: weights and biases of the layer, as :meth:`parameters_of` returns them.
         """

@@ -96,7 +96,10 @@ class PassiveObserver(ObserverBase):
         return x
 
     def calculate_qparams(self) -> QParams:
-        """Return the scale in use and the zero point that :meth:`set_qparams` was given last."""
+        """Return the scale in use and the zero point that :meth:`set_qparams` set last.
+
+        Before its first call, and if no state was loaded, the zero point is 0, and the scale 1 or what was assigned.
+        """
         return QParams(self.current_scale, self.zero_point)
 
     def has_observed(self) -> Tensor:

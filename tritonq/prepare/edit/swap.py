@@ -34,7 +34,11 @@ def swap(
 
 
 def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """Return ``module`` as an object of its base class ``kind``, with the same state; itself if it is one."""
+    """Return ``module`` as an object of its base class ``kind``; ``module`` itself if its class is exactly ``kind``.
+
+    The new object shares the parameters, buffers, children and hooks of ``module``, and the dicts that hold them. It
+    has the same attributes. ``module`` is not changed.
+    """
     if type(module) is kind:
         return module
     plain = kind.__new__(kind)

@@ -122,14 +122,15 @@ class GuardedGraph(ForwardGraph):
 def guarded(graph: Callable[..., Any], original: Callable[..., Any], data: ForwardData) -> Callable[..., Any]:
     """Return a forward that runs ``graph`` while the module has the values for which it was traced, else ``original``.
 
-    ``original`` also runs, unless it was dropped, for a call with ``*args`` or ``**kwargs`` that were empty when the
-    graph was traced. An attribute that the module has no more counts as unchanged. Once a value has changed, the module
-    warns (UserWarning), once.
+    ``original`` also runs for a call with ``*args`` or ``**kwargs`` that were empty when the graph was traced. An
+    attribute that the module has no more counts as unchanged. Once a value has changed, the module warns (UserWarning),
+    once.
 
     Args:
         graph: the function compiled from the graph.
         original: the forward as its author wrote it; its recorded calls are answered.
-        data: what :meth:`GuardedGraph.to_data` returned. If its "otherwise" is None, a changed value raises ValueError.
+        data: what :meth:`GuardedGraph.to_data` returned. If its "otherwise" is None, ``original`` never runs: the
+            forward then raises ValueError for a changed value, and TypeError for such ``*args`` or ``**kwargs``.
     """
     values = [(path, path.split("."), constant_from_data(value)) for path, value in data["values"].items()]
     otherwise = data["otherwise"]
