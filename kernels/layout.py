@@ -96,11 +96,12 @@ class View(NamedTuple):
         return next(fitting, 1) if self.lies_row_by_row else 1
 
     def pieces(self) -> tuple[View, int | None]:
-        """Cut short rows into pieces of 8 or 4 elements; return the view of pieces, and how many elements a row has.
+        """Cut short rows into pieces of n elements; return the view of pieces, and how many elements a short row has.
 
-        A piece has elements of two channels at most. Returns the view itself and None if rows are not short (one behind
-        the other, a channel each, of a length that 4 does not divide), if they have fewer than 3 elements, or if
-        neither 8 nor 4 divides a plane (rows · cols).
+        The view of pieces has the sizes (outer, rows · cols / n, n) and the same ``channel``. A piece has elements of
+        two channels at most. n is 8 if 8 divides a plane (rows · cols) and cols is 7 or more; else 4 if 4 divides a
+        plane and cols is 3 or more. Returns the view itself and None if neither holds, or if rows are not short
+        (:attr:`lies_row_by_row`).
         """
         outer, rows, cols = self.sizes
         fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols >= n - 1)
