@@ -159,7 +159,7 @@ def mean_from(at, step, base, mask):
 @Launcher
 @triton.jit
 def finish_kernel(
-    partial_ptr,  # 6 × splits × channels float32, as statistics_kernel wrote them
+    partial_ptr,  # 6 × splits × channels float32: centre, mean - centre, M2, minimum, maximum, count of each share
     vectors_ptr,  # 6 × channels float32, written: mean, 1/std, gain, slope, shift, eps_share
     range_ptr,  # 2 × channels float32, written: smallest and largest result before the ReLU; NaN where not finite
     ratio_ptr,  # (channels,) float32: c / ratio is the convolution by the weight before folding

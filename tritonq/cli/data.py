@@ -151,7 +151,7 @@ def open_examples(
         workers: threads that read files; 0: one per processor.
         quiet: print nothing, because another process does.
         trains: whether a model is trained with some of them, for which there must be two classes, an image of each to
-            train with, and one held out.
+            train with, and one held out in all. Otherwise one class with one image is enough.
 
     Raises:
         ValueError: no such folder, too few classes, a class with too few readable images, validation classes that

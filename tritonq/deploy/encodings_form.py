@@ -182,8 +182,9 @@ def take_marks(graph: Any, encodings: dict[str, Encoding]) -> dict[str, Encoding
     """Remove the marks from a traced graph; return the grids by the names of its tensors, in order of execution.
 
     If a tensor has two grids, or is also read unrounded, readers of a grid read it through an Identity, whose result
-    gets the grid. The result of a ReLU, or of an operation that only moves values, gets the grid of its input. The
-    input of an operation that moves values gets that of the result, if nothing else reads the input.
+    gets the grid. Tensors without a mark get a grid in two cases: the result of a ReLU, or of an operation that
+    only moves values, that of its input; the input of an operation that moves values that of the result, if nothing
+    else reads the input.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

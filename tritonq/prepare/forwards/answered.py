@@ -104,12 +104,12 @@ class AnsweredForward:
         Args:
             node: place of the call.
             child: name of the child module.
-            operands: which arguments of the call the child gets, such as ``node_operands`` of ``graph.py``.
+            operands: the function by which a graph finds the arguments that the child gets, such as ``node_operands``.
             in_place: not used here; a graph needs it.
             joined: whether the child computes other calls, too, which were erased. It matters where the child is
                 given tensors alone, and :meth:`expect` noted numbers or flags of the call. If a later run makes the
-                call with others, its forward raises ValueError if ``joined``; else the call runs as written, and its
-                result is rounded.
+                call with others, its forward raises ValueError if ``joined``; else the call runs as written, and the
+                output quantizer of ``child`` rounds its result.
         """
         self._answer(node)[:3] = ["replace", child, _OPERANDS[operands]]
         if joined:
