@@ -114,9 +114,10 @@ class View(NamedTuple):
     def constants(self, tile: Tile, grid: LaunchGrid) -> dict[str, Any]:
         """Return the constants and launch options that kernels on this view take, as keyword arguments.
 
-        They are CHANNEL and WIDE (``channel`` and ``wide`` of the view), ROWS and COLS (of ``tile``), FIRST (the
-        view's dimension on the first axis of the launch, from ``grid``), ``num_warps`` (of ``tile``), and ``enable_fp_fusion=False``: the compiler must not fuse a product
-        with the addition behind it, which would round once instead of twice.
+        They are CHANNEL and WIDE (``channel`` and ``wide`` of the view), ROWS and COLS (of ``tile``), FIRST (the view's
+        dimension on the first axis of the launch, from ``grid``), ``num_warps`` (of ``tile``), and
+        ``enable_fp_fusion=False``: the compiler must not fuse a product with the addition behind it, which would round
+        once instead of twice.
 
         Args:
             tile: what a program reads at a time.
