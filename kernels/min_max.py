@@ -271,8 +271,8 @@ def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) ->
     """Update a running range with ``x``, and the scale and zero point of ``grid`` that follow, in place on the device.
 
     The range takes the extremes of all batches, or with ``statistics.averaging_constant`` c ``r + c · (batch - r)``;
-    the first batch replaces the empty range, and with ``statistics.copy_above`` a much larger or smaller batch an
-    average (:func:`update_range`). Values that are not finite are left out and counted. A frozen range
+    the first batch replaces the empty range. With ``statistics.copy_above`` an average is replaced by a batch whose
+    magnitude is more than that times its own, or less than 1/100 of it. Values that are not finite are left out and counted. A frozen range
     (``statistics.frozen``), or one whose switch is off, stays as it is; without ``grid`` only the range is updated.
     """
     if statistics.frozen:

@@ -27,5 +27,5 @@ def warn_once(
 
 
 def silence(owner: object) -> None:
-    """Mark ``owner`` as having warned, so that :func:`warn_once` with the default ``flag`` gives no warning for it."""
+    """Mark ``owner`` as having warned: :func:`warn_once` gives no warning for it, unless it is given a ``flag``."""
     setattr(owner, _FLAG, True)

@@ -151,7 +151,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def has_floats(self) -> bool:
-        """Whether the weight's codes are those of a float format."""
+        """Whether the weight has codes of a float format, such as FP8; False for a weight that stayed in float."""
         return self.types.weight is not None and self.types.weight.float_format is not None
 
     @property

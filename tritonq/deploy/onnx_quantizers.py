@@ -33,7 +33,8 @@ class TracedQuantizer(nn.Module):
             is.
 
     Attributes:
-        clamp: smallest and largest value, to which values are limited before they are rounded; None: no limit.
+        clamp: smallest and largest value, to which values are limited before they are rounded; None, as at first: no
+            limit. The plain form sets it where the codes are fewer than those of their dtype.
     """
 
     scale: Tensor

@@ -49,7 +49,8 @@ def why_between(call: Call, analysis: Analysis) -> str:
 
     - ``batch_norm``: that an ``nn.BatchNorm`` in its place would become part of the layer before it.
     - A call that could be a join: that one of its operands is a constant.
-    - A call that changes a tensor in place, and can't be edited: that it changes a tensor in place.
+    - A call that changes a tensor in place and has no place in a forward that can be edited: that it changes a tensor
+      in place.
     - A call whose result is that of its forward, if the forward keeps its branches: that the result is rounded behind
       the forward.
     """
