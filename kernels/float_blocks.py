@@ -55,8 +55,8 @@ def fake_quantize_blocks_kernel(
     A block's scale follows from its largest magnitude a (infinity counts as float32's largest number). Without a tensor
     scale it is ``2^(floor(log2 a) - GREATEST_EXPONENT)``, doubled with ROUNDS_UP if a would saturate, then clamped to
     2^-127 .. 2^(127 - GREATEST_EXPONENT). With a tensor scale t it is ``e4m3(a / (t · LARGEST)) · t``, where e4m3
-    rounds to that format (at most 448), and 0 if that or ``t · LARGEST`` is below float32's normal numbers. A block with NaN
-    becomes NaN.
+    rounds to that format (at most 448), and 0 if that or ``t · LARGEST`` is below float32's normal numbers. A block
+    with NaN becomes NaN.
     """
     tensor_scale = 1.0
     if tensor_scale_ptr is not None:

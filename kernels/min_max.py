@@ -272,8 +272,9 @@ def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) ->
 
     The range takes the extremes of all batches, or with ``statistics.averaging_constant`` c ``r + c · (batch - r)``;
     the first batch replaces the empty range. With ``statistics.copy_above`` an average is replaced by a batch whose
-    magnitude is more than that times its own, or less than 1/100 of it. Values that are not finite are left out and counted. A frozen range
-    (``statistics.frozen``), or one whose switch is off, stays as it is; without ``grid`` only the range is updated.
+    magnitude is more than that times its own, or less than 1/100 of it. Values that are not finite are left out and
+    counted. A frozen range (``statistics.frozen``), or one whose switch is off, stays as it is; without ``grid`` only
+    the range is updated.
     """
     if statistics.frozen:
         return

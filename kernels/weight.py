@@ -215,7 +215,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         codes: shaped and laid out as the rows, in the given dtype: code minus zero point; folded rows if not rounded.
-        unit: (out,) float32: the scale s, or 1 without rounding; for float16 codes, which are 2^k · code, it is s / 2^k.
+        unit: (out,) float32: the scale s, or 1 without rounding; s / 2^k for float16 codes, which are 2^k · code.
         ratio: (out,) float32, ``fold / unit``.
         grid: a snapshot: copies of scale, zero point and switch as they were used.
     """
