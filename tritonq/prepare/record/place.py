@@ -1,7 +1,8 @@
 """Find where in the source a torch function is called: which function calls it, and at which lines and columns.
 
 A *place* is a text ``"module:function:position"``, such as ``"models.net:Net.forward:3.8-3.20"``: lines count from the
-first line of the function. A *frame* is here a frame of the Python interpreter (``types.FrameType``).
+first line of the function or of its decorators, which is 0. A *frame* is here a frame of the Python interpreter
+(``types.FrameType``).
 """
 
 from __future__ import annotations
