@@ -105,7 +105,8 @@ class RangeStatistics:
         nonfinite_count: int64, 0-d; grows by the number of values that were skipped.
         granularity: which elements share a range.
         enabled: uint8, one element; 0 leaves range and grid as they are. None: always on.
-        frozen: True: the range is read, to see whether anything was observed, but not updated.
+        frozen: True: neither range, count nor grid is updated, whatever ``enabled`` says; the range is only read, to
+            see whether anything was observed.
         averaging_constant: weight of a batch in a moving average; None: the range holds the extremes of all batches.
         copy_above: a batch whose magnitude ``max(-low, high)`` is more than this times the running one's replaces the
             range of a moving average, and so does one below 1/100 of it that is not 0; None: only the first batch does.

@@ -125,7 +125,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
             num_channels: number of channels.
 
         Raises:
-            ValueError: the observer keeps a range of another length.
+            ValueError: the observer's buffers have another length already, even if nothing was observed.
         """
         self.activation_post_process.allocate(num_channels)
         if self._widest.axis is not None and self.scale.numel() != num_channels:

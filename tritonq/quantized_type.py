@@ -193,9 +193,9 @@ class QuantizedType:
 
     @property
     def fixed_zero_point(self) -> int | None:
-        """The zero point when the type alone decides it, else None.
+        """The zero point that a symmetric type has whatever its range is; None for types that are not symmetric.
 
-        Symmetric types with negative codes use 0, others the middle of their range, rounded up: 128 of 0..255.
+        It is 0 with negative codes, as float formats have, else the middle of the codes, rounded up: 128 of 0..255.
         """
         if not self.symmetric:
             return None

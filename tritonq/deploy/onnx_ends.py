@@ -238,7 +238,7 @@ def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, i
         Scale and zero point of each output that is codes.
 
     Raises:
-        ValueError: codes of an output that has no quantizer, or argmax of one without an axis 1.
+        ValueError: codes of an output that no quantizer with one grid rounds, or argmax of one without an axis 1.
     """
     import onnx
 

@@ -93,7 +93,8 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
         metadata: texts by name; None: nothing is added.
 
     Raises:
-        ValueError: a key or value that is not text, or a key that tritonq's own metadata have.
+        ValueError: a key or value that is not text, or a key that the file has already or that tritonq's own metadata
+            have.
     """
     taken = {entry.key for entry in proto.metadata_props} | {CODES_KEY, TARGET_KEY}
     for key, value in (metadata or {}).items():

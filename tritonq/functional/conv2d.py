@@ -169,7 +169,7 @@ def run_integer_layer(
 
     Args:
         x: float tensor of values on the layer's input grid.
-        layer: the layer's weight, bias and multiplier as integers.
+        layer: the layer's weight and bias as integers, and its float32 multiplier, input scale times weight scale.
         op: the convolution or product, without weight and bias.
         output: the grid that the sums are rounded to, before clipping, per tensor; None: they stay unrounded.
         kernel: what :func:`find_kernel` returned; None: torch's operators.

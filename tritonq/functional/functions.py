@@ -28,7 +28,8 @@ def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) 
     """Return f of quantized values as integer runtimes compute it: on the output's grid, before clipping.
 
     ``round(f(fl((code - z) · s_in)) / s_out) · s_out`` with f in float32, in the order of operations in which ONNX
-    Runtime computes it. A table holds the result of every code, so that it is the same in every memory format.
+    Runtime computes it. For grids of up to 16 bits a table holds the result of every code, so that it is the same in
+    every memory format, and values beyond the grid count as its ends. Of wider grids f is computed directly.
 
     Args:
         x: float tensor of values ``(code - zero_point) * s_in``.

@@ -37,7 +37,10 @@ class LinearMap(Protocol):
         """Return a 2-d convolution that computes this map of ``x``, from :meth:`images`; None if there is none."""
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return input (n, c, h, w) and weight (out, c/groups, kh, kw) for the convolution of :meth:`as_conv2d`."""
+        """Return input (n, c, h, w) and weight (out, c/groups, kh, kw) for the convolution of :meth:`as_conv2d`.
+
+        Call it only if :meth:`as_conv2d` returns a convolution; that is not checked.
+        """
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y`` (n, out, h, w), computed by :meth:`as_conv2d`, in the shape of this map's result for ``x``."""

@@ -137,8 +137,10 @@ class PReLU(UnaryLayer, nn.PReLU):
     In eval mode, if the grids of input and output are known, it is computed in float32 as ONNX Runtime does it.
 
     Args:
-        num_parameters: number of slopes: 1, or the number of channels on axis 1.
-        qconfig: makes the quantizer of the output; None: the layer has none of its own.
+        num_parameters: number of slopes: 1, or the number of channels on axis 1. They begin at torch's 0.25:
+            ``init`` is no argument here.
+        qconfig: makes the quantizer of the output; None: the layer has none of its own, but :meth:`set_quantizers` may
+            name one.
     """
 
     def __init__(self, num_parameters: int = 1, *, qconfig: QConfig | None = None) -> None:

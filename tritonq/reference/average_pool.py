@@ -74,7 +74,7 @@ class AxesAverage:
         return math.prod(shape if self.axes is None else [shape[axis] for axis in self.axes])
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the number of elements along the axes, for an input of ``shape``."""
+        """Return how many elements one sum has: as many as lie along the axes, for an input of ``shape``."""
         return self.divisors(shape)
 
 

@@ -25,7 +25,9 @@ _NUMBERS: dict[torch.dtype, type[Any]] = {torch.float32: np.float32, torch.float
 
 
 def range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    """Return the shape of the ranges of an operator's argument ``x``: ``(x.shape[axis],)``, or ``()`` if axis is None.
+    """Return the shape of an operator's results that are ends of ranges of its argument ``x``, for ``New``.
+
+    It is ``(x.shape[axis],)``, or ``()`` if axis is None.
 
     Args:
         arguments: all arguments of the operator by name; ``x`` and ``axis`` are read.

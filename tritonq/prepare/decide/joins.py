@@ -326,7 +326,7 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
 
 
 def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    """Return the indices, among recorded values, of those that a join reads and rounds; empty if the call is no join.
+    """Return the indices, among recorded values, of all operands of a join, constants too; empty if it is no join.
 
     It is no join if an operand is no float tensor, or if all operands are constants or masks of attention. For a kind
     that refuses constants, one such operand is enough.

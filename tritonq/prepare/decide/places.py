@@ -37,7 +37,8 @@ class Origin:
 def place_of(root: int, analysis: Analysis) -> Origin:
     """Return where a quantizer of the value ``root`` can stand.
 
-    That is where the value is made, provided that every recorded run makes it there; else where it is read.
+    That is where the value is made, if every recorded run makes it there and that place can be edited; else, and for
+    inputs of the model, where it is read (``"consumer"``).
     """
     place = _origin_of(root, analysis)
     runs = {analysis.flow.values[value].run for value in place.values}

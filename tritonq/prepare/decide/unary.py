@@ -98,7 +98,7 @@ class QuantizerPlace(Protocol):
 
     @property
     def owner(self) -> str:
-        """Name of the module behind which, or in whose forward, it stands."""
+        """Qualified name of the module behind which, or in whose forward, it stands; "" for ``"consumer"``."""
 
     @property
     def node(self) -> str:

@@ -153,6 +153,9 @@ class ForwardGraph:
             in_place: whether the node overwrites its first operand; later readers of that operand then get the new
                 result.
             joined: not used here: whether the child computes other calls, too, which were erased.
+
+        Raises:
+            ValueError: the eval graph has no such node.
         """
         for graph, found in self._find(node):
             with graph.inserting_after(found):
