@@ -381,3 +381,10 @@ def test_noise_of_float32_is_no_difference(monkeypatch):
     monkeypatch.setattr(check, "_NOISE_FACTOR", 1e-9)
     with pytest.raises(RuntimeError, match="would not compute in eval mode what the float model does"):
         tritonq.prepare_qat(model, example_inputs=x, warn=False)
+
+
+def test_outputs_of_another_shape_are_no_noise():
+    model, x = nn.Linear(3, 4), torch.ones(1, 3)
+    run = check.Run(None, (x.expand(4, 3),), {}, model(x), {})
+    with pytest.raises(RuntimeError, match="would not compute in eval mode"):
+        check.check_same_output(model, run)

@@ -93,10 +93,12 @@ def _is_noise(model: nn.Module, run: Run, result: dict[Any, Tensor]) -> bool:
     """Whether a prepared model differs from the float model about as much as it differs from itself in float64.
 
     "About" is four times that, and at most 5 % of the largest element. ``result`` holds its outputs in float32 by their
-    paths. False if outputs have other paths or another dtype.
+    paths. False if outputs have other paths, shapes or dtypes.
     """
     expected = dict(tensors_in(run.result))
     if list(expected) != list(result) or any(x.dtype != torch.float32 for x in result.values()):
+        return False
+    if any((x.shape, x.dtype) != (expected[path].shape, expected[path].dtype) for path, x in result.items()):
         return False
     state = {name: x.double() if x.is_floating_point() else x.clone() for name, x in _state(model)}
     args, kwargs = replace_tensors(clone_tensors(run.args, run.kwargs), _doubled)
