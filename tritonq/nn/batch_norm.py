@@ -44,8 +44,9 @@ class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
 class SyncBatchNorm(nn.SyncBatchNorm):
     """torch's SyncBatchNorm, which here also works on CPUs, over gloo.
 
-    In training, mean and variance are those of all ranks' batches together, whose sizes may differ. Gradients are those
-    of one process that had all batches. Source: torch.nn.SyncBatchNorm.
+    In training, mean and variance are those of all ranks' batches together, whose sizes may differ. The gradient of the
+    input is that of one process that had all batches; those of weight and bias are sums over this rank's batch, which
+    DistributedDataParallel averages. Source: torch.nn.SyncBatchNorm.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -55,9 +56,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         are updated by ``momentum`` (None: they are plain averages), with the unbiased variance. In eval mode they are
         the running statistics.
         """
-        group = self._group() if self.training and input.device.type == "cpu" else None
-        if group is None:
+        if input.device.type != "cpu":
             return super().forward(input)
+        group = self._group() if self.training else None
+        if group is None:  # torch's SyncBatchNorm refuses CPUs, even for one rank
+            return cast(Tensor, nn.modules.batchnorm._BatchNorm.forward(self, input))
         self._check_input_dim(input)
         momentum = self.momentum
         if self.num_batches_tracked is not None:
