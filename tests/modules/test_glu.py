@@ -64,3 +64,9 @@ def test_the_gate_is_read_by_a_linear_layer_of_another_axis():
     model = nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 2))
     prepared = tritonq.prepare_qat(model, example_inputs=torch.randn(5, 6), strict=True)
     assert prepared[1].glu.dim == -1
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_odd_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=f"a GLU halves axis -1, got the odd size {size}"):
+        tritonq.nn.GLU(-1)(torch.ones(2, size))

@@ -46,6 +46,12 @@ class GLU(Mul):
         self.set_producers(source, self.gate)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """Return ``FQ(relu?(a * FQ(sigmoid(b))))`` with a the first half of ``input`` along ``dim``, b the second."""
+        """Return ``FQ(relu?(a * FQ(sigmoid(b))))`` with a the first half of ``input`` along ``dim``, b the second.
+
+        Raises:
+            ValueError: the size along ``dim`` is odd.
+        """
+        if input.shape[self.dim] % 2:
+            raise ValueError(f"a GLU halves axis {self.dim}, got the odd size {input.shape[self.dim]}")
         a, b = input.chunk(2, self.dim)
         return self.joined(a, self.gate(b))
