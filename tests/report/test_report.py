@@ -338,6 +338,7 @@ def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):
     save_training(code, ModelRecipe("os:getcwd", (), QCONFIG, Preprocessing(8, 8, channels=1)), {"state_dict": state})
     for words, message in (
         ([tmp_path, "digits"], "is no output of the demo"),
+        ([tmp_path, "digits", "--checkpoint", foreign], "with a checkpoint of its own: leave the other out"),
         ([DEMO_MODEL, "digits", "--checkpoint", foreign], "of another architecture: 'stem.0.weight' has shape"),
         ([DEMO_MODEL, "digits", "--checkpoint", code], "was made with os:getcwd"),
         ([DEMO_MODEL, "digits", "--checkpoint", tmp_path / "none.pt"], "none.pt can't be read"),

@@ -31,7 +31,7 @@ _CLASSES_SHOWN = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m tritonq report``: MODEL, DATA, ``--checkpoint`` or ``--weights``, and others.
 
-    These are those about models, qconfigs and preprocessing, ``--images`` and ``--output``.
+    These are ``--validation``, those about models, qconfigs and preprocessing, ``--images`` and ``--output``.
     """
     parser.epilog = (
         "Example: python -m tritonq report torchvision.models:resnet18 photos --model-arg num_classes=5 --checkpoint "
@@ -55,8 +55,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Measure the model, write the page to ``--output``, print accuracies and the three worst layers; return 0.
 
     Raises:
-        ValueError: ``--images`` below one, a MODEL that is a folder without the demo's checkpoint, or a checkpoint of
-            another model or of other classes.
+        ValueError: ``--images`` below one, an ``--output`` that is a folder or whose folder does not exist, a MODEL
+            that is a folder without the demo's checkpoint, a checkpoint of another model or of other classes, or
+            a file or folder of images that can't be read.
+        OSError: nothing can be written to the folder of ``--output``.
     """
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")
@@ -96,6 +98,8 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
     path = Path(arguments.model)
     checkpoint = arguments.checkpoint
     if path.is_dir():
+        if checkpoint is not None or arguments.weights is not None:
+            raise ValueError(f"{path} is an output of the demo, with a checkpoint of its own: leave the other out")
         checkpoint = path / DEMO_FILE
         if not checkpoint.exists():
             raise ValueError(f"{path} is no output of the demo: it has no {DEMO_FILE}")
