@@ -43,7 +43,7 @@ def checked(proto: Any) -> bytes:
     """Return an ONNX model as bytes.
 
     Raises:
-        ValueError: it is no valid model, as torch's exporter makes of some operators.
+        ValueError: it is no valid model.
     """
     import onnx
 
@@ -51,7 +51,7 @@ def checked(proto: Any) -> bytes:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"torch's exporter writes no valid ONNX for this model: {reason}") from error
+        raise ValueError(f"the file of this model would be no valid ONNX: {reason}") from error
     content: bytes = proto.SerializeToString()
     return content
 
@@ -59,7 +59,8 @@ def checked(proto: Any) -> bytes:
 def drop_unread(graph: Any) -> None:
     """Delete from an ONNX graph, in place, the nodes and initialisers that neither a node nor an output reads.
 
-    Nodes in the branches of an If and the like may read them, too.
+    What only deleted nodes read is deleted, too. What nodes in the branches of an If and the like read is kept, and in
+    the branches nothing is deleted.
     """
     outputs = {output.name for output in graph.output}
     while True:
