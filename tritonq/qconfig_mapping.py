@@ -98,17 +98,23 @@ class QConfigMapping:
         one that was set last wins.
 
         Raises:
-            TypeError: ``object_type`` is neither a module class nor a string.
+            TypeError: ``object_type`` is neither a module class nor a string, or ``qconfig`` neither None nor a QConfig
+                with factories of quantizers.
+            ValueError: ``qconfig`` has an unknown target, folding or choice for islands.
         """
-        return replace(self, types=_added(self.types, type_name(object_type), qconfig))
+        name = type_name(object_type)
+        others = tuple(rule for rule in self.types if rule.key != name)  # so that the new rule comes last
+        return replace(self, types=_added(others, name, qconfig))
 
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for modules whose path the pattern matches (``re.match``).
 
-        None leaves them in float. Of several patterns that match, the one that was set first wins.
+        None leaves them in float. Of several patterns that match, the one that was set first wins. A pattern that is
+        set again keeps its place and gets the new qconfig.
 
         Raises:
             ValueError: not a regular expression.
+            TypeError: the pattern is no string, or ``qconfig`` is neither None nor a QConfig.
         """
         try:
             re.compile(module_name_regex)
@@ -133,6 +139,9 @@ class QConfigMapping:
         """Return a copy of the mapping with a qconfig for the first quantizable layer that the model runs.
 
         None leaves it in float.
+
+        Raises:
+            TypeError: ``qconfig`` is neither None nor a QConfig.
         """
         return replace(self, first=Place(_checked(qconfig)))
 
@@ -149,6 +158,10 @@ class QConfigMapping:
         None leaves them in float, and with them the layers that read them. Without this rule an input gets the
         activation quantizer of the qconfig of the layer that reads it first, or, if that qconfig makes none, that of
         the model's qconfig.
+
+        Raises:
+            TypeError: ``qconfig`` is neither None nor a QConfig with two factories of quantizers.
+            ValueError: it has an unknown option.
 
         Examples:
             >>> import tritonq
@@ -173,9 +186,6 @@ class QConfigMapping:
 
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
         """Return the qconfig of every module of ``model`` by the strongest rule that fits; None leaves it in float.
-
-        Each value is the rule's own ``QConfig``, or None. A ``qconfig`` attribute on a module does not count here:
-        `prepare_qat` puts it in place of the rule's afterwards.
 
         Each value is the rule's own ``QConfig``, or None. A ``qconfig`` attribute on a module does not count here:
         `prepare_qat` puts it in place of the rule's afterwards.

@@ -272,3 +272,13 @@ def test_inplace_copies_and_modes():
         integers.train()
     with pytest.raises(ValueError, match=r"converted already|no quantization-aware"):
         convert(integers)
+
+
+def test_linear_layers_take_any_leading_axes_and_no_rows():
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 6)
+    model = prepare_qat(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), qconfig=F8NET, example_inputs=x)
+    model.train()(x)
+    converted = convert(model)
+    assert torch.equal(converted(x), model.eval()(x).float())
+    assert converted(x[:0]).shape == (0, 3, 3)

@@ -130,3 +130,15 @@ def test_forward_that_no_graph_can_stand_for_says_why(how, reason):
 def test_tensors_in_free_keyword_arguments_are_refused():
     with pytest.raises(TraceError, match="named"):
         traced(Untraceable("named_tensors"), torch.ones(2, 2), y=torch.ones(2))
+
+
+def test_forward_data_without_the_graph_of_eval_mode_are_refused():
+    class Double(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    graph, _ = traced(Double(), torch.ones(2))
+    data = graph.to_data()
+    del data["eval"]
+    with pytest.raises(ValueError, match="have the nodes of eval mode under 'eval'"):
+        ForwardGraph.from_data(data)

@@ -95,3 +95,10 @@ def test_quantizers_that_break_the_contract_are_named(quantizer):
     name = getattr(quantizer, "make", quantizer).__name__
     with pytest.raises(RuntimeError, match=f"differs by .*check_quantizer tries {name}"):
         tritonq.prepare_qat(model(), qconfig=qconfig, example_inputs=X)
+
+
+def test_the_type_that_was_set_last_wins_though_it_was_set_before():
+    mapping = tritonq.QConfigMapping().set_object_type(nn.Conv2d, None).set_object_type("Conv2d", PRESET)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1))
+    assert mapping.resolve(net)[net[0]] is PRESET
+    assert mapping.set_object_type(nn.Conv2d, None).resolve(net)[net[0]] is None

@@ -104,7 +104,7 @@ class IntegerLayer(IntegerModule):
         input: format of the input's codes.
         output: format of the codes that it returns; None: it returns int32 accumulators.
         encodes: whether the input is real and becomes codes here.
-        decodes: whether it returns real values.
+        decodes: whether it returns real values; ``output`` must be None then.
         linear: whether it is a linear layer, with inputs (..., in); else a convolution.
 
     Attributes:
@@ -183,7 +183,7 @@ class IntegerLayer(IntegerModule):
         codes = self.input.encode(input) if self.encodes else input
         if self.linear:
             flat = codes.reshape(-1, codes.shape[-1], 1, 1)
-            y = self.accumulate(flat).view(*codes.shape[:-1], -1)
+            y = self.accumulate(flat).unflatten(0, codes.shape[:-1]).flatten(-3)
         else:
             y = self.accumulate(codes)
         return self.decode(y) if self.decodes else y
@@ -297,6 +297,8 @@ class IntegerAvgPool2d(IntegerModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the averages of codes (n, c, h, w), as codes, or as int32 sums without an output format.
+
+        The result is (n, c, h', w'); that of a window of the whole image without ``keepdim`` is (n, c).
 
         Raises:
             ValueError: the window is the whole image, and the image has another number of pixels than at conversion.

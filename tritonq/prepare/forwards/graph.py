@@ -75,7 +75,8 @@ class ForwardGraph:
         """Return the graph that forward data describe, ready to be edited further.
 
         Args:
-            data: what :meth:`to_data` returned: ``{"version", "eval": nodes, "train": nodes or None}``.
+            data: what :meth:`to_data` returned: ``{"version", "eval": nodes, "train": nodes or None}``. Other entries,
+                such as "values" and "otherwise" of a guarded graph, are not read.
 
         Raises:
             ValueError: data of another version, or that don't describe a forward.
@@ -83,6 +84,8 @@ class ForwardGraph:
         version = data.get("version") if isinstance(data, dict) else None
         if version not in (DATA_VERSION, QUANTIZING_VERSION):
             raise ValueError(f"expected forward data of version {DATA_VERSION}, got {version!r}")
+        if "eval" not in data:
+            raise ValueError("forward data of a graph have the nodes of eval mode under 'eval'")
         train = data.get("train")
         return cls(data_to_graph(data["eval"]), None if train is None else data_to_graph(train))
 
