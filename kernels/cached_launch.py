@@ -39,7 +39,10 @@ class Launcher:
 
     A launch is remembered by device, dtypes of tensors, and the values of all other arguments. Triton's own look-up is
     used each time for pointers that are not aligned to 16 bytes, for tensors on a CPU (interpreter), and for tensors
-    without memory (compilation for an absent GPU). Tensors are positional arguments, constants keyword arguments.
+    without memory (compilation for an absent GPU).
+
+    ``grid`` is a tuple of one to three numbers. Positional arguments (tensors, sizes) come first; all parameters behind
+    them are keyword arguments and must be given, even those with a default. Options such as ``num_warps`` are, too.
     """
 
     def __init__(self, function: Any) -> None:

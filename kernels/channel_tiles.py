@@ -66,6 +66,7 @@ def share_tile(outer, row_start, col_start, sizes, ROWS: tl.constexpr, COLS: tl.
     """Return ``(outer, row, col)`` of a tile's elements, and a (ROWS, COLS) mask of those inside ``sizes``.
 
     ``row`` is (ROWS, 1) from ``row_start`` on, ``col`` is (1, COLS) from ``col_start`` on; ``outer`` stays a scalar.
+    ``sizes`` is (outer, rows, cols), of the view or the end of the share; its first number is not checked.
     """
     row = row_start + tl.arange(0, ROWS)[:, None]
     col = col_start + tl.arange(0, COLS)[None, :]

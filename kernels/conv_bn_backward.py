@@ -189,7 +189,7 @@ def gradient_kernel(
     offset_ptr,  # (channels,) float32: pull[1] of finish_gradients_kernel
     scale_ptr,  # one float32; None without a quantizer
     zero_point_ptr,  # one int32, or None for zero
-    active_ptr,  # one element, 0 blocks nothing; None counts as 1
+    active_ptr,  # one element, 0: the quantizer is off and blocks nothing; None counts as 1
     dy_strides,
     c_strides,
     dc_strides,

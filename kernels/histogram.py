@@ -148,7 +148,7 @@ def prefix_histogram_kernel(
 def linear_histogram_kernel(
     x_ptr,  # (channels, length) contiguous
     histogram_ptr,  # (channels, bins) int64, added to
-    limits_ptr,  # (2,) float32: lower end of the first bin, upper end of the last one
+    limits_ptr,  # (2,) float32: lower end of the first bin, upper end of the last one; they must differ
     length,  # elements of a channel
     blocks,  # of BLOCK elements, in a channel
     bins,  # how many a channel has

@@ -127,8 +127,8 @@ def overridden(kernel: str) -> Entry | None:
 def planned(kernel: str) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that caches a function's results by its arguments and the launch sizes set for ``kernel``.
 
-    Those are what an enclosing :func:`override` block sets; outside of such a block, arguments decide.
-    The decorated function has ``cache_clear``, as those of :func:`functools.lru_cache`.
+    Those are what an enclosing :func:`override` block sets; outside of such a block, arguments decide. The decorated
+    function takes hashable, positional arguments, and has ``cache_clear`` as those of :func:`functools.lru_cache`.
     """
 
     def remember(function: Callable[..., Any]) -> Any:

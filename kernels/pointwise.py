@@ -110,7 +110,8 @@ def function_value(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER
 def function_derivative(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
     """Return the derivative of FUNCTION, with its numbers as in :func:`function_value`, at float32 values ``x``.
 
-    Where it jumps it is 0 for "abs", at 0, and 1 for "clip", at both ends.
+    Where it jumps: at 0 it is 0 for "abs" and NUMBER for "leaky_relu" and "elu"; at both ends it is 1 for "clip" and 0
+    for "hardsigmoid"; for "hardswish" it is 0 at -3 and 1 at 3.
     """
     if FUNCTION == "sigmoid":
         y = _sigmoid(x)

@@ -45,7 +45,7 @@ _LANES = (128, 1024)
 @triton.jit
 def quantize_folded_kernel(
     rows_ptr,  # channels × length, dense
-    codes_ptr,  # channels × length float32, dense
+    codes_ptr,  # channels × length, dense, written; float16 codes are scaled, see `Quantized`
     vectors_ptr,  # 4 × channels float32: unit of the codes, scale, whether quantization is on, fold over unit
     fold_ptr,  # (channels,) float32: read, or written where the next is given
     running_var_ptr,  # (channels,), or None: the fold is known

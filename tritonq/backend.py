@@ -53,7 +53,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
             converted, for fake quantization alone and for histograms). The last compiles for some seconds when it is
             first used on a machine, and says so in the log ``tritonq``. It sums over channels in another order than
             PyTorch, so that a training step's results differ as between two machines; all else gives the same bits.
-            Dtypes other than float32 run PyTorch.
+            Dtypes other than float32, and operators without C++ code, run PyTorch. An operator that gets a tensor on
+            another device than a CPU raises RuntimeError.
 
     Raises:
         ValueError: an unknown backend.

@@ -65,8 +65,9 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Let a prepared model observe what the caller runs in the block, and fix its ranges afterwards.
 
-    Inside, the model is in eval mode, its observers are on and its fake quantizers off. Afterwards scales and zero
-    points are set from what was seen, observers are off and fake quantizers on, and the training mode is as before.
+    Inside, the model is in eval mode and without gradients, its observers are on and its fake quantizers off.
+    Afterwards scales and zero points are set from what was seen, observers are off and fake quantizers on, and the
+    training mode is as before.
 
     Raises:
         ValueError: the model has no fake quantizer, or ones of fixed point; or a quantizer has seen no finite value.
@@ -159,7 +160,7 @@ def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
     Args:
         model: the model; it is not run.
         data: one tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or a
-            tuple, of which those items are taken that the forward requires.
+            tuple or list, of which the first items are taken, as many as the forward requires.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable, or has no batch.

@@ -125,7 +125,7 @@ class FakeQuantize(FakeQuantizeBase):
         So a model has finite ranges from the start, which averages of models (EMA, SWA) can hold.
 
         Args:
-            state: the quantizer's buffers after that run, by name.
+            state: the quantizer's buffers after that run, by name, with ``"scale"``; a buffer that it lacks stays.
         """
         self.allocate(state["scale"].numel())
         for name, buffer in self.named_buffers():
@@ -253,7 +253,8 @@ class FakeQuantize(FakeQuantizeBase):
     def calculate_qparams(self) -> QParams:
         """Return the buffers ``scale`` and ``zero_point``, as :meth:`forward` and deployment use them.
 
-        In an averaged model (EMA) in eval mode they are computed from the averaged range first.
+        In eval mode of an averaged model (EMA), a zero point that does not follow from the averaged range is corrected
+        first, and the scale with it, in place; not if the scale was set by hand.
         """
         self._follow_average()
         return super().calculate_qparams()

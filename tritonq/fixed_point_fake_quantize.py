@@ -126,7 +126,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.observed
 
     def is_enabled_on_host(self) -> bool:
-        """Whether :meth:`forward` rounds.
+        """Whether :meth:`forward` rounds in eval mode.
 
         That is so in phase ``"fixed"``, if it is switched on and has seen a training batch or loaded a fractional
         length.
@@ -134,9 +134,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.phase == "fixed" and super().is_enabled_on_host()
 
     def enabled_on_device(self) -> Tensor:
-        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds.
+        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds in eval mode.
 
-        It rounds in phase ``"fixed"``, while switched on, once a fractional length was observed or loaded.
+        It does in phase ``"fixed"``, while switched on, once a fractional length was observed or loaded. In training
+        mode forward rounds even before that.
         """
         return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
@@ -246,7 +247,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         )
 
     def extra_repr(self) -> str:
-        """Return format, fractional length and phase as text, for ``repr``."""
+        """Return format, fractional length, choice and phase as text for ``repr``.
+
+        Of several fractional lengths it has their number.
+        """
         kind = "signed" if self.signed else "unsigned"
         length = self.frac_len
         shown = f"{float(length):.3g}" if length.numel() == 1 else f"{length.numel()} channels"

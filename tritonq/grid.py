@@ -60,7 +60,7 @@ class Grid:
     def enabled_flag(self) -> bool | Tensor:
         """Return the switch as a bool if there is none or it is on a CPU, else as a 0-d bool tensor.
 
-        While ``torch.compile`` traces, a switch is a tensor on a CPU, too.
+        While ``torch.compile`` traces, the result is a tensor for a switch on a CPU, too.
         """
         if self.enabled is None or is_readable(self.enabled):
             return self.is_enabled_on_host()
@@ -130,5 +130,8 @@ class RangeStatistics:
     has_data: bool = False
 
     def with_data(self) -> RangeStatistics:
-        """Return a copy with ``has_data=True`` (the same tensors), for operators after the first observation."""
+        """Return the statistics with ``has_data=True`` (the same tensors), for operators after the first observation.
+
+        If ``has_data`` is True already, the object itself is returned, else a copy.
+        """
         return self if self.has_data else replace(self, has_data=True)

@@ -164,8 +164,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     def initialize(self, qparams: QParams | None = None) -> None:
         """Set scale and zero point from ``qparams``, or from what the observer has seen.
 
-        Without ``qparams`` and with ``init="lsq"`` the scale is ``2 mean|x| / sqrt(q)`` of all that was observed, with
-        ``init="mse"`` the mean of the scales of the least squared error of the batches.
+        Without ``qparams`` and with ``init="lsq"`` the scale is ``2 mean|x| / sqrt(q)`` of all that :meth:`observe` saw
+        since the last call of this method, with ``init="mse"`` the mean of the scales of the least squared error of
+        these batches. If it saw none since then, the scale is the observer's, as with ``init="observer"``.
 
         Raises:
             ValueError: no ``qparams`` are given, and the observer has seen nothing.
@@ -334,7 +335,7 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        """The scale ``alpha / quant_max``."""
+        """The scale ``alpha / quant_max``, without gradient."""
         return self._positive_alpha().detach() / self.qtype.quant_max
 
     @property

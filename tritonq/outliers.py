@@ -90,7 +90,7 @@ class LateReading:
         host is begun, unless one is still under way.
 
         Args:
-            low: minimum of a range, on the device.
+            low: minimum of a range of the whole tensor, 0-d, on the device.
             high: its maximum.
         """
         found: float | None = None

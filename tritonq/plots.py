@@ -146,6 +146,10 @@ def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
 
     For float codes the values are the format's numbers times the scale. Of types with more than 2^12 codes it is every
     n-th, so that 2^12 to 2^13 are left.
+
+    Args:
+        qparams: one scale and one zero point, 0-d or (1,), on any device.
+        qtype: the type whose codes are listed.
     """
     step = max(1, (qtype.quant_max - qtype.quant_min) // 2**12)
     codes = torch.arange(qtype.quant_min, qtype.quant_max + 1, step, dtype=torch.float64)

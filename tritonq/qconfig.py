@@ -214,6 +214,9 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int, init: Initializ
     Scales are trained: one per output channel of a weight (signed, symmetric), one per activation (unsigned, with a
     zero point). They begin by LSQ's formula, or as ``init`` of `LearnedStepFakeQuantize` says. Weights are rounded
     before they are multiplied by their BatchNorm's factor; summands are not rounded, but their sum is.
+
+    Raises:
+        ValueError: bits outside 1..32.
     """
     step = LearnedStepFakeQuantize.with_args(init=init)
     activation = step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False))

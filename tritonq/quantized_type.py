@@ -280,7 +280,7 @@ class WithQuantizedType:
 
     @property
     def qscheme(self) -> torch.qscheme:
-        """Symmetric or affine, per tensor or per channel, as torch names it."""
+        """Symmetric or affine, per tensor or per channel (groups count as channels), as torch names it."""
         return self.qtype.qscheme
 
     @property
@@ -326,18 +326,18 @@ def type_from_arguments(
 
     Args:
         dtype: a torch dtype; or a QuantizedType or its name ("qint4"), which the other arguments mustn't contradict. A
-            name says nothing about axis and rounding.
+            name says nothing about axis and rounding. Codes are no contradiction: they replace the type's own.
         qscheme: None: per tensor, affine; or what the QuantizedType or its name says.
         reduce_range: for a torch dtype of 8 bits, halve the smallest and largest code and round down, also those given
             by ``quant_min`` and ``quant_max``; other torch dtypes ignore it. It contradicts a QuantizedType or a name.
-        quant_min: smallest code; None, with ``quant_max``: all codes of the dtype.
+        quant_min: smallest code; None, with ``quant_max``: all codes of the dtype, or those of the QuantizedType.
         quant_max: largest code.
-        ch_axis: for schemes per channel; None: 0.
+        ch_axis: for schemes per channel, else ignored; None: 0, or that of the QuantizedType.
         rounding: None: "half_even", or that of the QuantizedType.
 
     Raises:
-        ValueError: an unsupported qscheme, dtype or rounding, an empty or half-given code range, or arguments that
-            contradict the QuantizedType or the name.
+        ValueError: an unsupported qscheme, dtype or rounding, a code range that is empty, half-given or wider than a
+            torch dtype, or arguments that contradict the QuantizedType or the name.
     """
     if (quant_min is None) != (quant_max is None):
         raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")

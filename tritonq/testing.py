@@ -113,7 +113,7 @@ def check_quantizer(
         exported: whether to write an ONNX file too, and to compare it.
 
     Returns:
-        The names of the checks, in order. Those that need ONNX Runtime are left out where it is not installed.
+        The names of the checks, in order. ``"onnx"`` is left out where onnx, onnxruntime or onnxscript is missing.
 
     Raises:
         QuantizerCheckError: what fails, by name of the check.

@@ -72,6 +72,7 @@ def graph_conv_bn(
     ``norm`` holds γ, β, running mean, running variance, momentum, eps, and whether the BatchNorm trains: then it
     normalizes by its batch, and updates the running statistics in place. ``geometry`` holds stride, padding, dilation,
     groups and dimensions, as :func:`convolution` takes them. The result is not rounded if ``output_quantizer`` is None.
+    While the BatchNorm trains, a channel with γ = 0 takes ``1/sqrt(running_var + eps)`` for s.
     """
     layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
     return normalized(layer, x, weight, bias, BatchNorm(*norm))

@@ -43,6 +43,10 @@ class SoftRounding:
     Args:
         rows: the weight W, (out, ...), float.
         grid: the grid that the weight is rounded to.
+
+    Attributes:
+        variables: V, a leaf that requires a gradient, shaped as ``rows``. At first ``h(V) = W/s -
+            floor(W/s)``, so that ``W(V)`` is W, clipped and not rounded.
     """
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:

@@ -44,8 +44,9 @@ def allocate_bits(
         ``e(l, b) = E |f(x) - f(x; FQ_b(W_l))|² / E |f(x)|²``,
 
     and noises of different layers are taken to add up. Of all choices ``b_l`` whose costs ``Σ c(l, b_l)`` stay within
-    the budget, the one with the least ``Σ e(l, b_l)`` is taken, by dynamic programming. c is ``weights · b / 8`` in
-    bytes, or ``multiplications per sample · b · activation_bits`` in bit operations.
+    the budget, the one with the least ``Σ e(l, b_l)`` is taken, by dynamic programming; of many layers it may be one a
+    little above the least (:func:`choose_widths`). c is ``weights · b / 8`` in bytes, or
+    ``multiplications per sample · b · activation_bits`` in bit operations.
 
     Args:
         model: a float model; it is left as it is.

@@ -96,7 +96,7 @@ class Distillation:
 
         Raises:
             ValueError: outputs or features of another shape than the teacher's, or features without a training forward
-                of the student before.
+                of the student since the last loss.
         """
         with torch.no_grad():
             wanted = self.teacher(*args, **kwargs)

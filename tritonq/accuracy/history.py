@@ -41,7 +41,8 @@ class QuantizerRecord:
 class QuantizerHistory:
     """Records scale, clipped share and flips of every quantizer to integers in training.
 
-    They show what diverges or oscillates.
+    They show what diverges or oscillates. Weights of embeddings and recurrent layers are not recorded, nor are
+    weights that are computed from other parameters.
 
     Activations are seen by hooks, so that quantizers run by themselves rather than within larger operators: steps give
     the same numbers, and take longer. Each recorded step waits for the device.
@@ -54,7 +55,7 @@ class QuantizerHistory:
         records: a :class:`QuantizerRecord` per recorded step and quantizer.
 
     Raises:
-        ValueError: a model without fake quantizers to integers, or ``every`` below 1.
+        ValueError: a model without fake quantizers to integers that are recorded, or ``every`` below 1.
 
     Examples:
         >>> import tritonq

@@ -28,7 +28,7 @@ def owns_weight(module: nn.Module) -> TypeGuard[QATLayer]:
 def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
     """Return the quantized layers that own their weight, by path, in the order in which running ``batch`` meets them.
 
-    Layers whose weight is computed from other parameters are left out.
+    The model runs once, in its present modes. Layers whose weight is computed from other parameters are left out.
 
     Raises:
         ValueError: there is none.

@@ -117,6 +117,8 @@ def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
 def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
     """Return the model recipe and all entries (weights, optimizer and so on) of a checkpoint of :func:`save_training`.
 
+    Tensors are on the CPU.
+
     Raises:
         ValueError: no such file, a damaged one, one of another kind or of a later version, or one without weights.
     """
@@ -225,8 +227,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     model takes any shape here.
 
     Raises:
-        ValueError: the state dict lacks a tensor, has it in another shape, or has one that the model lacks. The text
-            names the first one, and the model is as it was.
+        ValueError: the state dict lacks a tensor, has it in another shape or something else in its place, or has a key
+            that the model lacks. The text names the first one, and the model is as it was.
     """
     expected = model.state_dict()
     for name, tensor in expected.items():

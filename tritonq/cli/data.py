@@ -90,7 +90,10 @@ class Images:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``DATA``, which names the images, and ``--validation``, the share of them that is held out."""
+    """Add the argument ``DATA``, which names the images, and ``--validation``: a folder of those held out, or a share.
+
+    Both are texts, which are not checked here. The share is that of DATA which is held out; by default it is "0.5".
+    """
     parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
         "--validation",

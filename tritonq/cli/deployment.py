@@ -31,7 +31,7 @@ def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, wo
         model: the trained model.
         made: how it was made, which the files hold.
         data: images to measure with.
-        output: the folder of the files.
+        output: the folder for ``model.int8.pt`` and ``model.onnx``; it must exist.
         workers: processes that read images.
         onnx: whether to write an ONNX file; if that fails, a printed line says why.
 
@@ -100,8 +100,8 @@ def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) 
         **options: further arguments of ``export_onnx``.
 
     Raises:
-        ImportError: onnx is not installed.
-        ValueError: the model has no form in ONNX.
+        ImportError: onnx or onnxscript is not installed.
+        ValueError: what ``export_onnx`` refuses: a model that has no form in ONNX, or an option.
     """
     text = {METADATA_KEY: json.dumps(metadata(made))}
     export_onnx(model, path, made.preprocessing.example(), metadata=text, **options)
@@ -110,9 +110,11 @@ def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) 
 def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
     """Return a function from images to logits that ONNX Runtime computes from a file, and the file's metadata.
 
+    The images are a tensor on the CPU, and the logits are the file's first output.
+
     Raises:
         ImportError: ONNX Runtime is not installed.
-        ValueError: it can't run the file.
+        ValueError: there is no such file, or ONNX Runtime can't run it.
     """
     importlib.import_module("onnxruntime")
     if not path.exists():

@@ -51,6 +51,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     Raises:
         ValueError: an argument that makes no sense, or a model that can't be exported; the command shows the message.
+        OSError: the file can't be written.
+        ImportError: a package that writing ONNX needs is not installed.
     """
     path = arguments.output
     if path.suffix not in _SUFFIXES:

@@ -61,7 +61,7 @@ class FileImages(LabelledImages):
         paths: the files.
         labels: the label of each file.
         preprocessing: how they are scaled.
-        augmentation: random changes that are made before scaling.
+        augmentation: random changes that are made before scaling; None: none.
         seed: of the changes; the same seed changes an image in the same way.
     """
 

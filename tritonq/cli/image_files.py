@@ -39,7 +39,8 @@ def decode(path: Path, content: bytes | None = None) -> Image:
         content: its bytes, where they were read already.
 
     Raises:
-        UnreadableImageError: the file is gone, damaged, too large, or holds floating-point values.
+        UnreadableImageError: the file is gone, damaged, too large, or holds floating-point values or integers outside
+            0 … 65535.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -207,7 +207,8 @@ def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits
         digits: whether the images are scikit-learn's digits.
 
     Raises:
-        ValueError: options that contradict each other, or a model without a config of its own.
+        ValueError: options that contradict each other, a config whose images are not square, or with
+            ``--preprocessing model`` a model without a config.
     """
     named = _named(arguments.preprocessing, arguments, model, digits)
     channels = arguments.channels or named.channels

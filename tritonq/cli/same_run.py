@@ -98,7 +98,8 @@ def check_before_images(
     """Compare a checkpoint with the run that is to be resumed, before images are read: model, qconfig, settings.
 
     What depends on images (their fingerprint, preprocessing) is left to :func:`check_same_run`, and everything in a
-    checkpoint of version 1 of the format.
+    checkpoint of version 1 of the format. If the checkpoint's run was finished and this one has more epochs
+    (:func:`is_extended`), epochs, frozen epochs and learning rate may differ.
 
     Args:
         path: of the checkpoint, for the error's text.

@@ -117,6 +117,7 @@ class Run:
             Interrupted: by a signal, after a step and its checkpoint, if this process trains alone.
             UnreadableImageError: a file vanished. The checkpoint holds all steps before; if the image is held out, or
                 several processes train, only those up to the checkpoint before.
+            OSError: the last checkpoint can't be written. Other files that can't be written cause a printed line only.
         """
         if self.processes.is_first:
             remove_leftovers(self.path)
@@ -274,9 +275,8 @@ class Run:
         must call it; the first one writes.
 
         Raises:
-            DivergenceError: something in it is not finite; the one before stays.
-            OSError: it can't be written and is the last one. An earlier one that can't be written causes a printed line
-                only.
+            DivergenceError: loss, gradients, parameters or BatchNorm statistics are not finite; the file before stays.
+            OSError: the last one can't be written. An earlier one that can't be written causes a printed line only.
         """
         self.watch.check(self.model, self._loss, late=False)
         check_finite(self.model, self.step)
@@ -316,11 +316,13 @@ class Run:
         return True
 
     def resume(self) -> int:
-        """Load the state of the checkpoint ``last.pt``; return its step. A finished run may be given more epochs.
+        """Load the state of ``last.pt``; return the step to go on from, counted in the present steps per epoch.
+
+        A finished run may be given more epochs, in which ranges and BatchNorm statistics are updated again.
 
         Raises:
-            ValueError: a damaged checkpoint, one of another run or of another architecture, or one whose next batch is
-                too small to be shared among the processes.
+            ValueError: no checkpoint, a damaged one, one of another run or architecture, or one whose next batch is too
+                small to be shared among the processes; or more of the epochs are to be frozen than are left.
         """
         made, content = read_run(self.path)
         saved = saved_settings(content)

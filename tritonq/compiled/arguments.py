@@ -39,9 +39,10 @@ class Rule(ctypes.Structure):
 
     Fields:
 
-    - ``constant``: weight of a batch in the average, -1: no average, but the extremes of all batches. ``copy_above``: a
-      batch whose magnitude is more than this times the range's replaces it, -1: none does; ``fall``: so does one that
-      is smaller by more than this factor.
+    - ``constant``: weight of a batch in the average, -1: no average, but the extremes of all batches.
+    - ``copy_above``: with an average, a batch whose magnitude is more than this times the range's replaces it; -1: only
+      the first batch does, and ``fall`` does not count. ``fall``: so does a batch that is smaller by more than this
+      factor and not all zeros.
     - ``reach``: if ``fixed``, the scale is the range's largest magnitude divided by this number; else the range is
       widened to hold 0, and the scale is ``(max - min) / (quant_max - quant_min)``. ``eps``: smallest scale.
     - ``fixed``: whether the range is symmetric, so that every zero point is ``zero_point``; else it is
@@ -58,7 +59,7 @@ class Rule(ctypes.Structure):
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether compiled code can access the memory of each tensor: float32, on the CPU, no subclass.
+    """Whether compiled code can access the memory of each tensor: float32, on the CPU, no subclass but nn.Parameter.
 
     None counts as such a tensor. False while a dispatch mode or a transform such as ``vmap`` is active.
     """
@@ -96,7 +97,8 @@ def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
     Without a grid: whether there are no statistics either.
 
     The grid must have one scale, integer codes, ties to even and, if any, an int32 zero point; the statistics another
-    rule than "torch_v1" and a smallest scale above 0; both lie on the CPU.
+    rule than "torch_v1" and a smallest scale above 0. The scale and the ends of the range must be tensors of
+    :func:`are_vectors`: contiguous float32 on the CPU, and no dispatch mode or transform may be active.
     """
     if grid is None:
         return statistics is None

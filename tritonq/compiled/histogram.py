@@ -27,8 +27,8 @@ def prefix_histogram(
     """Return counts over ``bins``, the exact range of the finite values, and how many values are not finite.
 
     Args:
-        x: any shape, any float dtype.
-        bins: the bins; values beyond the outermost count in these.
+        x: any shape, any float dtype. Values that are not finite are in no bin.
+        bins: the bins; finite values beyond the outermost count in these.
         axis: one histogram per index of this axis; None for one.
 
     Returns:

@@ -51,7 +51,7 @@ def rounded(
         a: dense, float32, on the CPU, not empty.
         b: laid out as ``a``; None: ``y`` must be ``a`` itself, and the result is ``FQ(relu?(y))``.
         y: memory for the result, laid out as ``a``; may be ``a``.
-        grid: per tensor, updated in place; None: the result is ``relu?(a + b)``.
+        grid: per tensor, updated in place; None, switched off, or without data: the result is ``relu?(a + b)``.
         statistics: the running range of the grid, updated in place; None observes nothing.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
     """

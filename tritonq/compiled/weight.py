@@ -41,8 +41,8 @@ def quantize_folded(
     Args:
         rows: the weight, (out, ...), any float dtype.
         fold: (out,), the factor of each row, in the dtype of the arithmetic: float32 or float64.
-        grid: of the quantizer, per out channel (axis 0) or per tensor, updated in place; None leaves the folded weight
-            in float.
+        grid: of the quantizer, per out channel (axis 0) or per tensor, updated in place; None: nothing is observed, and
+            the folded weight stays in float.
         statistics: the running range of the grid, updated in place with the folded weight; None observes nothing.
         out: memory for the codes, shaped as ``rows``, in the dtype of ``fold``; None: new memory.
     """
@@ -122,8 +122,10 @@ def folded_backward(
 def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
     """Whether compiled code can fold and round such a weight.
 
-    It can if all is float32 on the CPU, the weight is not empty, its rows are dense, ``out`` is None or has its
-    strides, and the grid has integer codes, ``zero_point`` None, ties to even, and no switch or one on the CPU.
+    It can if rows, fold and out are float32 on the CPU, of no subclass but Parameter and outside of modes and
+    transforms such as ``vmap``; the weight is not empty, its rows are dense, ``fold`` is contiguous, ``out`` is None or
+    has the weight's strides; and the grid has integer codes, ``zero_point`` None, ties to even, and no switch or one on
+    the CPU.
 
     Args:
         rows: the weight, (out, ...).

@@ -125,7 +125,7 @@ def load_images(arguments: argparse.Namespace) -> Images:
 
 
 def announce(data: Images) -> None:
-    """Print which images the demo trains with, and how many."""
+    """Print which images the demo uses, and the numbers of those to train with, of those held out, and of classes."""
     print(
         f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
         f"{len(data.classes)} classes",

@@ -39,7 +39,10 @@ def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) 
 
 
 def stand_in(module: nn.Module, name: str) -> None:
-    """Replace a parameter or buffer of a module by a meta tensor (without memory) of the same shape and dtype."""
+    """Replace a parameter or buffer of a module by a meta tensor (without memory) of the same shape and dtype.
+
+    That is a plain attribute, in no state dict. Nothing is done if the module has no such parameter or buffer.
+    """
     tensor: Tensor | None = module._parameters.pop(name, None)
     if tensor is None:
         tensor = module._buffers.pop(name, None)

@@ -217,7 +217,7 @@ def checksum(modules: list[Description], state: Mapping[str, Tensor], metadata: 
 
     Args:
         modules: descriptions of :func:`describe_modules`.
-        state: the unpacked state dict; dtype, shape and bytes of each tensor count.
+        state: the unpacked state dict, on the CPU; dtype, shape and bytes of each tensor count.
         metadata: the user's, or None.
 
     Raises:

@@ -219,7 +219,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     """Return the module that ``entry`` describes, without the children that have entries of their own.
 
     None for kind ``"module"``: such a module comes from the user's float model. For kind ``"sequential"`` an empty
-    Sequential, which holds the children described apart.
+    Sequential, which holds the children described apart. The caller handles aliases, and what the entry has under
+    ``"forward"``, ``"keeps_class"``, ``"operands"`` and ``"quantizer_behind_clip"``.
 
     Args:
         entry: a description.

@@ -73,6 +73,7 @@ def export_encodings(
             describe or a recurrent layer (the message names it), a fixed-point network, parameters or inputs other than
             float32, a model that torch can't export, or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
+        OSError: a file can't be written.
 
     Source: the formats that aimet_torch 2.42 writes (``QuantizationSimModel.onnx.export``).
 
@@ -144,7 +145,8 @@ def encodings_json(found: dict[str, Encoding], parameters: set[str], version: En
 
     Args:
         found: the grids by the names of the file's tensors.
-        parameters: which of these names are weights and biases: entries of "param_encodings".
+        parameters: which of these names are weights and biases: entries of "param_encodings" in version 1.0.0; in
+            2.0.0 their signed codes stay signed, and those of other tensors are shifted to unsigned ones.
         version: of the format, ``"1.0.0"`` or ``"2.0.0"``.
     """
     head: dict[str, Any] = {"producer": {"package": "tritonq", "version": __version__}, "version": version}

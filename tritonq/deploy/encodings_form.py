@@ -47,7 +47,10 @@ class Encoding:
 
 
 def marked(x: Tensor, name: str) -> Tensor:
-    """Return ``x`` unchanged; in a traced graph with a mark which says that it lies on the grid ``name``."""
+    """Return ``x`` with a mark in the traced graph which says that it lies on the grid ``name``.
+
+    For tracing only: called outside of a trace it returns zeros.
+    """
     return torch.onnx.ops.symbolic(_MARK, (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1)
 
 
@@ -74,7 +77,8 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
 
     Raises:
         ValueError: a grid that an :class:`Encoding` can't hold: float codes, a code range of no whole number of bits,
-            or scales per group; or a recurrent layer. The message names it.
+            scales per group, or several of a grouped transposed convolution; or a recurrent or fixed-point layer. The
+            message names it.
     """
     model = copy.deepcopy(converted)
     encodings: dict[str, Encoding] = {}

@@ -51,8 +51,8 @@ def export_fixed_point_onnx(
         metadata: texts by name that the file's metadata hold besides; None: none.
 
     Raises:
-        ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits, or
-            what ``convert`` raises.
+        ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits,
+            metadata that are not text or have a name of the file's own, or what ``convert`` raises.
         ImportError: onnx is not installed (the extra ``tritonq[onnx]``).
 
     Examples:

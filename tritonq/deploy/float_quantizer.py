@@ -43,7 +43,7 @@ class FloatQuantizer(DeployedModule):
         return fake_quantize(x, Grid(self.scale, None, self.qtype))
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: format and scale."""
+        """Return the text for ``repr``: format and scale, or of several scales their number and axis."""
         if self.scale.numel() == 1:
             return f"{self.qtype.codes}, scale={self.scale.item():.6g}"
         return f"{self.qtype.codes}, {self.scale.numel()} scales along axis {self.qtype.axis}"

@@ -330,7 +330,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """Return the grid of the output's quantizer; None without one, if it is per channel, or behind a function."""
+        """Return the grid of :attr:`output_quantizer`, which may be a clip module's behind the layer, or None."""
         quantizer = self.output_quantizer
         return None if quantizer is None else quantizer.grid()
 
@@ -338,7 +338,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     def output_quantizer(self) -> Quantizer | None:
         """The quantizer that rounds the whole output to one grid: the layer's own, or that of a clip module behind it.
 
-        None if there is neither, if the quantizer is per channel, or if something else follows in float.
+        None if there is neither, if the quantizer is per channel, or if there is a module in ``following``.
         """
         quantizer = self.last_quantizer(self.activation_post_process)
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:

@@ -34,7 +34,8 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
     """Make a layer trace to a sum of codes and one requantization, for ONNX Runtime.
 
     A mean over the whole image, of any size, becomes GlobalAveragePool where the output's type rounds ties to even. Of
-    the other means these stay in float, with a warning (UserWarning), since no ONNX operator adds their codes exactly:
+    the other means these stay in float, since no ONNX operator adds their codes exactly; a warning (UserWarning) says
+    so when the layer is traced:
 
     - pools with windows of 2^14 elements and more, but for those of the next line;
     - adaptive pools whose output sizes do not divide the input's, with a window of 65,794 elements and more;
@@ -59,7 +60,8 @@ def rewrite_global_average(layer: AverageLayer) -> None:
 
     A mean over all axes behind the first two becomes GlobalAveragePool: TensorRT 8 does not read the axes of a
     ReduceMean of opset 18, which are an input, and reduces over all axes. An adaptive pool to size 1 is such a mean. So
-    is a window without padding that is as large as an image of fixed size. Any other mean is computed as torch does.
+    is a window as large as an image of fixed size, without padding and ``divisor_override``. Any other mean is computed
+    as torch does.
 
     Args:
         layer: any pool or mean.

@@ -139,7 +139,8 @@ def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module)
         model: the converted model, in which the file's quantizers are found by name.
 
     Raises:
-        ValueError: several inputs, another number of channels, or an input that anything but a quantizer reads.
+        ValueError: several inputs; means for another number of channels; an input that anything but a quantizer reads,
+            or one whose quantizer has a grid per channel or a float format.
     """
     import onnx
 

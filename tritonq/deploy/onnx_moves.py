@@ -44,11 +44,11 @@ _Grid = tuple[float, int]
 
 
 def quantize_behind_moves(graph: Any) -> None:
-    """Add a pair behind operations that move values between a DequantizeLinear and a layer.
+    """Add a pair behind what moves values between a DequantizeLinear and an operator of ``_READERS``, such as Conv.
 
-    A ReLU there becomes a Clip on codes, or nothing if no code lies below that of zero. A pair is also put before each
-    part of a concatenation that lies on no grid, such as a class token, if QuantizeLinear alone reads the result and
-    another part lies on a grid.
+    A ReLU there becomes a Clip on codes, or is removed if no code lies below that of zero. A pair is also put before
+    each part of a concatenation that lies on no grid, such as a class token, if one QuantizeLinear, of one constant
+    scale, alone reads the result and another part lies on a grid. Grids per channel do not count.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

@@ -29,8 +29,9 @@ _logger = logging.getLogger("tritonq")
 def pack_weights(proto: Any) -> None:
     """Store the constants of a file that DequantizeLinear reads with four bits per code, if all codes fit; in place.
 
-    Signed codes of -8..7 become INT4, others of 0..15 UINT4, and 8-bit floats whose numbers E2M1 has FLOAT4E2M1. The
-    log says how many bytes that saves. The file's opset becomes 21 at least, with FLOAT4E2M1 23.
+    Signed codes of -8..7 become INT4, others of 0..15 UINT4, and 8-bit floats whose numbers E2M1 has FLOAT4E2M1. Zero
+    points must fit, too. A constant that another operator reads as well stays as it is. The log says how many bytes
+    that saves. The file's opset becomes 21 at least, with FLOAT4E2M1 23.
 
     Raises:
         ValueError: numbers fit floats of four bits, and this onnx lacks the type.

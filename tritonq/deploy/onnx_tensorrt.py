@@ -50,7 +50,8 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
     """Whether TensorRT will run a layer in float although its weight was quantized; False if the weight is float.
 
     It does if its integers (signed 8 bits, zero point 0) can't hold the codes of weight or input, if the weight has
-    scales per group, or if a transposed convolution has different scales per out channel.
+    scales per group, or if a transposed convolution has different scales per out channel. If the grid of the input is
+    not known, only the weight is judged.
     """
     if layer.weight_scale is None:
         return False

@@ -33,7 +33,8 @@ def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
 
     - it is no transposed convolution, or does not compute in integers with a weight of 8 bits;
     - a function such as SiLU, no quantizer, or a quantizer per channel follows directly;
-    - a padding is as long as the kernel, or longer.
+    - along an axis the padding, less the output padding, is as long as the kernel with its gaps, or longer; or the
+      padding is as long as that kernel rounded up to a multiple of the stride.
     """
     output = layer.activation_post_process
     if not isinstance(layer, QuantizedTransposed) or layer.multiplier is None or layer.following is not None:

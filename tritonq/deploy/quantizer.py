@@ -83,9 +83,10 @@ class DeployedModule(FixedDtypeBuffers):
                 self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def read_tensors(self) -> None:
-        """Compute from the buffers what forward would otherwise read from the device; called after each load.
+        """Compute from the buffers what forward would otherwise read from the device.
 
-        The base class computes nothing.
+        Called after each load of a state dict, and by the constructor of each class that overrides it. The base class
+        computes nothing.
         """
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -150,7 +151,7 @@ class Quantizer(DeployedModule):
         return fake_quantize(to_hold_codes(x, self.qtype, self), self.grid())
 
     def grid(self) -> Grid:
-        """Return the grid, without a switch."""
+        """Return the grid, without a switch; its ``zero_point`` is None if all zero points are 0."""
         return Grid(self.scale, self.zero_point if self._has_zero_point else None, self.qtype)
 
     def fused_grid(self) -> Grid | None:
@@ -163,7 +164,7 @@ class Quantizer(DeployedModule):
         return self.grid()
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: code range, scale and zero point."""
+        """Return the text for ``repr``: code range, scale and zero point; of several scales their number and axis."""
         if self.scale.numel() == 1:
             grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
         else:

@@ -196,7 +196,8 @@ def deployed_recurrent(layer: QATRecurrent, quantizers: Mapping[nn.Module, nn.Mo
 
     Args:
         layer: the trained layer.
-        quantizers: deployed quantizers of activations, by the trained ones.
+        quantizers: deployed quantizers of activations, by the trained ones. A child that is no key of it is put into
+            the result as it is.
 
     Raises:
         ValueError: a weight quantizer of a class without a grid.

@@ -51,7 +51,8 @@ def is_converted(state: Mapping[str, Any]) -> bool:
 def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
     """Translate the state of a model that torch.ao converted into the names of ``model``, which `prepare_qat` prepared.
 
-    Where torch.ao keeps no grid of a result (of ReLU6, ELU and PReLU), the model's quantizer is switched off.
+    Where torch.ao keeps no grid of a result (of ReLU6, ELU and PReLU), the model's quantizer is switched off. One whose
+    range is known beforehand, as that of a sigmoid, keeps it if the file has none.
 
     Args:
         model: the prepared model; it is not changed.

@@ -21,7 +21,8 @@ def without_unread(
     """Return the codes of a run without those that nothing reads, and the names of quantizers that lost some.
 
     A call's codes are unread if neither an output nor a quantizer's other codes change when they do. Codes that change
-    only with those of other unread calls are unread, too.
+    only with those of other unread calls are unread, too. A quantizer that lost all its calls is left out of the codes.
+    The names are in the order of ``lacking``.
 
     Args:
         codes: of each quantizer, by its name: one tensor per call.

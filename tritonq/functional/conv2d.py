@@ -132,6 +132,8 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
     - Codes of up to 8 bits: also 1-d convolutions, other padding, and matrix products, unless the table has
       ``"torch"``.
 
+    Transposed and 3-d convolutions, and convolutions of an ``x`` without a batch axis, have no kernel.
+
     Args:
         x: the input, of which shape, strides, dtype and device are read.
         weight: the layer's weight, of which only the shape is read.

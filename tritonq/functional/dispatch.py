@@ -28,7 +28,8 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
     Args:
         name: the family, such as ``"fake_quant"``.
         x: the tensor that decides.
-        backend: ``"auto"`` (the rule above), or ``"triton"`` or ``"torch"`` for that one.
+        backend: ``"auto"`` (the rule above), or ``"triton"``, ``"torch"`` or ``"compiled"`` for that one. With the
+            last, a family without C++ is that of `tritonq.reference`.
 
     Raises:
         RuntimeError: ``"triton"`` or ``"compiled"`` was asked for and can't run on ``x``.

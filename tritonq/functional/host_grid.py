@@ -34,7 +34,10 @@ class HostGrid(NamedTuple):
 
 
 def host_grid(grid: Grid) -> HostGrid | None:
-    """Return a grid's numbers; None if it has several scales or over 256 codes, or is not on the CPU."""
+    """Return a grid's numbers; None if it has several scales or over 256 codes, or is not on the CPU.
+
+    Its codes must be integers: that is not checked. Its switch is not read.
+    """
     qtype = grid.qtype
     if qtype.axis is not None or qtype.quant_max - qtype.quant_min >= _MAX_CODES or not grid.scale.is_cpu:
         return None

@@ -144,7 +144,8 @@ def to_integers(
     """Return a layer in integers: the codes of its weight and bias on their grids, whether these are on or off.
 
     With scales s_in and s_w: weight codes are ``clip(round(w / s_w) + z) - z``, those of the bias ``round(bias / (s_in
-    s_w))``. First s_w is raised in channels whose bias and sums together would not fit 32 bits.
+    s_w))``. First s_w is raised in channels whose bias and sums together might not fit 32 bits. If codes of input or
+    weight have more than 8 bits, the bias alone must fit 32 bits, and bias and sums together stay below 2^53.
 
     Args:
         weight: the float weight, with any BatchNorm folded in, as the layer lays it out.
@@ -184,8 +185,8 @@ def integer_affine(
         layer: weight and bias as integers, and ``multiplier``, input scale times weight scale.
         op: the convolution or product; called with codes and weight codes.
         channel_axis: axis of the result with the out channels.
-        output: the grid of the quantizer behind the layer, or None. The caller applies a ReLU between them to the
-            result, which stays on the grid.
+        output: the grid of the quantizer behind the layer, per tensor, or None. The caller applies a ReLU between them
+            to the result, which stays on the grid.
 
     Returns:
         Without ``output``: float32 ``fl(sums + bias) · multiplier``, where fl rounds to float32 once. With it:

@@ -21,8 +21,8 @@ def rounded_map(
 ) -> Tensor:
     """Return ``op(x, FQ(weight)) + bias``, where FQ rounds to ``weight_grid``; differentiable.
 
-    The weight's gradient is 0 where its code was clipped. For the backward it saves the codes of ``x`` if it lies on a
-    grid of up to 8 bits, else ``x`` itself, and the weight unrounded.
+    The weight's gradient is 0 where its code was clipped. For the backward it saves the weight unrounded and, if that
+    has a gradient, ``x``: as codes where :func:`save_input` can (one scale, integer codes of up to 8 bits).
 
     Args:
         x: (batch, in, ...), or without a batch; cast by :func:`as_autocast`.

@@ -1,7 +1,8 @@
 """Average pools and means over axes whose output lies on a grid of its own.
 
 An ``Averaging`` (`tritonq.reference.average_pool`) describes the mean itself: an ``AxesAverage`` has axes, a
-``WindowAverage`` windows and an ``AdaptiveAverage`` an output size. FQ in formulas is fake quantization of the output.
+``WindowAverage`` windows and an ``AdaptiveAverage`` an output size. FQ in formulas is fake quantization of the output,
+by the quantizer that ``qconfig=`` makes; without a qconfig the layer has no quantizer of its own.
 *Exact* is ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the sum of codes minus zero point, N the number
 that torch divides by, s the scales, and fl rounding to float32.
 """
@@ -25,8 +26,8 @@ from tritonq.reference.average_pool import AdaptiveAverage, Averaging, WindowAve
 class AverageLayer(UnaryLayer):
     """``FQ(mean(x))``, where every result is the mean of some elements of the input; FQ is fake quantization.
 
-    In eval mode, if the grids of input and output are known and on, it is computed from integer codes (:meth:`exact`).
-    Otherwise torch computes the mean.
+    In eval mode, if the grids of input and output are known, on, and of one scale each, it is computed from integer
+    codes (:meth:`exact`). Otherwise torch computes the mean.
 
     Examples:
         >>> import torch, tritonq

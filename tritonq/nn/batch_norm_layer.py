@@ -58,8 +58,8 @@ class QATBatchNormLayer(QATLayer):
         grouping: whether the operation is a transposed convolution, and its number of groups.
 
     Raises:
-        ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, fewer than two values
-            per channel, or a running variance that is negative or not finite; in training with ``"exact"`` or
+        ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, a single value per
+            channel, or a running variance that is negative or not finite; in training with ``"exact"`` or
             ``"corrected"``, a BatchNorm that has hooks or is synchronized over ranks.
 
     Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training"; "scale" is Esser et al. (2020), LSQ, whose
@@ -108,7 +108,8 @@ class QATBatchNormLayer(QATLayer):
     def mode(self) -> Mode:
         """How training folds the BatchNorm into the weight.
 
-        One of "approximate", "exact", "corrected" and "scale", whose formulas the class has.
+        One of "approximate", "exact", "corrected" and "scale", whose formulas the class has. It can be set; a mode that
+        the class refuses raises ValueError.
         """
         return self._mode
 
@@ -123,7 +124,8 @@ class QATBatchNormLayer(QATLayer):
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
         """Return ``folded``, the weight with the BatchNorm folded in, rounded to its grid.
 
-        In mode "scale" codes are those that the weight has before folding; only their scale is multiplied.
+        In mode "scale" codes are those that the weight has before folding, with the other sign where γ < 0; only their
+        scale is multiplied.
         """
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):

@@ -92,7 +92,7 @@ class Clip(ElementwiseLayer):
             qconfig: makes the quantizer of the output; None: the module has none of its own.
 
         Raises:
-            TypeError: another module.
+            TypeError: another module, or one of a subclass of these.
         """
         clipping = clipping_of(module)
         if clipping is None:

@@ -102,7 +102,7 @@ class Joint(WithOutputQuantizer):
 
     @property
     def input_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The quantizers on whose grids the operands lie; None for an operand without a known one."""
+        """The quantizers on whose grids the operands lie; None, or an ``nn.Identity``, for one without a known grid."""
         return tuple(quantizer_of(producer) for producer in self.producers)
 
     @property

@@ -62,8 +62,9 @@ class FixedPointConv2d(_FixedPointConvolution):
         **kwargs: named arguments of ``nn.Conv2d``.
 
     Raises:
-        ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, or a
-            qconfig that isn't fixed point.
+        ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, a bias of
+            other than 2 to 32 bits, or a qconfig that isn't fixed point, or whose weights are unsigned or per another
+            axis than 0.
 
     Examples:
         >>> import torch, tritonq
@@ -124,8 +125,8 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     Shapes: as ``nn.Conv2d``. The child ``bn`` holds γ, β and the running statistics.
 
     Raises:
-        ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, or a
-            qconfig that isn't fixed point.
+        ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, a qconfig
+            that isn't fixed point, or ``bias_word_len`` out of range.
 
     Source: docs/fixed-point.md.
 
@@ -245,7 +246,8 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
         **kwargs: named arguments of ``nn.Linear``.
 
     Raises:
-        ValueError: a qconfig that isn't fixed point.
+        ValueError: a qconfig that isn't fixed point, a weight format that is unsigned or per another axis than 0, or a
+            bias of other than 2 to 32 bits.
 
     Examples:
         >>> import torch, tritonq

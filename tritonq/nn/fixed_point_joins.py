@@ -250,5 +250,8 @@ def pooling_shift(area: int) -> int:
 
 
 def remaining_factor(area: int) -> float:
-    """Return ``2^round(log2 area) / area`` for the number of values in a window: 9 gives 8/9."""
+    """Return ``2^round(log2 area) / area`` for the number of values in a window: 9 gives 8/9.
+
+    Pooling divides sums by that power of two; the following layer's weights are multiplied by this factor.
+    """
     return 2.0 ** pooling_shift(area) / area

@@ -97,7 +97,7 @@ class ActivationFormat(FixedPointFakeQuantize):
         return not self.training and not torch.compiler.is_compiling() and not self.has_qparams()
 
     def extra_repr(self) -> str:
-        """Return the base class's text for ``repr`` and α."""
+        """Return the base class's text for ``repr`` and α, and "unscaled" if η is 1 (``scaled=False``)."""
         return f"{super().extra_repr()}, alpha={float(self.alpha.detach()):.4g}" + ("" if self.scaled else ", unscaled")
 
 
@@ -189,7 +189,7 @@ class FixedPointLayer(ReferringModule):
         self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 
     def eta_next(self) -> Tensor:
-        """Return the scaling factor η_next by which the output is divided, a 0-d tensor; 1 if no layer follows."""
+        """Return η_next, by which the output is divided: 0-d, in the weight's dtype; 1 if :attr:`following` is None."""
         following = self.following
         return self.weight.new_ones(()) if following is None else following.eta().to(self.weight.dtype)
 
@@ -280,7 +280,8 @@ class FixedPointLayer(ReferringModule):
         """Return the integers that eval mode and the deployed layer compute with: codes of weight and bias.
 
         They are ``round(w 2^fl_w)`` and ``round(b 2^(fl_x + fl_w))``, clamped to their bits, of the effective
-        parameters; the fractional length of the accumulator is ``fl_x + fl_w``.
+        parameters; the fractional length of the accumulator is ``fl_x + fl_w``. A layer with a bias must have a
+        ``bias_word_len``; without a bias its codes are 0.
         """
         weight, bias = self.effective_parameters()
         weight = weight if weight.dtype == torch.float64 else weight.float()

@@ -24,7 +24,7 @@ class FoldedBatchNorm(nn.Identity):
 
     Raises:
         AttributeError: a BatchNorm's statistics, weight or settings are read. ``fuse()`` of YOLO and ``reparameterize``
-            of RepVGG-like models do so, and would merge it a second time.
+            of RepVGG-like models do so, and would merge it a second time. Only ``track_running_stats`` is there: False.
     """
 
     def __init__(self, kind: str, layer: str) -> None:

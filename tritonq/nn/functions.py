@@ -117,9 +117,9 @@ class FunctionLayer(ElementwiseLayer):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the function for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it lies on the output's grid, not clipped, read from the table of the result of each code as in
-        :meth:`exact`; else it is ``f(x)`` in float.
+        ``source`` and ``output`` are the grids of input and result, both per tensor. The graph reads their switches
+        when it runs. While both are on, the result of each code comes from a table, on the output's grid and not
+        clipped, as in :meth:`exact`; else the result is ``f(x)`` in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -149,7 +149,9 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     @classmethod
     def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
-        """Return the quantized form of a float ``nn.PReLU``, with its weight and mode; hooks stay with the float one.
+        """Return the quantized form of a float ``nn.PReLU``, in its mode; they share the weight.
+
+        Hooks stay with the float module.
 
         ``qconfig`` makes the quantizer of the output; None: the layer has none of its own.
         """

@@ -134,7 +134,8 @@ def ceiling_of(activation: nn.Module | None) -> float | None:
 def bound_of_clip(low: object, high: object = None) -> float | None:
     """Return the upper bound ``high`` of a clip to ``[low, high]`` if the clip is a ReLU; None if it is none.
 
-    ``high`` None stands for infinity. A clip is a ReLU if ``low`` is 0 and ``high`` is positive.
+    ``high`` None stands for infinity. A clip is a ReLU if ``low`` is 0 and ``high`` is positive. Bounds that are no
+    Python numbers, such as tensors, make none.
     """
     high = math.inf if high is None else high
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):

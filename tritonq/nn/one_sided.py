@@ -19,8 +19,8 @@ from tritonq.nn.qat import QATLayer
 def one_sided_layers(model: nn.Module) -> list[str]:
     """Return the names of layers that have one-sided filters and a rule that gives these a zero point.
 
-    That is ``rule="torch_v1"``, torch.ao's fused operator: it gives a symmetric type a zero point in channels whose
-    values are all positive or all negative.
+    That is ``rule="torch_v1"``, torch.ao's fused operator: it gives a symmetric type per channel a zero point in
+    channels without negative or without positive values. Layers on the meta device are left out.
     """
     return [name for name, layer in model.named_modules() if isinstance(layer, QATLayer) and _is_one_sided(layer)]
 

@@ -101,7 +101,8 @@ def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor],
     To watch a hook is to note whether it changes what it is given. While one on the way has, the ``module`` of the
     Reference is None, so that the reader computes in float. A new hook has run for the operand before it is watched:
     outside of training, if the operand is off its quantizer's grid, all new hooks on its way count as hooks that change
-    it. Otherwise a new hook counts as changing nothing until it changes a tensor in a later call.
+    it. Otherwise a new hook counts as changing nothing until it changes a tensor in a later call. Under
+    ``torch.compile`` nothing is watched, and every hook that is not watched yet counts as one that changes the operand.
 
     Args:
         references: for each operand the Reference to the module that rounds it.

@@ -22,8 +22,8 @@ class MatMul(Joint):
 
     The arguments are ``ceiling=None`` and ``qconfig=None``, as :class:`Joint` has them.
 
-    In eval mode, if both operands lie on known grids, the products are summed in integers and rounded once: ``code =
-    round(Σ u v · (s_a s_b / s_out)) + z`` with u, v the codes minus zero points.
+    In eval mode, if operands and result have known grids, as :class:`Joint` says, the products are summed in integers
+    and rounded once: ``code = round(Σ u v · (s_a s_b / s_out)) + z`` with u, v the codes minus zero points.
 
     Raises:
         ValueError: in eval mode on such grids, sums that may pass 31 bits (53 where an operand has more than 8 bits).
@@ -109,7 +109,7 @@ class ScaledDotProductAttention(MatMul):
     def set_operand_producers(self, *producers: Referred) -> None:
         """Set the modules that put queries, keys and values on their grids, in this order; None: unknown.
 
-        Eval mode computes the two products in integers by these grids.
+        Eval mode computes the two products in integers by these grids; a product with an unknown one, in float.
         """
         query, key, value = producers
         self.scores.set_producers(query, key)
@@ -134,7 +134,7 @@ class ScaledDotProductAttention(MatMul):
             value: (..., keys, width of values).
             attn_mask: broadcasts to (..., queries, keys): bool, True for keys that count; or numbers to add to the
                 scores; None: no mask.
-            dropout_p: probability of dropout on the softmax.
+            dropout_p: probability of dropout on the softmax, in eval mode too, as in torch's function.
             is_causal: whether each query reads only the keys up to its own position.
             scale: factor of the scores; None: ``1 / sqrt(width)``.
             enable_gqa: whether keys and values have fewer heads than queries, and are repeated.

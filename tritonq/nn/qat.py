@@ -82,7 +82,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         Raises:
             TypeError: no QConfig.
             ValueError: a weight quantizer with another channel axis than 0, the out channels (of transposed
-                convolutions, too); or groups that lie along another axis than 1 or don't divide the input channels.
+                convolutions, too); or groups along another axis than 1 or that don't divide a row's input channels.
         """
         self.qconfig = qconfig = checked_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
@@ -121,7 +121,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         self.weight_fake_quant.allocate(granularity.count(shape))  # type: ignore[operator]
 
     def move_quantizers(self, device: torch.device) -> None:
-        """Move the buffers of the weight's and the output's quantizer to ``device``."""
+        """Move parameters and buffers of the weight's and the output's quantizer, not of the input's, to ``device``."""
         self.weight_fake_quant.to(device)
         self.activation_post_process.to(device)
 
@@ -208,7 +208,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return rounded_map(x, weight, bias, self.linear_map, self.saved_input_grid(), weight_grid)
 
     def saved_input_grid(self) -> Grid | None:
-        """Return the grid to save the input's codes on; None: not wanted, unknown, off, per channel or compiling."""
+        """Return the grid, of any width, to save the input on; None: unwanted, unknown, off, per channel, compiling."""
         return input_grid(self.input_quantizer) if self.save_input_codes else None
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -248,7 +248,8 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return operation, BatchNorm and ReLU (if there are such) and fake quantization; shapes as the float layer's.
 
-        ``weight`` and ``bias`` replace the layer's own; they are given if a forward computes them in each step.
+        ``weight`` and ``bias`` (None: no bias) replace the layer's own; they are given if a forward computes them in
+        each step. Without ``weight``, ``bias`` is not read.
         """
         if weight is None:
             weight, bias = self.float_parameters()
@@ -335,7 +336,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
 
     def output_grid(self) -> Grid | None:
-        """Return the grid of :meth:`output_quantizer`; None if there is no such quantizer or it is switched off."""
+        """Return the grid of :meth:`output_quantizer`; None if there is none, or it is off or has no scale."""
         quantizer = self.output_quantizer()
         if quantizer is None or not quantizer.is_enabled_on_host():
             return None

@@ -24,8 +24,9 @@ class QATRecurrent(nn.Module):
     """The base of quantization-aware recurrent layers and cells: a quantizer for each weight matrix.
 
     The quantizer of ``weight_hh_l0`` is the child ``weight_hh_l0_fake_quant``. It has one scale per row of the matrix
-    if the qconfig's weights have one per channel. Parameters keep their names, so that float checkpoints load. Biases,
-    gates and states stay in float.
+    if the qconfig's weights have one per channel, and one per group along each row if they have groups. Parameters keep
+    their names, so that float checkpoints load. Biases, gates and states stay in float, but for the hidden state that a
+    cell returns: ``activation_post_process`` rounds it, and of a layer the returned sequence.
 
     Attributes:
         qconfig: the qconfig that made the quantizers.
@@ -159,7 +160,13 @@ class LSTM(_QATSequence, nn.LSTM):
 class GRU(_QATSequence, nn.GRU):
     """``nn.GRU`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
 
-    The input of each layer and the returned sequence are fake-quantized too; ``h_n`` is returned in float.
+    What each layer hands to the next and the returned sequence are fake-quantized too, and the first layer's input if
+    there is a child ``input_fake_quant``, which ``prepare_qat`` adds where needed. ``h_n`` is returned in float.
+
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another axis
+            than 1 or don't divide the length of a row.
 
     Examples:
         >>> import torch, tritonq

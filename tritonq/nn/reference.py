@@ -218,7 +218,7 @@ class Reference(Generic[M]):
 
     @property
     def module(self) -> M | None:
-        """The module, while everything is on the way as it was; None: there is none, or the tensor is another one.
+        """The module; None if there is none, or while a place or hook on the route is not as it was.
 
         In the latter case a warning says so, once per model (:meth:`Route.tell`).
         """

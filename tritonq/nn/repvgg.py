@@ -285,6 +285,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:
         """Return the quantization-aware form of ``mod``, whose branches it shares and whose ``qconfig`` it uses.
 
+        The shared BatchNorms are switched to eval mode.
+
         Args:
             mod: the float block.
             use_precomputed_fake_quant: not used; torch.ao has it.

@@ -104,7 +104,8 @@ class InterpolatingHistogramObserver(RangeObserver):
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Count the values of ``x`` and update the range, and scale and zero point in ``qparams`` unless that is None.
 
-        ``enabled``: one element, 0 leaves everything as it is; None: as 1.
+        ``enabled``: one element, 0 leaves everything as it is; None: as 1. Values that are not finite are left out and
+        counted. With a process group ``x`` of all ranks in it is counted, and each of them must call this.
         """
         x = self._checked(x)
         if known_off(enabled):

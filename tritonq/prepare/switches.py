@@ -82,7 +82,9 @@ def freeze_bn_stats(module: nn.Module) -> None:
 
 
 def update_bn_stats(module: nn.Module) -> None:
-    """Undo :func:`freeze_bn_stats`: fused BatchNorms use the batch's statistics and update the running ones again.
+    """Undo :func:`freeze_bn_stats`: in training fused BatchNorms use and update statistics as before.
+
+    They normalize with the batch's and update the running ones. A BatchNorm that the float model had frozen stays so.
 
     Examples:
         >>> import torch, tritonq

@@ -121,6 +121,8 @@ def observe_ends(
 def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
     """Return ``FQ(relu?(y))``; overwrites ``y``. While the grid is switched off, only the ReLU is applied.
 
+    The result may be another tensor than ``y``, whose values then mean nothing.
+
     Args:
         y: float32 or float64, any shape.
         grid: per tensor, integer codes; nothing is observed.

@@ -131,11 +131,11 @@ def composed(
         grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
         statistics: the running range of the grid, updated in place; None observes nothing.
         known: fold and ``1/σ`` of a step that is run again; None: computed from ``running_var``.
-        out: memory for the codes; None: new memory.
+        out: memory for the codes, shaped as ``rows``, in ``dtype``; None: new memory.
 
     Returns:
-        A :class:`StepWeight`: codes and their unit, the ratio of fold and unit, fold and ``1/σ``, whether a value was
-        clipped, and a copy of the grid.
+        A :class:`StepWeight`: codes and their unit, the ratio of fold and unit, fold and ``1/σ``, whether a value may
+        be clipped, and a copy of the grid.
     """
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)

@@ -318,7 +318,7 @@ def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Te
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance per channel (axis 1), and memory shaped as ``c`` that may be overwritten."""
+    """Return mean and biased variance per channel (axis 1) of a dense ``c``, and memory like it to be overwritten."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     if torch.compiler.is_compiling():
         dims = _all_but_channels(c)
@@ -340,7 +340,7 @@ def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``slope · c + shift`` per channel, rounded once if the processor has fused multiply-adds.
 
-    ``slope`` and ``shift`` are (channels,); the result is written to ``out``, shaped as ``c``, or to new memory.
+    ``slope``, ``shift``: (channels,). The result lies in ``out``, shaped as ``c``, or, if None or compiling, is new.
     """
     if torch.compiler.is_compiling():
         return torch.addcmul(_column(shift, c), c, _column(slope, c))

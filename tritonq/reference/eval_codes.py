@@ -113,7 +113,7 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 
 
 def is_within(sums: Tensor, reach: float) -> bool:
-    """Whether the magnitude of every sum is below ``reach``."""
+    """Whether the magnitude of every sum is below ``reach``; ``sums`` is not empty, else torch raises RuntimeError."""
     # In the order in which they lie: torch would copy any other.
     least, most = torch.aminmax(in_memory_order(sums) if is_dense(sums) else sums)
     return -reach < float(least) and float(most) < reach
@@ -214,7 +214,7 @@ def codes_of_product(
 
     Args:
         a: uint8 codes.
-        b: uint8 codes; one of both may broadcast to the shape of the other.
+        b: uint8 codes; one of both may broadcast to the shape of the other, b to that of a if they are equally many.
         zeros: the code of the value 0 of each operand.
         ratio: the product of both scales over that of the result.
         fixed: the constant term, float32, 0-d.

@@ -64,7 +64,7 @@ def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor
     With m the block's largest magnitude and ``L = 2^E · f`` (1 <= f < 2) the largest element: ``2^(floor(log2 m) - E)``
     for e8m0 scales, with ``"ceil"`` twice that where m would saturate; ``e4m3(m / (L · t)) · t`` for e4m3 scales. The
     exponent of e8m0 scales is clamped to ``-127 .. 127 - E``. A block of zeros has the scale ``2^(-1-E)``, or 0 with
-    e4m3 scales.
+    e4m3 scales, of which those below 2^-126 become 0, too.
 
     Args:
         x: float32, with whole blocks along ``axis``.

@@ -40,7 +40,8 @@ def grown(
     """Return the range that holds ``limits`` and ``batch``, and the old counts over it; the batch is not counted.
 
     ``"torch"``: slices of old bins go to the new bins that their middles lie in. ``"megengine"``: the range is widened
-    evenly on both sides until each new bin is a whole number of old slices, which keep their places.
+    evenly on both sides until each new bin is a whole number of old slices, which keep their places. If ``limits`` are
+    one value, both do as ``"torch"``.
 
     Args:
         histogram: float64, (bins,), counts over equal bins of ``limits``.

@@ -69,7 +69,7 @@ def advise(measured: ModelMeasure) -> Advice:
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as a percentage: ``"12.34 %"`` for 0.1234, with a third decimal below 0.1 %."""
+    """Return a fraction as a percentage: ``"12.34 %"`` for 0.1234, with a third decimal between 0 and 0.1 %."""
     value = 100 * fraction
     return f"{value:.3f} %" if 0 < value < 0.1 else f"{value:.2f} %"
 

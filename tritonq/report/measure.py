@@ -57,8 +57,8 @@ class LayerMeasure:
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
         """Return the measure of the layer's tensor that rounding disturbs most: the one with the lowest SQNR.
 
-        SQNR is the ratio of signal to rounding error. Only tensors of the given ``role`` count ("weight", "output",
-        "input"; None: all). None is returned if the layer rounds no such tensor.
+        SQNR is the ratio of signal to rounding and clipping error, in dB. Only tensors of the given ``role`` count
+        ("weight", "output", "input"; None: all). None is returned if the layer rounds no such tensor.
         """
         found = [tensor for tensor in self.tensors if role in (None, tensor.role)]
         return min(found, key=lambda tensor: tensor.sqnr, default=None)

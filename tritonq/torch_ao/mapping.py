@@ -49,8 +49,10 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
                 ``"module_name"`` to lists of pairs of a key and a qconfig.
 
         Raises:
-            ValueError: a key that has no counterpart.
-            TypeError: a qconfig that is neither None nor a QConfig, or a type or path of another kind.
+            ValueError: a key that has no counterpart, a path that is empty or no string, a pattern that is no regular
+                expression, or a qconfig with an unknown option.
+            TypeError: a qconfig that is neither None nor a QConfig, a type that is neither a module class nor a string,
+                or a pattern that is no string.
 
         Source: torch.ao.quantization.QConfigMapping.from_dict.
 
@@ -106,7 +108,7 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         Return the mapping itself. None leaves these modules in float. A rule with the same path is replaced.
 
         Raises:
-            ValueError: ``module_name`` is empty or no string.
+            ValueError: ``module_name`` is empty or no string, or ``qconfig`` has an unknown option.
             TypeError: ``qconfig`` is neither None nor a QConfig with two factories of quantizers.
         """
         return self._become(super().set_module_name(module_name, qconfig))

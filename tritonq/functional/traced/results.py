@@ -62,7 +62,9 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
 def separate_tensors(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of ``result`` with the strides of :func:`prototypes`, copied if they share memory.
 
-    torch forbids operators to return memory of their inputs, or of each other's results.
+    torch forbids operators to return memory of their inputs, or of each other's results. A tensor with other strides is
+    copied, too, and so is every grid. None in place of a grid gives empty tensors for scale and zero point, and a
+    switch without meaning.
 
     Args:
         template: of the result.

@@ -22,9 +22,9 @@ from tritonq.prepare.decide.rows import out_channels
 def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]:
     """Return the names of the layers that are part of an adapter, each with the reason why it stays in float.
 
-    A reads what a frozen layer reads, and returns fewer channels than that layer reads or returns. B reads the result
-    of A, and returns a tensor of the frozen layer's shape. Both have parameters that train. Layers that are functions
-    are not searched.
+    A reads what a frozen layer reads, and returns fewer channels than that layer reads and than it returns. B reads the
+    result of A, and returns a tensor of the frozen layer's shape. Operations that only move values, such as dropout,
+    may stand before A and B. Both have parameters that train. Layers that are functions are not searched.
     """
     layers = [layer for layer in layers if layer.function is None]
     frozen = [layer for layer in layers if not _trains(layer, analysis)]

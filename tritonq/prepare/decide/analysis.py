@@ -252,7 +252,7 @@ class Analysis:
         return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
 
     def source_of(self, call: Call, through_norms: bool = False) -> int | None:
-        """Return the index of the value that a call moves, or scales or shifts by constants or a mask; else None.
+        """Return the index of the input whose grid a call keeps, or that constants or a mask scale or shift; else None.
 
         Args:
             call: any recorded call.

@@ -153,7 +153,11 @@ def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> 
 
 
 def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
-    """Let a module pass its output through ``quantizer``, which becomes its child ``activation_post_process``."""
+    """Let a module pass its output through ``quantizer``, which becomes its child ``activation_post_process``.
+
+    The module is changed in place, and ``quantizer`` gets its mode. An output that is no floating-point tensor is
+    returned as it is. Edits that the module's forward had are replaced (:func:`apply_forward`).
+    """
     name = "activation_post_process"
     module.add_module(name, quantizer.train(module.training))
     apply_forward(module, quantizing_data(returns=name))

@@ -64,7 +64,7 @@ def check_argument(value: Any, expected: Any, name: str) -> None:
         name: name of the argument in the message.
 
     Raises:
-        ValueError: the value or its type differs.
+        ValueError: the value or its type differs. Within :func:`traced_as_run` a tensor may stand for None.
     """
     if isinstance(value, torch.Tensor) and expected is None and _TRACED_AS_RUN.get():
         return

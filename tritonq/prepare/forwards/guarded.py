@@ -111,7 +111,10 @@ class GuardedGraph(ForwardGraph):
         self._forward = self._forward if places else None
 
     def to_data(self) -> ForwardData:
-        """Return forward data: those of the graph, "values", and as "otherwise" those of the forward itself or None."""
+        """Return forward data of the graph; after :meth:`guard` with "values" and "otherwise", too.
+
+        "otherwise" holds forward data of the forward itself, or None if it was dropped.
+        """
         data = super().to_data()
         if self._is_guarded:
             data["values"] = {path: constant_to_data(value) for path, value in self.values.items()}

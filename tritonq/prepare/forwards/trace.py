@@ -120,8 +120,9 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
         training: trace as it runs in training mode; else as in eval mode.
 
     Raises:
-        TraceError: the forward branches on tensors, has side effects, uses contexts such as autocast, reads values that
-            a graph would keep as constants, or was replaced on the instance.
+        TraceError: the forward branches on tensors, has side effects, draws random numbers in Python or NumPy, uses
+            contexts such as autocast, reads values that a graph would keep as constants, was replaced on the instance,
+            or raises any other error while torch.fx runs it.
     """
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")

@@ -196,7 +196,8 @@ def _run(
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
     """Return for each module whether it is in training mode while the model trains; False for every BatchNorm.
 
-    The model itself is left in its modes.
+    If the model is in training mode, submodules in eval mode count as in eval mode; else all of it is switched to
+    training mode to find out. The model itself is left in its modes.
     """
     snapshot = ModelSnapshot(model)
     try:

@@ -134,7 +134,7 @@ class Recorder:
         return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
-        """Run the model with these arguments and return the record of the run."""
+        """Run the model with copies of these arguments and return the record of the run."""
         snapshot = ModelSnapshot(self.model)
         handles = []
         try:
@@ -175,7 +175,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Return ``function(*args, **kwargs)``, called by frame ``caller``; record the call, if it isn't left out."""
+        """Return ``function(*args, **kwargs)``; record the call, if not left out, and its place in ``caller``."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]
