@@ -60,7 +60,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             return super().forward(input)
         group = self._group() if self.training else None
         if group is None:  # torch's SyncBatchNorm refuses CPUs, even for one rank
-            return cast(Tensor, nn.modules.batchnorm._BatchNorm.forward(self, input))
+            return nn.modules.batchnorm._BatchNorm.forward(self, input)
         self._check_input_dim(input)
         momentum = self.momentum
         if self.num_batches_tracked is not None:
