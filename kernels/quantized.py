@@ -134,7 +134,7 @@ class RangeStatistics(Protocol):
 
     @property
     def min_val(self) -> Tensor:
-        """Smallest value observed, float32: 0-d or (channels,)."""
+        """Lower end of the running range, float32 of shape () or (channels,); +inf before the first batch."""
 
     @property
     def max_val(self) -> Tensor:

@@ -238,7 +238,8 @@ class FakeQuantize(FakeQuantizeBase):
     def observe(self, x: Tensor) -> None:
         """Update range, scale and zero point from ``x`` in place, in any mode, unless ``observer_enabled`` is 0.
 
-        A PassiveObserver takes nothing from ``x``.
+        The range of example inputs is forgotten first, see :meth:`begin_anew`. Per-channel buffers that have no length
+        yet get that of ``x``, also with the observer off. A PassiveObserver takes nothing from ``x``.
         """
         observer = self.activation_post_process
         if self.qtype.axis is not None and self.scale.numel() == 0:

@@ -51,7 +51,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
         amax_history: float32 buffer (history, 1) or (history, channels), the latest batch first.
 
     Raises:
-        ValueError: an unknown format or rounding, or a history of no batch.
+        ValueError: an unknown format or rounding, ``"ceil"`` for a format without block scales that are powers of two,
+            or a history of no batch.
 
     Source: NVIDIA Transformer Engine, delayed scaling; the formats' own sources stand there.
 
@@ -151,8 +152,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format.
 
-        Until a finite value was observed, or while switched off, the values of ``x`` are returned; in eval mode a
-        UserWarning says once that nothing was observed.
+        While switched off, the values of ``x`` are returned. So they are with an observed scale
+        (:attr:`has_observed_scale`) until a finite value was observed or a history loaded; in eval mode a UserWarning
+        then says once that nothing was observed. Per-channel buffers of another length than ``x`` has channels are
+        emptied first, see :meth:`allocate`.
         """
         if self.has_observed_scale:
             if self.blocks is None and self.ch_axis is not None:
@@ -212,7 +215,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return torch.where(largest >= 0, largest.clamp(min=_LEAST), 0.0)
 
     def rank_state(self) -> RankState:
-        """Return the history of magnitudes, of which all ranks will take the largest values; nothing is merged here."""
+        """Return the history of magnitudes, of which all ranks will take the largest values; nothing is merged here.
+
+        For blocks whose scales are powers of two the state is empty.
+        """
         return RankState(highest=[self.amax_history] if self.has_observed_scale else [])
 
     def follow_ranks(self) -> None:

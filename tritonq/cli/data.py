@@ -150,9 +150,10 @@ def open_examples(
     Each file is read once, to see whether it can be read, for its checksum, and for mean and deviation.
 
     Args:
-        source: ``"digits"`` or a folder with one sub-folder per class.
+        source: ``"digits"`` or a folder with one sub-folder per class, or with ``train`` and ``val`` that have such.
         preprocessing: how they are scaled; without a mean it takes the training images' own.
-        validation: a folder of the same classes, or the share that is held out.
+        validation: a folder of the same classes, or the share that is held out, between 0 and 1. A share is ignored
+            if the source has ``train`` and ``val``; a folder is used instead of ``val``.
         workers: threads that read files; 0: one per processor.
         quiet: print nothing, because another process does.
         trains: whether a model is trained with some of them, for which there must be two classes, an image of each to
@@ -160,7 +161,8 @@ def open_examples(
 
     Raises:
         ValueError: no such folder, too few classes, a class with too few readable images, validation classes that
-            training has not, or less than no workers.
+            training has not, a validation folder for the digits or without images, other folders beside ``train`` and
+            ``val``, another share, or less than no workers.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")

@@ -65,7 +65,8 @@ def held_folder(folder: Path) -> Iterator[None]:
     Where folders can't be locked, on Windows and some network file systems, nothing is held.
 
     Raises:
-        ValueError: another process holds the folder.
+        ValueError: the folder is held already, by another process or by this one.
+        OSError: there is no such folder.
     """
     if fcntl is None:
         yield

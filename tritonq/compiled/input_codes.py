@@ -42,7 +42,8 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
     Args:
         codes: that :func:`encode` returned.
         dtype: of the tensor.
-        out: float32 memory for the computation, laid out as the codes; None: new memory.
+        out: float32 memory for the computation, laid out as the codes; overwritten, and returned if ``dtype`` is
+            float32. None: new memory.
     """
     held = codes.codes
     if not (held.is_cpu and is_dense(held) and are_vectors(codes.scale) and is_plain(out)):

@@ -110,9 +110,10 @@ def describe_modules(model: nn.Module) -> list[Description]:
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
     """Give rebuilt modules their references to quantizers, which a file holds by name.
 
-    ``"operands"`` of a description is a pair of names of quantizers, None for one that is unknown: of a join those of
-    its two operands, of a mean or function those of its input and its result. The module then returns these quantizers
-    as ``linked_quantizers``. A layer's ``"quantizer_behind_clip"``, if there, is one name, for its property.
+    ``"operands"`` of a description is a pair of names of quantizers, None for one that is unknown: of a join that is no
+    concatenation those of its two operands, of a mean, function or clip those of its input and its result. The module
+    then returns these quantizers as ``linked_quantizers``. A layer's ``"quantizer_behind_clip"``, if there, is one
+    name, for its property. Other descriptions are passed over.
 
     ``modules`` has the modules of the rebuilt model by name, and they are changed; ``entries`` are their descriptions.
     """

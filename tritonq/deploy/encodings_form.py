@@ -186,9 +186,10 @@ def take_marks(graph: Any, encodings: dict[str, Encoding]) -> dict[str, Encoding
     """Remove the marks from a traced graph; return the grids by the names of its tensors, in order of execution.
 
     If a tensor has two grids, or is also read unrounded, readers of a grid read it through an Identity, whose result
-    gets the grid. Tensors without a mark get a grid in two cases: the result of a ReLU, or of an operation that
-    only moves values, that of its input; the input of an operation that moves values that of the result, if nothing
-    else reads the input.
+    gets the grid. A marked initializer gets the name of its mark, if no tensor has that name. Tensors without a mark
+    get a grid with one scale in two cases: the result of a ReLU, or of an operation that only moves values, that of its
+    input (of a concatenation, if all inputs have the same); the input of an operation that moves values that of the
+    result, if another node computes the input and nothing else reads it (not for Split and Resize).
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

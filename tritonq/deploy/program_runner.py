@@ -26,7 +26,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     """Return the program in a file of :func:`tritonq.export_program`, of form "integers" or "pt2e".
 
     Raises:
-        ValueError: it is another kind of file.
+        ValueError: it is no file of ``torch.export.save``. Who wrote the program is not checked.
         OSError: it can't be read.
     """
     register_pt2e_operators()

@@ -87,7 +87,8 @@ def fixed_grid(quantizer: nn.Module) -> Grid | None:
     """Return the grid of a quantizer in eval mode, for an operator that rounds to it in the quantizer's place.
 
     None: the quantizer's module must run itself. That is so unless it is a plain `FakeQuantize` to integers with one
-    scale, in eval mode, without hooks, that has observed something; if it has not, running it warns.
+    scale, in eval mode, without hooks, whose scale and zero point were observed, loaded or set; before that, running it
+    warns. A subclass is not plain. A quantizer that is switched off has a grid, too, with its switch.
     """
     if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
         return None

@@ -91,7 +91,7 @@ class QATRecurrent(nn.Module):
         return cast(nn.Module, self._modules[name + WEIGHT_QUANTIZER])
 
     def quantized(self, name: str) -> Tensor:
-        """Return a parameter by its name: a weight rounded by its fake quantizer, a bias as it is."""
+        """Return a named parameter: a weight rounded by its quantizer, which observes in training; a bias as it is."""
         value = cast(Tensor, getattr(self, name))
         return cast(Tensor, self.weight_quantizer(name)(value)) if name.startswith("weight") else value
 

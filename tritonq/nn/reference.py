@@ -46,7 +46,8 @@ def hands_on(wrapper: nn.Module | None, module: nn.Module) -> bool:
     """Whether ``wrapper`` is ``module``, or torch's own wrapper of it, which returns what ``module`` returns.
 
     Such wrappers are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel and DataParallel.
-    Every module with exactly one child whose class torch defines counts as one, and wrappers may lie around wrappers.
+    Every module of one of torch's own classes with exactly one child counts as one, an ``nn.Sequential`` too. Wrappers
+    may lie around wrappers.
     A ``wrapper`` of None gives False.
     """
     while wrapper is not None and wrapper is not module and type(wrapper).__module__.startswith("torch."):

@@ -99,7 +99,7 @@ def observe_ends(
         low: smallest finite value of ``y`` before the ReLU, 0-d; +inf if there is none. Its memory may be overwritten.
         high: largest finite value, 0-d; -inf if there is none. Its memory may be overwritten.
         nonfinite: how many values are not finite, one element, which is added to ``statistics.nonfinite_count``; None:
-            the host knows that all are finite.
+            the host knows that there are values and all are finite.
         grid: per tensor; its scale and zero point are updated in place.
         statistics: the running range, updated in place. If it is None, frozen or switched off, neither it nor the grid
             is changed.

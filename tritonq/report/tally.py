@@ -31,7 +31,7 @@ class TensorMeasure:
         role: what it quantizes: "input", "weight" or "output" of a layer.
         grid: its codes, in words such as "-127..127 per channel".
         scale: smallest and largest of its scales.
-        sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB.
+        sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB; infinity without error.
         clipped: fraction of values more than half a step outside of the grid.
         low: smallest value, not rounded; infinity without values.
         high: largest value, not rounded; -infinity without values.

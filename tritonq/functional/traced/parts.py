@@ -26,7 +26,8 @@ class Leaf:
     Attributes:
         name: of the argument.
         kind: its type in a schema, such as ``"Tensor"``, with ``?`` if it may be None.
-        make: applied to the argument when the operator runs (a list becomes a tuple); None: nothing is applied.
+        make: applied to an argument that is not None when the operator runs (a list becomes a tuple); None: nothing is
+            applied.
     """
 
     name: str

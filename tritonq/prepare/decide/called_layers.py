@@ -67,7 +67,7 @@ class CalledLayer:
 
     @property
     def name(self) -> str:
-        """Qualified name of the child."""
+        """Name of the child in the model, such as "block.conv"; in the model's own forward that of the child alone."""
         return f"{self.owner}.{self.child}".lstrip(".")
 
 

@@ -94,7 +94,8 @@ def find_layer(
 ) -> tuple[Layer, str | None]:
     """Return the layer that begins with a module or function, and why the BatchNorm behind it is not part of it.
 
-    The reason is None if there is no such BatchNorm, if it is part of the layer, or if no type in ``swapped`` has both.
+    The reason is None if there is no such BatchNorm, if it is part of the layer, or if it is left apart only because no
+    type in ``swapped`` has both. A frozen norm counts as a BatchNorm.
 
     Args:
         name: name of the module, or of the child that a function will become.

@@ -36,7 +36,7 @@ ROWS: dict[Types, type[intrinsic.FusedModule]] = {
 
 
 def out_channels(layer: nn.Module) -> int | None:
-    """Return how many channels a convolution or linear layer returns; None for other modules."""
+    """Return a module's ``out_channels`` or else ``out_features``; None if it has neither attribute."""
     return getattr(layer, "out_channels", getattr(layer, "out_features", None))
 
 

@@ -17,7 +17,7 @@ _FACTORY = "earlier_output"
 def note_earlier_output(layer: nn.Module, factory: Callable[..., nn.Module]) -> None:
     """Let a layer without output quantizer get one when it loads a state dict that has one.
 
-    The layer then computes as it was trained. ``factory`` makes the quantizer.
+    The layer then computes as it was trained. ``factory``, called without arguments, makes the quantizer.
     """
     setattr(layer, _FACTORY, factory)
     layer.register_load_state_dict_pre_hook(_take_quantizer)
