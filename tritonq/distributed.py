@@ -29,8 +29,8 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a rank has gone.
-        ValueError: a per-channel observer here does not know its number of channels, which comes with data or with
-            ``num_channels``; nothing is sent then.
+        ValueError: a per-channel observer or quantizer here does not know its number of channels, which comes with data
+            or with ``num_channels``; nothing is sent then.
 
     Examples:
         >>> import tempfile, torch, tritonq
@@ -52,7 +52,12 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
         if observer.qtype.axis is not None and observer.num_channels is None:
             raise ValueError(f"{type(observer).__name__} does not know its number of channels: pass num_channels=")
     quantizers = [module for module in model.modules() if isinstance(module, SharesRange)]
-    merge_ranges([quantizer for quantizer in quantizers if not _has_range_observer(quantizer)], group)
+    alone = [quantizer for quantizer in quantizers if not _has_range_observer(quantizer)]
+    for quantizer in alone:
+        state = quantizer.rank_state()
+        if any(not tensor.numel() for tensor in (*state.lowest, *state.highest, *state.first)):
+            raise ValueError(f"{type(quantizer).__name__} does not know its number of channels: pass num_channels=")
+    merge_ranges(alone, group)
     if not observers:
         return
     ranges = _reduced_ranges(observers, group)

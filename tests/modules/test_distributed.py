@@ -220,9 +220,15 @@ def length_unknown(rank):
     sync_observers(nn.Sequential(PerChannelMinMaxObserver()))
 
 
+def length_of_floats_unknown(rank):
+    sync_observers(nn.Sequential(tritonq.FloatFakeQuantize("fp8_e4m3", ch_axis=1)))
+
+
 def test_channels_must_be_known(results):
     for text in results(2)["length_unknown"]:
         assert "ValueError: PerChannelMinMaxObserver does not know its number of channels" in text
+    for text in results(2)["length_of_floats_unknown"]:
+        assert "ValueError: FloatFakeQuantize does not know its number of channels" in text
 
 
 def real_group_is_kept_by_copies(rank):
@@ -317,6 +323,7 @@ IN_ANY_WORLD = (observe_together, observe_alone_then_sync)
 IN_PAIRS = (
     train_a_quantizer,
     length_unknown,
+    length_of_floats_unknown,
     real_group_is_kept_by_copies,
     train_synchronized,
     average_in_ranks,

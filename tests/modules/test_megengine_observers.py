@@ -71,6 +71,8 @@ def test_passive_observer():
     assert (observer.scale.tolist(), observer.original_scale.tolist()) == ([0.125], [2.0])
     with pytest.raises(ValueError, match="zero point 0, got"):
         tritonq.PassiveObserver(dtype="qint8").set_qparams(torch.tensor([1.0]), torch.tensor([3]))
+    with pytest.raises(ValueError, match="zero_point must be a whole number"):
+        tritonq.PassiveObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine).set_qparams(0.5, 3.7)
 
 
 def test_a_passive_observer_adopts_the_length_of_a_checkpoint():

@@ -53,15 +53,17 @@ class PassiveObserver(ObserverBase):
         type.
 
         Raises:
-            ValueError: a scale that is not positive and finite, several for a type per tensor, a zero point outside the
-                code range, one that is not the type's fixed one, or another number of zero points than one or one per
-                scale.
+            ValueError: a scale that is not positive and finite, several for a type per tensor, a zero point that is not
+                whole, outside the code range or not the type's fixed one, or another number of zero points than one or
+                one per scale.
         """
         scale = torch.as_tensor(scale)
         fixed = self.fixed_zero_point
         zero_point = torch.as_tensor((fixed or 0) if zero_point is None else zero_point)
         if zero_point.numel() not in (1, scale.numel()):
             raise ValueError(f"scale has {scale.numel()} elements, zero_point {zero_point.numel()}; one is enough")
+        if bool((zero_point != zero_point.round()).any()):
+            raise ValueError(f"zero_point must be a whole number, got {zero_point}")
         if bool(((zero_point < self.quant_min) | (zero_point > self.quant_max)).any()):
             raise ValueError(f"zero_point must be in {self.quant_min}..{self.quant_max}, got {zero_point}")
         if fixed is not None and bool((zero_point != fixed).any()):
