@@ -88,7 +88,7 @@ def load_tile(
         end: of the share along (outer, rows, cols).
         other: what missing elements are; in the tensor's dtype, broadcasts against a tile.
         ROWS: of the tile.
-        COLS: of the tile.
+        COLS: of the tile; with a SKEW at least a row's elements and SKEW - 1 more.
         SKEW: elements to read at a time of rows that begin anywhere, see `View.skew`; each row then begins at the
             multiple before it, and the elements around it, which are its neighbours', do not exist. 1: none.
     """

@@ -46,7 +46,8 @@ def frac_len_errors_kernel(
 ):
     """Write one share's squared rounding errors of one channel, for every fractional length.
 
-    Squares are added in float32 within a tile, tiles in float64.
+    Squares are added in float32 within a tile, tiles in float64. Values that are not finite are left out, as are
+    negative ones where QUANT_MIN is not negative.
     """
     channel = tl.program_id(0)
     split = tl.program_id(1)

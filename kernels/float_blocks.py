@@ -85,7 +85,8 @@ def fake_quantize_blocks_kernel(
 def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.constexpr, ROUNDS_UP: tl.constexpr):
     """Return the power-of-two scale of each block, in the range of e8m0, and its reciprocal, as exact float32.
 
-    ``scale = 2^(floor(log2(largest magnitude)) - GREATEST_EXPONENT)``, at least 2^-127.
+    ``scale = 2^(floor(log2(largest magnitude)) - GREATEST_EXPONENT)``, doubled where ROUNDS_UP asks for it, then
+    clamped to 2^-127 .. 2^(127 - GREATEST_EXPONENT).
 
     Args:
         bits: int32 block, the float32 bits of each block's largest finite magnitude.

@@ -61,7 +61,7 @@ def prefix_histogram_kernel(
     histogram_ptr,  # (channels, 2 * PER_SIDE + 1) int64, added to
     partial_ptr,  # 2 × splits × channels float32: minima, maxima
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
-    nonfinite_ptr,  # one int64, added to
+    nonfinite_ptr,  # one int64, grows by the number of values that are not finite
     x_strides,
     sizes,  # (outer, rows, cols)
     share,  # elements that one program reads along each dimension, whole tiles
@@ -71,14 +71,17 @@ def prefix_histogram_kernel(
     SHIFT: tl.constexpr,  # low bits of a float32 that a prefix leaves out
     FIRST_PREFIX: tl.constexpr,  # prefix of the smallest magnitude with a bin of its own
     PER_SIDE: tl.constexpr,  # bins per sign
-    WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; 0: none
+    WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; 0, as with channels: none
     CHANNEL: tl.constexpr,  # dimension with the channels: 0, 1 or 2; None: one channel
     ROWS: tl.constexpr,  # of a tile, the elements that a program reads at a time
     COLS: tl.constexpr,
     FIRST: tl.constexpr,  # dimension of the tensor on the first axis of the launch
     WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
-    """Add the counts of one share to the histogram, and write its smallest and largest finite value per channel."""
+    """Add the counts of one share to the histogram, and write its smallest and largest finite value per channel.
+
+    Without a finite value these are +inf and -inf.
+    """
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)

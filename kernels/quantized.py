@@ -48,7 +48,11 @@ class BlockFormat(Protocol):
 
     @property
     def scale_rounding(self) -> str:
-        """How a power-of-two scale is rounded: ``"floor"`` or ``"ceil"``."""
+        """How a power-of-two scale is chosen, ``"floor"`` or ``"ceil"``.
+
+        With ``"floor"`` the largest element has the elements' greatest exponent, and may saturate. With ``"ceil"`` the
+        scale is twice as large in blocks where it would.
+        """
 
 
 class QuantizedType(Protocol):

@@ -167,7 +167,7 @@ def folded_backward_kernel(
 def quantize_folded(
     rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return ``(codes, unit, clips, snapshot)`` for ``rows`` (out, ...) and ``fold`` (out,).
+    """Return ``(codes, unit, clips, snapshot)`` for ``rows`` (out, ...) and ``fold`` (out,); codes are float32.
 
     ``codes = clip(round(rows · fold / s) + z) - z``. ``unit`` is s, (out,); while the grid's switch is off, or without
     a grid, codes are ``rows · fold`` and the unit is 1. ``statistics`` are updated first, then scale s and zero point z
@@ -241,11 +241,11 @@ def quantize(
     Args:
         rows: (out, ...); each row dense.
         fold: (out,) float32, the factor of each row; written, not read, if ``norm`` is given.
-        grid: of the rows, with s and z, updated in place. While its switch is off codes are ``rows · fold``, units 1.
+        grid: of the rows, with s and z. While its switch is off codes are ``rows · fold``, and units 1.
         statistics: the running range behind the grid, or None.
         dtype: of the codes ``clip(round(rows · fold / s) + z) - z``. In float16 they are multiplied by the power of
             two nearest to s, and the unit is s over that power.
-        observes: whether the range is updated.
+        observes: whether range, s and z of each row are updated first, in place. The caller updates one of all rows.
         norm: if the kernel is to compute the fold: running variance, γ (or None), eps, and where to write ``1/σ``.
     """
     rows = dense_rows(rows)
@@ -322,10 +322,10 @@ def gradients(
 
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.
-        rows: the weight, (out, ...).
+        rows: the weight, (out, ...); its gradient is float32 in this shape.
         fold: (out,).
         unit: (out,), of the codes.
-        grid: as in the forward; None where nothing clips.
+        grid: snapshot of the forward's grid; None where nothing clips.
         norm: γ, ``1/σ``, eps_share and sum_gn of :func:`tritonq.kernels.batch_norm_weight.gradients`, each (out,). With
             it the second result is γ's gradient in place of the fold's.
     """

@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without argparse's list of options."""
 
     def error(self, message: str) -> NoReturn:
-        """Print ``PROGRAM: message; see PROGRAM --help`` to stderr and leave with exit status 2 (SystemExit)."""
+        """Print one line, the message and where to find help, to stderr; leave with exit status 2 (SystemExit)."""
         joint = " See" if message.endswith("?") else "; see"
         self.exit(_USAGE, f"{self.prog}: {message}{joint} {self.prog} --help\n")
 

@@ -86,7 +86,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def rests_on_examples(self) -> bool:
         """Whether scale and zero point are still those that the example inputs of ``prepare_qat`` gave.
 
-        False if no run on example inputs gave them, or once a training batch or a loaded state replaced them.
+        False if no run on example inputs gave them, or once a training batch or a loaded state replaced them. The scale
+        alone is compared; the host waits for it.
         """
         return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
 

@@ -120,7 +120,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def reach(self) -> float:
-        """The largest magnitude that the format holds at a scale of 1: 448 for FP8 E4M3, 6 · 448 for ``"nvfp4"``."""
+        """The largest magnitude that the format holds at a scale of 1: 448 for FP8 E4M3, 6 · 448 for ``"nvfp4"``.
+
+        It has no meaning for blocks whose scales are powers of two.
+        """
         largest = self.element_format.largest
         return largest if self.blocks is None else largest * FLOAT_FORMATS["e4m3"].largest
 
@@ -193,8 +196,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def gather(self, x: Tensor) -> None:
         """Let ``x`` raise the largest magnitudes of the latest batch in the history, instead of adding a batch.
 
-        Calibration calls it for all its data, which count as one batch. The scale follows unless ``observer_enabled``
-        is 0. Nothing is done for blocks whose scales are powers of two.
+        Calibration calls it for all its data, which count as one batch. Per-channel buffers of another length than
+        ``x`` has channels are emptied first. The scale follows unless ``observer_enabled`` is 0; the history changes in
+        any case. Nothing is done for blocks whose scales are powers of two.
         """
         if not self.has_observed_scale:
             return

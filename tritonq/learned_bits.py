@@ -48,8 +48,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     Attributes:
         scale: float32 parameter, (1,) or (channels,): the step at ``max_bits``. Unless :meth:`initialize` was called
-            before, the first training batch sets it to the largest magnitude of the weight, per channel of the row,
-            divided by ``2^(max_bits-1) - 1``.
+            before, the first training batch sets it to the largest magnitude of the weight (with ``ch_axis=0`` of each
+            row), divided by ``2^(max_bits-1) - 1``.
         bits: float32 parameter (1,).
         elements: how many values the last tensor had, which a penalty counts.
 

@@ -231,7 +231,7 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
         observer: observer class or factory that gives the first scale.
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
-        **observer_kwargs: passed to the observer.
+        **observer_kwargs: passed to the observer; its ``dtype`` is ``"qint8"`` unless given.
 
     Attributes:
         log2_threshold: float32 parameter t, (1,) or (channels,).
@@ -299,9 +299,9 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
 
     Args:
         observer: observer class or factory; alpha begins at the largest value of the grid that it proposes.
-        quant_min: 0.
-        quant_max: largest code.
-        **observer_kwargs: passed to the observer.
+        quant_min: 0; needs ``quant_max``. None takes the dtype's range.
+        quant_max: largest code; needs ``quant_min``. None takes the dtype's range.
+        **observer_kwargs: passed to the observer; ``dtype`` is ``"quint8"`` by default.
 
     Attributes:
         alpha: float32 parameter, (1,) or (channels,).

@@ -190,7 +190,7 @@ class DoReFaActivation(FakeQuantize):
         cast(PassiveObserver, self.activation_post_process).set_qparams(1 / self.qtype.quant_max, 0)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Clip ``x`` to ``[0, 1]`` and round it to multiples of ``1 / (2^bits - 1)``."""
+        """Clip ``x`` to ``[0, 1]`` and round it to multiples of ``1 / (2^bits - 1)``; if switched off, do neither."""
         return super().quantize(torch.where(self.fake_quant_enabled != 0, x.clamp(0, 1), x))
 
 

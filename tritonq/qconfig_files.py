@@ -145,7 +145,7 @@ def mapping_from_data(data: Any) -> QConfigMapping:
     """Return the mapping that :func:`mapping_to_data` turned into ``data``.
 
     Raises:
-        ValueError: not such data, a newer version, an unknown preset, class or field; the message says where.
+        ValueError: not such data, another version, an unknown preset, class or field; the message says where.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a qconfig mapping: it has no format {FORMAT!r}")

@@ -86,6 +86,10 @@ class QConfigMapping:
         """Return a copy of the mapping with another qconfig for modules that no other rule fits.
 
         None leaves them in float.
+
+        Raises:
+            TypeError: ``global_qconfig`` is neither None nor a QConfig with factories of quantizers.
+            ValueError: it has an unknown target, folding or choice for islands.
         """
         return replace(self, global_rule=Place(_checked(global_qconfig)))
 

@@ -117,7 +117,9 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report_of(model: nn.Module) -> AccelerationReport | None:
-    """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change.
+    """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change, or not any more.
+
+    With ``inplace=False`` the copy that it returned has the report. :func:`restore` removes the report.
 
     Examples:
         >>> report_of(nn.Sequential(nn.Linear(2, 2))) is None

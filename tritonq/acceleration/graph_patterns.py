@@ -117,9 +117,9 @@ def keep_constants(graph: Graph, known: KnownParts) -> list[str]:
     torchao's switches between training and eval mode write torch's defaults over them.
 
     Returns:
-        For each constant that had changed what holds again, and what the graph had, such as ``["BatchNorm momentum 0.01
-        and eps 0.001, and not momentum 0.1 and eps 1e-05"]``; empty also for a graph that has another number of
-        dropouts and BatchNorms than ``known``, which stays as it is.
+        For each dropout or BatchNorm that had changed what holds again, and what the graph had, such as ``["BatchNorm
+        momentum 0.01 and eps 0.001, and not momentum 0.1 and eps 1e-05"]``; empty also for a graph that has another
+        number of dropouts and BatchNorms than ``known``, which stays as it is.
     """
     now = list(_with_constants(graph))
     if len(now) != len(known.constants):

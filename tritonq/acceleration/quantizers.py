@@ -252,7 +252,8 @@ def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
 def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
     """Observe and round ``x`` as ``quantizer`` does, by its switches; the result has the shape and dtype of ``x``.
 
-    The backward needs only ``x``. If :func:`can_compute` is false, the quantizer's own forward runs.
+    If :func:`can_compute` is false, the quantizer's own forward runs. Else the backward keeps ``x`` and the grid, and
+    no mask; nothing is observed while gradient checkpointing runs a forward again.
     """
     if not can_compute(quantizer, x):
         return cast(Tensor, quantizer(x))

@@ -145,7 +145,7 @@ class OscillationFreezing:
                 write_quantized_weight(layer, target, memory.frozen)
 
     def frozen_share(self) -> float:
-        """Return the share of weights that are frozen."""
+        """Return the frozen weights' share of all weights that :meth:`step` has seen; 0 before its first call."""
         sizes = sum(memory.frozen.numel() for memory in self._memories.values())
         return sum(int(memory.frozen.sum()) for memory in self._memories.values()) / max(1, sizes)
 
@@ -158,6 +158,8 @@ class OscillationFreezing:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that :meth:`state_dict` returned; its tensors are copied to the devices of the layers.
+
+        It takes the place of the present state. A layer that it does not have begins anew at the next :meth:`step`.
 
         Raises:
             ValueError: the model lacks a layer of the state.

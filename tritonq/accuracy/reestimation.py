@@ -74,8 +74,10 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
 
         ``mean = E[mean_b]``, ``var = E[var_b + mean_b²] - mean²``,
 
-    where a batch is normalised with its own statistics, as in training: let batches be as large as in training. Ranges,
-    scales and dropout stay still; modes and frozen layers are as before afterwards.
+    where ``var_b`` is unbiased and every batch counts the same, whatever its size. A batch is normalised with its own
+    statistics, as in training: let batches be as large as in training. BatchNorms of layers with ``freeze_bn`` are
+    measured too; a FrozenBatchNorm is not. Ranges, scales and dropout stay still; modes and frozen layers
+    are as before afterwards.
 
     Args:
         model: a trained model, prepared or not.

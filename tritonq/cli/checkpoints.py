@@ -187,8 +187,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's modules give them.
 
     Raises:
-        ValueError: a file that can't be read or holds something else, or weights that are not finite or of another
-            architecture; the message names the first tensor.
+        ValueError: a file that can't be read or holds something else, parameters that are not finite (buffers may be
+            so), or weights of another architecture; the message names the first tensor.
     """
     content = read_tensors(path)
     if str(content.get("format")).startswith("tritonq."):

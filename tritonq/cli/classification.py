@@ -65,7 +65,11 @@ def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> t
 
 
 def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Return the fraction of images in ``batches`` (pairs of images and labels) whose largest output is the label's."""
+    """Return the fraction of images in ``batches`` (pairs of images and labels) whose largest output is the label's.
+
+    The model is switched to eval mode and stays in it; of several outputs the first tensor counts. There must be at
+    least one image.
+    """
     right, count = count_right(lambda images: logits(model, images), batches)
     return right / count
 

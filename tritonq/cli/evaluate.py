@@ -17,7 +17,10 @@ _CLASSES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq evaluate``: model and file, images, and which part of these."""
+    """Add the options of ``python -m tritonq evaluate``: model and file, images, and which part of these.
+
+    An example becomes the parser's epilog.
+    """
     parser.epilog = (
         "Example: python -m tritonq evaluate train-output/model.onnx photos. The images that `train` held out are held "
         "out here too, if DATA and --validation are the same; --part all takes every image of a folder of its own."

@@ -18,7 +18,11 @@ _BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq predict``: model and file, images, ``--top`` and ``--json``."""
+    """Add the options of ``python -m tritonq predict``, and an example to its help.
+
+    They are those of :func:`add_trained_arguments` (model, its file and arguments, scaling of images), the images,
+    ``--top`` and ``--json``.
+    """
     parser.epilog = (
         "Example: python -m tritonq predict train-output/model.onnx photos/new. With a checkpoint: python -m tritonq "
         "predict torchvision.models:resnet18 photo.jpg --checkpoint train-output/model.int8.pt. Preprocessing and "

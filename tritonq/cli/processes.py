@@ -66,6 +66,6 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 
 
 def leave() -> None:
-    """Leave the process group that :func:`join` joined, if any."""
+    """Leave the process group, if there is one: that of :func:`join`, or one that the process was in before."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

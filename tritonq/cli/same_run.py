@@ -126,8 +126,9 @@ def check_same_run(
         made: how this run makes its model.
         settings: of this run.
         saved: how the checkpoint's run made its model.
-        content: the checkpoint.
-        extends: whether more epochs are added to a finished run, whose schedule may differ.
+        content: the checkpoint. With version 1 of the format, images, preprocessing and classes are not compared.
+        extends: whether more epochs are added to a finished run; the settings ``epochs``, ``frozen_epochs``,
+            ``learning_rate`` and ``begin`` may differ then.
 
     Raises:
         ValueError: the checkpoint is of another run; everything that differs is named.

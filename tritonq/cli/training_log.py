@@ -66,7 +66,7 @@ def history_from_data(data: Any) -> list[Epoch]:
     A field that an epoch lacks gets its default.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is no list of dicts, or a dict lacks a field without default or has an unknown one.
     """
     names = {field.name for field in fields(Epoch)}
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):

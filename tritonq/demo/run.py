@@ -70,7 +70,10 @@ def main(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> Result:
     """Train a float model, fine-tune it with rounding, deploy, verify and draw; return a `Result`.
 
-    It has the accuracy of each form of the model and the paths of all files.
+    It has the accuracy of each form of the model and the paths of all files. Torch's global generator is seeded.
+
+    Args:
+        arguments: the parsed command line, with the options of :func:`add_arguments`.
 
     Raises:
         ValueError: fewer than one epoch.

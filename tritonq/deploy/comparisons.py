@@ -60,10 +60,10 @@ class LayerComparison:
 class OutputComparison:
     """How the outputs of two forms of a model differ.
 
-    A *prediction* is the index of the largest value along axis 1, for outputs of shape (batch, classes, ...).
+    A *prediction* is the index of the largest value along axis 1, for float outputs of shape (batch, classes, ...).
 
     Attributes:
-        elements: how many numbers were compared.
+        elements: how many numbers were compared, floats and whole numbers.
         largest: largest absolute difference of floats; NaN if one of the two is NaN and the other is not.
         predictions: how many predictions were compared.
         differing_predictions: how many of them differ.

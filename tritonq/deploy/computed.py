@@ -14,11 +14,11 @@ from tritonq.prepare.forwards.graph import ForwardGraph
 
 
 def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) -> None:
-    """Remove the computation of weights from forwards, and replace the parameters that it alone read by stand-ins.
+    """Remove the computation of weights from forwards, and replace what it alone read by stand-ins.
 
     A converted layer has fixed codes and ignores the weight that it is given. A forward that is a graph loses the nodes
     that computed the weight; any other forward goes on computing with *stand-ins*, tensors without memory, which costs
-    nothing.
+    nothing. They take the places of the parameters and buffers that only this computation read.
 
     Args:
         model: a converted model; changed in place.

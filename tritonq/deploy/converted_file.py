@@ -53,13 +53,14 @@ def save_converted(
     user's hooks are not saved.
 
     Args:
-        model: a converted model.
+        model: a converted model, or what ``torch.compile`` made of one.
         path: file to write.
         metadata: what else a reader must know (preprocessing, class names), as data that JSON can hold;
             :func:`~tritonq.deploy.load_metadata` reads it.
 
     Raises:
-        ValueError: ``model`` is not a converted model, or ``metadata`` is not plain data.
+        ValueError: ``model`` is not a converted model, or has a module of tritonq without a form in such a file, or
+            ``metadata`` is not plain data.
         OSError: the file can't be written.
 
     Examples:

@@ -57,8 +57,8 @@ def check_convertible(model: nn.Module, allow_unquantized: bool) -> None:
 
     Raises:
         ValueError: the model is not prepared, was prepared by another library, or is converted already; or a quantizer
-            is switched off, has observed nothing or has no deployed form; or parameters are float64. For a quantizer
-            or parameters the message has the module's name.
+            is switched off, has observed nothing or has no deployed form; or a quantized layer has a float64 weight.
+            For a quantizer or a weight the message has the module's name.
     """
     kinds = (*WEIGHTED, SwitchedQuantizer)
     if any(isinstance(module, DeployedModule) for module in model.modules()):

@@ -45,9 +45,9 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
     mode, or with ``inplace`` the model itself, changed (another module if the model is a single layer).
 
     Raises:
-        ValueError: formats that never observed anything, are switched off, or wider than 8 bits, float biases, or a
-            model that is converted already, or was changed after preparation. The message names the module; ``model``
-            is then as it was.
+        ValueError: layers in another phase than "fixed", formats that never observed anything, are switched off, or
+            wider than 8 bits, float biases, or a model that was changed after preparation; the message names the
+            module. Also a model that is converted already. ``model`` is then as it was.
     """
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")

@@ -207,7 +207,10 @@ class IntegerLayer(IntegerModule):
             )
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: geometry, the weight's shape, and the formats of input and output."""
+        """Return the text for ``repr``: "linear" or the geometry, the weight's shape, and the formats of both ends.
+
+        "encodes" and "decodes" follow where these are true.
+        """
         kind = "linear" if self.linear else f"conv {self.geometry}"
         ends = (", encodes" if self.encodes else "") + (", decodes" if self.decodes else "")
         return f"{kind}, weight {tuple(self.weight.shape)}, from {self.input}, {super().extra_repr()}{ends}"

@@ -27,9 +27,9 @@ def codes_read(layer: Any, x: Tensor) -> Tensor:
 
     Args:
         layer: one of :func:`fixed_point_layers`, in eval mode.
-        x: what the layer takes. For a trained layer: real values that the layer before divided by this layer's scaling
-            factor η; they are rounded here. For a converted layer that reads the network's input: real values, which
-            are rounded. For any other converted layer: codes.
+        x: what the layer takes. For a layer that reads the network's input, trained or converted: real values. For any
+            other trained layer: real values that the layer before divided by this layer's scaling factor η. Both are
+            rounded here. For any other converted layer: codes.
     """
     if isinstance(layer, IntegerLayer):
         return (layer.input.encode(x) if layer.encodes else x).float()

@@ -231,12 +231,14 @@ def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
 def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, int], ...]:
     """Make a file return the codes of its outputs, or the index of the largest value along axis 1, in place of values.
 
+    Each output is replaced and keeps its name. Indices are int64, without axis 1.
+
     Args:
         proto: the file's content; changed in place.
         returned: "codes" or "argmax".
 
     Returns:
-        Scale and zero point of each output that is codes.
+        Scale and zero point of each output that is codes; empty for "argmax".
 
     Raises:
         ValueError: codes of an output that no quantizer with one grid rounds, or argmax of one without an axis 1.

@@ -43,7 +43,7 @@ class CodeTable:
         source: name of the quantizer of the input.
         output: name of the quantizer of the result.
         function: name of the function.
-        codes: uint8; element i is the result's code for the input code i.
+        codes: NumPy array, uint8; element i is the result's code for the input code i.
     """
 
     source: str

@@ -89,7 +89,8 @@ def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict
     """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
 
     The search ends at the other tensors of codes, at inputs and at constants. For codes of 16 bits, and of floats, all
-    operators that compute (``_COMPUTING`` and ``_PRODUCTS``) count, too: their last bit may decide such a code.
+    operators that compute (``_COMPUTING`` and ``_PRODUCTS``) count, too: their last bit may decide such a code. So do
+    functions (``_FUNCTIONS``) behind operators on integers (``_INTEGER_OPERATORS``), and operators not named here.
 
     Args:
         graph: an ``onnx.GraphProto``.
@@ -116,10 +117,10 @@ class _Search:
                 self._readers.setdefault(name, []).append(node)
 
     def before(self, codes: str) -> tuple[str, ...]:
-        """Return the names of operators without a defined order of sums that lead to the codes named ``codes``, sorted.
+        """Return the names of the operators that :func:`find_islands` counts before the codes named ``codes``, sorted.
 
         Those between these codes and the codes, inputs and constants before them count; ``("Softmax",)``, for example;
-        ``()`` if nothing may differ.
+        ``()`` if nothing may differ. Each name is there once.
         """
         undefined = _COMPUTING | _PRODUCTS if self._is_fine(codes) else frozenset[str]()
         nodes = self._between(codes)

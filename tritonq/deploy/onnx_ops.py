@@ -97,12 +97,14 @@ def _nearest_float(x: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize_dequantize_float(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -> Tensor:
     """Return the nearest number of a float format to ``x / s``, times ``s``; larger values saturate.
 
+    The file has a QuantizeLinear and a DequantizeLinear.
+
     Args:
         x: float32.
         scale: float32, 0-d or (x.shape[axis],).
         zero_point: zeros, as ``scale``, in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2.
         axis: axis of ``x`` with the scales, if there are several.
-        quantizer: name of the quantizer, for the values.
+        quantizer: name of the quantizer, which here the result of DequantizeLinear gets, not the tensor of codes.
     """
     scale = _along(scale, x, axis)
     return _nearest_float(x / scale, zero_point.dtype) * scale

@@ -112,10 +112,10 @@ def output_name(path: Path) -> str:
 
 
 def name_outputs(model: Any, paths: Sequence[Path]) -> None:
-    """Name the outputs of an exported ONNX program after their paths; if their number differs, leave all names.
+    """Name the outputs of an exported ONNX program after their paths, by :func:`output_name`.
 
-    A tensor that is an input too, or an output twice, keeps its name. A name that another tensor of the program has
-    gets ``"output_"`` before it.
+    All names stay if there are not as many outputs as paths. A tensor that is an input too, or an output twice, keeps
+    its name. A name that another tensor of the program has gets ``"output_"`` before it.
 
     Args:
         model: the program; changed in place.

@@ -69,8 +69,8 @@ def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[
 def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
     """Return integers ``low .. low + 2^width - 1`` packed into bytes, ``width`` bits each: uint8 (bytes,).
 
-    A byte holds ``code - low`` of ``8 / width`` neighbours, the first in the lowest bits; the last byte is filled with
-    0.
+    ``codes`` are on the CPU, in any shape; ``width`` is 1, 2 or 4. A byte holds ``code - low`` of ``8 / width``
+    neighbours, the first in the lowest bits; the last byte is filled with 0.
 
     Examples:
         >>> pack_codes(torch.tensor([-2, 1, 0, -1, 1], dtype=torch.int8), low=-2, width=2)

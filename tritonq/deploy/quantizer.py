@@ -69,7 +69,8 @@ class DeployedModule(FixedDtypeBuffers):
 
         Float tensors named in ``parameter_names`` become parameters without gradient, so that code which reads
         ``next(model.parameters())`` finds device and dtype. Tensors of inference mode are copied: they have no version,
-        by which `memo.Memo` notices changes.
+        by which `memo.Memo` notices changes. None is registered as a buffer that is None. A tensor that the module has
+        under the name is replaced.
         """
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_inference():

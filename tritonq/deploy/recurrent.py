@@ -138,7 +138,8 @@ class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
 class QuantizedLSTM(_QuantizedSequence, nn.LSTM):
     """``nn.LSTM`` of a converted model: integer weights with a scale per row or group, float gates, biases and states.
 
-    It has the quantizers of the trained layer, for its input and the returned sequence, and its results in eval mode.
+    It has the quantizers of the trained layer, for its input, between layers and for the returned sequence, and its
+    results in eval mode.
     """
 
     float_type = nn.LSTM

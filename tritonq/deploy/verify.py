@@ -159,7 +159,7 @@ class _Tally:
         return [name for name in few if names[name] in found or _twin(expected[name], expected, found) is None]
 
     def note_unread(self, quantizers: Iterable[str]) -> None:
-        """Note quantizers of the trained model, given by name, for the report's list of results that nothing reads.
+        """Note quantizers of the trained model, given by name, for the report's ``unread``, which names their layers.
 
         In at least one call nothing reads their codes. The deployed model leaves these out, so they are not compared.
         """
@@ -175,9 +175,12 @@ class _Tally:
         """Return the codes of each call of each quantizer in both models, in the trained model's order.
 
         ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, one tensor per call.
+        An exporter merges what computes the same: for a missing quantizer another one with the same codes stands
+        (:func:`_twin`), and a quantizer may run more often in one model if codes only repeat (:func:`_calls`).
 
         Raises:
-            ValueError: one of the two lacks a quantizer, or calls it a different number of times.
+            ValueError: one of the two lacks a quantizer for which no other stands, or the calls of a quantizer differ
+                in number by more than repeats.
         """
         names = {name: self._name_in(name, found) for name in expected}
         for quantizer in found:

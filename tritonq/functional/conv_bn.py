@@ -76,7 +76,11 @@ class ReadyWeight(NamedTuple):
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
-    """Return a key ``(address, version)`` of a tensor, which differs once its values were changed in place or moved."""
+    """Return a key ``(address, version)`` of a tensor, which differs once its values were changed in place or moved.
+
+    Raises:
+        RuntimeError: a tensor of inference mode, which has no version.
+    """
     return weight.data_ptr(), weight._version
 
 

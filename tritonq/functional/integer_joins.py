@@ -165,7 +165,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
         output: grid of the quantizer behind the product.
 
     Returns:
-        float32 (..., m, n).
+        float32 (..., m, n); without m or n where ``a`` or ``b`` is (k,).
 
     Raises:
         ValueError: k products of such codes may pass 31 bits, or 53 where an operand has more than 8.
@@ -210,7 +210,7 @@ def largest_magnitude(grid: Grid) -> int:
 def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor:
     """Return the concatenation along ``dim`` as ``round(x / s) · s`` with the output's scale s, not clipped.
 
-    Training multiplies by 1 / s, which rounds some ties to the other side.
+    The output's type says how ties are rounded. Training multiplies by 1 / s, which rounds some ties to the other side.
 
     Args:
         tensors: float tensors of values on grids, of shapes that torch.cat takes.

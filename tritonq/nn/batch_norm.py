@@ -19,7 +19,7 @@ class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
     """``weight · x + bias`` per channel with fixed numbers, which no training step changes. It is always in eval mode.
 
     Its running mean is 0 and its running variance 1, so that folding it multiplies a convolution's weight by
-    ``weight``.
+    ``weight``. Weight and bias are buffers, copies of the arguments; there are no parameters.
 
     Args:
         weight: factors, (channels,).

@@ -220,7 +220,8 @@ class QATBatchNormLayer(QATLayer):
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return operation, BatchNorm, ReLU (if there is one) and fake quantization, with the given weight and bias.
 
-        An empty batch has no statistics: in training it is computed as with a frozen BatchNorm.
+        These are neither folded nor rounded yet. An empty batch has no statistics: in training it is computed as with a
+        frozen BatchNorm, except in a graph of ``torch.compile``.
         """
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))

@@ -157,7 +157,8 @@ def embedding_bag(
     """Return the result (bags, embedding_dim) of ``bag`` with ``table``, (rows, embedding_dim), in place of its weight.
 
     ``input`` has indices, (bags, size) or one axis with all bags; then ``offsets`` says where each begins. With
-    ``per_sample_weights`` each row is multiplied by a number; None: by 1.
+    ``per_sample_weights`` each row is multiplied by a number; None: by 1. If ``bag`` has a ``max_norm``, longer rows of
+    ``table`` that are read are scaled down to it in place.
     """
     return F.embedding_bag(
         input,

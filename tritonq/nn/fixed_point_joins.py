@@ -89,8 +89,8 @@ class FixedPointAdd(ReferringModule):
         """Return the sum of two tensors of one shape, divided by the η of the format that follows (None: by nothing).
 
         A summand without a format of its own was divided by that η before, and is added as it is. One with a format
-        was divided by that format's η'. It is rounded, and multiplied by ``η' / η`` if a format follows and the phase
-        is not ``"floating_wo_clip"``, in which nothing has a factor.
+        was divided by that format's η'. It is rounded, and multiplied by ``η' / η`` if a format follows. In phase
+        ``"floating_wo_clip"`` nothing is rounded or has a factor; an unsigned format applies a ReLU to its summand.
         """
         left, right = self._read(0, a), self._read(1, b)
         return left + right

@@ -82,7 +82,9 @@ class ActivationFormat(FixedPointFakeQuantize):
         """Return ``x`` rounded to the format: ``clamp(round(x * 2^fl), lo, hi) * 2^-fl``.
 
         lo..hi is ``-(2^(wl-1) - 1)..2^(wl-1) - 1`` if the format is signed, else ``0..2^wl - 1``.
-        In phase ``"floating_wo_clip"`` it is only a ReLU, if the format is unsigned, or ``x`` itself.
+        In phase ``"floating"`` it is clipped to ``lo * 2^-fl..hi * 2^-fl`` and not rounded. In phase
+        ``"floating_wo_clip"`` it is only a ReLU, if the format is unsigned, or ``x`` itself. In eval mode it is ``x``
+        itself until a training batch was observed or a fractional length loaded.
 
         Args:
             x: the tensor, divided by η.

@@ -94,6 +94,10 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
     layer runs twice. They also update the running statistics: the running mean by the mean plus b, the running variance
     by the unbiased variance. Otherwise b has no effect, and its gradient is zero. The second time one kernel computes
     the layer with its rounded bias and ReLU, if the kernel is faster.
+
+    Raises:
+        ValueError: fewer than two values per channel, or a BatchNorm of another class than torch's, with hooks, or
+            synchronized over ranks.
     """
     mean, inverse_std = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std

@@ -42,7 +42,8 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
     None: the quantizer's module must run itself. That is so in each of these cases:
 
     - the quantizer is not exactly a `FakeQuantize`, rounds to a float format, or has groups;
-    - its observer is no min-max observer, or was given a process group, whose ranks share the range;
+    - its observer is of a class other than tritonq's min-max observers, such as a subclass of one, or was given a
+      process group, whose ranks share the range;
     - quantizer or observer has hooks;
     - a momentum of MegEngine's rule waits for the next update;
     - ``x`` is empty.

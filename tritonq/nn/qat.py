@@ -175,7 +175,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
         Args:
             weight: the weight to fold, in float, as is the result; None: weight and bias of :meth:`float_parameters`.
-            bias: the bias that belongs to ``weight``; None without one.
+            bias: the bias that belongs to ``weight``; None without one. Not read if ``weight`` is None.
         """
         return self.float_parameters() if weight is None else (weight, bias)
 

@@ -1,7 +1,7 @@
 """Quantization-aware LSTM, GRU and RNN: every weight matrix is fake-quantized, and so is the input of each layer.
 
 The weight's quantizer is the child with ``_fake_quant`` behind its name, such as ``weight_hh_l0_fake_quant``. The input
-is rounded by ``input_fake_quant``, if no quantized module makes it, what layer i hands to the next by
+is rounded by ``input_fake_quant``, which ``prepare_qat`` adds where needed, what layer i hands to the next by
 ``layer_fake_quant_i``, and the returned sequence, or a cell's hidden state, by ``activation_post_process``. Biases,
 gates and other states stay in float; the arithmetic is torch's, in float.
 """
@@ -235,7 +235,7 @@ class GRUCell(_QATCell, nn.GRUCell):
 
 
 class RNNCell(_QATCell, nn.RNNCell):
-    """``nn.RNNCell`` with fake-quantized weights and hidden state; its arguments, plus ``qconfig=``.
+    """``nn.RNNCell`` with fake-quantized weights and returned hidden state; its arguments, plus ``qconfig=``.
 
     :class:`QATRecurrent` describes the quantizers.
 

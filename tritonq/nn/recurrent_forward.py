@@ -111,6 +111,7 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
 
         Raises:
             ValueError: an input of other than 2 or 3 axes.
+            RuntimeError: sizes of input or states that the layer does not take, as in torch.
         """
         packed = input if isinstance(input, PackedSequence) else None
         x: Tensor = input if packed is None else packed.data

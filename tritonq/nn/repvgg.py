@@ -31,9 +31,10 @@ _KERNEL = 3
 
 
 class RepVGGBlock(nn.Module):
-    """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, which one 3×3 convolution computes in eval mode.
+    """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, in both modes by its branches.
 
-    The identity branch ``BN_id(x)`` needs as many channels in as out, and stride 1.
+    In eval mode the sum is that of one 3×3 convolution, which :meth:`reparametrize` makes. The identity branch
+    ``BN_id(x)`` needs as many channels in as out, and stride 1.
 
     Args:
         in_channels: of the input.
@@ -275,8 +276,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer of the block's output if the convolution's sums can be rounded to its grid at once.
 
-        None if it is per channel or missing, or if the activation is neither missing nor an Identity, ReLU, ReLU6 or
-        ``Hardtanh(0, b)``.
+        None if it is per channel, missing or no FakeQuantizeBase, or if the activation is neither missing nor an
+        Identity, ReLU, ReLU6 or ``Hardtanh(0, b)``.
         """
         on_grid = self.ends_in_ceiling or isinstance(self.activation, nn.Identity)
         return super().output_quantizer() if on_grid else None

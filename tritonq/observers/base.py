@@ -161,7 +161,8 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
 class RangeObserver(ObserverBase):
     """An observer whose state is a range: buffers ``min_val`` and ``max_val`` (+inf and -inf before the first batch).
 
-    ``nonfinite_count`` counts the NaN and infinities that were skipped: one overflowed batch must not poison a range.
+    They are 0-d, or (channels,), which is (0,) while the number of channels is unknown. ``nonfinite_count``
+    counts the NaN and infinities that were skipped: one overflowed batch must not poison a range.
 
     Args:
         *args: arguments of :class:`ObserverBase`.

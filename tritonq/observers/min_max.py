@@ -19,7 +19,7 @@ from tritonq.reference.min_max import update_range
 class MinMaxObserver(RangeObserver):
     """Running range: ``min_val <- min(min_val, min(x))``, ``max_val <- max(max_val, max(x))``.
 
-    Non-finite values are skipped and counted. Arguments: :class:`~tritonq.observers.base.ObserverBase`.
+    Non-finite values are skipped and counted. Arguments: :class:`~tritonq.observers.base.RangeObserver`.
 
     Source: torch.ao.quantization.MinMaxObserver; docs/numbers.md, "Observers".
 
@@ -112,7 +112,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
             magnitude is less than a hundredth of the running one's is copied as well, unless it is all zeros: such an
             outlier is forgotten at once, where an average keeps it for hundreds of batches. None (torch.ao): never.
         *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
-        **kwargs: named arguments of :class:`~tritonq.observers.base.ObserverBase`.
+        **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 
     Raises:
         ValueError: averaging constant outside (0, 1], or ``copy_above`` below 1.
@@ -157,7 +157,9 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Update the averaged range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
 
-        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1.
+        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. A momentum that
+        :meth:`set_momentum` set for ``rule="megengine"`` counts from the next update on. Process groups and errors are
+        as in :meth:`MinMaxObserver.observe`.
         """
         super().observe(x, qparams, enabled)
         if self.later_constant is not None and not known_off(enabled):
@@ -195,8 +197,9 @@ class PerChannelMinMaxObserver(MinMaxObserver):
 
     Args:
         ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
-        dtype: a torch dtype, or a QuantizedType with an axis.
-        **kwargs: named arguments of :class:`MinMaxObserver`; ``qscheme`` is ``torch.per_channel_affine`` if not given.
+        dtype: a torch dtype, a name of a type (``"qint4"``), or a QuantizedType with an axis.
+        **kwargs: named arguments of :class:`MinMaxObserver`. ``qscheme``, if not given, is
+            ``torch.per_channel_affine``, or ``torch.per_channel_symmetric`` for the name of a symmetric type.
 
     Raises:
         ValueError: a scheme or type per tensor.

@@ -95,9 +95,10 @@ def prepare_qat(
     Raises:
         ValueError: no quantizable layer, a model that is prepared already, that torch.jit or torch.export made, or that
             rejects the example inputs, a rule of a mapping that fits no module, with ``strict`` a layer left in float,
-            or, without example inputs, a model in eval mode. After any error ``model`` is as it was.
+            or, without example inputs, a model in eval mode or a fixed-point qconfig. After any error ``model`` is as
+            it was.
         RuntimeError: with rounding off the prepared model would not compute what the float model does.
-        TypeError: a qconfig, mapping or example_inputs of the wrong type.
+        TypeError: a model, qconfig, mapping or example_inputs of the wrong type.
 
     Source: torch.ao.quantization.prepare_qat.
 

@@ -93,7 +93,7 @@ def requantize(total: Tensor, bias: Tensor | None, multiplier: Tensor, onto: Gri
         total: exact integers, float32 or float64; may be overwritten.
         bias: int32 (out,), or None.
         multiplier: float32 (out,): values per unit of the sums; with ``onto`` steps of its scale.
-        onto: the grid that sums are rounded to, per tensor; None: they are not rounded.
+        onto: the grid that sums are rounded to, per tensor, ties as its type says; None: they are not rounded.
         channel_axis: axis of ``total`` with the out channels.
 
     Returns:

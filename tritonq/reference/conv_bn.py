@@ -125,7 +125,7 @@ def forward(
             mean only.
         norm: the BatchNorm.
         grid: per tensor; the result is rounded to it. None leaves it in float.
-        statistics: the running range that the grid is computed from, updated by the result; None: the grid stays.
+        statistics: running range of the grid; ``relu?(BN(...))`` updates both. None, or no grid: nothing is observed.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:

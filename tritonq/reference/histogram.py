@@ -32,15 +32,16 @@ def _linear_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
 
 @operator(returns=New(_linear_shape, "x", torch.int64))
 def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
-    """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))`` in float32; ``hi`` is in the last bin.
+    """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))``; ``hi`` is in the last bin.
 
     Values outside ``[lo, hi]`` and NaN are not counted. The counts equal those of torch.histc: the arithmetic is the
-    same.
+    same, float64 if ``x`` is, else float32.
 
     Args:
         x: any shape, any float dtype.
         bins: number of bins.
-        limits: (2,) of any float dtype, on the device of ``x``: lo and hi, the outer edges of the bins.
+        limits: (2,) of any float dtype, on the device of ``x``: lo and hi, the outer edges of the bins; lo < hi in
+            the arithmetic's dtype, which is not checked.
         axis: one histogram per index of this axis; None for one.
 
     Returns:

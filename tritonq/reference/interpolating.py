@@ -159,9 +159,10 @@ def rebin_aligned(histogram: Tensor, per_bin: Tensor, start: Tensor, slices: int
 def greedy_range(histogram: Tensor, limits: Tensor, cells: int) -> Tensor:
     """Return the range at which trimming quantiles first stops lowering the squared error.
 
-    From the end where that frees more bins, 1e-5 of the counts are given up, again and again; the range that is left is
-    cut into ``cells`` equal cells, and the error is the squared distance to their centres, as in
-    :func:`tritonq.reference.search.cell_error`. The search stops at the first rise.
+    From the end where that frees more bins (the upper one where both free as many), 1e-5 of the counts are given up,
+    again and again; the range that is left is cut into ``cells`` equal cells, and the error is the squared distance to
+    their centres, as in :func:`tritonq.reference.search.cell_error`. The search stops at the first rise; the first step
+    is always taken.
 
     Which windows the steps would lead to does not depend on errors, so that they are found at once.
 

@@ -59,8 +59,8 @@ class CopyOf:
 
     Attributes:
         argument: name of the parameter.
-        shape: called with a dict of the operator's arguments; returns the shape of scale, zero point and switch. None:
-            the grid's own shape, and one element for the switch.
+        shape: called with a dict of the operator's arguments; returns one shape, which scale, zero point and switch
+            all have. None: the grid's own shape, and one element for the switch.
     """
 
     argument: str

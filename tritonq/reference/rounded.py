@@ -43,7 +43,8 @@ def forward_with_mask(
 ) -> tuple[Tensor, Tensor]:
     """Return ``FQ(relu?(y))`` and a mask of one bool per element, which compilers can fuse.
 
-    First ``relu?(y)`` updates ``statistics`` and the grid, in place; then it is rounded to the new grid.
+    First ``relu?(y)`` updates ``statistics`` and the grid, in place; then it is rounded to the new grid. While that is
+    switched off or without data, the result is ``relu?(y)`` and only the ReLU blocks gradients.
 
     Args:
         y: float32 or float64; not changed.

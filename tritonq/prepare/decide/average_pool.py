@@ -23,7 +23,8 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
         call: any recorded call.
         shape: shape of the tensor that it reads.
         has_fixed_arguments: for functions, whether their other arguments are known to be constants. If not, they may
-            have been computed from the input's size: a window over the whole input becomes an adaptive pool to size 1.
+            have been computed from the input's size: a window over the whole input, without padding and
+            ``divisor_override``, becomes an adaptive pool to size 1.
     """
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]

@@ -41,7 +41,8 @@ class LayerSearch:
 
     Attributes:
         reasons: by name, why a layer stays in float, or why a BatchNorm is not part of a layer.
-        single_mode: names of layers left in float because they run in eval mode only, or in training mode only.
+        single_mode: names of modules left in float because they run in eval mode only, or in training mode only;
+            functions are not among them.
         float_functions: the first call of each function left in float, by the qualified name that its layer would
             have, such as ``block.conv2d``.
     """

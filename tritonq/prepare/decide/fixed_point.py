@@ -122,9 +122,9 @@ def find_links(analysis: Analysis) -> Links:
     """Find the layers, additions, poolings and groups of a network.
 
     Raises:
-        ValueError: no layer; a layer that is called more than once or whose BatchNorm can't be part of it; an output
-            whose following layer can't be found, or that something reads which has no fixed-point form. The message
-            names the layer.
+        ValueError: no layer; a layer, or an operation between layers, that has no fixed-point form or runs more than
+            once; a BatchNorm that can't be part of its layer; a sum with what comes from no layer; an output whose
+            following layer can't be found, that something else reads, too, or that is read before and after a ReLU6.
     """
     return _Finder(analysis).find()
 

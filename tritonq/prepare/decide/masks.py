@@ -32,9 +32,9 @@ def is_softmax(call: Call) -> bool:
 def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int]:
     """Return indices of the float values that depend on no layer and are no constants: they follow from inputs.
 
-    A layer is here any call that reads a parameter, and any product of activations (matmul, einsum, baddbmm,
-    attention). But a parameter that is only added, subtracted or chosen (where, masked_fill, cat, pad), as a bias,
-    makes no layer.
+    A layer is here any call that reads a parameter, or what follows from one, and any product of activations (matmul,
+    einsum, baddbmm, attention). But a parameter that is only added, subtracted or chosen (where, masked_fill, cat,
+    pad), as a bias, makes no layer.
     """
     learned: set[int] = set()  # what follows from a parameter
     behind_layers: set[int] = set()

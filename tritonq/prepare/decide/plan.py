@@ -27,7 +27,7 @@ class PlannedQuantizer:
             input of the model.
         owner: name of the module that ``where`` speaks of, "" for the model itself; for ``"consumer"`` always "".
         value: index of one recorded value that it quantizes.
-        node: name of the node, for ``"node"``; else "".
+        node: name of the node, for ``"node"``, or ``Call.place`` of its call in a forward without a graph; else "".
         label: what the quantizer of a node is named after, for ``"node"``; else "".
         in_place: whether that node overwrites its first operand; False where there is no node.
         qconfig: the qconfig whose activation factory makes it.
@@ -74,7 +74,7 @@ class Plan:
         erased_modules: names of ReLU modules all of whose calls did.
         erased_nodes: ``(owner, node)`` of the other such calls that can be removed from a forward.
         float_reasons: for each module and function left in float, the reason.
-        single_mode: names of layers left in float because they run in eval mode only, or in training mode only.
+        single_mode: names of modules left in float because they run in eval mode only, or in training mode only.
         exclusive_state: names of parameters and buffers that are read for nothing but weights of layers computed from
             them.
         float_functions: for each function with weights left in float, by name, its first call.

@@ -102,7 +102,7 @@ class QuantizerPlace(Protocol):
 
     @property
     def node(self) -> str:
-        """Name of the graph's node behind which it stands, if :attr:`where` is "node"."""
+        """Name of the graph's node behind which it stands, if :attr:`where` is "node"; else ""."""
 
 
 def find_unary(
@@ -163,10 +163,10 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
 def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
     """Return the index of the value that a call computes its result from, so that a grid can be looked for there.
 
-    That is the first input of a call for which :func:`is_unary` holds, or the value that the call moves, or scales or
-    shifts by constants or a mask. With ``through_norms`` it is the input of a softmax or norm, too. None for any other
-    call. ``chains`` only serves :func:`is_unary`: also where calls before this one become one operation with it, the
-    result is what ``call`` itself reads, not what the first of them reads.
+    That is the first input of a call for which :func:`is_unary` holds or which keeps its input's grid, or the value
+    that the call scales or shifts by constants or a mask. With ``through_norms`` it is the input of a softmax or norm,
+    too. None for any other call. ``chains`` only serves :func:`is_unary`: also where calls before this one become one
+    operation with it, the result is what ``call`` itself reads, not what the first of them reads.
     """
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 

@@ -48,6 +48,9 @@ FIXED_OUTPUTS: dict[type[nn.Module], tuple[float, int]] = {
 def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]], qconfigs: QConfigs) -> None:
     """Replace float modules by ``mapping`` and add output quantizers, in place, as torch.ao's ``prepare_qat`` does.
 
+    ``model`` itself is not replaced, nor are children of fused modules and of ``nn.MultiheadAttention``. Each module of
+    the float model gets its qconfig, or None, as attribute ``qconfig``.
+
     Args:
         model: the float model.
         mapping: float type to quantization-aware type.

@@ -70,7 +70,10 @@ class _Builder:
         self._makers: dict[int, nn.Module] = {}
 
     def build(self) -> None:
-        """Put the fixed-point forms of all layers, additions and poolings into the model."""
+        """Put the fixed-point forms of all layers, additions and poolings into the model.
+
+        Clipped ReLUs become plain ones.
+        """
         # Forwards are traced while the children are still those that were recorded.
         functions = [*self._links.additions.values(), *self._links.relus]
         functions += [pooling.call for pooling in self._links.poolings.values()]

@@ -19,7 +19,8 @@ def swap(
 ) -> nn.Module:
     """Return the quantization-aware form of a float module, with its parameters, attributes, hooks, device and mode.
 
-    Parameters are shared. The caller puts the result into the parent.
+    Parameters are shared. Hooks move: ``module`` has none afterwards. Of the attributes the result gets those that it
+    lacks (:func:`take_place`). The caller puts the result into the parent.
 
     Args:
         module: the float module.
@@ -65,7 +66,8 @@ def take_place_again(module: nn.Module, made: nn.Module) -> None:
     """Hand on what a module has of the float model to the module that takes its place in turn.
 
     ``module`` replaced a float module, and :func:`take_place` gave it attributes, parameters and buffers of that one.
-    ``made`` gets those that it lacks. If ``module`` is also of the float module's class, so is ``made``.
+    ``made`` gets those that it lacks, the same objects. If ``module`` is also of the float module's class, so is
+    ``made``.
 
     Args:
         module: the module that is replaced now, such as a quantization-aware layer.

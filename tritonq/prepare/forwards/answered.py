@@ -91,7 +91,7 @@ class AnsweredForward:
         """Note that the forward made a recorded call, with ``training`` the mode of that run.
 
         A later run in the same mode that does not make the call warns, if the call is edited. The numbers and flags of
-        the call are noted, too: a later call with others is not answered.
+        the call are noted, too: :meth:`replace` says what becomes of a later call with others.
         """
         self._expected[training].add(call.place)
         arguments = numbers_of_call(call)

@@ -29,7 +29,8 @@ def frozen_branch(module: nn.Module) -> str | None:
 
     For example ``"`x.shape[0] > 1`"``. Conditions on the module alone (``self.downsample is not None``,
     ``self.training``) do not count: they have one result in each mode. The methods and functions that the forward calls
-    are searched too. If a function has no source, any conditional jump in its bytecode counts.
+    are searched too. If a function has no source, any conditional jump in its bytecode counts, and the text is "a
+    forward without source".
     """
     for function, tree in _sources(module):
         if tree is None:

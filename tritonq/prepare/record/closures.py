@@ -16,10 +16,12 @@ from torch import nn
 
 
 def rebind_closures(original: nn.Module, copied: nn.Module) -> None:
-    """Let functions that a copied model holds refer to its own modules, parameters and buffers, in place.
+    """Let functions that a copied model holds refer to its own modules, parameters and buffers.
 
-    Functions lie in attributes, and in dicts, lists and tuples that are attributes, as those of hooks are. What else a
-    closure holds stays the same object, such as the dict that a hook fills for its author.
+    They are Python functions, bound methods and ``functools.partial`` objects, in attributes and in dicts, lists and
+    tuples that are attributes, as those of hooks are. A new function takes the place of each that refers to the
+    original, which keeps its own: by closure, default values, owner or fixed arguments. What else these hold stays the
+    same object, such as the dict that a hook fills for its author.
     """
     rebinder = _Rebinder(_counterparts(original, copied))
     for module in copied.modules():

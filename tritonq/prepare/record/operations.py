@@ -25,10 +25,11 @@ METADATA = frozenset(_METADATA_NAMES.split())
 def is_leaf(module: nn.Module) -> bool:
     """Whether the call of a module is recorded as one operation, so that nothing inside of it is recorded.
 
-    True for modules of torch.nn without children, torch's multi-head attention, RepVGG blocks and modules that
-    torch.jit made. A user's subclass of such a module is a leaf if it inherits the computation unchanged. False for
-    containers, for ``nn.GLU``, and for a convolution or linear layer whose weight or bias a parametrization or hook
-    computes: the calls in their forwards are recorded.
+    True for modules of torch.nn without children, RepVGG blocks (not subclasses), modules that torch.jit made, and
+    torch's multi-head attention with all subclasses except tritonq's own. A user's subclass of a module of torch.nn
+    without children is a leaf if it inherits the computation unchanged. False for containers, for ``nn.GLU``, and for a
+    convolution or linear layer whose weight or bias a parametrization or hook computes: the calls in their forwards are
+    recorded.
     """
     closed = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
     if closed or isinstance(module, torch.jit.ScriptModule) or type(module) is RepVGGBlock:
