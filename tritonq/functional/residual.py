@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonq.arithmetic import as_dtype
 from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
+from tritonq.functional.integer_joins import joint_dtype
 from tritonq.functional.saved_input import SavedInput, load_input, mark_on_grid, save_input
 from tritonq.grid import Grid, RangeStatistics
 
@@ -175,7 +176,7 @@ class _RoundedProduct(torch.autograd.Function):
         statistics: RangeStatistics | None,
         ceiling: float | None,
     ) -> Tensor:
-        dtype = _product_dtype(a, b)
+        dtype = joint_dtype(a, b)
         wide = torch.promote_types(dtype, torch.float32)
         product = as_dtype(a, wide) * as_dtype(b, wide)
         result, mask = _rounded(product, grid, statistics, ceiling)
@@ -203,13 +204,6 @@ class _RoundedProduct(torch.autograd.Function):
         if needs_b:
             db = (g * load_input(SavedInput(a, scale_a, shift_a, dtype_a))).sum_to_size(shape_b).to(dtype_b)
         return da, db, None, None, None, None, None
-
-
-def _product_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """Return the dtype of ``a * b``, two float tensors, as ``torch.result_type``, which torch.compile can't trace."""
-    if (a.dim() == 0) != (b.dim() == 0):
-        return a.dtype if a.dim() else b.dtype
-    return torch.promote_types(a.dtype, b.dtype)
 
 
 # A saved factor is this many tensors.
