@@ -25,6 +25,7 @@ class _QATTable(nn.Module):
     """
 
     num_embeddings: int
+    max_norm: float | None
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         args, qconfig = without_qconfig(args, qconfig)
@@ -50,6 +51,12 @@ class _QATTable(nn.Module):
             )
         if granularity.axis is not None:
             self.weight_fake_quant.allocate(rows)  # type: ignore[operator]
+
+    def table(self) -> Tensor:
+        """Return the quantized table; a copy if the quantizer passes the weight and ``max_norm`` scales rows."""
+        weight = cast(Tensor, self.weight)
+        table = cast(Tensor, self.weight_fake_quant(weight))
+        return table.clone() if table is weight and self.max_norm is not None else table
 
 
 class Embedding(_QATTable, nn.Embedding):
@@ -80,7 +87,7 @@ class Embedding(_QATTable, nn.Embedding):
         """Return the rows (..., embedding_dim) of the quantized table for integer indices (...)."""
         return F.embedding(
             input,
-            self.weight_fake_quant(self.weight),
+            self.table(),
             self.padding_idx,
             self.max_norm,
             self.norm_type,
@@ -134,7 +141,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
             offsets: where each bag begins, if ``input`` has one axis; None if it has two.
             per_sample_weights: a factor for each index, for mode "sum"; None: 1.
         """
-        return embedding_bag(self, self.weight_fake_quant(self.weight), input, offsets, per_sample_weights)
+        return embedding_bag(self, self.table(), input, offsets, per_sample_weights)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> EmbeddingBag:

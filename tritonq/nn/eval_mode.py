@@ -46,7 +46,7 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
     kernel = find_kernel(x, weight, op) if layer.ends_in_ceiling else None
     if kernel is None:
         return layer.quantized_output(op(x, quantized, bias))
-    output = None if _needs_grad(x, weight) else fixed_grid(layer.activation_post_process)
+    output = None if _needs_grad(x, weight, bias) else fixed_grid(layer.activation_post_process)
     y = kernel(x, quantized, bias, layer.ceiling, output)
     return y if output is not None else cast(Tensor, layer.activation_post_process(y))
 
@@ -63,7 +63,7 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
             return packed
     weight, bias = layer.folded_parameters(weight, bias)
     op, integers = layer.linear_map, cast(IntegerAffine, layer.integer_layer(weight, bias))
-    needs_grad = _needs_grad(x, weight)
+    needs_grad = _needs_grad(x, weight, bias)
     kernel = find_kernel(x, weight, op, integers)
     if kernel is not None and layer.ends_in_ceiling and not needs_grad:
         output = fixed_grid(layer.activation_post_process)
@@ -127,7 +127,7 @@ def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     padded, plain = op.padded(x)
     grids = (quantizers[0].grid(), layer.weight_grid(), None if output is None else output.grid())
     y = eval_mode.affine(padded, layer.weight_near_codes(weight), bias, plain, op.output_axis, *grids)
-    if _needs_grad(x, weight):
+    if _needs_grad(x, weight, bias):
         # The compiler drops the surrogate's own value.
         y = with_gradient_of(y, op(x, layer.quantized_folded_weight(weight), bias))
     return layer.quantized_output(y)
@@ -141,6 +141,7 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 }
 
 
-def _needs_grad(x: Tensor, weight: Tensor) -> bool:
-    """Whether the gradient of input or weight will be needed."""
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the gradient of input, weight or bias will be needed."""
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and trained

@@ -19,6 +19,7 @@ from tritonq.nn import DEFAULT_QAT_MAPPING
 from tritonq.observers import ObserverBase
 from tritonq.prepare import prepare_qat
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.fixed_point import is_fixed_point
 from tritonq.prepare.decide.planner import make_plan
 from tritonq.prepare.decide.qconfigs import resolve_qconfigs
 from tritonq.prepare.forwards.edited import forward_source
@@ -51,8 +52,8 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
         qconfig: the qconfig of the model; None: that of the default preset.
 
     Returns:
-        Four parts of text: the record of the run in eval mode, the plan, each edited forward, and the modules of the
-        prepared model.
+        Four parts of text: the record of the run in eval mode, the plan (fixed point has none), each edited forward, and
+        the modules of the prepared model.
 
     Raises:
         ValueError: ``prepare_qat`` refuses the model.
@@ -64,7 +65,8 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
     qconfig = get_qconfig(DEFAULT_PRESET) if qconfig is None else qconfig
     recording = record_examples(model, example_inputs)
     analysis = Analysis(model, recording.flow, recording.held)
-    plan = make_plan(analysis, DEFAULT_QAT_MAPPING, resolve_qconfigs(model, qconfig))
+    qconfigs = resolve_qconfigs(model, qconfig)
+    plan = None if is_fixed_point(qconfig) else make_plan(analysis, DEFAULT_QAT_MAPPING, qconfigs)
     prepared = prepare_qat(model, qconfig=qconfig, example_inputs=example_inputs)
     forwards = [
         f"{name or 'the model'}, {mode}:\n{source}"
@@ -73,7 +75,7 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
     ]
     parts = {
         f"RECORD: one run of {type(model).__name__} on its example inputs": str(recording.in_eval.flow),
-        "PLAN: what will become of it": str(plan),
+        "PLAN: what will become of it": str(plan or "none: formats of fixed point are linked layer by layer"),
         "FORWARD: what edited modules run now": "\n\n".join(forwards) or "no forward had to be edited",
         "MODEL: what its modules are now": _outline(prepared),
     }
