@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.learned_base import LearnedFakeQuantize, floored
 from tritonq.learned_fake_quantize import LearnedStepFakeQuantize
 from tritonq.observers import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
@@ -35,8 +36,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     with the least squared error: fewer bits reach less far, or two would leave hardly more than zeros. So
     ``dy/db = Q_{l+1}(w) - Q_l(w)``; ``w`` has LSQ's gradient through both grids, and so has ``s``, where ``ds_n/ds``
     counts as ``t_max / t_n``: an optimizer's step changes ``s_n`` by the same share as if ``s_n`` were the parameter.
-    Eval mode, and what is deployed, round to the nearest whole number of bits. A number that an optimizer pushes
-    beyond its bounds returns to them with the next batch.
+    Eval mode, and what is deployed, round to the nearest whole number of bits; gradients are those of training. A
+    number that an optimizer pushes beyond its bounds returns to them with the next batch in training.
 
     :func:`tritonq.learned_size` is what a penalty on bits is made of; :func:`tritonq.fix_learned_bits` ends the search.
 
@@ -65,7 +66,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         >>> quantizer = LearnedBitsFakeQuantize(initial_bits=2.5, ch_axis=None)
         >>> quantizer(torch.tensor([[-1.0, 0.4, 0.7, 1.0]]))
         tensor([[-0.4051,  0.3221,  0.4051,  0.4051]], grad_fn=<WhereBackward0>)
-        >>> quantizer.eval()(torch.tensor([[-1.0, 0.4, 0.7, 1.0]])), quantizer.qtype.bits
+        >>> quantizer.eval()(torch.tensor([[-1.0, 0.4, 0.7, 1.0]])).detach(), quantizer.qtype.bits
         (tensor([[-0.3122,  0.3122,  0.3122,  0.3122]]), 2)
     """
 
@@ -163,13 +164,19 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     def _rounded(self, x: Tensor) -> Tensor:
         self.elements = x.numel()
         if not self.training:
-            return fake_quantize(x, self.grid())
+            y = fake_quantize(x, self.grid())
+            return with_gradient_of(y, self._between_grids(x)) if needs_gradient(self, x) else y
         with torch.no_grad():
             self.bits.clamp_(*self.bounds)
-        low = self.bits.detach().floor().clamp(max=self.bounds[1] - 1)
+        return self._between_grids(x)
+
+    def _between_grids(self, x: Tensor) -> Tensor:
+        """Return ``x`` rounded to the grids of the whole numbers around ``bits``, mixed by its fraction."""
+        bits = self.bits.clamp(*self.bounds)
+        low = bits.detach().floor().clamp(max=self.bounds[1] - 1)
         values = x.to(arithmetic_dtype(x.dtype))
         fewer, more = self._on_grid(values, low), self._on_grid(values, low + 1)
-        y = fewer + (self.bits - low) * (more - fewer)
+        y = fewer + (bits - low) * (more - fewer)
         return torch.where(self.fake_quant_enabled != 0, y, values).to(x.dtype)
 
     def _on_grid(self, x: Tensor, bits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
-from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.gradients import with_gradient_of
 from tritonq.functional.validate import check_float_tensor
 from tritonq.observers import PassiveObserver
 from tritonq.quantized_type import QuantizedType

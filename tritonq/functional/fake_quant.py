@@ -193,20 +193,3 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point, enabled = ctx.saved_tensors
         grid = Grid(scale, zero_point, ctx.qtype, enabled)
         return ctx.ops.fake_quantize_backward(dy, x, grid, ctx.blocks_ends), None, None, None
-
-
-def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return a view of ``value``; its gradient goes to ``surrogate``, of the same shape, and not to ``value``."""
-    return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _WithGradientOf(torch.autograd.Function):
-    """The autograd function: value of the first argument, gradient to the second."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
-        return None, dy

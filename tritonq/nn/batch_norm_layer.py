@@ -16,6 +16,7 @@ from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.conv_bn import check_running_var
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.functional.recomputation import StepMemory
 from tritonq.grid import Grid
 from tritonq.nn.batch_norm import FrozenBatchNorm, gamma_signs, is_plain
@@ -130,13 +131,19 @@ class QATBatchNormLayer(QATLayer):
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):
             return super().quantized_folded_weight(folded)
+        rounded = None
         if _rounds_to_one_grid(quantizer):
             op = self.linear_map
-            return op.from_rows(fake_quantize(op.to_rows(folded), self.weight_grid()))
+            rounded = op.from_rows(fake_quantize(op.to_rows(folded), self.weight_grid()))
+            if not needs_gradient(self, folded):
+                return rounded
         scale = self.fold_factors().abs()
-        unfolded = scale_out_channels(folded, torch.where(scale == 0, 0, 1 / scale), *self.grouping)
+        # Dividing by 0 would give a gradient of NaN, whatever `where` chooses.
+        inverse = torch.where(scale == 0, 0, 1 / torch.where(scale == 0, 1, scale))
+        unfolded = scale_out_channels(folded, inverse, *self.grouping)
         # It may observe, as in calibration; a module that is no fake quantizer of tritonq's may round, too.
-        return scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
+        quantized = scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
+        return quantized if rounded is None else with_gradient_of(rounded, quantized)
 
     def weight_grid(self) -> Grid:
         """Return the grid of the folded weight.

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes
-from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.functions import concatenated_codes
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.functional.integer_joins import integer_concatenation
 from tritonq.functional.residual import rounded_result
 from tritonq.nn.fusable import observed_grid, warn_if_unobserved
@@ -59,7 +59,7 @@ class Cat(WithOutputQuantizer):
         tensors, dim = _arranged(tuple(tensors), self.dim, self.arrangement)
         exact = None if self.training else self._exact(tensors, dim)
         if exact is not None:
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if needs_gradient(self, *tensors):
                 exact = with_gradient_of(exact, torch.cat(tensors, dim))
             return cast(Tensor, self.activation_post_process(exact))
         y = torch.cat(tensors, dim)

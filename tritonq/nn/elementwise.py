@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
-from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join, joint_dtype
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
@@ -142,7 +142,7 @@ class Joint(WithOutputQuantizer):
             return y
         exact = None if self.training else self._exact(a, b)
         if exact is not None:
-            if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+            if needs_gradient(self, a, b):
                 exact = with_gradient_of(exact, float_join(self.kind, a, b))
             return cast(Tensor, self.activation_post_process(rectify(exact, self.ceiling)))
         observed = observed_grid(self.activation_post_process, a)
@@ -161,7 +161,7 @@ class Joint(WithOutputQuantizer):
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
         """Return the result of eval mode from 8-bit codes of a and b (attached or nearest); None if it can't be."""
         own = self.activation_post_process
-        if self.kind not in ("add", "sub", "mul") or own._forward_pre_hooks or not a.numel():
+        if self.kind not in ("add", "sub", "mul") or own._forward_pre_hooks or not a.numel() or needs_gradient(own):
             return None
         producers = self.producers
         sources = self._grid_sources(producers)

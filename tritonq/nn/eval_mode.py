@@ -17,7 +17,7 @@ from torch import Tensor
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
-from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.functional.integer import IntegerAffine
 from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.memo import held_tensors
@@ -46,7 +46,7 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
     kernel = find_kernel(x, weight, op) if layer.ends_in_ceiling else None
     if kernel is None:
         return layer.quantized_output(op(x, quantized, bias))
-    output = None if _needs_grad(x, weight, bias) else fixed_grid(layer.activation_post_process)
+    output = None if needs_gradient(layer, x, weight, bias) else fixed_grid(layer.activation_post_process)
     y = kernel(x, quantized, bias, layer.ceiling, output)
     return y if output is not None else cast(Tensor, layer.activation_post_process(y))
 
@@ -63,7 +63,7 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
             return packed
     weight, bias = layer.folded_parameters(weight, bias)
     op, integers = layer.linear_map, cast(IntegerAffine, layer.integer_layer(weight, bias))
-    needs_grad = _needs_grad(x, weight, bias)
+    needs_grad = needs_gradient(layer, x, weight, bias)
     kernel = find_kernel(x, weight, op, integers)
     if kernel is not None and layer.ends_in_ceiling and not needs_grad:
         output = fixed_grid(layer.activation_post_process)
@@ -87,7 +87,7 @@ def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     held = (*held_tensors(layer), *held_tensors(source), *(() if output in (None, quantizer) else held_tensors(output)))
     if weight is not layer._parameters.get("weight"):  # computed of other parameters
         held = (weight, bias, *held)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in held):
+    if needs_gradient(layer, *held):
         return None
     is_rounded = output is not None and output.is_enabled_on_host()
     if is_rounded and (quantizer._forward_pre_hooks or not layer.ends_in_ceiling):
@@ -127,7 +127,7 @@ def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     padded, plain = op.padded(x)
     grids = (quantizers[0].grid(), layer.weight_grid(), None if output is None else output.grid())
     y = eval_mode.affine(padded, layer.weight_near_codes(weight), bias, plain, op.output_axis, *grids)
-    if _needs_grad(x, weight, bias):
+    if needs_gradient(layer, x, weight, bias):
         # The compiler drops the surrogate's own value.
         y = with_gradient_of(y, op(x, layer.quantized_folded_weight(weight), bias))
     return layer.quantized_output(y)
@@ -139,9 +139,3 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
     "eval_integers": eval_integers,
     "eval_float": eval_float,
 }
-
-
-def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the gradient of input, weight or bias will be needed."""
-    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return torch.is_grad_enabled() and trained

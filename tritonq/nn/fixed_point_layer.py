@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.functional.linear_map import LinearMap
 from tritonq.nn.qat import linear_map_of
 from tritonq.nn.reference import Reference, ReferringModule
@@ -225,7 +225,7 @@ class FixedPointLayer(ReferringModule):
         if self.training or not self.is_integer():
             return self.fixed_forward(rounded.to(self.weight.dtype))
         exact = self.exact_forward(rounded)
-        needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        needs_grad = needs_gradient(self, input)
         if not needs_grad and not torch.compiler.is_compiling():
             return exact
         surrogate = self.fixed_forward(rounded.to(self.weight.dtype)).to(exact.dtype)

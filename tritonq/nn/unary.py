@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
-from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.memo import Memo
 from tritonq.functional.residual import rounded_result
@@ -160,8 +160,7 @@ class UnaryLayer(nn.Module):
         if exact is None:
             return self.compute(x)
         exact = exact.to(x.dtype)
-        needs_grad = torch.is_grad_enabled() and x.requires_grad
-        return with_gradient_of(exact, self.compute(x)) if needs_grad else exact
+        return with_gradient_of(exact, self.compute(x)) if needs_gradient(self, x) else exact
 
     def _exact_result(self, x: Tensor) -> Tensor | None:
         """Return the result as integer runtimes compute it, without gradient; None if a grid is unknown or off."""
@@ -175,7 +174,7 @@ class UnaryLayer(nn.Module):
         if not source.is_enabled_on_host() or not output.is_enabled_on_host():
             return None
         grids = source.grid(), output.grid()
-        if can_use_codes(x) and x.numel():
+        if can_use_codes(x) and x.numel() and not needs_gradient(self):
             y = self._on_codes(x, *grids)
             if y is not None:
                 return y

@@ -52,8 +52,8 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
         qconfig: the qconfig of the model; None: that of the default preset.
 
     Returns:
-        Four parts of text: the record of the run in eval mode, the plan (fixed point has none), each edited forward, and
-        the modules of the prepared model.
+        Four parts of text: the record of the run in eval mode, the plan (fixed point has none), each edited forward,
+        and the modules of the prepared model.
 
     Raises:
         ValueError: ``prepare_qat`` refuses the model.
