@@ -112,7 +112,7 @@ def codes_again(
         rows: the weight, (out, ...), any float dtype.
         fold: (out,) float32, the γ/σ that :func:`quantize` returned.
         grid: the snapshot that :func:`quantize` returned; None: the weight was folded only.
-        code_dtype: dtype of the convolution.
+        code_dtype: dtype of the result, that of the convolution.
         out: not used.
     """
     if grid is None:

@@ -120,9 +120,10 @@ def share_offsets(place, strides):
 def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SKEW: tl.constexpr = 1):
     """Return the place (outer, row, col) of the block after the one at ``place``: columns first, then rows, then outer.
 
-    A block is AHEAD[0] × AHEAD[1] × AHEAD[2] tiles of (1, ROWS, COLS). After the last block the place lies beyond
-    ``end``. With a SKEW above 1 (rows begin anywhere, and are read from a multiple of SKEW before them) a share has one
-    tile along rows and columns.
+    A block is AHEAD[0] × AHEAD[1] × AHEAD[2] tiles of (1, ROWS, COLS); ``start`` and ``end`` are those of the share,
+    (outer, row, col) each. After the last block outer is ``end[0]`` or more, so that loads there are masked; row and
+    col are those of ``start`` again. With a SKEW above 1 (rows begin anywhere, and are read from a multiple of SKEW
+    before them) a share has one tile along rows and columns, and outer alone advances.
     """
     if SKEW != 1:
         return place[0] + AHEAD[0], start[1], start[2]

@@ -39,7 +39,7 @@ def scan_gradients(
     slope,  # float32, broadcasts against a tile
     shift,  # float32, broadcasts against a tile: the result before the ReLU is slope · c + shift
     unit,  # scalar: the gradient passes where low < (slope · c + shift) / unit < high
-    low,  # scalar
+    low,  # scalar; with a ReLU the bound is 0 instead
     high,  # scalar
     dy_strides,
     c_strides,

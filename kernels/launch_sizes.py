@@ -115,7 +115,8 @@ def override(kernel: str, entry: Entry) -> Iterator[None]:
 def overridden(kernel: str) -> Entry | None:
     """Return the entry that an enclosing :func:`override` block gives ``kernel``; None if there is no such block.
 
-    A block for :data:`EVERY_KERNEL` counts for all kernels but ``"conv2d"``, whose entries are tiles of another kind.
+    A block for :data:`EVERY_KERNEL` counts for all kernels but ``"conv2d"``, whose entries are tiles of another kind. A
+    block for ``kernel`` itself goes before it, whichever of the two is the inner one.
     """
     overrides = _OVERRIDES.get()
     if not overrides:

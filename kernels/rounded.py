@@ -192,8 +192,8 @@ def write_rounded(
         mask: where the mask is written, uint8 of :func:`plane_length` elements; None leaves it out.
         operation: ``"add"``, ``"mul"``, ``"none"`` (a itself) or a function of a, such as ``"silu"``.
         arguments: the numbers of that operation, at most two.
-        grid: per tensor, updated in place; None leaves the result in float.
-        statistics: the range behind the grid, which ``relu?(f(a, b))`` updates first; None observes nothing.
+        grid: per tensor; updated in place if there are ``statistics``. None leaves the result in float.
+        statistics: the range behind the grid, which ``relu?(f(a, b))`` updates first; None updates nothing.
         ceiling: upper bound of the ReLU between operation and quantizer; None without a ReLU.
     """
     n, plane = y.numel(), plane_length(y.numel())

@@ -192,9 +192,9 @@ def folded_codes(
     Args:
         rows: the weight, (out, ...).
         fold: (out,) float32, the factor of each row; ``unit`` has its shape and dtype.
-        grid: snapshot; returns a copy, scales (out,). None: returns None, codes are ``rows · fold``, unit 1.
+        grid: the snapshot. If it is None or switched off, codes are ``rows · fold`` and the unit is 1.
         out: not used; the codes are new memory, float32, shaped as ``rows``.
-        extremes: not used; ``clips`` is True with a grid and False without.
+        extremes: not used. With a grid, ``clips`` is True, and a copy with scales (out,) is returned; else False, None.
     """
     return quantize_folded(rows, fold, grid, None)
 

@@ -69,8 +69,8 @@ def quantize_rows(
     unit_out,  # (channels,) float32, written: values are codes · unit
     scale_out,  # (channels,) float32, written: the scale that was used
     active_out,  # (channels,) written: whether the row was rounded
-    ratio_out,  # (channels,) float32, written: fold over unit
-    zero_point_out,  # (channels,) int32, written: the zero point that was used
+    ratio_out,  # (channels,) float32, written: fold over unit; None: not written
+    zero_point_out,  # (channels,) int32, written: the zero point that was used; not written without zero_point_ptr
     fold,  # (ROWS, 1) float32
     switch_ptr,  # one element, or one per channel: 0 leaves the folded row in float
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are

@@ -308,7 +308,9 @@ class FakeQuantize(FakeQuantizeBase):
     def grid_or_warning(self) -> Grid | None:
         """Return the grid that :meth:`forward` rounds to, with its switch; None if nothing was observed yet.
 
-        Then a UserWarning says so once. While ``torch.compile`` traces, there is always a grid: its switch is 0 then.
+        With None a UserWarning says so once. While ``torch.compile`` traces, a grid is returned in any case, with the
+        switch 0 if nothing was observed. At all other times scale and zero point are first corrected as
+        :meth:`calculate_qparams` does.
         """
         if torch.compiler.is_compiling():
             active = self.enabled_on_device()

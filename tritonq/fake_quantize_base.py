@@ -21,8 +21,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     """Base class of fake quantizers to integers, with their switches, scale and zero point.
 
     Attributes:
-        scale: float32 buffer, (1,), (channels,) or (groups,).
-        zero_point: int32 buffer, as ``scale``.
+        scale: float32, (1,), (channels,) or (groups of all channels,); a buffer, or a parameter if it is trained.
+        zero_point: int32 buffer of that shape, or a float32 parameter if it is trained.
     """
 
     scale: Tensor

@@ -46,9 +46,12 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         num_channels: length of ``axis``, when known; else it is taken from the first tensor.
 
     Attributes:
-        frac_len: float64 buffer, (1,) or (channels,); begins as ``word_len - signed``.
+        frac_len: float64 buffer, (1,) or (channels,), which is (0,) while their number is unknown; begins as
+            ``word_len - signed``.
         batch_frac_len: int32 buffer, as ``frac_len``: what the last training batch was rounded with.
-        observed: uint8 buffer (1,): whether there was such a batch.
+        scale: float32 buffer, as ``frac_len``: ``2^-fl`` with the fractional length of eval.
+        zero_point: int32 buffer, as ``frac_len``: 0.
+        observed: uint8 buffer (1,): 1 once a training batch was observed; while it is 0, eval doesn't round or clip.
         phase: ``"fixed"`` rounds; ``"floating"`` clips to the format's range and doesn't round; ``"floating_wo_clip"``
             is a ReLU where codes are unsigned, else nothing. See :func:`set_fixed_point_phase`.
 
@@ -204,6 +207,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         """Return ``x`` rounded with the latest batch's fractional length (training), or the running one (eval).
 
         Nothing is observed. In phase ``"floating"`` values are clipped only; while switched off they stay as they are.
+        Phase ``"floating_wo_clip"``, in which :meth:`forward` does not call this method, counts as ``"fixed"``.
         """
         if self.training:
             return self.round_to(x, self.batch_frac_len)
@@ -216,7 +220,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def round_to(self, x: Tensor, frac_len: Tensor, seen: Tensor | None = None) -> Tensor:
         """Round ``x`` to fixed point with a given fractional length; return it as it is while switched off.
 
-        In phase ``"floating"`` ``x`` is clipped to the format's range instead.
+        In phase ``"floating"`` ``x`` is clipped to the format's range instead; both other phases round.
 
         Args:
             x: float tensor.

@@ -49,8 +49,8 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
         ``model``. ``copy.deepcopy`` of it runs without graphs. It can't be pickled: save its ``state_dict``.
 
     Raises:
-        ValueError: parameters, buffers or inputs are not on one CUDA device; an input is no tensor; fewer than one
-            warm-up step; or the model is graphed already.
+        ValueError: parameters, buffers or inputs are not on one CUDA device; an input is no tensor, or there is none;
+            fewer than one warm-up step; or the model is graphed already.
 
     Source: torch.cuda.make_graphed_callables, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 

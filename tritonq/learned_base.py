@@ -153,7 +153,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                     parameter.data = parameter.data.new_full((num_channels,), self.first_values.get(name, 1.0))
 
     def rests_on_data(self) -> Tensor:
-        """Return the buffer ``initialized``: 1 once the parameters were set."""
+        """Return the buffer ``initialized``: 1 once the parameters were set, be it from example inputs only."""
         return self.initialized
 
     def rank_state(self) -> RankState:

@@ -101,7 +101,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     @property
     def qtype(self) -> QuantizedType:
-        """The type with the nearest whole number of bits.
+        """The type with the whole number of bits nearest to ``bits`` within its bounds, the even one of two.
 
         The device is read once for each change of the parameter ``bits``.
         """

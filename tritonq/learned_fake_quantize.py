@@ -31,7 +31,7 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 
     Args:
         observer: observer class or factory that gives the first scale.
-        quant_min: smallest code; needs ``quant_max``.
+        quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
         quant_max: largest code.
         method: ``"torch"`` or ``"megengine"`` (``s = |scale| + 1e-5``, ties away from zero).
         init: ``"observer"``, or ``"lsq"`` for ``s = 2 mean|x| / sqrt(q)`` of the first batch, or of all that
@@ -47,8 +47,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, num_channels, eps ...).
 
     Attributes:
-        scale: float32 parameter, (1,) or (channels,).
-        zero_point: int32 buffer, or a float32 parameter when trained.
+        scale: float32 parameter, (1,), (channels,) or (groups,).
+        zero_point: int32 buffer, or a float32 parameter when trained; shaped as ``scale``.
 
     Raises:
         ValueError: unknown method or init, a negative or infinite ``grad_factor``, or a trained zero point for a
@@ -273,7 +273,7 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        """The scale ``2^t``."""
+        """The scale ``2^t``, shaped as t, without gradient."""
         return torch.exp2(self.log2_threshold.detach())
 
     @property

@@ -36,7 +36,7 @@ def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:
 
 
 class QParams(NamedTuple):
-    """Scale and zero point of a grid; 0-d or (1,) per tensor, or (channels,).
+    """Scale and zero point of a grid; 0-d or (1,) per tensor, else 1-d, with one element per channel or group.
 
     Attributes:
         scale: float32.

@@ -47,8 +47,10 @@ def package(model: nn.Module) -> str:
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Mark those modules of torch.ao in ``model`` that tritonq can compute, in place, and return the report.
 
-    A marked module keeps its class; its forward runs tritonq's operators. The report has one row for each fake
-    quantizer and each layer, with the reason for those that are not marked.
+    A marked module keeps its class; its forward runs tritonq's operators. The observer hook of a marked layer is taken
+    out if tritonq knows its quantizer. :func:`restore` undoes both. The report has one row for each fake quantizer,
+    each layer with a quantized weight (but embedding tables), and each ``FloatFunctional`` with a fake quantizer, with
+    the reason for those that are not marked.
     """
     from tritonq.acceleration.torch_ao import CLASSES, mark
 

@@ -288,8 +288,8 @@ def marked(y: Tensor, grid: Grid) -> Tensor:
     """Return ``y`` marked as lying on ``grid``, so that a layer that reads it saves 8-bit codes for its backward.
 
     The mark is an attribute on the same tensor object. On a grid with several scales ``y`` is returned as it is, as it
-    is while ``torch.compile`` traces. With one scale, a float64 ``y`` gives a float64 copy without a mark, whose values
-    are rounded to float32 as torch's operator rounds them.
+    is while ``torch.compile`` traces. With one scale, a float64 ``y`` gives a float64 copy without a mark, traced or
+    not, whose values are rounded to float32, as torch's operator rounds them, unless the grid is switched off.
     """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]

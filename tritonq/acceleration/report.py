@@ -56,7 +56,7 @@ class AccelerationReport:
 
     @property
     def left_alone(self) -> list[Row]:
-        """Return the rows of parts that the library goes on computing."""
+        """The rows of parts that the library goes on computing."""
         return [row for row in self.rows if not row.is_accelerated]
 
     def __str__(self) -> str:

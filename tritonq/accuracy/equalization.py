@@ -63,11 +63,13 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
             batch is used.
 
     Returns:
-        By names of first and second layer the factors s, float32 (channels,), of all sweeps together. A pair needs a
-        quantizer to integers between both layers: with weights alone quantized, or float formats, there is none.
+        By names of first and second layer the factors s, float32 (channels,) on the CPU, of all sweeps together, for
+        pairs that were rescaled. A pair needs a quantizer to integers between both layers: with weights alone
+        quantized, or float formats, there is none.
 
     Raises:
-        ValueError: no quantized layer, or no batch.
+        ValueError: no quantized layer with a weight of its own runs, or ``data`` has no batch, or is neither a tensor
+            nor iterable.
 
     Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (2019), section 4.1.
 

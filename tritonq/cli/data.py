@@ -124,13 +124,14 @@ def class_names(source: str, validation: str = "0.5", *, trains: bool = True) ->
     Args:
         source: ``"digits"``, or a folder with one sub-folder per class, whose sorted names are the classes, or a folder
             with ``train``, of this form, and ``val``.
-        validation: a folder of the same classes, or the share that is held out, between 0 and 1.
+        validation: a folder of the same classes, used instead of ``val``, or the share that is held out, between 0 and
+            1, which does not change the names.
         trains: whether a model is trained with some of them, for which there must be two classes.
 
     Raises:
         ValueError: no such folder, too few classes, a class without image files, validation classes that training has
-            not, a validation folder for the digits or without images, other folders beside ``train`` and ``val``, or
-            another share.
+            not, a validation folder for the digits or without images, other folders beside ``train`` and ``val``, or a
+            share that is not between 0 and 1.
     """
     folder, _ = _validation(validation, source)
     return _CLASSES_OF_DIGITS if source == DIGITS else find_layout(Path(source), folder, _least(trains)).classes

@@ -30,7 +30,10 @@ _FILES_AT_A_TIME = 256
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Base class of data sets of images, float32 (channels, height, width), each with its label."""
+    """Base class of data sets of images, float32 (channels, height, width), each with its label.
+
+    Subclasses define ``__getitem__``, which returns ``(image, label)``, with the label as an int.
+    """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -144,7 +147,7 @@ def find_layout(folder: Path, validation: Path | None = None, least: int = 2) ->
     """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
 
     Of ``val``, ``valid``, ``validation`` and ``test`` the first that is there is taken for ``val``. The others of these
-    four are ignored, such as a ``test`` beside ``val``.
+    four are ignored, such as a ``test`` beside ``val``. Without one of the four beside it, ``train`` is a class.
 
     Args:
         folder: holds one sub-folder per class, or ``train`` and ``val`` that do. Hidden folders are no classes.

@@ -25,7 +25,7 @@ _DEEPEST = 65535
 
 
 class UnreadableImageError(ValueError):
-    """Raised for a file that holds no whole image, or one whose values have no known range."""
+    """Raised for a file that is gone, holds no whole image or one too large, or whose values have no known range."""
 
 
 def decode(path: Path, content: bytes | None = None) -> Image:

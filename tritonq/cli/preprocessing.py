@@ -166,7 +166,8 @@ def preprocessing_from_data(data: Any) -> Preprocessing:
 def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for scaling images: ``--preprocessing``, ``--image-size``, ``--channels``, ``--crop`` and others.
 
-    The others are ``--resize``, ``--interpolation``, ``--mean`` and ``--std``; None stands for what is not given.
+    The others are ``--resize``, ``--interpolation``, ``--mean`` and ``--std``. What is not given is None, but
+    ``--preprocessing`` is ``"auto"``.
     """
     group = parser.add_argument_group("preprocessing of images")
     group.add_argument(
@@ -187,7 +188,10 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the names of those preprocessing options that the user gave, such as ``["--mean", "--std"]``."""
+    """Return the names of those preprocessing options that the user gave, such as ``["--mean", "--std"]``.
+
+    ``--preprocessing auto`` counts as not given.
+    """
     names = ("image_size", "channels", "crop", "resize", "interpolation", "mean", "std")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     return given + (["--preprocessing"] if arguments.preprocessing != "auto" else [])

@@ -55,7 +55,7 @@ class Run:
         float_accuracy: share of images that the model classified correctly before it was prepared; checkpoints keep it.
 
     Raises:
-        ValueError: a batch has fewer than two images for each process, or an augmentation is unknown.
+        ValueError: a batch has fewer than two images for each process, or an augmentation is unknown or not possible.
     """
 
     def __init__(

@@ -169,7 +169,7 @@ def onnx_logits(path: Path, images: Tensor) -> Tensor:
 
 
 def largest_layer(model: nn.Module) -> tuple[str, QATLayer | FixedPointLayer]:
-    """Return name and module of the quantized layer with the most weights."""
+    """Return name and module of the quantization-aware layer of a prepared model that has the most weights."""
     kinds = (QATLayer, FixedPointLayer)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     return max(layers, key=lambda item: item[1].weight.numel())

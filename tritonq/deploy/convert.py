@@ -51,7 +51,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         model: a trained model with quantization-aware layers, in any mode; also the result of ``torch.compile`` of one.
         inplace: change ``model`` itself, not a copy. Use the result: a model of one layer becomes another module.
         allow_unquantized: whether tensors may stay in float because their quantizer has never observed anything or is
-            switched off. By default that is an error: usually the model was not trained.
+            switched off. By default that is an error: usually the model was not trained. In a fixed-point network it
+            is an error always.
 
     Returns:
         The converted model.

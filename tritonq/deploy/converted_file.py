@@ -106,7 +106,7 @@ def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             its device.
 
     Returns:
-        The converted model: ``model`` itself, or another module if ``model`` is a single layer.
+        The converted model, in eval mode: ``model`` itself, or another module if ``model`` is a single layer.
 
     Raises:
         ValueError: the file is damaged, of another kind or of a newer version, or the model has another architecture

@@ -123,7 +123,10 @@ def _weight_dtype(layer: QATLayer | QATRecurrent | Embedding | EmbeddingBag) -> 
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ValueError, with the tensor's name, unless parameters, BatchNorm statistics and scales are finite."""
+    """Raise ValueError, with the tensor's name, unless parameters, BatchNorm statistics and scales are finite.
+
+    Scales of quantizers whose rounding is switched off are not looked at.
+    """
     for name, module in model.named_modules():
         held: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))
         if isinstance(module, _BatchNorm):

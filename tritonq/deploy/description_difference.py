@@ -28,9 +28,11 @@ _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES, *RECURRENT_TYPES)
 def difference(entry: Description, module: nn.Module) -> str | None:
     """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
 
-    Layers, tables, pools and recurrent layers fit if class and constructor arguments (without ``bias``) are equal,
-    functions if class, name and numbers are, clips if the bounds are, and other modules if the class's name is. Kinds
-    without a counterpart in the float model, such as ``"quantizer"``, always fit. Weights are not compared.
+    Layers, tables, pools and recurrent layers fit if they are of the class, or one derived from it, and constructor
+    arguments (without ``bias``) are equal; of a fused row the first module is compared. Layers of integers in fixed
+    point: :func:`integer_difference`. Functions fit if class, name and numbers are equal, clips if the bounds are,
+    ``"prelu"`` if it is an ``nn.PReLU``, and other modules if the class's name is equal. Kinds without a counterpart in
+    the float model, such as ``"quantizer"``, always fit. Weights are not compared.
     """
     kind, here = entry["kind"], class_name(module)
     if kind in ("integer_layer", "integer_maximum"):

@@ -1,4 +1,4 @@
-"""Embedding tables of a converted model: integer codes, and only the rows that are looked up become float values.
+"""Embedding tables of a converted model: integer codes, whose values are computed in float when rows are looked up.
 
 A row's values are ``(code - zero_point) · scale``, float32, with the row's own scale and zero point.
 """
@@ -109,7 +109,7 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
 
 
 class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
-    """``nn.EmbeddingBag`` over a table of integers, whose values are computed as float32 in each call."""
+    """``nn.EmbeddingBag`` over a table of integers; each call computes the whole table as float32."""
 
     float_type = nn.EmbeddingBag
     geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
@@ -119,8 +119,9 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
 
         Args:
             input: integer indices: (n,) with ``offsets``, else (bags, indices per bag).
-            offsets: where each bag begins in ``input``; None if ``input`` is a matrix.
-            per_sample_weights: float factors of the rows, shaped as ``input``; None for 1.
+            offsets: where each bag begins in ``input``, with ``include_last_offset`` also the end of the last bag; None
+                if ``input`` is a matrix.
+            per_sample_weights: float factors of the rows, shaped as ``input``, for mode "sum" only; None for 1.
         """
         return embedding_bag(self, self.dequantized_weight(), input, offsets, per_sample_weights)
 

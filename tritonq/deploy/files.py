@@ -30,7 +30,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
     """Open binary files for the block; when it ends they get the names ``paths``, and if it raises they are removed.
 
-    None gets its name before all are written.
+    No file gets its name before all are written. Files that have these names are replaced.
 
     Raises:
         OSError: a file can't be written; the error names it (FileNotFoundError: its folder is missing).

@@ -61,7 +61,8 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     """A convolution or linear layer with integer weights; base of the classes with torch's names.
 
     ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
-    the output quantizer. If the input's grid is unknown: ``relu?(op(x, (w_code - w_zero) * w_scale) + bias)``.
+    the output quantizer. Without ``multiplier``: ``relu?(op(x, w) + bias)`` in float, with w the weight's values. That
+    is so if either's grid is unknown, off or not of integers, the input's is per channel, or the weight has groups.
 
     Args:
         geometry: arguments of the float layer's constructor without ``bias``, by name.
@@ -81,9 +82,9 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         weight_scale: float32 (out,), with groups (out, in/groups/group, ...), or None with a float weight.
         weight_zero_point: int32, as ``weight_scale``, or None where all are 0.
         bias: float32 values, or None.
-        stored_bias: int32, one step is ``multiplier``; float if the input's grid is unknown; or None. In the state dict
-            called ``bias``.
-        multiplier: float32 (out,), input scale times weight scale, or None.
+        stored_bias: int32, one step is ``multiplier``; float without ``multiplier``; or None. In the state dict called
+            ``bias``.
+        multiplier: float32 (out,), input scale times weight scale; None: the layer computes in float.
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
         types: the quantized types of weight and input, each of which may be None: in float, or unknown.

@@ -300,7 +300,8 @@ def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: R
 
     Raises:
         ValueError: pixels for a model with several inputs, with another number of channels, or with an input that
-            anything but quantizers of one grid reads; codes of an output that no quantizer with one grid rounds.
+            anything but quantizers of one grid reads; codes of an output that no quantizer with one grid rounds, or
+            argmax of one without an axis 1.
     """
     if normalization is None and returned == "values":
         return

@@ -95,7 +95,7 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
 
     Raises:
         ValueError: a key or value that is not text, or a key that the file has already or that tritonq's own metadata
-            have.
+            have. Entries before it were added.
     """
     taken = {entry.key for entry in proto.metadata_props} | {CODES_KEY, TARGET_KEY}
     for key, value in (metadata or {}).items():

@@ -17,7 +17,7 @@ def quantize_layers_at_once(graph: Any) -> None:
 
     Quantizers behind clips are written with a division of their own (a Mul by the reciprocal, then a QuantizeLinear of
     scale 1), because ONNX Runtime would quantize a float layer that QuantizeLinear follows. A layer in integers needs
-    that QuantizeLinear: the Mul is removed.
+    that QuantizeLinear: the Mul is removed. Where anything else reads the layer's or the Mul's result, both stay.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

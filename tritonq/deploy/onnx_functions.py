@@ -168,7 +168,8 @@ def _between(
 def run_function(source: str, result: str, nodes: list[Any], constants: list[Any], count: int) -> Any:
     """Return the codes that ONNX Runtime computes by ``nodes`` for the codes 0 to ``count - 1``: uint8 (count,).
 
-    ``source`` and ``result`` are the names of input and result, ``constants`` what the nodes read besides.
+    ``source`` and ``result`` are the names of input and result, ``constants`` the initializers that the nodes read. The
+    nodes may stand in any order, and a node may be there several times.
     """
     import onnx
 

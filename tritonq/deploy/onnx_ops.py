@@ -117,13 +117,15 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -
 
 @torch.library.custom_op("tritonq::round_to_float", mutates_args=())
 def round_to_float(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
-    """Return ``x`` rounded to the nearest number of a float format; larger values saturate.
+    """Return ``x`` rounded to the nearest number of a float format, float32; larger values saturate.
+
+    The file has a Cast and a DequantizeLinear with ``one`` as its scale.
 
     Args:
         x: float32.
         one: the number 1, float32, 0-d.
         zero_point: zero in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2, 0-d.
-        quantizer: name of the quantizer, for the numbers.
+        quantizer: name of the quantizer, which the result of DequantizeLinear gets.
     """
     return _nearest_float(x, zero_point.dtype) * one
 

@@ -30,7 +30,7 @@ class TracedQuantizer(nn.Module):
         quant_min: smallest code.
         quant_max: largest code.
         exact: whether the quotient is computed as in training, before a QuantizeLinear of scale 1. Per channel it never
-            is.
+            is. Otherwise the operator divides, and ties round to the even code, whatever the rounding of ``source``.
 
     Attributes:
         clamp: smallest and largest value, to which values are limited before they are rounded; None, as at first: no
@@ -94,11 +94,11 @@ def uint8_quantizer(
         name: its name.
         bounds: smallest and largest value, of a ReLU or clip before it, which the codes are limited to; None: no limit.
         exact: whether the quotient is computed before QuantizeLinear, as in training; False: QuantizeLinear divides.
-        from_zero: whether code 0 is that of the value 0, for types that fix the zero point; None: if the lower bound
-            is 0.
+        from_zero: whether code 0 is that of the lower bound, for types that fix the zero point; None: if that bound
+            is 0. Without ``bounds`` it changes nothing.
 
     Raises:
-        ValueError: more than 8 bits.
+        ValueError: a code of the file would be above 255.
     """
     grid = source.qtype
     lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else end_codes(source, bounds)

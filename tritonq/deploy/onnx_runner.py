@@ -36,6 +36,7 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
         file takes and returns; and its number of inputs.
 
     Raises:
+        OSError: the file can't be read.
         ValueError: not an ONNX file, or not one of :func:`tritonq.export_onnx`.
         ImportError: onnx or onnxruntime is not installed.
     """

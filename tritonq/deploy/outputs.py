@@ -83,7 +83,7 @@ def return_no_text(traced: nn.Module, result: Any) -> None:
 
     Args:
         traced: the model; its ``forward`` is replaced.
-        result: what it returned on the example inputs; if it has text, a UserWarning says so.
+        result: what it returned on the example inputs. If it has text, a UserWarning says so; else nothing changes.
     """
     if not any(isinstance(leaf, str) for leaf in tree_leaves(result)):
         return

@@ -191,7 +191,8 @@ def complete_pairs(program: ExportedProgram) -> None:
     """Add a pair behind each operator that moves dequantized values, and give each reader a dequantize of its own.
 
     The program's graph and signature are changed in place. Grids are per tensor. An operator whose readers all quantize
-    its result gets no pair.
+    its result gets no pair. An output of the program shares the dequantize of the tensor's first reader. Of a node's
+    ``meta["custom"]`` only the entry under ``QUANTIZER_KEY`` stays.
     """
     operators = register_pt2e_operators()
     quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default

@@ -142,7 +142,7 @@ class Quantizer(DeployedModule):
         """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) · s`` in ``x``'s dtype.
 
         Under autocast bfloat16 and float16 become float32. Elsewhere a UserWarning says once if ``x``'s dtype can't
-        tell the codes apart.
+        tell the codes apart. Where :func:`can_use_codes` allows it, the result is a CodedTensor, which carries codes.
         """
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)

@@ -29,8 +29,8 @@ def torch_runner(model: nn.Module) -> Runner:
     It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to ``(codes, outputs)``. Codes, by the name
     of the quantizer, are lists with a tensor of codes minus zero points per call; of a fixed-point network the codes
     that each layer reads, by its name. Quantizers of weights, those that do not round when this function is called, and
-    blocks of floats have none. ``given`` codes are used in place of these. The model's mode and hooks are as before
-    afterwards.
+    blocks of floats have none. ``given`` codes are used in place of these. Tensors among the arguments are moved to the
+    device of the model's first parameter or buffer. The model's mode and hooks are as before afterwards.
     """
     quantizers = {
         name: module

@@ -152,6 +152,7 @@ class _Tally:
     def lacking(self, expected: Codes, found: Codes) -> list[str]:
         """Return the names of quantizers of the trained model that the deployed one lacks, or calls fewer times.
 
+        One that is missing altogether is left out if another quantizer makes the same codes (:func:`_twin`).
         ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, one tensor per call.
         """
         names = {name: self._name_in(name, found) for name in expected}

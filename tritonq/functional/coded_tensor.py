@@ -223,7 +223,10 @@ def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ..
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of results of operators on ``x``: channels_last if ``x`` is, else contiguous."""
+    """Return the memory format of results of operators on ``x``: channels_last if ``x`` is, else contiguous.
+
+    For five dimensions channels_last_3d takes the place of channels_last.
+    """
     if type(x) is CodedTensor:
         if x.memory_format is None:
             with torch._C.DisableTorchFunctionSubclass():

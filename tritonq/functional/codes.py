@@ -143,7 +143,7 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     """Return ``(codes - grid.zero) · grid.scale`` as float32; it carries ``codes`` for the next :func:`take_codes`.
 
     Inside a call of a model that :func:`carry_codes` prepared, the result is a `CodedTensor`, whose values are computed
-    when something reads them.
+    when something reads them. Outside of one, in ``torch.inference_mode``, the result carries no codes.
 
     Args:
         codes: uint8 on the CPU, counted from 0, up to ``grid.largest``; must not be changed any more.

@@ -79,7 +79,7 @@ def fake_quantize_per_channel_affine(
     """Round ``x`` to one grid per index of ``axis``; gradients pass straight through inside the range.
 
     ``y = (clamp(round(x/s) + z, quant_min, quant_max) - z) * s`` with s and z of the index, or of the group;
-    ``dx = dy`` where the rounded, unclipped code lies in the range, else 0 and 0 at NaN.
+    ``dx = dy`` where the rounded, unclipped code lies in the range; ``dx`` is 0 elsewhere, and at NaN.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.

@@ -44,7 +44,8 @@ def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
 def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> QuantizedType:
     """Return the type with codes ``±(2^(word_len - 1) - 1)`` (signed) or ``0 .. 2^word_len - 1`` and no zero point.
 
-    It has one fractional length per index of ``axis``; for None one for the tensor.
+    It has one fractional length per index of ``axis``; for None one for the tensor. The unsigned type is not symmetric
+    (its ``fixed_zero_point`` is None): who makes a grid of it leaves the zero point at 0.
 
     Raises:
         ValueError: ``word_len`` is no integer in 2..16.

@@ -57,8 +57,9 @@ def fake_quantize_float(
 
     Raises:
         TypeError: ``x`` or scale of the wrong kind.
-        ValueError: an unknown format or rounding, an axis out of range, or a scale that the format does not take, that
-            is not positive and finite, or has another shape or device.
+        ValueError: an unknown format or rounding, ``"ceil"`` for a format without scales that are powers of two, an
+            axis out of range, or a scale that the format does not take, that is not positive and finite, requires a
+            gradient, or has another shape or device.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats (MX) Specification 1.0; NVIDIA

@@ -38,7 +38,8 @@ def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
 def joint_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """Return the dtype of :func:`float_join` of two float tensors: the wider one, of tensors with axes if one has any.
 
-    It is that of ``torch.result_type``, which no graph of ``torch.compile`` can hold.
+    That of float16 and bfloat16 is float32. It is that of ``torch.result_type``, which no graph of ``torch.compile``
+    can hold.
     """
     counted = [operand.dtype for operand in (a, b) if operand.dim()] or [a.dtype, b.dtype]
     return torch.promote_types(counted[0], counted[-1])

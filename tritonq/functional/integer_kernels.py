@@ -117,9 +117,10 @@ class PackedLayer:
 
 
 def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
-    """Run a layer on a tensor of values, rounded to the layer's input grid.
+    """Round a tensor of values to the layer's input grid, ties to even, and run the layer on it.
 
-    Return None if a value is NaN or lies beyond the ends of that grid, or if the tensor is empty.
+    Codes that ``x`` carries on that grid are taken as they are. Return None if a value is NaN or rounds to no code of
+    the grid, or if the tensor is empty.
 
     Args:
         x: a float32 tensor on the CPU that needs no gradient (`codes.can_use_codes`).
@@ -146,8 +147,8 @@ def pack(
     """Prepare a layer for torch's integer kernels; return None if they can't run it.
 
     They run convolutions of one to three dimensions (not transposed, padded with zeros) and matrix products on x86 CPUs
-    whose 8-bit products don't saturate, with inputs and outputs of up to 256 codes, weights of 8 bits, and sums that
-    cannot reach 2^31.
+    whose 8-bit products don't saturate, with inputs and outputs of up to 256 codes, weights of 8 bits, finite scales,
+    and sums that cannot reach 2^31; none while ``torch.backends.mkldnn.enabled`` is False.
 
     Args:
         layer: the layer's weight and bias as integers.

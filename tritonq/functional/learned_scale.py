@@ -76,6 +76,7 @@ def fake_quantize_learnable(
         ValueError: empty code range, an axis out of range, wrong shape or device, an unknown method, a scale or
             floating point zero point that is not finite, an integer zero point outside the code range, for ``"torch"``
             a scale that is not positive, or groups without an axis or whose size does not divide the axis's length.
+            Values of GPU tensors are not checked.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al.,
@@ -142,7 +143,8 @@ def trained_threshold_quantize(
 
     Raises:
         TypeError: ``x`` or ``log2_threshold`` is not a floating point tensor.
-        ValueError: empty code range, an axis out of range, or a threshold of another shape or device or not finite.
+        ValueError: empty code range, an axis out of range, a threshold of another shape or device, or one that is not
+            finite, which is checked on a CPU only and not while ``torch.compile`` traces.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.

@@ -233,7 +233,7 @@ class PaddedConvolution:
         return self.conv.images(F.pad(x, self.pad, self.pad_mode), weight)
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y``, computed by :meth:`as_conv2d`, in the shape of this map's result."""
+        """Return ``y``, computed by :meth:`as_conv2d`, in the shape of this map's result; ``x`` is not used."""
         return self.conv.from_images(y, x)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:

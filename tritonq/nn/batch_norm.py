@@ -187,6 +187,6 @@ def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
 
 
 def gamma_signs(bn: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """Return the sign of γ per channel, (channels,): -1.0 where γ < 0, else 1.0; all 1.0 if ``bn`` has no γ."""
+    """Return the sign of γ per channel, (channels,), in γ's dtype: -1 where γ < 0, else 1; all 1 if there is no γ."""
     gamma = cast(Tensor, bn.running_var) if bn.weight is None else bn.weight.detach()
     return torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)

@@ -127,9 +127,8 @@ class Clip(ElementwiseLayer):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
-        ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it lies on the output's grid, as integer runtimes round it (:meth:`exact`); else it is
-        ``min(max(x, low), high)`` in float.
+        ``source`` and ``output`` are the grids of input and result, per tensor. While both are switched on, which the
+        graph reads when it runs, it is what :meth:`exact` returns; else it is ``min(max(x, low), high)`` in float.
         """
         from tritonq.functional.traced import eval_mode
 
@@ -144,7 +143,7 @@ CLIP_MODULES: tuple[type[nn.Module], ...] = (nn.Hardtanh, nn.ReLU6, nn.ReLU)
 
 
 def clipping_of(module: object) -> Clipping | None:
-    """Return the bounds of a Hardtanh, ReLU6 or ReLU; None for any other module."""
+    """Return the bounds of a Hardtanh, ReLU6 or ReLU; None for anything else, subclasses of these included."""
     if type(module) is nn.ReLU:
         return Clipping(0.0, math.inf)
     if type(module) not in CLIP_MODULES or not isinstance(module, nn.Hardtanh):

@@ -56,7 +56,9 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
-        """Return the quantization-aware form of ``mod``, in its mode, with its parameters and by its ``qconfig``.
+        """Return the quantization-aware form of ``mod``, in its mode and by its ``qconfig``.
+
+        Weight and bias are the same parameters, not copies.
 
         Args:
             mod: the float convolution; for a class with ReLU the row of both in `tritonq.nn.intrinsic`.

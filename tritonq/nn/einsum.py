@@ -24,8 +24,9 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 class Einsum(MatMul):
     """``FQ(relu?(einsum(equation, a, b)))`` for an equation that is one product of batches of matrices.
 
-    Every index of an operand must be in the other operand or in the result. The operands are permuted and reshaped to
-    batches of matrices, and multiplied as by :class:`MatMul`.
+    Every index of an operand must be in the other operand or in the result, and none may be repeated within one of the
+    three. Axes of size 1 broadcast. The operands are permuted and reshaped to batches of matrices, and multiplied as by
+    :class:`MatMul`.
 
     Args:
         equation: as :func:`torch.einsum` takes it, with two operands.
@@ -152,9 +153,8 @@ class Contraction:
     def without_ellipsis(self, a_axes: int, b_axes: int) -> Contraction:
         """Return the contraction for operands with ``a_axes`` and ``b_axes`` axes, without an ellipsis.
 
-        Each axis of an ellipsis gets an index of its own.
-
-        The axes of two ellipses are matched from the last one on, as in broadcasting.
+        Each axis of an ellipsis gets an index of its own. The axes of two ellipses are matched from the last one on, as
+        in broadcasting. A contraction without an ellipsis is returned as it is, whatever the numbers of axes.
 
         Raises:
             ValueError: fewer axes than indices, or axes that only one ellipsis has and that the result lacks.
@@ -176,7 +176,7 @@ class Contraction:
 
     @property
     def batch(self) -> str:
-        """The indices that both operands and the result have, in the order of ``a``: "b" for "bij,bjk->bik"."""
+        """The indices that both operands and the result have, in the order of ``a``, such as "b" for "bij,bjk->bik"."""
         return "".join(index for index in self.a if index in self.b and index in self.out)
 
     @property

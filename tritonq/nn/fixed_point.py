@@ -91,13 +91,14 @@ class FixedPointConv2d(_FixedPointConvolution):
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointConv2d:
-        """Return the fixed-point form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+        """Return the fixed-point form of ``mod``, in its mode; it shares the parameters and uses ``mod.qconfig``.
 
-        Its input is unsigned (``signed_input=False``), and its bias has 32 bits in eval mode.
+        Without a qconfig it uses the preset ``"f8net"``. Its input is unsigned (``signed_input=False``), and its bias
+        has 32 bits in eval mode.
 
         Raises:
-            TypeError: not an ``nn.Conv2d``.
-            ValueError: a geometry that has no fixed-point form, or a qconfig that isn't fixed point.
+            TypeError: not an ``nn.Conv2d``, or one of a subclass.
+            ValueError: a geometry that has no fixed-point form, or a qconfig that the class refuses.
         """
         check_float_type(cls, mod, nn.Conv2d)
         layer = cls(**conv_arguments(cast(nn.Conv2d, mod)), qconfig=getattr(mod, "qconfig", None))
@@ -278,11 +279,12 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
     def from_float(cls, mod: nn.Module) -> FixedPointLinear:
         """Return the fixed-point form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
 
-        Its input is unsigned (``signed_input=False``), and its bias has 32 bits in eval mode.
+        It has the mode of ``mod``, and the preset ``"f8net"`` if ``mod`` has no ``qconfig``. Its input is unsigned
+        (``signed_input=False``), and its bias has 32 bits in eval mode.
 
         Raises:
-            TypeError: not an ``nn.Linear``.
-            ValueError: a qconfig that isn't fixed point.
+            TypeError: not an ``nn.Linear``, or of a subclass of it.
+            ValueError: a qconfig that isn't fixed point, or whose weight format is unsigned or per another axis than 0.
         """
         check_float_type(cls, mod, nn.Linear)
         linear = cast(nn.Linear, mod)

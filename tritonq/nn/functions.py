@@ -38,7 +38,7 @@ class ElementwiseLayer(UnaryLayer):
     function: Function
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the fake-quantized function of ``input``, in its shape."""
+        """Return the function of ``input``, in its shape: fake-quantized, or in float without an output quantizer."""
         meet_hooks((self._source,), (input,), self.training)
         quantizer = self.output_quantizer
         if quantizer is None:

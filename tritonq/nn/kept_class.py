@@ -50,7 +50,10 @@ def users_class(module: nn.Module) -> type[nn.Module]:
 
 
 def made_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module had before :func:`keep_class`; without it the module's own."""
+    """Return the class that a module had before :func:`keep_class`; without it the module's own.
+
+    Of another module whose forward was edited it is the class that its author wrote (:func:`original_class`).
+    """
     kind: type[nn.Module] = original_class(module)
     return kind._tritonq_joined[0] if issubclass(kind, KeepsClass) else kind
 
@@ -60,7 +63,9 @@ _joined: WeakValueDictionary[tuple[type, type], type[nn.Module]] = WeakValueDict
 
 
 def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that derives from ``first``, then from ``second``; the same class in every call.
+    """Return the class that derives from :class:`KeepsClass`, then ``first``, then ``second``.
+
+    Calls with the same two classes return the same class as long as something uses it.
 
     Args:
         first: the new module's class, whose methods come first; the result has its name.

@@ -346,7 +346,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
         """Return codes of weight and bias as an `IntegerAffine`, for a given folded weight and bias (None: no bias).
 
-        None if an input or weight grid is unknown, off, no grid of integers, or has groups.
+        None if a grid of input or weight is unknown, off, not of integers or in groups, or the input's per channel.
         """
         if not self._knows_grids():
             return None

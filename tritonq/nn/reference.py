@@ -65,7 +65,7 @@ class WatchedHook:
     Attributes:
         hook: the hook.
         changes: whether it ever returned other objects than it was given, even equal ones, or changed in place a tensor
-            that it was given by itself or in a tuple.
+            that it was given by itself or in a tuple. In-place changes of inference tensors are not seen.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:

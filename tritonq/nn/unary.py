@@ -29,11 +29,12 @@ from tritonq.qconfig import QConfig
 class UnaryLayer(nn.Module):
     """``FQ(f(x))`` for an operation f of one tensor.
 
-    In eval mode, if the grids of input and output are known, the codes of the result are computed from those of the
-    input (:meth:`exact`). Otherwise torch computes the operation (:meth:`compute`).
+    In eval mode, if the grids of input and output are known, switched on and have one scale each, the codes of the
+    result are computed from those of the input (:meth:`exact`). Otherwise torch computes the operation
+    (:meth:`compute`).
 
     Attributes:
-        activation_post_process: quantizer of the output; an Identity if another module quantizes it.
+        activation_post_process: quantizer of the output; an Identity if another module quantizes it, or none does.
 
     Examples:
         >>> import torch, tritonq
@@ -48,7 +49,8 @@ class UnaryLayer(nn.Module):
     def attach_quantizers(self, qconfig: QConfig | None) -> None:
         """Create the output's quantizer by ``qconfig``, as the child ``activation_post_process``.
 
-        None: the output stays in float, or another module quantizes it; the child is then an Identity.
+        None: the output stays in float, or another module quantizes it; the child is then an Identity. What
+        :meth:`set_quantizers` has set is forgotten.
         """
         self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
         self._source: Reference[nn.Module] = Reference()
@@ -116,8 +118,8 @@ class UnaryLayer(nn.Module):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile`` in eval mode, in the dtype of ``x``, without gradient.
 
-        While both grids are switched on, which the graph reads when it runs, it lies on the output's grid, as integer
-        runtimes round it (:meth:`exact`); else it is the operation's result in float (:meth:`compute`).
+        While both grids are switched on, which the graph reads when it runs, it is what :meth:`exact` returns, which
+        the output's quantizer clips; else it is the operation's result in float (:meth:`compute`).
 
         Args:
             x: float tensor of values on the grid of ``source``.

@@ -223,12 +223,12 @@ class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
     Args:
         averaging_constant: weight of the new batch, in (0, 1].
         ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
-        dtype: a torch dtype, or a QuantizedType with an axis.
-        **kwargs: named arguments of :class:`MovingAverageMinMaxObserver`; ``qscheme`` is ``torch.per_channel_affine``
-            if not given.
+        dtype: a torch dtype, a name of a type (``"qint4"``), or a QuantizedType with an axis.
+        **kwargs: named arguments of :class:`MovingAverageMinMaxObserver`. ``qscheme``, if not given, is
+            ``torch.per_channel_affine``, or ``torch.per_channel_symmetric`` for the name of a symmetric type.
 
     Raises:
-        ValueError: a scheme or type per tensor.
+        ValueError: a scheme or type per tensor, or what :class:`MovingAverageMinMaxObserver` refuses.
 
     Examples:
         >>> observer = MovingAveragePerChannelMinMaxObserver(averaging_constant=0.5, qscheme=torch.per_channel_affine)

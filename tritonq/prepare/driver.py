@@ -37,7 +37,7 @@ class Scheme(Protocol):
     """A way to quantize a recorded model: fake quantization or fixed point."""
 
     def layer_names(self) -> list[str]:
-        """Names of the layers that it quantizes; "" is the model itself."""
+        """Return the names of the layers that it quantizes; "" is the model itself."""
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
         """Edit the model by ``editor``, and return a record of what became of each layer."""

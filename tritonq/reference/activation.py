@@ -187,11 +187,12 @@ def straight_through_(
 def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
     """Return a new bool tensor: where neither the ReLU nor the quantizer's clip blocks the gradient.
 
-    A ReLU passes ``0 < y < ceiling``, the clip values whose unclipped code is a code; neither passes NaN.
+    A ReLU passes ``0 < y < ceiling`` (a plain one infinity, too), the clip values whose unclipped code is a code;
+    neither passes NaN.
 
     Args:
         y: values before ReLU and rounding; not changed.
-        grid: of the quantizer; None without one.
+        grid: of the quantizer, per tensor; None without one.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
         enabled: the grid's switch, a bool tensor; False: the clip blocks nothing, the ReLU as before. None: on.
     """

@@ -184,8 +184,8 @@ def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
     """Return ``FQ(relu?(slope · c + shift))``, in ``c``'s dtype: the last pass of :func:`forward`.
 
-    ``slope`` and ``shift`` are (channels,); ``grid`` is per tensor, and None leaves the result in float; ``ceiling`` is
-    the ReLU's upper bound, None without one. Nothing is observed.
+    ``slope`` and ``shift`` are (channels,); ``grid`` is per tensor, and the result is not rounded if it is None or
+    switched off; ``ceiling`` is the ReLU's upper bound, None without one. Nothing is observed.
     """
     c = dense(c)
     y = affine(c.to(slope.dtype), slope, shift)

@@ -111,7 +111,7 @@ def update_range(
         max_val: of the running range.
         averaging_constant: ``c``, the weight of the batch; None: no average.
         copy_above: a batch whose magnitude is more than this times the running one's replaces the range, and so does
-            one far below; None: only the first batch does.
+            one far below; None: only the first batch does. Not used without ``averaging_constant``.
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)

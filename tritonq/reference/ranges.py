@@ -65,8 +65,8 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 
     Args:
         grid: the grid; not changed.
-        statistics: its running range, which holds data if ``min_val <= max_val`` in any channel; None: the grid counts
-            as observed.
+        statistics: its running range, which holds data if ``has_data`` says so, or ``min_val <= max_val`` in any
+            channel; None: the grid counts as observed.
     """
     if torch.compiler.is_compiling():
         on = grid.enabled_on_device()

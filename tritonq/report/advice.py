@@ -41,8 +41,8 @@ def advise(measured: ModelMeasure) -> Advice:
 
     The first of these that holds is said:
 
-    - All is well: there is no error, or it is at most 10 % of the output's norm, at least 99 % of the predictions stay,
-      and the accuracy falls by at most 0.5 percentage points.
+    - All is well: no layer was measured, or there is no error, or the error is at most 10 % of the output's norm, at
+      least 99 % of the predictions stay, and the accuracy falls by at most 0.5 percentage points.
     - Rounding is not to blame: the error is at most 1 %, and predictions that change get better and worse alike. That
       is, at most ``2 sqrt(n)`` fewer images are classified correctly, with n the number of predictions that change.
     - No layer stands out: the worst one alone makes less than half of the error.

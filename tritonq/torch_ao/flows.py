@@ -247,7 +247,8 @@ def fold_known_modules(
 ) -> list[nn.Module]:
     """Fuse a row of modules in eval mode, and return as many modules.
 
-    The first one is the folded or fused module, the others are ``nn.Identity``.
+    The first one is the folded or fused module, the others are ``nn.Identity``. The first module's forward pre-hooks
+    and all hooks of the last one are moved to the fused module.
 
     Args:
         mod_list: such as ``[conv, bn, relu]``.

@@ -123,7 +123,7 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
     def set_last_layer(self, qconfig: Choice) -> Self:
         """Set the qconfig of the last quantizable layer that runs, in place; return the mapping itself.
 
-        None leaves it in float.
+        None leaves it in float. This rule wins if the last layer is the first one, too.
         """
         return self._become(super().set_last_layer(qconfig))
 

@@ -109,7 +109,8 @@ def swap_module(
 ) -> nn.Module:
     """Return the quantization-aware form of a module that has a qconfig.
 
-    The module itself is returned if its ``qconfig`` is None or missing, or if its exact type has no such form.
+    It shares the module's parameters, and takes its hooks: ``mod`` has none afterwards. The module itself is returned
+    if its ``qconfig`` is None or missing, or if its exact type has no such form.
 
     Args:
         mod: a float module.

@@ -84,9 +84,10 @@ def arguments_of(call: Call) -> dict[str, Any]:
 def find_called_layer(call: Call, child: str, analysis: Analysis) -> CalledLayer | str:
     """Return the layer that a call of a convolution or ``F.linear`` becomes, or the reason why it stays in float.
 
-    All calls at its place must be alike (function, stride, padding and so on), run in each recorded mode and outside of
-    ``torch.vmap`` and the like, read an input that is no constant, and take the same weight, which a program can
-    compute from parameters and buffers; and the forward must be editable.
+    All calls at its place must be alike (function, stride, padding and so on), run outside of ``torch.vmap`` and the
+    like, read a tensor as input, and take the same weight and bias, which a program can compute from parameters and
+    buffers. There must be calls in each recorded mode, the input of one at least must be no constant, and the forward
+    must be editable.
 
     Args:
         call: the first of its calls.

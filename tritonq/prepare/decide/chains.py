@@ -28,7 +28,7 @@ class Chains:
         analysis: the model and its record.
         kept: indices of calls that stay: ReLUs that are part of a layer or join, and calls that can't be removed from a
             forward.
-        grids: the values that a quantizer rounds, or will round.
+        grids: indices of the values that a quantizer rounds, or will round.
     """
 
     def __init__(self, analysis: Analysis, kept: Container[int], grids: Container[int | None]) -> None:

@@ -46,7 +46,11 @@ def limits_range(call: Call) -> bool:
 
 
 def bounds_of_call(call: Call) -> Clipping | None:
-    """Return the bounds of a call that clips, a plain ReLU included; None for other calls."""
+    """Return the bounds of a call that clips, a plain ReLU included; None for other calls.
+
+    They are the numbers of this call; the forward may compute others in the next (`Chains.has_fixed_number`). A clamp
+    to bounds that are tensors, or that hold no values, is no such call.
+    """
     if isinstance(call.target, nn.Module):
         return clipping_of(call.target)
     return read_call(call, _READERS) if call.kind == "function" else None

@@ -19,7 +19,8 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
     """Return the calls of functions that compute in float between quantized tensors, one call per place in a forward.
 
     Such a call reads a quantized tensor, or the result of another such call, and its result reaches a quantizer in the
-    end. Layers left in float are not among them: the plan lists these already. The run in eval mode is looked at.
+    end. Layers and joins left in float are not among them: the plan lists these already. The run in eval mode is looked
+    at. Of several such calls at one place the first is returned; the result is in order of execution.
     """
     behind: set[int] = set()  # values that follow in float from quantized ones
     chain: list[Call] = []

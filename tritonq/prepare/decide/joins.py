@@ -307,8 +307,8 @@ KINDS: Mapping[str, JoinKind] = {
 def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
     """Return all joins of a recorded model, one per place in a forward, those that stay in float included.
 
-    ``kept`` holds the indices of ReLU calls that no join may absorb. Of kinds without ``in_training_alone``, joins that
-    only training makes are left out.
+    ``kept`` holds the indices of ReLU calls that no join may absorb. Left out are joins that only training makes, of
+    kinds without ``in_training_alone``, and joins one of whose calls reads a constant that their kind refuses.
     """
     joins: list[Join] = []
     seen: set[int] = set()

@@ -166,11 +166,11 @@ class Counted(Protocol):
 
     @property
     def part(self) -> Part:
-        """In which number it counts: "layer" (with a weight), "join" (of several operands), or "other" (in none)."""
+        """The number in which it counts, "layer" (with a weight) or "join" (several operands); "other" for none."""
 
     @property
     def status(self) -> Status:
-        """Whether it is quantized: "quantized", "moves values" or "float"."""
+        """What became of it, "quantized", "moves values" or "float"."""
 
 
 def counts(records: Sequence[Counted]) -> str:

@@ -112,7 +112,7 @@ def find_unary(
 
     None if there is no such operation, or if one of these holds:
 
-    - calls at the place compute different operations;
+    - calls at the place compute different operations, or are clips with different clips before them;
     - the operation is a mean or PReLU, and its input lies on no grid, or not on the same one in all calls;
     - number arguments of the operation (such as a slope) may differ from call to call, and the forward has no place at
       which they could be compared with the recorded ones when it runs.

@@ -54,9 +54,10 @@ class ModelEditor:
             self.undo()
 
     def undo(self) -> None:
-        """Undo all edits since the editor was made: classes, modes, attributes, children and buffers of all modules.
+        """Undo all edits of the model since the editor was made, as :meth:`ModelSnapshot.restore` does.
 
-        Values of parameters stay as they are (:meth:`ModelSnapshot.restore`).
+        Classes, modes, attributes, children, hooks and buffers of all modules are put back. Values of parameters stay
+        as they are. The editor's :attr:`modules` is not changed.
         """
         self._snapshot.restore()
 
@@ -78,7 +79,8 @@ class ModelEditor:
     def add_child(self, owner: nn.Module, base: str, child: nn.Module) -> str:
         """Add a child under the first free name among ``base``, ``base_1`` and so on, in its owner's mode.
 
-        The child is hidden: after :meth:`apply` it is not among the owner's ``children()``.
+        A name is free if ``owner`` has no attribute of that name. ``child`` itself is switched to the owner's mode,
+        training or eval. It is hidden: after :meth:`apply` it is not among the owner's ``children()``.
 
         Returns:
             The name of the child.

@@ -32,7 +32,8 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
 
     Raises:
         ValueError: the data have "answers" or a graph under "train", since a GraphModule has one graph for both modes;
-            or they quantize an argument by name, or a tensor inside of an argument.
+            or they quantize an argument by name, one at a position that the graph does not have, or a tensor inside of
+            an argument.
     """
     if "answers" in data or data.get("train") is not None:
         raise ValueError("the forward of a GraphModule is one graph")

@@ -74,8 +74,9 @@ def quantizing(inner: Callable[..., Any], reads: Iterable[Read], returns: str | 
 
     Args:
         inner: the forward, called with the module first.
-        reads: the arguments to quantize.
-        returns: name of the child that quantizes the result; None: it is returned as it is.
+        reads: the arguments to quantize; those that a call does not give are skipped.
+        returns: name of the child that quantizes the result, if that is a floating-point tensor, and observes it in
+            training; None: it is returned as it is.
     """
     places = tuple(reads)
 

@@ -130,7 +130,7 @@ class Recorder:
         self._passing = passing
 
     def running(self) -> list[nn.Module]:
-        """Return the modules whose forwards had begun when the run failed, innermost first; empty after a whole run."""
+        """Return the modules whose forwards were not over when the run failed, innermost first; else an empty list."""
         return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
