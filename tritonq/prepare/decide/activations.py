@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.record.dataflow import ValueIndex
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import Place
 
@@ -29,7 +30,7 @@ class ActivationChoice:
     ) -> None:
         self._analysis, self._qconfigs, self._inputs = analysis, qconfigs, inputs
 
-    def choose(self, value: int, reader: QConfig) -> QConfig | None:
+    def choose(self, value: ValueIndex, reader: QConfig) -> QConfig | None:
         """Return the qconfig whose activation factory makes the quantizer of a tensor.
 
         For an input of the model, if there is a rule for these, it is the rule's; None: the input gets no quantizer.
@@ -46,7 +47,7 @@ class ActivationChoice:
         candidates = (qconfig for qconfig in (reader, *self._others(value)) if qconfig is not None)
         return next((qconfig for qconfig in candidates if _rounds_activations(qconfig)), reader)
 
-    def _others(self, value: int) -> Iterator[QConfig | None]:
+    def _others(self, value: ValueIndex) -> Iterator[QConfig | None]:
         """Yield the qconfig of the module that made a value (None if it has none), then that of the model."""
         call = self._analysis.flow.producer(value)
         if call is not None:

@@ -17,6 +17,7 @@ from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import results
 from tritonq.prepare.decide.rows import out_channels
+from tritonq.prepare.record.dataflow import ValueIndex
 
 
 def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]:
@@ -58,7 +59,7 @@ def _trains(layer: Layer, analysis: Analysis) -> bool:
     return any(parameter.requires_grad for parameter in analysis.modules[layer.name].parameters())
 
 
-def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
+def _inputs(layer: Layer, analysis: Analysis) -> set[ValueIndex]:
     """Return indices of the values that a layer reads, before operations that only move values, such as dropout."""
     values = set()
     for index in layer.calls:

@@ -28,7 +28,7 @@ from tritonq.prepare.forwards.guarded import GuardedGraph, takes_any_arguments
 from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
 from tritonq.prepare.forwards.trace import TraceError
-from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, refs_in
+from tritonq.prepare.record.dataflow import Call, CallIndex, Dataflow, Frame, Ref, ValueIndex, refs_in
 from tritonq.prepare.record.operations import is_leaf
 
 # Modules and functions whose output holds only values of their input (and zero, which is on every grid).
@@ -103,12 +103,12 @@ class Analysis:
         )
         self._forwards: dict[str, EditableForward | TraceError] = {}
         # Names of graph nodes for calls that are answered all the same: children are named after them.
-        self._labels: dict[int, str] = {}
-        self._sites: dict[int, Site] = {}
+        self._labels: dict[CallIndex, str] = {}
+        self._sites: dict[CallIndex, Site] = {}
         self._calls_at: dict[tuple[str, str], list[Call]] = {}
-        self._masks: dict[int, int | None] = {}
+        self._masks: dict[CallIndex, ValueIndex | None] = {}
 
-    def value_of(self, call: Call | Frame) -> int | None:
+    def value_of(self, call: Call | Frame) -> ValueIndex | None:
         """Return the index of the value that a call returns; None unless it returns a single tensor.
 
         For a recurrent layer that is the first tensor of its result: the sequence, or the hidden state of a cell.
@@ -199,7 +199,7 @@ class Analysis:
         target = call.target
         return type(target) is nn.Identity or (type(target) is nn.Sequential and len(target) == 0)
 
-    def unwrapped(self, value: int) -> int:
+    def unwrapped(self, value: ValueIndex) -> ValueIndex:
         """Return the value that was given to the ``nn.Identity`` calls which returned ``value``.
 
         Without such calls ``value``.
@@ -251,7 +251,7 @@ class Analysis:
         """Whether a call is a softmax or a norm, which stays in float between quantized tensors."""
         return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
 
-    def source_of(self, call: Call, through_norms: bool = False) -> int | None:
+    def source_of(self, call: Call, through_norms: bool = False) -> ValueIndex | None:
         """Return the index of the input whose grid a call keeps, or that constants or a mask scale or shift; else None.
 
         Args:
@@ -269,7 +269,7 @@ class Analysis:
         is_reversed = call.args[:1] != (Ref(computed[0]),) or getattr(call.target, "__name__", "") == "__rdiv__"
         return None if call.name == "div" and is_reversed else computed[0]
 
-    def mask_of(self, call: Call) -> int | None:
+    def mask_of(self, call: Call) -> ValueIndex | None:
         """Return the index of the value that a call adds to attention scores as their mask; None for other calls.
 
         A mask follows from the model's inputs without a layer between. Besides, only a softmax reads the sum (moved,
@@ -284,7 +284,7 @@ class Analysis:
             self._masks[call.index] = found[1] if found is not None and is_masking else None
         return self._masks[call.index]
 
-    def enters(self, value: int | None, is_end: Callable[[Call], bool]) -> bool:
+    def enters(self, value: ValueIndex | None, is_end: Callable[[Call], bool]) -> bool:
         """Whether one call alone reads a value, as its first input, and ``is_end`` holds for that call.
 
         The value may be moved, scaled and shifted by constants on the way. False for None, or if the model returns it.
@@ -297,11 +297,11 @@ class Analysis:
         return self.source_of(call) == value and self.enters(self.value_of(call), is_end)
 
     @cached_property
-    def _without_layers(self) -> frozenset[int]:
+    def _without_layers(self) -> frozenset[ValueIndex]:
         return values_without_layers(self.flow, self.constants)
 
     @cached_property
-    def _masking(self) -> frozenset[int]:
+    def _masking(self) -> frozenset[ValueIndex]:
         """Values that are masks where they dwarf a summand: what follows from inputs, and sums with such a mask."""
         masking = set(self._without_layers)
         for call in self.flow.calls:
@@ -310,7 +310,7 @@ class Analysis:
                 masking.update(call.outputs)
         return frozenset(masking)
 
-    def _is_index(self, value: int) -> bool:
+    def _is_index(self, value: ValueIndex) -> bool:
         """Whether a value holds whole numbers, as indices do."""
         record = self.flow.values[value]
         return not record.dtype.is_floating_point and not record.dtype.is_complex and record.dtype != torch.bool

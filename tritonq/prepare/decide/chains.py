@@ -17,7 +17,7 @@ from tritonq.prepare.decide.clips import bounds_of_call
 from tritonq.prepare.decide.functions import function_of_call
 from tritonq.prepare.decide.layers import has_hooks
 from tritonq.prepare.forwards.graph import ForwardGraph
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, CallIndex, ValueIndex
 from tritonq.reference.functions import Function
 
 
@@ -31,7 +31,7 @@ class Chains:
         grids: indices of the values that a quantizer rounds, or will round.
     """
 
-    def __init__(self, analysis: Analysis, kept: Container[int], grids: Container[int | None]) -> None:
+    def __init__(self, analysis: Analysis, kept: Container[CallIndex], grids: Container[ValueIndex | None]) -> None:
         self._analysis, self._kept, self._grids = analysis, kept, grids
 
     def row(self, call: Call) -> tuple[Call, ...]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from tritonq.prepare.record.dataflow import Call, Dataflow, refs_in
+from tritonq.prepare.record.dataflow import Call, CallIndex, Dataflow, ValueIndex, refs_in
 
 _RANDOM_NAMES = """
     rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson uniform random
@@ -31,11 +31,11 @@ class PlannedProgram:
         results: indices of the values that they compute.
     """
 
-    state: Mapping[int, str]
+    state: Mapping[ValueIndex, str]
     calls: tuple[Call, ...]
-    results: tuple[int, ...]
+    results: tuple[ValueIndex, ...]
 
-    def only(self, result: int) -> PlannedProgram:
+    def only(self, result: ValueIndex) -> PlannedProgram:
         """Return a program with the same calls and ``result`` as its only result."""
         return replace(self, results=(result,))
 
@@ -52,7 +52,7 @@ class Constants:
         self._model, self._flow = model, flow
 
     @cached_property
-    def values(self) -> frozenset[int]:
+    def values(self) -> frozenset[ValueIndex]:
         """Indices of the values that are parameters or buffers, or computed from these alone without random numbers."""
         found = {value.index for value in self._flow.values if value.source == "state"}
         for call in self._flow.calls:
@@ -63,7 +63,7 @@ class Constants:
                 found.update(call.outputs)
         return frozenset(found)
 
-    def is_parameter(self, value: int) -> bool:
+    def is_parameter(self, value: ValueIndex) -> bool:
         """Whether the value with this index is a parameter of the model itself, not a buffer nor computed."""
         record = self._flow.values[value]
         return record.source == "state" and str(record.path[0]) in self._parameters
@@ -72,7 +72,7 @@ class Constants:
     def _parameters(self) -> frozenset[str]:
         return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
 
-    def program(self, results: Iterable[int]) -> PlannedProgram | None:
+    def program(self, results: Iterable[ValueIndex]) -> PlannedProgram | None:
         """Return the program that computes constants from parameters and buffers.
 
         None if one of them, or a value that one is computed from, is neither a parameter or buffer nor the result of a
@@ -82,8 +82,8 @@ class Constants:
             results: the constants, by index in ``Dataflow.values``.
         """
         results = tuple(results)
-        calls: dict[int, Call] = {}
-        state: dict[int, str] = {}
+        calls: dict[CallIndex, Call] = {}
+        state: dict[ValueIndex, str] = {}
         for value in self._before(results):
             record, call = self._flow.values[value], self._flow.producer(value)
             if record.source == "state":
@@ -94,7 +94,7 @@ class Constants:
                 calls[call.index] = call
         return PlannedProgram(state, tuple(calls[index] for index in sorted(calls)), results)
 
-    def state_names(self, results: Iterable[int]) -> frozenset[str]:
+    def state_names(self, results: Iterable[ValueIndex]) -> frozenset[str]:
         """Return the qualified names of the parameters and buffers from which some values are computed.
 
         Those that are read by earlier calls, on whose results the values rest, count, and so does a value that is
@@ -106,7 +106,7 @@ class Constants:
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
-    def rests_on(self, results: Iterable[int]) -> Literal["unknown", "input", "random"]:
+    def rests_on(self, results: Iterable[ValueIndex]) -> Literal["unknown", "input", "random"]:
         """Return why values are no constants; ``results`` are their indices, and at least one is no constant.
 
         ``"unknown"``: some tensor comes from code that was not recorded; else ``"input"``: they depend on an input of
@@ -115,7 +115,7 @@ class Constants:
         sources = {self._flow.values[value].source for value in self._before(results)}
         return "unknown" if "unknown" in sources else "input" if "input" in sources else "random"
 
-    def _before(self, results: Iterable[int]) -> set[int]:
+    def _before(self, results: Iterable[ValueIndex]) -> set[ValueIndex]:
         """Return the values ``results`` and all values from which they are computed."""
         pending, seen = list(results), set[int]()
         while pending:
@@ -126,13 +126,13 @@ class Constants:
             seen.add(value)
         return seen
 
-    def exclusive(self, weights: Iterable[tuple[int, int]]) -> frozenset[str]:
+    def exclusive(self, weights: Iterable[tuple[ValueIndex, CallIndex]]) -> frozenset[str]:
         """Return names of the parameters and buffers that are read for nothing but the computation of some weights.
 
         ``weights`` holds ``(value, index of the call)`` for each weight and bias that a layer reads.
         """
         ends = set(weights)
-        useful: set[int] = set()  # constants that are read by something else, directly or not
+        useful: set[ValueIndex] = set()  # constants that are read by something else, directly or not
         for value in sorted(self.values, reverse=True):
             record = self._flow.values[value]
             readers = (self._flow.calls[index] for index in record.consumers)
@@ -142,7 +142,9 @@ class Constants:
         state = {str(value.path[0]) for value in self._flow.values if value.source == "state"}
         return frozenset(state - read - self._read_by_leaves)
 
-    def _is_other_use(self, value: int, reader: Call, ends: set[tuple[int, int]], useful: set[int]) -> bool:
+    def _is_other_use(
+        self, value: ValueIndex, reader: Call, ends: set[tuple[ValueIndex, CallIndex]], useful: set[ValueIndex]
+    ) -> bool:
         """Whether a call reads a constant for something else than the weights ``ends``.
 
         Args:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.plan import Plan
+from tritonq.prepare.record.dataflow import CallIndex
 
 
-def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def erasures(analysis: Analysis, erased: frozenset[CallIndex]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Return which ReLU modules are replaced, and which calls are taken out of forwards, to remove some ReLU calls.
 
     ``erased`` holds the indices of the calls. A module is replaced if all its calls are among them. A call is taken out
@@ -31,7 +32,7 @@ def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...
     return tuple(modules), tuple(nodes)
 
 
-def stuck_relus(analysis: Analysis, plan: Plan) -> frozenset[int]:
+def stuck_relus(analysis: Analysis, plan: Plan) -> frozenset[CallIndex]:
     """Return the indices of ReLU6 calls and the like that a plan makes part of a layer but can't remove.
 
     The plan removes a call if its module is in ``plan.erased_modules``, or its place in ``plan.erased_nodes``.

@@ -19,7 +19,7 @@ from tritonq.prepare.decide.called_layers import (
     find_called_layer,
 )
 from tritonq.prepare.decide.layers import Layer, find_layer
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, CallIndex
 from tritonq.prepare.record.float_types import float_type
 from tritonq.qconfig import QConfig
 
@@ -50,7 +50,7 @@ class LayerSearch:
     analysis: Analysis
     swapped: Container[type[nn.Module]]
     qconfigs: Mapping[nn.Module, QConfig | None]
-    kept: frozenset[int]
+    kept: frozenset[CallIndex]
     reasons: dict[str, str] = field(default_factory=dict)
     single_mode: set[str] = field(default_factory=set)
     float_functions: dict[str, Call] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.average_pool import averaging_of_call
 from tritonq.prepare.decide.chains import Chains
 from tritonq.prepare.decide.layers import Layer, find_layer
-from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.prepare.record.dataflow import Call, CallIndex, Ref, ValueIndex
 from tritonq.qconfig import QConfig
 from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage
 
@@ -71,7 +71,7 @@ class Group:
             alone reads what one layer, addition or pooling made, without a ReLU between the two.
     """
 
-    values: set[int] = field(default_factory=set)
+    values: set[ValueIndex] = field(default_factory=set)
     readers: list[tuple[Call, int]] = field(default_factory=list)
     rectified: bool = False
     scaled: bool = True
@@ -98,11 +98,11 @@ class Links:
     """
 
     analysis: Analysis
-    layers: dict[int, Layer] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
-    additions: dict[int, Call] = field(default_factory=dict)
-    poolings: dict[int, Pooling] = field(default_factory=dict)
-    groups: dict[int, Group] = field(default_factory=dict)
+    layers: dict[CallIndex, Layer] = field(default_factory=dict)
+    ends: dict[CallIndex, ValueIndex] = field(default_factory=dict)
+    additions: dict[CallIndex, Call] = field(default_factory=dict)
+    poolings: dict[CallIndex, Pooling] = field(default_factory=dict)
+    groups: dict[ValueIndex, Group] = field(default_factory=dict)
     relus: list[Call] = field(default_factory=list)
 
     def units(self, group: Group) -> Group | None:
@@ -133,7 +133,7 @@ class _Finder:
     def __init__(self, analysis: Analysis) -> None:
         self.analysis, self.flow = analysis, analysis.flow
         self.links = Links(analysis)
-        self.absorbed: dict[int, int] = {}
+        self.absorbed: dict[CallIndex, CallIndex] = {}
 
     def find(self) -> Links:
         self._find_layers()
@@ -148,7 +148,7 @@ class _Finder:
         self._check_units()
         return self.links
 
-    def output_of(self, value: int) -> str:
+    def output_of(self, value: ValueIndex) -> str:
         """Return text for errors: "the output of layer 'a'", "… of layers 'a' and 'b'", or "the network's input".
 
         The layers are the nearest before ``value``, the index of a recorded tensor; without any it is the input.
@@ -201,7 +201,7 @@ class _Finder:
             # A BatchNorm that was found by dataflow has a producer.
             call = cast(Call, self.flow.producer(call.inputs[0]))
 
-    def _spread(self, values: Iterable[int], downwards: bool) -> set[int]:
+    def _spread(self, values: Iterable[ValueIndex], downwards: bool) -> set[ValueIndex]:
         pending, seen = list(values), set()
         while pending:
             value = pending.pop()
@@ -307,15 +307,15 @@ class _Finder:
             return Pooling(call, None, None, (0, 0), shape[2] * shape[3], mean.keepdim)
         return None
 
-    def _read(self, call: Call, operand: int, value: int) -> None:
+    def _read(self, call: Call, operand: int, value: ValueIndex) -> None:
         group = self._group(value)
         group.readers.append((call, operand))
         group.scaled = group.scaled and value in self.after
 
-    def _group(self, value: int) -> Group:
+    def _group(self, value: ValueIndex) -> Group:
         return self.links.groups.setdefault(value, Group({value}))
 
-    def _merge(self, value: int, other: int) -> None:
+    def _merge(self, value: ValueIndex, other: ValueIndex) -> None:
         first, second = self._group(value), self._group(other)
         if first is not second:
             first.values |= second.values
@@ -365,7 +365,7 @@ class _Finder:
                     found.append(call.name)
         return found
 
-    def _is_rectified(self, value: int) -> bool:
+    def _is_rectified(self, value: ValueIndex) -> bool:
         call = self.flow.producer(value)
         if call is None or value not in self.after:
             return False

@@ -8,7 +8,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import returned_by
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, ValueIndex
 
 # Why such an operation stays in float.
 BETWEEN_GRIDS = "computed in float between quantized tensors"
@@ -22,7 +22,7 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
     end. Layers and joins left in float are not among them: the plan lists these already. The run in eval mode is looked
     at. Of several such calls at one place the first is returned; the result is in order of execution.
     """
-    behind: set[int] = set()  # values that follow in float from quantized ones
+    behind: set[ValueIndex] = set()  # values that follow in float from quantized ones
     chain: list[Call] = []
     for call in _others(analysis, plan):
         made = [value for value in call.outputs if analysis.flow.values[value].dtype.is_floating_point]

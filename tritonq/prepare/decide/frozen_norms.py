@@ -13,7 +13,7 @@ from torch import nn
 
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.constants import PlannedProgram
-from tritonq.prepare.record.dataflow import Call, Frame, Ref, refs_in, replace_refs
+from tritonq.prepare.record.dataflow import Call, Frame, Ref, ValueIndex, refs_in, replace_refs
 
 Operation = Literal["add", "sub", "mul", "div", "reversed_sub", "batch_norm"]
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -177,7 +177,7 @@ def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
     return len(padded) == len(whole) and all(size == 1 for axis, size in enumerate(padded) if axis != 1)
 
 
-def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
+def _program(analysis: Analysis, values: list[ValueIndex]) -> PlannedProgram | None:
     """Return the program that computes the constants with the indices ``values``.
 
     None if there is none, or if it reads a parameter that is trained.

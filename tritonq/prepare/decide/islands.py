@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.record.dataflow import ValueIndex
 
 
-def enters_island(value: int, analysis: Analysis) -> bool:
+def enters_island(value: ValueIndex, analysis: Analysis) -> bool:
     """Whether exactly one call reads a value, and that call is an island; the value is its first input.
 
     On the way the value may be moved, scaled or shifted by constants, or shifted by an attention mask; each result on
@@ -21,7 +22,7 @@ def enters_island(value: int, analysis: Analysis) -> bool:
     return analysis.enters(value, analysis.is_island)
 
 
-def ends_of_islands(analysis: Analysis) -> Iterator[tuple[str, int]]:
+def ends_of_islands(analysis: Analysis) -> Iterator[tuple[str, ValueIndex]]:
     """Yield ``(module name, value)`` twice for each island: with the value that it reads, and with the one it returns.
 
     The module is the one whose qconfig counts: the island itself, or the owner of a function.

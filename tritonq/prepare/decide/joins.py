@@ -29,7 +29,7 @@ from tritonq.prepare.forwards.graph import (
     sequence_operand,
 )
 from tritonq.prepare.forwards.proof import Site
-from tritonq.prepare.record.dataflow import Call, Ref, refs_in
+from tritonq.prepare.record.dataflow import Call, CallIndex, Ref, ValueIndex, refs_in
 from tritonq.qconfig import QConfig
 
 # Kinds whose results hold the elements of their operands.
@@ -61,9 +61,9 @@ class Join:
     site: Site | None
     reason: str
     setting: Any
-    calls: tuple[int, ...]
-    ends: tuple[int, ...]
-    relus: tuple[int, ...]
+    calls: tuple[CallIndex, ...]
+    ends: tuple[CallIndex, ...]
+    relus: tuple[CallIndex, ...]
     ceiling: float | None
 
     @property
@@ -304,7 +304,7 @@ KINDS: Mapping[str, JoinKind] = {
 }
 
 
-def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
+def find_joins(analysis: Analysis, kept: Container[CallIndex] = ()) -> list[Join]:
     """Return all joins of a recorded model, one per place in a forward, those that stay in float included.
 
     ``kept`` holds the indices of ReLU calls that no join may absorb. Left out are joins that only training makes, of
@@ -325,7 +325,7 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
     return joins
 
 
-def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
+def operands(call: Call, analysis: Analysis) -> tuple[ValueIndex, ...]:
     """Return the indices, among recorded values, of all operands of a join, constants too; empty if it is no join.
 
     It is no join if an operand is no float tensor, or if all operands are constants or masks of attention. For a kind
@@ -348,7 +348,7 @@ def _reads_refused_constant(call: Call, kind: str, analysis: Analysis) -> bool:
     return refused and not operands(call, analysis) and not analysis.constants.values.isdisjoint(call.inputs)
 
 
-def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
+def _join(call: Call, analysis: Analysis, kept: Container[CallIndex]) -> Join:
     """Return the join that a call belongs to, with all calls of the same place.
 
     ``kept`` holds the indices of ReLU calls that it may not absorb.

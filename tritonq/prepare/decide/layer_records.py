@@ -21,7 +21,7 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, CallIndex
 
 WITHOUT_COMPUTATION = (nn.Identity, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 Status = Literal["quantized", "moves values", "float"]
@@ -62,7 +62,7 @@ class LayerRecord:
 
 
 def layer_records(
-    analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[int, str]
+    analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[CallIndex, str]
 ) -> tuple[LayerRecord, ...]:
     """Return a record for each layer of the float model, addition and the like, in order of their first call.
 

@@ -18,7 +18,7 @@ from tritonq.prepare.decide.called_layers import CalledLayer
 from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.frozen_norms import FrozenNorm, find_frozen_norm
 from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
-from tritonq.prepare.record.dataflow import Call, refs_in
+from tritonq.prepare.record.dataflow import Call, CallIndex, refs_in
 from tritonq.prepare.record.float_types import float_type
 
 
@@ -45,9 +45,9 @@ class Layer:
     row: Types
     batch_norm: str | None
     remainder: tuple[str, ...]
-    calls: tuple[int, ...]
-    ends: tuple[int, ...]
-    relus: tuple[int, ...]
+    calls: tuple[CallIndex, ...]
+    ends: tuple[CallIndex, ...]
+    relus: tuple[CallIndex, ...]
     ceiling: float | None
     function: CalledLayer | None = None
     frozen: FrozenNorm | None = None
@@ -89,7 +89,7 @@ def find_layer(
     kind: type[nn.Module],
     analysis: Analysis,
     swapped: Container[type[nn.Module]],
-    kept: Container[int] = (),
+    kept: Container[CallIndex] = (),
     function: CalledLayer | None = None,
 ) -> tuple[Layer, str | None]:
     """Return the layer that begins with a module or function, and why the BatchNorm behind it is not part of it.
@@ -163,7 +163,9 @@ class _Start:
     calls: tuple[Call, ...]
 
 
-def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
+def relus_after(
+    calls: Sequence[Call], analysis: Analysis, kept: Container[CallIndex]
+) -> tuple[list[Call], float | None]:
     """Return the calls of the ReLUs that can become part of a layer or join, and their ceiling.
 
     Args:

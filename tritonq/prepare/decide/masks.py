@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from tritonq.prepare.decide.constants import Constants
-from tritonq.prepare.record.dataflow import Call, Dataflow
+from tritonq.prepare.record.dataflow import Call, Dataflow, ValueIndex
 
 _SOFTMAX_NAMES = frozenset({"softmax", "log_softmax"})
 _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax)
@@ -29,15 +29,15 @@ def is_softmax(call: Call) -> bool:
     return isinstance(call.target, _SOFTMAX_MODULES) or (call.kind == "function" and call.name in _SOFTMAX_NAMES)
 
 
-def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int]:
+def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[ValueIndex]:
     """Return indices of the float values that depend on no layer and are no constants: they follow from inputs.
 
     A layer is here any call that reads a parameter, or what follows from one, and any product of activations (matmul,
     einsum, baddbmm, attention). But a parameter that is only added, subtracted or chosen (where, masked_fill, cat,
     pad), as a bias, makes no layer.
     """
-    learned: set[int] = set()  # what follows from a parameter
-    behind_layers: set[int] = set()
+    learned: set[ValueIndex] = set()  # what follows from a parameter
+    behind_layers: set[ValueIndex] = set()
     for call in flow.calls:
         floating = {value for value in call.inputs if flow.values[value].dtype.is_floating_point}
         reads_parameter = not learned.isdisjoint(floating) or _has_parameters(call)
@@ -57,7 +57,7 @@ def _has_parameters(call: Call) -> bool:
     return isinstance(call.target, nn.Module) and next(call.target.parameters(), None) is not None
 
 
-def summands(call: Call, without_layers: frozenset[int]) -> tuple[int, int] | None:
+def summands(call: Call, without_layers: frozenset[ValueIndex]) -> tuple[ValueIndex, ValueIndex] | None:
     """Return the value indices ``(scores, mask)`` if a call could be their sum or difference; None for other calls.
 
     ``without_layers`` are the values that follow from inputs alone. The mask is the one operand among them, and in a

@@ -13,7 +13,7 @@ from tritonq.prepare.decide.clips import limits_range
 from tritonq.prepare.decide.plan import GridSource, Where
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
-from tritonq.prepare.record.dataflow import Call, Frame, Ref
+from tritonq.prepare.record.dataflow import Call, CallIndex, Frame, Ref, ValueIndex
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Origin:
 
     where: Where
     owner: str
-    values: list[int]
+    values: list[ValueIndex]
     site: Site | None = None
 
 
-def place_of(root: int, analysis: Analysis) -> Origin:
+def place_of(root: ValueIndex, analysis: Analysis) -> Origin:
     """Return where a quantizer of the value ``root`` can stand.
 
     That is where the value is made, if every recorded run makes it there and that place can be edited; else, and for
@@ -46,7 +46,7 @@ def place_of(root: int, analysis: Analysis) -> Origin:
 
 
 def grid_behind(
-    ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource], chains: Chains
+    ends: Iterable[CallIndex], analysis: Analysis, grids: Mapping[ValueIndex, GridSource], chains: Chains
 ) -> GridSource | None:
     """Return what gives the results of some calls their grid, if only clips (ReLU6, clamp) read these results.
 
@@ -68,13 +68,13 @@ def grid_behind(
     return found[0] if found and len(found) == len(clips) and all(grid is found[0] for grid in found) else None
 
 
-def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
+def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[ValueIndex]:
     """Return the indices of the values that calls return, in order, without calls that return no single tensor."""
     values = (analysis.value_of(call) for call in calls)
     return [value for value in values if value is not None]
 
 
-def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
+def is_unread(ends: Iterable[CallIndex], analysis: Analysis) -> bool:
     """Whether nothing reads the results of some calls: an LSTM's sequence if only its last state is used.
 
     The model's outputs are read. Of a recurrent layer's result the first tensor counts. Other calls that return no
@@ -89,7 +89,7 @@ def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
     return bool(values) and not any(value.consumers or value.is_output for value in values)
 
 
-def _origin_of(root: int, analysis: Analysis) -> Origin:
+def _origin_of(root: ValueIndex, analysis: Analysis) -> Origin:
     """Return where the value ``root`` is made, as a place for a quantizer, whether or not every run makes it there."""
     flow = analysis.flow
     call = flow.producer(root)
@@ -118,7 +118,7 @@ def _has_one_place(call: Call, analysis: Analysis) -> bool:
     return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
 
 
-def returned_by(value: int, analysis: Analysis) -> str | None:
+def returned_by(value: ValueIndex, analysis: Analysis) -> str | None:
     """Return the name of the innermost module whose whole result is a value that nothing inside of it reads.
 
     Leaves (modules whose call counts as one operation, such as ``nn.Conv2d``) and the model itself do not count. None

@@ -10,7 +10,7 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.readers import Reader
 from tritonq.prepare.decide.unary import PlannedUnary
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, CallIndex, ValueIndex
 from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig
 
@@ -38,7 +38,7 @@ class PlannedQuantizer:
 
     where: Where
     owner: str
-    value: int
+    value: ValueIndex
     node: str
     label: str
     in_place: bool
@@ -93,8 +93,8 @@ class Plan:
     quantizers: tuple[PlannedQuantizer, ...]
     inputs: Mapping[str, GridSource]
     operands: Mapping[Join, tuple[GridSource | None, ...]]
-    unary: Mapping[int, PlannedUnary]
-    erased: frozenset[int]
+    unary: Mapping[CallIndex, PlannedUnary]
+    erased: frozenset[CallIndex]
     erased_modules: tuple[str, ...]
     erased_nodes: tuple[tuple[str, str], ...]
     float_reasons: Mapping[str, str]
@@ -105,8 +105,8 @@ class Plan:
     summands: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     float_results: tuple[Join, ...] = ()
-    on_grid: frozenset[int] = frozenset()
-    read: frozenset[int] = frozenset()
+    on_grid: frozenset[ValueIndex] = frozenset()
+    read: frozenset[ValueIndex] = frozenset()
 
     def __str__(self) -> str:
         """Return one line per layer, join, quantizer, erased ReLU and module left in float."""

@@ -22,7 +22,7 @@ from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary, is_unary, operands_of_unary, source_of
 from tritonq.prepare.decide.unrounded import Unrounded
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, CallIndex, ValueIndex
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import Place
 
@@ -42,7 +42,7 @@ def make_plan(
         inputs: a ``Place`` with the qconfig of the model's inputs, or with None to leave them in float; None: no rule.
     """
     activations = ActivationChoice(analysis, qconfigs, inputs)
-    kept: frozenset[int] = frozenset()
+    kept: frozenset[CallIndex] = frozenset()
     while True:
         planner = _Planner(analysis, swapped, qconfigs, activations, kept)
         plan = planner.plan()
@@ -60,16 +60,16 @@ class _Planner:
     swapped: Container[type[nn.Module]]
     qconfigs: Mapping[nn.Module, QConfig | None]
     activations: ActivationChoice
-    kept: frozenset[int] = frozenset()
-    grids: dict[int, GridSource] = field(default_factory=dict)
+    kept: frozenset[CallIndex] = frozenset()
+    grids: dict[ValueIndex, GridSource] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     single_mode: set[str] = field(default_factory=set)
     float_functions: dict[str, Call] = field(default_factory=dict)
     float_joins: list[tuple[Join, str]] = field(default_factory=list)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
     # Results that are rounded with the join that they enter.
-    unrounded: set[int] = field(default_factory=set)
-    makers: dict[int, Layer] = field(default_factory=dict)
+    unrounded: set[ValueIndex] = field(default_factory=set)
+    makers: dict[ValueIndex, Layer] = field(default_factory=dict)
     chains: Chains = field(init=False)
     # Those that stand where layers and joins read them, by reader and operand.
     at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
@@ -196,7 +196,7 @@ class _Planner:
                 found += [Reading(layer, operand, value, call, chosen) for call, operand, value in read]
         return found
 
-    def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
+    def _assign(self, calls: tuple[CallIndex, ...], grid: GridSource) -> None:
         if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
             return  # rows of a table have no output quantizer
         for index in calls:
@@ -247,17 +247,17 @@ class _Planner:
             self._assign(join.ends, join)
         return found
 
-    def _upwards(self, value: int, through_norms: bool = False) -> Iterator[int]:
+    def _upwards(self, value: ValueIndex, through_norms: bool = False) -> Iterator[ValueIndex]:
         """Yield a value, the one it is computed from by a move, function or mean, and so on up to one on a grid."""
-        found: int | None = value
+        found: ValueIndex | None = value
         while found is not None:
             yield found
             call = None if found in self.grids else self.analysis.flow.producer(found)
             found = None if call is None else source_of(call, self.analysis, self.chains, through_norms)
 
-    def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
+    def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[ValueIndex, list[Reading]]:
         """Return the values that need a quantizer, each with the readings of layers and joins that demand it."""
-        demands: dict[int, list[Reading]] = {}
+        demands: dict[ValueIndex, list[Reading]] = {}
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         for part in parts:
             qconfig = self._qconfig(part.home)
@@ -274,7 +274,7 @@ class _Planner:
                     demands.setdefault(root, []).append(Reading(part, operand, read, call, chosen))
         return demands
 
-    def _place_where_made(self, root: int, qconfig: QConfig, like: str) -> bool:
+    def _place_where_made(self, root: ValueIndex, qconfig: QConfig, like: str) -> bool:
         place = place_of(root, self.analysis)
         if place.where == "consumer":
             return False
@@ -330,9 +330,9 @@ class _Planner:
                     if not self._place_where_made(root, quantizer.qconfig, quantizer.like):
                         break
 
-    def _unary_before(self, value: int) -> list[int]:
+    def _unary_before(self, value: ValueIndex) -> list[ValueIndex]:
         """Return results of operations of one tensor that lead from a grid to a value, in order; empty if none do."""
-        roots: list[int] = []
+        roots: list[ValueIndex] = []
         while (root := self._root(value)) not in self.grids:
             call = self.analysis.flow.producer(root)
             if call is None or not is_unary(call, self.analysis, self.chains):
@@ -359,12 +359,12 @@ class _Planner:
             grids[0] if all(grid is grids[0] for grid in grids) else None for _, grids in sorted(by_operand.items())
         )
 
-    def _grid_read(self, part: Layer | Join, operand: int, value: int) -> GridSource | None:
+    def _grid_read(self, part: Layer | Join, operand: int, value: ValueIndex) -> GridSource | None:
         """Return what gives a value its grid for a layer or join: a quantizer in that reader, or one before it."""
         own = self.at_readers.get((id(part), operand))
         return self._grid(value) if own is None else own
 
-    def _unary(self) -> dict[int, PlannedUnary]:
+    def _unary(self) -> dict[CallIndex, PlannedUnary]:
         found = ((place, find_unary(place, self.analysis, self.chains, self._grid)) for place in self.quantizers)
         return {place.value: operation for place, operation in found if operation is not None}
 
@@ -380,10 +380,10 @@ class _Planner:
             return []
         return [(call.index, 0, call.inputs[0]) for call in calls if call.inputs]
 
-    def _grid(self, value: int) -> GridSource | None:
+    def _grid(self, value: ValueIndex) -> GridSource | None:
         return self.grids.get(self._root(value))
 
-    def _root(self, value: int) -> int:
+    def _root(self, value: ValueIndex) -> ValueIndex:
         """Return the value from which a value was made by calls that only move values, or ReLUs: the one to quantize.
 
         A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.

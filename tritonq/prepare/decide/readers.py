@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.record.dataflow import CallIndex, ValueIndex
 from tritonq.qconfig import QConfig
 
 
@@ -24,8 +25,8 @@ class Reading:
 
     part: Layer | Join
     operand: int
-    value: int
-    call: int
+    value: ValueIndex
+    call: CallIndex
     qconfig: QConfig
 
     @property
@@ -69,7 +70,7 @@ class SharedReading:
         readers: the readers, in order of execution.
     """
 
-    value: int
+    value: ValueIndex
     qconfig: QConfig
     readers: tuple[Reader, ...]
 
@@ -96,11 +97,11 @@ def share_readings(readings: Iterable[Reading]) -> list[SharedReading]:
 
 def _shared(readings: list[Reading]) -> SharedReading:
     """Return the readers of one group of readings; the first reader of each tensor observes it."""
-    values: dict[tuple[int, int], set[int]] = {}
+    values: dict[tuple[int, int], set[ValueIndex]] = {}
     parts = {id(reading.part): reading.part for reading in readings}
     for reading in readings:
         values.setdefault((id(reading.part), reading.operand), set()).add(reading.value)
-    seen: set[int] = set()
+    seen: set[ValueIndex] = set()
     readers = []
     for (part, operand), read in values.items():
         readers.append(Reader(parts[part], operand, observes=not read <= seen))

@@ -23,7 +23,7 @@ from tritonq.prepare.decide.chains import Chains, is_checked, joined_clips, join
 from tritonq.prepare.decide.clips import bounds_of_call, clipping_of_call
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
 from tritonq.prepare.forwards.graph import ForwardGraph
-from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.prepare.record.dataflow import Call, CallIndex, Ref, ValueIndex
 from tritonq.reference.average_pool import Averaging
 from tritonq.reference.functions import Function
 
@@ -80,9 +80,9 @@ class PlannedUnary:
 
     operation: Operation
     source: object
-    calls: tuple[int, ...]
+    calls: tuple[CallIndex, ...]
     earlier: Clipping | None = None
-    absorbed: tuple[int, ...] = ()
+    absorbed: tuple[CallIndex, ...] = ()
 
 
 class QuantizerPlace(Protocol):
@@ -106,7 +106,7 @@ class QuantizerPlace(Protocol):
 
 
 def find_unary(
-    place: QuantizerPlace, analysis: Analysis, chains: Chains, grid_of: Callable[[int], object]
+    place: QuantizerPlace, analysis: Analysis, chains: Chains, grid_of: Callable[[ValueIndex], object]
 ) -> PlannedUnary | None:
     """Return the operation of one tensor behind which a quantizer stands, so that a module can compute it on codes.
 
@@ -160,7 +160,7 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
     return operation is not None and not is_reciprocal
 
 
-def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
+def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> ValueIndex | None:
     """Return the index of the value that a call computes its result from, so that a grid can be looked for there.
 
     That is the first input of a call for which :func:`is_unary` holds or which keeps its input's grid, or the value
@@ -171,7 +171,7 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 
 
-def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
+def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[ValueIndex, ...]:
     """Return the indices of the values that the operation of one tensor in front of a quantizer reads, each once.
 
     Empty without such an operation. ``chains`` finds the calls that become one operation with the call behind them.

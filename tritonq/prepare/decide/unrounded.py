@@ -20,6 +20,7 @@ from tritonq.prepare.decide.joins import CONCATENATIONS, Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import results
 from tritonq.prepare.decide.plan import PlannedQuantizer
+from tritonq.prepare.record.dataflow import CallIndex, ValueIndex
 from tritonq.qconfig import QConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,8 +46,8 @@ class Unrounded:
     joins: Sequence[Join]
     qconfig_of: Callable[[str], QConfig | None]
     layers: set[str] = field(default_factory=set)
-    values: set[int] = field(default_factory=set)
-    makers: dict[int, Layer] = field(default_factory=dict)
+    values: set[ValueIndex] = field(default_factory=set)
+    makers: dict[ValueIndex, Layer] = field(default_factory=dict)
 
     def add_layers(self, layers: Sequence[Layer]) -> None:
         """Find the layers that do not round their results, because only joins or islands read these.
@@ -62,7 +63,7 @@ class Unrounded:
 
         Their names go into ``layers``, their results into ``values`` and ``makers``.
         """
-        fused: set[int] = set()  # additions that have their one summand
+        fused: set[CallIndex] = set()  # additions that have their one summand
         # A residual's own convolution comes first, then the one that fits its shortcut.
         for position in (0, 1):
             for layer in layers:
@@ -95,7 +96,7 @@ class Unrounded:
                 self.values.update(values)
         return found
 
-    def _waits_for_island(self, values: Sequence[int], qconfig: QConfig) -> bool:
+    def _waits_for_island(self, values: Sequence[ValueIndex], qconfig: QConfig) -> bool:
         """Whether only islands read all of these values, and the qconfig leaves islands' inputs unrounded."""
         return (
             qconfig.islands == "float" and bool(values) and all(enters_island(value, self.analysis) for value in values)
@@ -107,7 +108,7 @@ class Unrounded:
         qconfig: QConfig,
         entered: list[tuple[str, int, int] | None],
         position: int,
-        fused: set[int],
+        fused: set[CallIndex],
     ) -> bool:
         """Whether the joins that read a layer's results may round them instead of the layer.
 
@@ -131,7 +132,7 @@ class Unrounded:
         is_free = all(found is not None and found[1] not in fused and found[2] == position for found in entered)
         return kinds == {"add"} and is_free and layer.ceiling is None and issubclass(layer.row[0], _CONVOLUTIONS)
 
-    def waits_for_concatenation(self, quantizer: PlannedQuantizer, values: Sequence[int]) -> bool:
+    def waits_for_concatenation(self, quantizer: PlannedQuantizer, values: Sequence[ValueIndex]) -> bool:
         """Whether a quantizer can be left out, since concatenations round what it would round.
 
         That is so if nothing else reads the values, directly or after moves and plain ReLUs, and if the quantizer's
@@ -146,7 +147,7 @@ class Unrounded:
         entered = [self._entered(value) for value in values]
         return bool(entered) and all(found is not None and found[0] in CONCATENATIONS for found in entered)
 
-    def _entered(self, value: int) -> tuple[str, int, int] | None:
+    def _entered(self, value: ValueIndex) -> tuple[str, int, int] | None:
         """Return ``(kind, index of the call, operand)`` of the join that alone reads a value; None if there is none.
 
         The operand is the value's position among those that the join reads, from 0.
@@ -159,7 +160,7 @@ class Unrounded:
                 return kind, reader.index, reader.inputs.index(moved)
         return None
 
-    def _moved(self, value: int) -> Iterator[int]:
+    def _moved(self, value: ValueIndex) -> Iterator[ValueIndex]:
         """Yield a value, then the result of its only reader if that only moves values or is a plain ReLU, and so on."""
         yield value
         reader = self.analysis.flow.single_consumer(value)

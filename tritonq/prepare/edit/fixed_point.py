@@ -22,7 +22,7 @@ from tritonq.prepare.edit.float_keys import note_batch_norms
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import from_float
 from tritonq.prepare.forwards.graph import Operands, first_node, node_operands
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, CallIndex, ValueIndex
 from tritonq.qconfig import QConfig
 
 
@@ -65,7 +65,7 @@ class _Builder:
     ) -> None:
         self._editor, self._links, self._analysis = editor, links, links.analysis
         self._qconfigs, self._inputs = qconfigs, inputs
-        self._layers: dict[int, FixedPointLayer] = {}
+        self._layers: dict[CallIndex, FixedPointLayer] = {}
         self._formats: dict[int, ActivationFormat] = {}
         self._makers: dict[int, nn.Module] = {}
 
@@ -156,7 +156,7 @@ class _Builder:
         """Return each group of tensors once; ``links.groups`` has it once for each of its values."""
         return list({id(group): group for group in self._links.groups.values()}.values())
 
-    def _units(self, value: int) -> ActivationFormat | None:
+    def _units(self, value: ValueIndex) -> ActivationFormat | None:
         """Return the format by whose η a value is divided; None if the value is real."""
         group = self._links.units(self._links.groups[value])
         return None if group is None else self._formats[id(group)]
@@ -204,7 +204,7 @@ class _Builder:
             raise ValueError(f"the input of layer {name!r} joins averages over windows of different sizes")
         layer.input_factor = factors.pop() if factors else 1.0
 
-    def _factor(self, value: int) -> float:
+    def _factor(self, value: ValueIndex) -> float:
         """Return the factor that a layer takes into its weight, if an average pooling made ``value``; else 1.
 
         It is ``remaining_factor`` of the pooling's area, such as 8/9 for 9 values: a shift divides by the power of two.

@@ -14,7 +14,7 @@ from torch import nn
 
 from tritonq.nn.reference import ChildPlace, HookPlace, Route
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, FrameIndex, ValueIndex
 
 
 class Routes:
@@ -31,7 +31,7 @@ class Routes:
         self._analysis, self._model = analysis, model
         self._told = [False]
 
-    def to_reader(self, reader: nn.Module, source: nn.Module, reads: Iterable[tuple[Call, int]]) -> Route:
+    def to_reader(self, reader: nn.Module, source: nn.Module, reads: Iterable[tuple[Call, ValueIndex]]) -> Route:
         """Return the route between a module that rounds a tensor and one that reads it.
 
         The route is empty if one of the two is no module of the model, or if the source stands inside the reader.
@@ -87,7 +87,7 @@ class Routes:
                 hooks.append(_hook_place(place.name, place.module._forward_hooks))
         return Route(places, self._told, tuple(hooks))
 
-    def _before(self, value: int) -> Iterator[Call]:
+    def _before(self, value: ValueIndex) -> Iterator[Call]:
         """Yield the calls that a value came through, last first: those that move values, and the one that made it."""
         call = self._analysis.flow.producer(value)
         while call is not None:
@@ -102,7 +102,7 @@ class Routes:
         owners = [self._analysis.flow.frames[frame].owner for frame in frames]
         return [*(call.module_name for call in calls if call.module_name is not None), *owners]
 
-    def _stack(self, frame: int | None) -> list[int]:
+    def _stack(self, frame: FrameIndex | None) -> list[FrameIndex]:
         found = []
         while frame is not None:
             found.append(frame)

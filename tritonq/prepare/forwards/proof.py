@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from tritonq.prepare.forwards.trace import TraceError, bind_frame
-from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, refs_in
+from tritonq.prepare.record.dataflow import Call, CallIndex, Dataflow, Frame, Ref, RunIndex, ValueIndex, refs_in
 from tritonq.prepare.record.operations import operation_name, plain_name
 
 
@@ -43,7 +43,7 @@ class Recorded:
 
     flow: Dataflow
     modules: Mapping[str, nn.Module]
-    state: Mapping[tuple[int, int], Ref]
+    state: Mapping[tuple[RunIndex, int], Ref]
 
     @classmethod
     def of(cls, model: nn.Module, flow: Dataflow) -> Recorded:
@@ -54,7 +54,7 @@ class Recorded:
         return cls(flow, dict(model.named_modules()), state)
 
 
-def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[int, Site]:
+def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[CallIndex, Site]:
     """Find the node that makes each call of one recorded frame; return its :class:`Site` by the index of the call.
 
     The graph is run with recorded values in place of tensors. Each call must agree with the recorded one in its
@@ -85,10 +85,10 @@ class _Follower:
         self._events = list(frame.events)
         self._results: dict[fx.Node, Any] = {}
         # What in-place changes made of a value, in the order of the graph.
-        self._successors: dict[int, int] = {}
-        self._sites: dict[int, Site] = {}
+        self._successors: dict[ValueIndex, ValueIndex] = {}
+        self._sites: dict[CallIndex, Site] = {}
 
-    def sites(self) -> Mapping[int, Site]:
+    def sites(self) -> Mapping[CallIndex, Site]:
         """Match every node of the graph with what was recorded, in order.
 
         Returns:
@@ -199,7 +199,7 @@ class _Follower:
             return str(node.args[1])
         return operation_name(node.target) if callable(node.target) else ""
 
-    def _read(self, node: fx.Node) -> tuple[int, ...]:
+    def _read(self, node: fx.Node) -> tuple[ValueIndex, ...]:
         """Return the indices of the values that a node reads, after all in-place changes before it."""
         refs = refs_in(tuple(self._resolve(argument) for argument in (*node.args, *node.kwargs.values())))
         return tuple(self._latest(value) for value in refs)
@@ -214,7 +214,7 @@ class _Follower:
             return {key: self._resolve(item) for key, item in argument.items()}
         return argument
 
-    def _latest(self, value: int) -> int:
+    def _latest(self, value: ValueIndex) -> ValueIndex:
         """Return the value that in-place changes have made of a value so far."""
         while value in self._successors:
             value = self._successors[value]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,11 @@ from tritonq.prepare.record.structure import Path
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Source = Literal["call", "input", "state", "unknown"]
+# Positions in `Dataflow.values`, `calls` and `frames`, and the number of a run.
+ValueIndex: TypeAlias = int
+CallIndex: TypeAlias = int
+FrameIndex: TypeAlias = int
+RunIndex: TypeAlias = int
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Ref:
         value: index of the tensor's value in ``Dataflow.values``.
     """
 
-    value: int
+    value: ValueIndex
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,16 @@ class Value:
         run: 0; in a record of two runs 1 for the values of the second.
     """
 
-    index: int
+    index: ValueIndex
     source: Source
-    producer: int | None
+    producer: CallIndex | None
     path: Path
     tensor: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    consumers: tuple[int, ...]
+    consumers: tuple[CallIndex, ...]
     output_paths: tuple[Path, ...]
-    run: int = 0
+    run: RunIndex = 0
 
     @property
     def is_output(self) -> bool:
@@ -107,25 +112,25 @@ class Call:
             10,000, and at least 256 times the other's. None if there is none, and for other calls.
     """
 
-    index: int
+    index: CallIndex
     kind: Literal["module", "function"]
     name: str
     module_name: str | None
     target: nn.Module | Callable[..., Any]
-    frame: int
+    frame: FrameIndex
     owner: str
     ordinal: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    writes: tuple[tuple[int, int], ...] = ()
+    inputs: tuple[ValueIndex, ...]
+    outputs: tuple[ValueIndex, ...]
+    writes: tuple[tuple[ValueIndex, ValueIndex], ...] = ()
     place: str = ""
     use: Use = "used"
-    run: int = 0
+    run: RunIndex = 0
     transformed: bool = False
-    dwarfing: int | None = None
+    dwarfing: ValueIndex | None = None
 
 
 @dataclass(frozen=True)
@@ -144,15 +149,15 @@ class Frame:
         run: 0; in a record of two runs 1 for the frames of the second.
     """
 
-    index: int
+    index: FrameIndex
     owner: str
-    parent: int | None
+    parent: FrameIndex | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
-    events: tuple[tuple[Literal["call", "frame"], int], ...]
+    events: tuple[tuple[Literal["call", "frame"], CallIndex | FrameIndex], ...]
     training: bool = False
-    run: int = 0
+    run: RunIndex = 0
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ class Dataflow:
             (*self.calls, *more_calls), (*self.values, *more_values), (*self.frames, *more_frames), self.runs + 1
         )
 
-    def runs_of(self, module_name: str) -> set[int]:
+    def runs_of(self, module_name: str) -> set[RunIndex]:
         """Return the numbers of the runs (0, 1) that called a module, as a leaf or not.
 
         An empty set says that no run called it.
@@ -260,12 +265,12 @@ class Dataflow:
         returned = [self._name(value.index) for value in self.values if value.is_output]
         return "\n".join([*lines, f"return {', '.join(returned)}"])
 
-    def _name(self, value: int) -> str:
+    def _name(self, value: ValueIndex) -> str:
         """Return ``v3`` for value 3; for a parameter or buffer its name."""
         record = self.values[value]
         return str(record.path[0]) if record.source == "state" else f"v{value}"
 
-    def producer(self, value: int) -> Call | None:
+    def producer(self, value: ValueIndex) -> Call | None:
         """Return the call that produced a value; None for inputs, parameters, buffers and unknown values."""
         index = self.values[value].producer
         return None if index is None else self.calls[index]
@@ -275,11 +280,11 @@ class Dataflow:
         found = dict.fromkeys(self.values[value].producer for value in call.inputs)
         return tuple(self.calls[index] for index in found if index is not None)
 
-    def consumers(self, value: int) -> tuple[Call, ...]:
+    def consumers(self, value: ValueIndex) -> tuple[Call, ...]:
         """Return the calls that read a value, in order of execution."""
         return tuple(self.calls[index] for index in self.values[value].consumers)
 
-    def single_consumer(self, value: int) -> Call | None:
+    def single_consumer(self, value: ValueIndex) -> Call | None:
         """Return the only call that reads a value.
 
         None if no call or several calls read it, or if the model returns it too.
@@ -301,16 +306,16 @@ class Dataflow:
         """Return every run of the forward of the module ``owner``, in order; empty if not called, or a leaf."""
         return self._frames_by_owner.get(owner, ())
 
-    def frames_returning(self, value: int) -> tuple[Frame, ...]:
+    def frames_returning(self, value: ValueIndex) -> tuple[Frame, ...]:
         """Return the frames whose whole result is this one value, in the order in which they began."""
         return self._frames_by_output.get(value, ())
 
-    def first_call_in(self, frame: Frame) -> int | None:
+    def first_call_in(self, frame: Frame) -> CallIndex | None:
         """Return the index of the first call that a frame or a frame inside of it made; None if there is none."""
         found = (index if kind == "call" else self.first_call_in(self.frames[index]) for kind, index in frame.events)
         return next((index for index in found if index is not None), None)
 
-    def is_within(self, frame: int | None, outer: int) -> bool:
+    def is_within(self, frame: FrameIndex | None, outer: FrameIndex) -> bool:
         """Whether the frame with index ``frame`` is the frame ``outer``, or was opened inside of it at any depth.
 
         False for None, which stands for no frame.
@@ -319,7 +324,7 @@ class Dataflow:
             frame = self.frames[frame].parent
         return frame == outer
 
-    def is_state(self, value: int) -> bool:
+    def is_state(self, value: ValueIndex) -> bool:
         """Whether a value is a parameter or buffer."""
         return self.values[value].source == "state"
 
@@ -336,11 +341,11 @@ class Dataflow:
         return _grouped((frame.owner, frame) for frame in self.frames)
 
     @cached_property
-    def _frames_by_output(self) -> Mapping[int, tuple[Frame, ...]]:
+    def _frames_by_output(self) -> Mapping[ValueIndex, tuple[Frame, ...]]:
         return _grouped((frame.output.value, frame) for frame in self.frames if isinstance(frame.output, Ref))
 
 
-def refs_in(structure: Any) -> tuple[int, ...]:
+def refs_in(structure: Any) -> tuple[ValueIndex, ...]:
     """Return the indices of the values inside recorded arguments, in order, repetitions included.
 
     ``structure`` holds :class:`Ref` objects in tuples and dicts at any depth: ``(Ref(4), {"mask": Ref(7)}, 2)`` gives

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tritonq.prepare.record.dataflow import ValueIndex
 from tritonq.prepare.record.operations import in_transform
 
 _SUMS = frozenset({"add", "sub"})
@@ -16,7 +17,7 @@ _RATIO = 256.0
 _LARGE = 1e4
 
 
-def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[int]) -> int | None:
+def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[ValueIndex]) -> ValueIndex | None:
     """Return the index of the value of the summand that dwarfs the other one; None if neither does.
 
     A summand dwarfs the other if its largest magnitude is at least 10,000, and at least 256 times that of the other,

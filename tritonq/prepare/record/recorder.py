@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 
-from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
+from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value, ValueIndex
 from tritonq.prepare.record.magnitudes import dwarfing_value
 from tritonq.prepare.record.operations import METADATA, has_own_weight, in_transform, is_leaf, operation_name
 from tritonq.prepare.record.place import is_call_of, place_in_forward, use_of_result
@@ -56,7 +56,7 @@ class _Tracked:
 
     tensor: Tensor
     index: int
-    value: int
+    value: ValueIndex
     version: int
 
     @property
