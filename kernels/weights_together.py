@@ -64,8 +64,8 @@ def quantize_all_kernel(
     table_ptr,  # weights × _COLUMNS int64
     owner_ptr,  # (programs,) int32: the weight, a row of the table, that a program works on
     fold_ptr,  # (rows of all weights,) float32
-    codes_ptr,  # float32, one weight behind the other
-    vectors_ptr,  # 3 × rows of all weights, float32: unit, scale, whether quantization is on
+    codes_ptr,  # float32, one weight behind the other; written
+    vectors_ptr,  # 3 × rows of all weights, float32: unit, scale, whether rounding is on; written
     zero_point_out,  # (rows of all weights,) int32
     averaging_constant,  # of the running ranges; None: the extremes of all batches
     eps,  # smallest scale
@@ -86,9 +86,10 @@ def quantize_all_kernel(
 ):
     """Fold, observe and quantize one row of one weight: ``codes = clip(round(row · fold / s) + z) - z``, ``unit = s``.
 
-    While the weight's switch is off, codes are ``row · fold`` and the unit is 1. Range, s and z are updated first.
-    A row of the table has the numbers and addresses of one weight that ``_START`` to ``_ZERO_POINT`` name. The other
-    constants are those of `kernels/__init__.py`, the same for all weights.
+    Each weight has two switches on the device. While that of rounding is off, codes are ``row · fold`` and the unit is
+    1. Range, s and z are updated first, if OBSERVES and the weight's switch of observing is on. A row of the table has
+    the numbers and addresses of one weight that ``_START`` to ``_ZERO_POINT`` name. The other constants are those of
+    `kernels/__init__.py`, the same for all weights.
     """
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS

@@ -137,10 +137,11 @@ def rests_on_data(statistics: RangeStatistics | None, changes: bool) -> bool:
 
 
 class GridArguments(NamedTuple):
-    """A grid, its running range and the ReLU before it, as C++ functions take them, in this order; see ``Rule``.
+    """A grid, its running range and the ReLU before it, as C++ functions take them, in this order.
 
     Attributes:
-        rule: address of the :class:`Rule`; None without a grid.
+        rule: address of the :class:`Rule`, which has the codes and says how a range becomes scale and zero point;
+            :func:`rule_of` keeps it alive. None without a grid.
         observes: whether the batch changes the running range.
         rounds: whether the result is rounded: the grid is switched on, and its range has data (with this batch), or
             there is no range.

@@ -89,12 +89,13 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
 
 @torch.no_grad()
 def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
-    """Return the out channel with the largest scale; of several, that with the largest weight in magnitude.
+    """Return codes, weights and scale of the out channel with the largest scale.
 
-    Weights are compared before rounding, with a BatchNorm folded in.
+    Of several it is that with the largest weight in magnitude. Weights are compared before rounding, with a BatchNorm
+    folded in.
 
     Raises:
-        ValueError: a layer that has no integer form.
+        ValueError: no codes can be made of the layer: a grid of input or weight is unknown, off or not of integers.
     """
     if isinstance(layer, FixedPointLayer):
         integers = layer.integers()
@@ -103,7 +104,7 @@ def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
     else:
         made = layer.integer_layer(*layer.folded_parameters())
         if made is None:
-            raise ValueError("this layer has no integer form: its input grid is unknown")
+            raise ValueError("no codes can be made of this layer: a grid is unknown, off or not of integers")
         codes, values = (
             layer.linear_map.to_rows(rows).flatten(1) for rows in (made.weight, layer.folded_parameters()[0])
         )

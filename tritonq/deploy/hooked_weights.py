@@ -11,7 +11,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 def settle_weights(module: nn.Module) -> None:
     """Make plain parameters of weights that pruning, weight or spectral norm compute by a hook; remove the hooks.
 
-    The parameters have the present values. Only hooks of ``module`` itself count, not those of its children.
+    The parameters have the values that the hooks compute now. Only hooks of ``module`` itself count, not those of its
+    children.
     """
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):

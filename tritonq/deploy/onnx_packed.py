@@ -84,7 +84,10 @@ def pack_weights(proto: Any) -> None:
 
 
 def widen_floats(proto: Any) -> None:
-    """Turn a file's 4-bit floats into 8-bit ones, in place: ONNX Runtime lacks the former; the numbers are the same."""
+    """Turn a file's 4-bit floats into 8-bit ones with the same numbers, in place: ONNX Runtime lacks the former.
+
+    Initializers of FLOAT4E2M1 become FLOAT8E4M3FN. What the graph declares on their types (``value_info``) is removed.
+    """
     import onnx
 
     kind = getattr(onnx.TensorProto, "FLOAT4E2M1", None)

@@ -33,7 +33,7 @@ class _QATTable(nn.Module):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def attach_quantizer(self, qconfig: QConfig | None, rows: int) -> None:
-        """Create the weight quantizer of ``qconfig`` with buffers for ``rows`` rows.
+        """Keep ``qconfig`` and create its weight quantizer; one with a scale per row gets buffers for ``rows`` rows.
 
         Raises:
             TypeError: no QConfig.

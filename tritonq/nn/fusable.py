@@ -69,9 +69,10 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
 def has_observed_grid(quantizer: nn.Module) -> bool:
     """Whether an operator can observe and round in a quantizer's place, so that :func:`observed_grid` gives its grid.
 
-    It can for a plain `FakeQuantize` to integers, without groups, with a min-max observer whose ``process_group`` is
-    None. It can't if one of the two modules has hooks. Nor can it if ``set_momentum`` gave an observer with
-    ``rule="megengine"`` a momentum that still waits: such a momentum takes effect after the observer's next update.
+    It can for a plain `FakeQuantize` to integers, without groups, with one of tritonq's own min-max observers whose
+    ``process_group`` is None. It can't if one of the two modules has hooks. Nor can it if ``set_momentum`` gave an
+    observer with ``rule="megengine"`` a momentum that still waits: such a momentum takes effect after the observer's
+    next update.
     """
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False

@@ -48,9 +48,10 @@ def is_weight_quantizer(name: str) -> bool:
 class RoundsWeights(QuantizesInput):
     """Base class of :class:`RecurrentForward` and :class:`RecurrentCellForward`.
 
-    A subclass provides the rounded weights: it defines :meth:`quantized`.
+    A subclass defines :meth:`quantized`, which returns each weight (rounded) and each bias by its name.
 
     Attributes:
+        input_fake_quant: rounds the input; a child that is there if the input is to be rounded.
         activation_post_process: the quantizer of the returned sequence, of a cell that of the hidden state.
     """
 

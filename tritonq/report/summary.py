@@ -47,15 +47,17 @@ class LayerSummary:
 
     Attributes:
         name: qualified name.
-        kind: class name in the float model, or the operation.
+        kind: class name in the float model, or the operation. A model without a record of its preparation has the class
+            name of its own module, such as ``"QuantizedConv2d"``.
         fused_with: names of the modules that became one layer with it.
-        grid: codes of its weight (w), output (y) and input (x); "" if it has no quantizer of its own. A layer that
-            computes in float, because its input lies on no known grid, has ``x float``.
+        grid: ranges of codes of its weight (w), output (y) and input (x), such as ``"w -127..127 per channel, y
+            0..255"``; "" if it has no quantizer of its own. A layer that computes in float, because its input lies on
+            no known grid, has ``x float``.
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
             that codes stay codes (reshaping, pooling by maximum, …).
         reason: why it is in float, or why the engine that it was prepared for runs it in float; or "".
         part: ``"layer"`` if it has weights and is no part of another layer; ``"join"`` of an operation on several
-            activations; ``"other"`` of any other operation.
+            activations; ``"other"`` of any other operation, and of what became part of a layer.
     """
 
     name: str

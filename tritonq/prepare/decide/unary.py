@@ -89,7 +89,7 @@ class QuantizerPlace(Protocol):
     """Where a quantizer stands: the attributes of `tritonq.prepare.decide.plan.PlannedQuantizer` that this file reads.
 
     ``where`` is the kind of place ("output", "node" or "consumer"), ``owner`` the name of a module, and ``node`` that
-    of a node in the graph of this module's forward.
+    of a node in the graph of this module's forward, or of a place in a forward without a graph.
     """
 
     @property
@@ -102,7 +102,10 @@ class QuantizerPlace(Protocol):
 
     @property
     def node(self) -> str:
-        """Name of the graph's node behind which it stands, if :attr:`where` is "node"; else ""."""
+        """Name of the graph's node behind which it stands, if :attr:`where` is "node"; else "".
+
+        In a forward without a graph it is ``Call.place`` of the call.
+        """
 
 
 def find_unary(

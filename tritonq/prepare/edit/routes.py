@@ -39,7 +39,7 @@ class Routes:
         Args:
             reader: what reads.
             source: the quantizer, or a module whose output is quantized.
-            reads: the recorded calls of the reader, each with the value that it reads.
+            reads: the recorded calls of the reader, each with the index of the value that it reads.
         """
         name, source_name = self._names.get(reader), self._names.get(source)
         if name is None or source_name is None or source_name.startswith(f"{name}."):

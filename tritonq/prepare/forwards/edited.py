@@ -94,12 +94,13 @@ def forward_data(module: nn.Module) -> ForwardData | None:
 def forward_source(module: nn.Module) -> dict[str, str]:
     """Return the Python source of a module's edited forward, by mode.
 
-    The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same, as in a GraphModule.
+    The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same, as those of a
+    GraphModule always do: it shows its graph, edited or not, with the quantizers of arguments and results.
     A forward that keeps its branches has no graph: it runs as written, but some of its calls are *answered*, which is
     to say that a child's result takes the place of the call's. Then the one key is
     ``"its own forward, with these calls answered"``, and the text has a line ``place -> answer`` for each of these
-    calls, such as ``place -> self.child(tensors)``. Quantized arguments and results are not shown; the dict is empty if
-    the edit did nothing else, or if there is none.
+    calls, such as ``place -> self.child(tensors)``. Quantized arguments and results of other modules are not shown;
+    the dict is empty if the edit did nothing else, or if there is none.
     """
     data = forward_data(module)
     if data is not None and "answers" in data:

@@ -38,7 +38,7 @@ class Recorded:
     Attributes:
         flow: the record.
         modules: the model's modules by qualified name.
-        state: for each run and parameter or buffer, ``(run, id(tensor))``, a ``Ref`` to its recorded value.
+        state: the value that each run of the model read of each parameter or buffer, by ``(run, id(tensor))``.
     """
 
     flow: Dataflow
