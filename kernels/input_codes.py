@@ -30,7 +30,7 @@ class InputCodes(NamedTuple):
         codes: int8, shaped and laid out as the tensor.
         scale: one float32.
         shift: one float32 (int32 for an empty tensor), as :func:`shift_of` computes it: it was added to
-            ``round(x / scale)`` so that codes fit a byte. None: the grid has no zero point, and nothing was added.
+            ``round(x / scale)`` so that codes fit a byte. None: nothing was added.
     """
 
     codes: Tensor
@@ -40,11 +40,11 @@ class InputCodes(NamedTuple):
 
 @triton.jit
 def shift_of(zero_point_ptr, MIDDLE: tl.constexpr):
-    """Return ``zero_point - MIDDLE`` as a float32 scalar, or 0 without a zero point.
+    """Return ``zero_point - MIDDLE`` as a float32 scalar; None stands for the zero point 0.
 
     Added to the steps from zero, it makes them fit into a byte.
     """
-    shift = 0.0
+    shift = 0.0 - MIDDLE
     if zero_point_ptr is not None:
         shift = tl.load(zero_point_ptr).to(tl.float32) - MIDDLE
     return shift
@@ -58,7 +58,7 @@ def encode_kernel(
     scale_ptr,  # one float32
     zero_point_ptr,  # one int32; None stands for zero
     scale_out,  # one float32: a copy
-    shift_out,  # one float32, or None without a zero point
+    shift_out,  # one float32; None: the shift is 0
     x_strides,
     codes_strides,
     sizes,
@@ -116,10 +116,12 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     with ``x`` (the host waits): if a value differs, the result is None.
     """
     codes, middle = torch.empty_like(x, dtype=torch.int8), middle_of(grid)
+    has_shift = grid.zero_point is not None or middle != 0
     if x.numel() == 0:
-        return InputCodes(codes, grid.scale.clone(), None if grid.zero_point is None else grid.zero_point - middle)
+        zero_point = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
+        return InputCodes(codes, grid.scale.clone(), zero_point - middle if has_shift else None)
     scale = torch.empty_like(grid.scale)
-    shift = None if grid.zero_point is None else torch.empty_like(scale)
+    shift = torch.empty_like(scale) if has_shift else None
     (given,), seen = common_view((x,), codes, None)
     tile, launch = plan("fake_quantize", x.dtype, seen, x.device)
     with device_guard(x):
@@ -165,5 +167,9 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
 
 
 def middle_of(grid: Grid) -> int:
-    """Return the code that a byte holds as 0: ``(quant_min + quant_max + 1) // 2``, or 0 without a zero point."""
-    return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
+    """Return the code that a byte holds as 0: ``(quant_min + quant_max + 1) // 2``, the middle of the range.
+
+    It is 0 for a grid without zero point whose codes fit int8 as they are.
+    """
+    smallest, largest = grid.qtype.quant_min, grid.qtype.quant_max
+    return 0 if grid.zero_point is None and smallest >= -128 and largest <= 127 else (smallest + largest + 1) // 2

@@ -257,14 +257,17 @@ def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> di
     """Return the constants with which a kernel merges a range and computes scale and zero point from it.
 
     They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE; placeholders if ``grid``
-    or ``statistics`` is None, or the range is frozen, so that nothing is observed.
+    or ``statistics`` is None, or the range is frozen, so that nothing is observed. Float codes have the format's
+    largest number and its negative for QUANT_MAX and QUANT_MIN.
     """
     if grid is None or statistics is None or statistics.frozen:
         return NO_RANGE
     qtype = grid.qtype
+    number = qtype.float_format
+    smallest, largest = (qtype.quant_min, qtype.quant_max) if number is None else (-number.largest, number.largest)
     return {
-        "QUANT_MIN": qtype.quant_min,
-        "QUANT_MAX": qtype.quant_max,
+        "QUANT_MIN": smallest,
+        "QUANT_MAX": largest,
         "SYMMETRIC": qtype.symmetric,
         # MegEngine's symmetric types all use 0.
         "FIXED_ZERO_POINT": 0 if qtype.symmetric and statistics.rule == "megengine" else qtype.fixed_zero_point,

@@ -46,6 +46,13 @@ class TestInputCodes(OpTester):
             x, grid = problem(QTYPES[name], torch.empty(300), dtype, zero_at_top)
             self.check(x, grid, use, device)
 
+    @pytest.mark.parametrize("layout", ["empty", "odd"])
+    def test_codes_above_127_without_a_zero_point(self, layout: str, use: str, device: str) -> None:
+        like, scale = LAYOUTS[layout](), torch.tensor([0.0173])
+        codes = torch.arange(like.numel(), dtype=torch.float32) * 37 % 256
+        x = torch.empty_like(like).copy_((codes * float(scale)).view(like.shape))
+        self.check(x, Grid(scale, None, QuantizedType(0, 255, False)), use, device)
+
     def check(self, x: Tensor, grid: Grid, use: str, device: str) -> None:
         ops, expected = operators("input_codes", use), reference.encode(x, grid, True)
         for trusted in (True, False):

@@ -18,6 +18,7 @@ from tritonq.qparams import RangeRule, range_to_qparams
 from tritonq.quantized_type import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType
 from tritonq.reference import min_max as reference
 
+E4M3 = QuantizedType.of_floats("e4m3")
 BAD = (math.nan, math.inf, -math.inf)
 
 
@@ -125,15 +126,15 @@ class TestObserve(OpTester):
     @pytest.mark.parametrize("rule", ["torch", "torch_v1", "megengine"])
     @pytest.mark.parametrize(
         "qtype",
-        [QINT8, QUINT8, QINT8_NARROW, QINT1, QINT32, QuantizedType(0, 127, False), QuantizedType(0, 255, True)],
-        ids=["int8", "uint8", "narrow", "one bit", "int32", "reduced", "unsigned symmetric"],
+        [QINT8, QUINT8, QINT8_NARROW, QINT1, QINT32, QuantizedType(0, 127, False), QuantizedType(0, 255, True), E4M3],
+        ids=["int8", "uint8", "narrow", "one bit", "int32", "reduced", "unsigned symmetric", "e4m3"],
     )
     def test_state_after_each_batch(self, qtype: QuantizedType, rule: str, use: str, device: str) -> None:
         """Ranges on one side of zero, tiny ones, with gaps; then the qparams that the one function gives for them."""
         generator = torch.Generator().manual_seed(1)
         spread = torch.tensor([1.0, 0.2, 3e-6, 0.0, 40.0, 7.7, 3e-6, 3e-6, 5e-38])
-        if qtype == QINT32 and rule == "torch_v1":
-            return  # that operator has 8-bit types only; its zero point would not fit int32
+        if qtype in (QINT32, E4M3) and rule == "torch_v1":
+            return  # that operator has 8-bit types only, of integers; a zero point of 32 bits would not fit
         centre = torch.tensor([0.0, 5.0, 0.0, 0.0, -90.0, 0.3, 1e-4, -1e-4, 0.0])
         batches = [torch.randn(5, 9, 4, generator=generator) * spread[:, None] + centre[:, None] for _ in range(3)]
         batches[2] *= 1.6  # by which some channels outgrow what was seen before, and others do not

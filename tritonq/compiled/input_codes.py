@@ -1,8 +1,7 @@
 """A tensor as one-byte codes and back, in C++, in one pass each way: what a backward keeps of an operator's input.
 
-An :class:`~tritonq.reference.input_codes.InputCodes` has ``codes``, int8, ``scale``, and ``shift``, the zero point
-minus ``(quant_min + quant_max + 1) // 2``. On a grid without zero point ``shift`` is None, which counts as 0. The
-tensor is ``(codes - shift) · scale``.
+An :class:`~tritonq.reference.input_codes.InputCodes` has ``codes``, int8, ``scale``, and ``shift``
+(:func:`~tritonq.reference.input_codes.shift_of`); None counts as 0. The tensor is ``(codes - shift) · scale``.
 """
 
 from __future__ import annotations

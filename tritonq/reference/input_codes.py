@@ -19,7 +19,7 @@ class InputCodes(NamedTuple):
         codes: int8, ``code - zero_point + shift``: the middle of the code range is 0.
         scale: one element, a copy of the grid's.
         shift: one element, what was added to ``round(x / scale)`` so that codes fit int8 (:func:`shift_of`); int32, or
-            float32 if a kernel wrote it. None: the grid has no zero point, and nothing was added.
+            float32 if a kernel wrote it. None: nothing was added.
     """
 
     codes: Tensor
@@ -30,7 +30,7 @@ class InputCodes(NamedTuple):
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     """Return int8 codes ``round(x / scale) + shift`` with scale and shift, or None if ``x`` can't be rebuilt exactly.
 
-    ``shift`` is the zero point minus the middle of the grid's codes, so that they fit int8; None stands for 0.
+    ``shift`` is the zero point minus :func:`middle_of` the grid's codes, so that they fit int8; None stands for 0.
 
     Args:
         x: float32, float16 or bfloat16, any shape.
@@ -67,19 +67,26 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
 
 
 def middle_of(grid: Grid) -> int:
-    """Return the code that a byte holds as 0: the middle of the code range, or 0 for a grid without zero point.
+    """Return the code that a byte holds as 0.
 
-    The middle is ``(quant_min + quant_max + 1) // 2``: 128 for 0..255, 0 for -128..127.
+    It is the middle of the code range, ``(quant_min + quant_max + 1) // 2``: 128 for 0..255, 0 for -128..127. For a
+    grid without zero point whose codes fit int8 as they are it is 0.
     """
-    return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
+    smallest, largest = grid.qtype.quant_min, grid.qtype.quant_max
+    if grid.zero_point is None and smallest >= -128 and largest <= 127:
+        return 0
+    return (smallest + largest + 1) // 2
 
 
 def shift_of(grid: Grid) -> Tensor | None:
-    """Return what is added to ``round(x / scale)`` so that it fits int8; None, for 0, if the grid has no zero point.
+    """Return what is added to ``round(x / scale)`` so that it fits int8: the zero point minus :func:`middle_of`.
 
-    It is ``zero_point - (quant_min + quant_max + 1) // 2``, with shape, dtype (int32) and device of the zero point.
+    It is int32, one element, on the grid's device. None, for 0, if the grid has no zero point and needs no shift.
     """
-    return None if grid.zero_point is None else grid.zero_point - middle_of(grid)
+    middle = middle_of(grid)
+    if grid.zero_point is None:
+        return torch.full_like(grid.scale, -middle, dtype=torch.int32) if middle else None
+    return grid.zero_point - middle
 
 
 def _is_exact(x: Tensor, codes: Tensor, shift: Tensor | None, scale: Tensor) -> bool:
