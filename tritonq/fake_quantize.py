@@ -131,7 +131,7 @@ class FakeQuantize(FakeQuantizeBase):
         for name, buffer in self.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
-        self._beginning = self.scale.detach().cpu().clone()
+        self._beginning = self._scale_on_host()
         self.begins.fill_(1)
         self._qparams_known = False
 

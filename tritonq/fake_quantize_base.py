@@ -89,7 +89,11 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         False if no run on example inputs gave them, or once a training batch or a loaded state replaced them. The scale
         alone is compared; the host waits for it.
         """
-        return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
+        return self._beginning is not None and torch.equal(self._beginning, self._scale_on_host())
+
+    def _scale_on_host(self) -> Tensor:
+        """Return a copy of the attribute ``scale`` on the host, by which :meth:`rests_on_examples` compares."""
+        return self.scale.detach().cpu().clone()
 
     def begins_with_next_batch(self) -> bool:
         """Whether the next training batch replaces the scale that the example inputs of ``prepare_qat`` gave.

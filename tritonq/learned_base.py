@@ -94,7 +94,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, tensor in own.items():
             held[name].copy_(tensor)
-        self._beginning = self.calculate_qparams().scale.detach().cpu().clone()
+        self._beginning = self._scale_on_host()
         self.initialized.fill_(1)
         self.begins.fill_(1)
         self._qparams_known = False

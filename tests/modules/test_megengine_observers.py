@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import tritonq
 from tolerances import SUMS, assert_close
@@ -89,6 +90,58 @@ def test_a_passive_observer_adopts_the_length_of_a_checkpoint():
     with pytest.raises(ValueError, match="scale has 3 elements, zero_point 2; one is enough"):
         late.activation_post_process.set_qparams(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([1, 2]))
     assert torch.equal(late(x), expected)
+
+
+_PER_CHANNEL = {"dtype": torch.quint8, "qscheme": torch.per_channel_affine}
+
+
+def test_a_passive_observer_takes_one_scale_or_one_per_channel():
+    observer = tritonq.PassiveObserver(**_PER_CHANNEL, num_channels=4)
+    for wrong in (torch.ones(3), torch.ones(5), torch.ones(0)):
+        with pytest.raises(ValueError, match=f"keeps 4 channels along axis 0, got {wrong.numel()} scales"):
+            observer.set_qparams(wrong)
+        with pytest.raises(ValueError, match=f"keeps 4 channels along axis 0, got {wrong.numel()} scales"):
+            observer.scale = wrong
+    observer.set_qparams(0.5, 3)
+    assert observer.scale.tolist() == [0.5] * 4
+    assert observer.zero_point.tolist() == [3] * 4
+    observer.set_qparams(torch.arange(1.0, 5.0), torch.arange(4))
+    observer.scale = 0.25
+    assert observer.calculate_qparams().scale.tolist() == [0.25] * 4
+    assert observer.zero_point.tolist() == [0, 1, 2, 3]
+
+
+def test_a_passive_observer_of_a_layer_knows_the_layers_channels():
+    weight = tritonq.FakeQuantize.with_args(observer=tritonq.PassiveObserver, **_PER_CHANNEL)
+    layer, late = (tritonq.nn.Linear(3, 4, qconfig=tritonq.QConfig(nn.Identity, weight)) for _ in range(2))
+    observer = layer.weight_fake_quant.activation_post_process
+    with pytest.raises(ValueError, match="keeps 4 channels along axis 0, got 3 scales"):
+        observer.set_qparams(torch.ones(3))
+    observer.set_qparams(0.01, 128)
+    x = torch.randn(2, 3)
+    expected = layer(x)
+    late.load_state_dict(layer.state_dict())
+    assert torch.equal(late(x), expected)
+    assert late.weight_fake_quant.scale.shape == (4,)
+
+
+def test_a_passive_observer_without_a_known_number_of_channels():
+    quantizer = tritonq.FakeQuantize(tritonq.PassiveObserver, **_PER_CHANNEL)
+    quantizer.activation_post_process.scale = torch.tensor([0.5, 0.25])
+    assert quantizer.activation_post_process.zero_point.tolist() == [0, 0]
+    quantizer.activation_post_process.set_qparams(torch.tensor([0.5, 0.25]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="got 3 scales for 2 zero points: call set_qparams with both"):
+        quantizer.activation_post_process.scale = torch.ones(3)
+    with pytest.raises(ValueError, match="keeps 2 channels along axis 0, got 3 scales"):
+        quantizer.allocate(3)
+    one = tritonq.FakeQuantize(tritonq.PassiveObserver, **_PER_CHANNEL)
+    one.activation_post_process.set_qparams(0.5, 7)
+    assert one(torch.ones(2, 3)).tolist() == torch.ones(2, 3).tolist()
+    one.allocate(2)
+    assert one(torch.ones(2, 3)).tolist() == torch.ones(2, 3).tolist()
+    assert one.calculate_qparams().scale.tolist() == [0.5, 0.5]
+    assert one.activation_post_process.scale.tolist() == [0.5, 0.5]
+    assert one.activation_post_process.zero_point.tolist() == [7, 7]
 
 
 def test_a_fake_quantizer_follows_the_scale_it_is_given():

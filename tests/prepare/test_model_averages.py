@@ -28,6 +28,7 @@ QCONFIGS = {
     "PACT": tritonq.QConfig(_PACT.with_args(), _WEIGHT),
     "TQT": tritonq.QConfig(_TQT.with_args(), _TQT.with_args()),
     "histogram": tritonq.QConfig(_HISTOGRAM, _WEIGHT),
+    "MegEngine's LSQ": tritonq.QConfig(_LSQ.with_args(dtype="quint8", method="megengine"), _SIGNED_STEP),
 }
 
 
@@ -145,6 +146,19 @@ def test_the_first_batch_sets_learned_parameters_and_a_loaded_state_keeps_them(q
         other.load_state_dict(model.state_dict())
         other(5 * IMAGES)
     assert torch.equal(ranges_of(other), after)
+
+
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize of")  # the model's input has values below zero
+@pytest.mark.parametrize("qconfig", QCONFIGS)
+def test_every_quantizer_knows_that_its_range_is_that_of_examples(qconfig):
+    model = prepared(qconfig)
+    quantizers = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.batch_axis is not None]
+    assert quantizers
+    assert all(quantizer.rests_on_examples() for quantizer in quantizers)
+    with pytest.warns(UserWarning, match=r"no training step reached \d quantizers"):
+        tritonq.convert(model.eval())
+    model.train()(3 * IMAGES)
+    assert not any(quantizer.rests_on_examples() for quantizer in quantizers)
 
 
 def test_a_first_batch_without_finite_values_leaves_learned_parameters_to_the_next():

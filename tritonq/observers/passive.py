@@ -49,15 +49,15 @@ class PassiveObserver(ObserverBase):
     def set_qparams(self, scale: ArrayLike, zero_point: ArrayLike | None = None) -> None:
         """Set scale and zero point: tensors, NumPy arrays or numbers, one each or one per channel.
 
-        One zero point serves all channels, too. Without ``zero_point`` it is the type's fixed one, or 0 for an affine
-        type.
+        One scale or zero point serves all channels, too. Without ``zero_point`` it is the type's fixed one, or 0 for an
+        affine type.
 
         Raises:
-            ValueError: a scale that is not positive and finite, several for a type per tensor, a zero point that is not
-                whole, outside the code range or not the type's fixed one, or another number of zero points than one or
-                one per scale.
+            ValueError: a scale that is not positive and finite, another number of scales than one or one per channel, a
+                zero point that is not whole, outside the code range or not the type's fixed one, or another number of
+                zero points than one or one per scale.
         """
-        scale = torch.as_tensor(scale)
+        scale = self._checked_scale(scale)
         fixed = self.fixed_zero_point
         zero_point = torch.as_tensor((fixed or 0) if zero_point is None else zero_point)
         if zero_point.numel() not in (1, scale.numel()):
@@ -78,20 +78,62 @@ class PassiveObserver(ObserverBase):
     def scale(self) -> Tensor:
         """The scale in use, float32, one element or (channels,); assigning tensors or numbers replaces it.
 
+        The zero points stay, one per scale.
+
         Raises:
-            ValueError: a scale that is not positive and finite is assigned, or several to a type per tensor.
+            ValueError: a scale that is not positive and finite is assigned, or another number of scales than one or one
+                per channel, or of zero points that were set.
         """
         return self.current_scale
 
     @scale.setter
     def scale(self, scale: ArrayLike) -> None:
+        scale, held = self._checked_scale(scale), self.zero_point
+        if held.numel() != scale.numel() and bool((held != held[:1]).any()):
+            raise ValueError(f"got {scale.numel()} scales for {held.numel()} zero points: call set_qparams with both")
+        self.current_scale = scale
+        self.zero_point = held if held.numel() == scale.numel() else _repeated(held, scale.numel())
+        self.revision += 1
+
+    def _checked_scale(self, scale: ArrayLike) -> Tensor:
+        """Return ``scale`` in a new float32 tensor, (1,) or (channels,), on this observer's device.
+
+        Raises:
+            ValueError: it is not positive and finite, or has another number of elements than one or one per channel.
+        """
         scale = torch.as_tensor(scale)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         if self.qtype.axis is None and scale.numel() != 1:
             raise ValueError(f"this is a type with one scale for the tensor, got {scale.numel()}")
-        self.current_scale = scale.detach().to(self.current_scale).reshape(-1).clone()
+        if scale.numel() not in (1, self.num_channels or scale.numel() or 1):
+            raise ValueError(self._other_number(scale.numel()))
+        scale = scale.detach().to(self.current_scale).reshape(-1)
+        return scale.expand(self.num_channels or scale.numel()).clone()
+
+    def _other_number(self, number: int) -> str:
+        channels = self.num_channels or self.current_scale.numel()
+        return f"this observer keeps {channels} channels along axis {self.qtype.axis}, got {number} scales"
+
+    def allocate(self, num_channels: int) -> None:
+        """Take notice of the number of scales; one scale that was given before becomes that of all channels.
+
+        An observer with one scale for the tensor stays as it is.
+
+        Raises:
+            ValueError: another number of scales was given, or is known.
+        """
+        # What a quantizer has from here is no news: one scale may still become that of many channels.
+        if self.qtype.axis is None or num_channels in (self.num_channels, self.current_scale.numel()):
+            return
+        if self.num_channels is not None or self.current_scale.numel() > 1:
+            raise ValueError(self._other_number(num_channels))
+        self.num_channels = num_channels
         self.revision += 1
+        for name in ("current_scale", "original_scale", "zero_point"):
+            # An empty one has its first value to come, from a call or from a checkpoint.
+            if self.get_buffer(name).numel():
+                self.register_buffer(name, _repeated(self.get_buffer(name), num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``; nothing is observed."""
@@ -119,3 +161,8 @@ class PassiveObserver(ObserverBase):
             if self.qtype.axis is not None and held.numel() == 0 and isinstance(saved, Tensor):
                 held.resize_(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _repeated(values: Tensor, number: int) -> Tensor:
+    """Return the first of ``values``, or 0 if there is none, ``number`` times in a new tensor."""
+    return values[:1].expand(number).clone() if values.numel() else values.new_zeros(number)
