@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tritonq.fake_quantize_base import FakeQuantizeBase
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -81,3 +82,57 @@ def test_codes_of_a_formula_of_the_whole_weight():
     assert {record.clipped for record in history.records} == {0.0}
     assert layer.weight_fake_quant.training
     history.close()
+
+
+class Sequence(nn.Module):
+    """Weights of an embedding, of recurrent layers and one that is computed of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.bag = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8)
+        self.recurrent, self.cell = nn.GRU(8, 4, bidirectional=True), nn.RNNCell(8, 8)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+
+    def forward(self, x):
+        y = self.recurrent(self.table(x))[0]
+        return self.normed(self.cell(y[-1] + self.bag(x.t())))
+
+
+FIXED = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+INDICES = torch.randint(0, 10, (5, 4), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "preset"),
+    [(Sequence(), INDICES, "onnxruntime"), (FIXED, X, "f8net")],
+    ids=["sequence", "fixed point"],
+)
+def test_every_quantizer_is_recorded(model, x, preset):
+    qat = tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig(preset), example_inputs=x).train()
+    history = tritonq.QuantizerHistory(qat)
+    for _ in range(2):
+        qat(x)
+        history.step()
+        with torch.no_grad():
+            for name, parameter in qat.named_parameters():
+                if parameter.dim() > 1 and not name.endswith("original0"):  # the norm of the computed weight
+                    parameter.neg_()
+    expected = {name for name, module in qat.named_modules() if isinstance(module, FakeQuantizeBase)}
+    weights = {name for name in expected if ".weight" in f".{name}"}
+    assert {record.name for record in history.records if record.step == 2} == expected
+    flips = {record.name: record.flips for record in history.records if record.step == 2}
+    assert {name for name, share in flips.items() if share is not None} == weights
+    assert min(flips[name] for name in weights) > 0.2
+
+
+def test_a_closed_history_stays_as_it_is():
+    model = prepared()
+    history = tritonq.QuantizerHistory(model)
+    model(X)
+    history.step()
+    kept = list(history.records)
+    assert kept
+    history.close()
+    model(X)
+    history.step()
+    assert history.records == kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.groups import aligned, codes_on
+from tritonq.grid import Grid
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.nn.qat import QATLayer
+from tritonq.nn.recurrent_forward import WEIGHT_QUANTIZER, is_weight_quantizer
+from tritonq.reference.fixed_point import power_of_two
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class QuantizerRecord:
 class QuantizerHistory:
     """Records scale, clipped share and flips of every quantizer to integers in training.
 
-    They show what diverges or oscillates. Weights of embeddings and recurrent layers are not recorded, nor are
-    weights that are computed from other parameters.
+    They show what diverges or oscillates.
 
     Activations are seen by hooks, so that quantizers run by themselves rather than within larger operators: steps give
     the same numbers, and take longer. Each recorded step waits for the device.
@@ -55,7 +58,7 @@ class QuantizerHistory:
         records: a :class:`QuantizerRecord` per recorded step and quantizer.
 
     Raises:
-        ValueError: a model without fake quantizers to integers that are recorded, or ``every`` below 1.
+        ValueError: a model without fake quantizers to integers, or ``every`` below 1.
 
     Examples:
         >>> import tritonq
@@ -77,20 +80,12 @@ class QuantizerHistory:
         self._codes: dict[str, Tensor] = {}
         # Of the present step, by name: clipped values and all values.
         self._seen: dict[str, tuple[Tensor, int]] = {}
-        self._weights: dict[str, QATLayer] = {}
+        self._is_open = True
+        self._weights = _weights_of(model)
         self._activations: dict[str, FakeQuantizeBase] = {}
         self._hooks: list[RemovableHandle] = []
-        weights = {
-            layer.weight_fake_quant: layer
-            for layer in model.modules()
-            if isinstance(layer, QATLayer) and not layer.computed
-        }
         for name, module in model.named_modules():
-            if not isinstance(module, FakeQuantizeBase):
-                continue
-            if module in weights:
-                self._weights[name] = weights[module]
-            elif module.batch_axis is not None:
+            if isinstance(module, FakeQuantizeBase) and name not in self._weights:
                 self._activations[name] = module
                 self._hooks.append(module.register_forward_hook(self._counter(name)))
         if not self._weights and not self._activations:
@@ -101,7 +96,8 @@ class QuantizerHistory:
             is_recorded = (self._step + 1) % self._every == 0
             if quantizer.training and is_recorded and quantizer.is_enabled_on_host():
                 clipped, values = self._seen.get(name, (torch.zeros((), device=args[0].device), 0))
-                self._seen[name] = (clipped + _clipped(args[0].detach(), quantizer), values + args[0].numel())
+                x = (args[0] if quantizer.rounds_to_nearest else output).detach()
+                self._seen[name] = (clipped + _clipped(x, quantizer.grid()), values + x.numel())
 
         return count
 
@@ -110,54 +106,103 @@ class QuantizerHistory:
         """Count a step; if ``every`` divides its number, append a record of each quantizer that rounds.
 
         Call it after the optimizer's step: weights are those after it, activations those that ran in training mode
-        since the last call.
+        since the last call. After :meth:`close` it does nothing.
         """
+        if not self._is_open:
+            return
         self._step += 1
         if self._step % self._every:
             return
-        for name, layer in self._weights.items():
-            quantizer = layer.weight_fake_quant
-            if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
+        for name, weight in self._weights.items():
+            if not weight.is_rounded():
                 continue
-            rows = _near_codes(layer.linear_map.to_rows(layer.weight_to_quantize()), quantizer)
-            codes, before = codes_on(rows, quantizer.grid()), self._codes.get(name)
+            rows = weight.near_codes()
+            grid = weight.grid(rows)
+            codes, before = codes_on(rows, grid), self._codes.get(name)
             flips = None if before is None else float((codes != before).float().mean())
             self._codes[name] = codes
-            clipped = float(_clipped(rows, quantizer)) / max(1, rows.numel())
-            self._add(name, quantizer, clipped, flips)
+            self._add(name, grid.scale, float(_clipped(rows, grid)) / max(1, rows.numel()), flips)
         for name, (count, values) in self._seen.items():
-            self._add(name, self._activations[name], float(count) / max(1, values), None)
+            scale = self._activations[name].calculate_qparams().scale
+            self._add(name, scale, float(count) / max(1, values), None)
         self._seen.clear()
 
-    def _add(self, name: str, quantizer: FakeQuantizeBase, clipped: float, flips: float | None) -> None:
-        scale = float(quantizer.calculate_qparams().scale.mean())
-        self.records.append(QuantizerRecord(self._step, name, scale, clipped, flips))
+    def _add(self, name: str, scale: Tensor, clipped: float, flips: float | None) -> None:
+        self.records.append(QuantizerRecord(self._step, name, float(scale.mean()), clipped, flips))
 
     def close(self) -> None:
         """Remove the hooks from the model; nothing is recorded any more."""
+        self._is_open = False
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
-def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """Return values that the quantizer rounds to the nearest code.
+class _Weight(NamedTuple):
+    """The quantizer of a weight, which is a child of the module that has the weight.
 
-    These are ``rows``. If the quantizer takes codes by a paper's formula, they are what it makes of ``rows`` in eval
-    mode.
+    Attributes:
+        owner: the layer, embedding or recurrent layer.
+        child: the quantizer's name there, such as ``"weight_fake_quant"``. Another module may take its place.
     """
-    if quantizer.rounds_to_nearest:
-        return rows
-    training = quantizer.training
-    try:
-        return cast(Tensor, quantizer.eval()(rows))
-    finally:
-        quantizer.train(training)
+
+    owner: nn.Module
+    child: str
+
+    @property
+    def quantizer(self) -> nn.Module:
+        return cast(nn.Module, getattr(self.owner, self.child))
+
+    def is_rounded(self) -> bool:
+        """Whether the quantizer rounds to integers, being switched on, and has a scale."""
+        quantizer = self.quantizer
+        if isinstance(self.owner, FixedPointLayer):
+            return self.owner.weight_fake_quant.phase == "fixed" and self.owner.weight_fake_quant.is_switched_on_host()
+        return isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host()
+
+    def near_codes(self) -> Tensor:
+        """Return the values that the quantizer rounds to the nearest code.
+
+        These are the present weight, with a BatchNorm folded in, as the quantizer gets it. If the quantizer takes codes
+        by a paper's formula, they are what it makes of the weight in eval mode.
+        """
+        owner, quantizer = self.owner, cast(FakeQuantizeBase, self.quantizer)
+        if isinstance(owner, QATLayer):
+            weight = owner.linear_map.to_rows(owner.weight_to_quantize())
+        elif isinstance(owner, FixedPointLayer):
+            weight = owner.effective_parameters()[0]
+        else:
+            weight = cast(Tensor, getattr(owner, self.child.removesuffix(WEIGHT_QUANTIZER)))
+        if quantizer.rounds_to_nearest:
+            return weight
+        training = quantizer.training
+        try:
+            return cast(Tensor, quantizer.eval()(weight))
+        finally:
+            quantizer.train(training)
+
+    def grid(self, weight: Tensor) -> Grid:
+        """Return the grid to which the quantizer rounds ``weight``."""
+        if isinstance(self.owner, FixedPointLayer):
+            quantizer = self.owner.weight_fake_quant
+            return Grid(power_of_two(-quantizer.choose(weight)), None, quantizer.qtype)
+        return cast(FakeQuantizeBase, self.quantizer).grid()
 
 
-def _clipped(x: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
+def _weights_of(model: nn.Module) -> dict[str, _Weight]:
+    """Return the weights that are quantized to integers, by the paths of their quantizers."""
+    found: dict[str, _Weight] = {}
+    for path, owner in model.named_modules():
+        for name, child in owner.named_children():
+            if not isinstance(child, FakeQuantizeBase) or not is_weight_quantizer(name):
+                continue
+            if child.batch_axis is None or isinstance(owner, FixedPointLayer):
+                found[f"{path}.{name}".lstrip(".")] = _Weight(owner, name)
+    return found
+
+
+def _clipped(x: Tensor, grid: Grid) -> Tensor:
     """Return how many values of ``x`` lie more than half a step beyond the ends of the grid; NaN does not count."""
-    grid = quantizer.grid()
     scale = aligned(grid.scale.detach(), x, grid.granularity)
     zero = torch.zeros_like(scale) if grid.zero_point is None else aligned(grid.zero_point, x, grid.granularity)
     steps = x / scale + zero
