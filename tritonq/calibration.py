@@ -105,9 +105,10 @@ def refine_scales(
 ) -> dict[str, Tensor]:
     """Try other scales around each layer's and keep those whose output is most like the float layer's (EasyQuant).
 
-    Weights first, one choice per scale; then activations. The measure is the cosine similarity of the layer's output
-    with and without quantization, for the inputs that the float model gives the layer. A scale stays as it is unless a
-    candidate is better.
+    Weights first, one choice per scale, or for all groups of an out channel; then activations. The measure is the
+    cosine similarity of the layer's output with and without quantization, for the inputs that the float model gives the
+    layer. A scale stays as it is unless a candidate is better, or if it is computed from each tensor: that of a float
+    format, and of a weight whose codes follow from a formula (`tritonq.paper_schemes`).
 
     Args:
         model: a calibrated model; its scales change in place. A PassiveObserver, which holds a scale given by hand,
@@ -118,7 +119,7 @@ def refine_scales(
         span: smallest and largest candidate, as a multiple of the scale.
 
     Returns:
-        Quantizer name to the factors chosen, float32, one element or (channels,).
+        Quantizer name to the factors chosen, float32, one per scale: one element, (channels,), or (groups,).
 
     Raises:
         ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, none whose
@@ -146,11 +147,15 @@ def refine_scales(
         for role in ("weight_fake_quant", "activation_post_process"):
             for name, layer in layers.items():
                 quantizer = getattr(layer, role)
-                if isinstance(quantizer, FakeQuantizeBase) and quantizer.has_qparams() and examples[name]:
+                has_scale = isinstance(quantizer, FakeQuantizeBase) and quantizer.rounds_to_nearest
+                if has_scale and quantizer.has_qparams() and examples[name]:
                     with rounding(layer.weight_fake_quant, quantizer):
                         chosen[f"{name}.{role}".lstrip(".")] = _best_factors(layer, quantizer, examples[name], factors)
     if not chosen:
-        raise ValueError(f"{type(model).__name__} has no quantizer of integers with a range: calibrate it first")
+        raise ValueError(
+            f"{type(model).__name__} has no quantizer of integers with a range to refine: calibrate it first; scales of "
+            "float formats and of weights with codes by a formula follow from each tensor"
+        )
     return chosen
 
 
@@ -343,14 +348,16 @@ def _best_factors(
     """
     original = QParams(*(value.detach().clone() for value in quantizer.calculate_qparams()))
     per_channel = original.scale.numel() > 1
-    best = torch.ones_like(original.scale)
     best_similarity = _similarity(layer, examples, per_channel)
+    best = torch.ones(best_similarity.shape)
     for factor in factors:
         _set_scale(quantizer, QParams(original.scale * factor, original.zero_point))
         similarity = _similarity(layer, examples, per_channel)
         better = similarity > best_similarity
         best_similarity = torch.where(better, similarity, best_similarity)
         best = torch.where(better, factor, best)
+    # The scales of a channel's groups follow one another.
+    best = best.repeat_interleave(original.scale.numel() // best.numel()).to(original.scale.device)
     _set_scale(quantizer, QParams(original.scale * best, original.zero_point))
     return best
 

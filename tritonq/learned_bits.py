@@ -138,6 +138,20 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         step = self._step_at(torch.tensor(float(self.qtype.bits), device=self.scale.device))
         return QParams(step.detach(), self.zero_point)
 
+    @torch.no_grad()
+    def initialize(self, qparams: QParams | None = None) -> None:
+        """Set ``scale`` so that the quantizer rounds with ``qparams``, those of the nearest whole number of bits.
+
+        Without ``qparams`` they are the observer's, of ``max_bits``.
+
+        Raises:
+            ValueError: no ``qparams`` are given, and the observer has seen nothing.
+        """
+        if qparams is not None:
+            bits = torch.tensor(float(self.qtype.bits), device=qparams.scale.device)
+            qparams = qparams._replace(scale=qparams.scale / self._relative_step(bits))
+        super().initialize(qparams)
+
     def fixed(self) -> LearnedStepFakeQuantize:
         """Return a new :class:`LearnedStepFakeQuantize` of the same grid, whose number of bits is no longer trained."""
         axis = self._widest.axis

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tritonq
-from tolerances import SUMS, assert_close
+from tolerances import FLOAT32, SUMS, assert_close
 from tritonq.calibration import calibrate, refine_scales
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.learned_fake_quantize import ClippedFakeQuantize, LearnedStepFakeQuantize
@@ -256,6 +256,48 @@ def test_easyquant_brings_every_layer_closer():
     expected = float_model(x)
     assert model.training
     assert cosine(model.eval()(x), expected) > cosine(before.eval()(x), expected) - 1e-4
+
+
+@pytest.mark.parametrize("preset", ["w4_g32", "w4a8_g32"])
+@pytest.mark.parametrize("outputs", [1, 6])
+def test_easyquant_gives_all_groups_of_a_channel_one_factor(preset, outputs):
+    layer = tritonq.nn.Linear(64, outputs, qconfig=tritonq.get_qconfig(preset))
+    x = torch.randn(32, 64)
+    calibrate(layer, [x])
+    expected = nn.functional.linear(x, layer.weight, layer.bias).detach()
+    before = layer.weight_fake_quant.scale.clone()
+    factors = refine_scales(layer, [x])["weight_fake_quant"]
+    rows = factors.view(outputs, 2)
+    assert torch.equal(rows[:, 0], rows[:, 1])
+    assert (factors != 1).any()
+    assert torch.equal(layer.weight_fake_quant.scale, before * factors)
+    refined = nn.functional.linear(x, layer.weight_fake_quant.eval()(layer.weight), layer.bias)
+    layer.weight_fake_quant.scale.copy_(before)
+    plain = nn.functional.linear(x, layer.weight_fake_quant(layer.weight), layer.bias)
+    for channel in range(outputs):
+        assert cosine(refined[:, channel], expected[:, channel]) >= cosine(plain[:, channel], expected[:, channel])
+
+
+def test_easyquant_leaves_scales_that_are_computed_from_each_weight():
+    """They are those of a paper's formula; the output's is refined."""
+    layer = tritonq.nn.Linear(16, 4, qconfig=tritonq.get_qconfig("bwn_w1a8"))
+    x = torch.randn(32, 16)
+    calibrate(layer, [x])
+    before = layer.weight_fake_quant.scale.clone()
+    assert list(refine_scales(layer, [x])) == ["activation_post_process"]
+    assert torch.equal(layer.weight_fake_quant.scale, before)
+
+
+def test_easyquant_refines_the_grid_of_a_trained_width():
+    layer = tritonq.nn.Linear(32, 4, qconfig=tritonq.get_qconfig("learned_bits_a8"))
+    x = torch.randn(64, 32)
+    calibrate(layer, [x])
+    with torch.no_grad():
+        layer.weight_fake_quant.bits.fill_(3.2)
+    before = layer.weight_fake_quant.calculate_qparams().scale
+    factors = refine_scales(layer, [x])["weight_fake_quant"]
+    assert_close(layer.weight_fake_quant.calculate_qparams().scale, before * factors, FLOAT32)
+    assert (factors != 1).any()
 
 
 def test_easyquant_keeps_a_passive_observers_original_scale():
