@@ -153,8 +153,8 @@ def refine_scales(
                         chosen[f"{name}.{role}".lstrip(".")] = _best_factors(layer, quantizer, examples[name], factors)
     if not chosen:
         raise ValueError(
-            f"{type(model).__name__} has no quantizer of integers with a range to refine: calibrate it first; scales of "
-            "float formats and of weights with codes by a formula follow from each tensor"
+            f"{type(model).__name__} has no quantizer of integers with a range to refine: calibrate it first; scales "
+            "of float formats and of weights with codes by a formula follow from each tensor"
         )
     return chosen
 

@@ -65,7 +65,7 @@ def test_what_is_for_integers_alone_says_so():
     model = tritonq.calibrate(prepared(tritonq.get_qconfig("w_mxfp4")), X)
     with pytest.raises(ValueError, match="adaptive_round is for integer codes, and layer '0' has weights in mxfp4"):
         tritonq.adaptive_round(model, X)
-    with pytest.raises(ValueError, match="no quantizer of integers with a range to refine.*scales of float formats"):
+    with pytest.raises(ValueError, match=r"no quantizer of integers with a range to refine.*scales of float formats"):
         tritonq.refine_scales(model, X)
     with pytest.raises(ValueError, match="no fake quantizer of integers"):
         tritonq.QuantizerHistory(model)
