@@ -42,7 +42,8 @@ class Launcher:
     without memory (compilation for an absent GPU).
 
     ``grid`` is a tuple of one to three numbers. Positional arguments (tensors, sizes) come first; all parameters behind
-    them are keyword arguments and must be given, even those with a default. Options such as ``num_warps`` are, too.
+    them are keyword arguments and must be given, even those with a default: a launch without them raises TypeError.
+    Options such as ``num_warps`` are keyword arguments, too.
     """
 
     def __init__(self, function: Any) -> None:
@@ -58,6 +59,11 @@ class Launcher:
         if entry is not None:
             entry.kernel[grid](*args, *entry.constants)
             return
+        # Options such as num_warps are no parameters: they go into the compiled kernel.
+        names = self.function.arg_names[len(args) :]
+        missing = [name for name in names if name not in constants]
+        if missing:
+            raise TypeError(f"{self.function.fn.__name__} must be given {', '.join(missing)}, defaults or not")
         kernel = self.function[grid](*args, **constants)
         if key is not None:
             if torch.cuda.is_initialized():
@@ -65,8 +71,6 @@ class Launcher:
                 warn_if_untested(f"{target.backend}:{target.arch}")
             if len(self._entries) >= _MAX_ENTRIES:
                 self._entries.clear()
-            # Options such as num_warps are no parameters: they went into the compiled kernel.
-            names = self.function.arg_names[len(args) :]
             self._entries[key] = _Entry(kernel, tuple(constants[name] for name in names))
 
 

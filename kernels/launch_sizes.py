@@ -98,14 +98,18 @@ _OVERRIDES: ContextVar[Mapping[str, Entry]] = ContextVar("overrides", default=Ma
 def override(kernel: str, entry: Entry) -> Iterator[None]:
     """Launch ``kernel`` with ``entry`` inside the ``with`` block, whatever the GPU's table has.
 
-    Blocks nest; the inner one wins. Each thread has its own.
+    Blocks nest, and the innermost that counts for a kernel wins, be it for this kernel or for all. Each thread has its
+    own.
 
     Args:
         kernel: the kernel's name in tables, or :data:`EVERY_KERNEL` for all kernels whose entries are
-            :class:`Parameters`.
+            :class:`Parameters`, that is all but ``"conv2d"``.
         entry: the launch size, as in a table.
     """
-    token = _OVERRIDES.set(MappingProxyType({**_OVERRIDES.get(), kernel: entry}))
+    outer = _OVERRIDES.get()
+    if kernel == EVERY_KERNEL:
+        outer = {name: held for name, held in outer.items() if name in _ENTRY_TYPES}
+    token = _OVERRIDES.set(MappingProxyType({**outer, kernel: entry}))
     try:
         yield
     finally:
@@ -113,10 +117,9 @@ def override(kernel: str, entry: Entry) -> Iterator[None]:
 
 
 def overridden(kernel: str) -> Entry | None:
-    """Return the entry that an enclosing :func:`override` block gives ``kernel``; None if there is no such block.
+    """Return the entry that the innermost :func:`override` block for ``kernel`` gives it; None without such a block.
 
-    A block for :data:`EVERY_KERNEL` counts for all kernels but ``"conv2d"``, whose entries are tiles of another kind. A
-    block for ``kernel`` itself goes before it, whichever of the two is the inner one.
+    A block for :data:`EVERY_KERNEL` counts for all kernels but ``"conv2d"``, whose entries are tiles of another kind.
     """
     overrides = _OVERRIDES.get()
     if not overrides:

@@ -10,6 +10,8 @@ from tritonq.grid import Grid, RangeStatistics
 if not has_triton() or is_interpreting():
     pytest.skip("needs a compiling Triton", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -206,3 +208,20 @@ def test_the_memory_of_launches_is_bounded(recorder, monkeypatch):
 def test_interpreted_and_absent_launches_are_not_remembered():
     assert not cached_launch.has_launches(torch.zeros(1))
     assert not cached_launch.has_launches(torch.zeros(1, device="meta"))
+
+
+@cached_launch.Launcher
+@triton.jit
+def scaled_kernel(x_ptr, factor: tl.constexpr, offset: tl.constexpr = 0):
+    tl.store(x_ptr, tl.load(x_ptr) * factor + offset)
+
+
+def test_a_launch_without_a_defaulted_parameter_is_refused_before_it_runs(recorder, monkeypatch):
+    for is_on_gpu in (True, False):
+        monkeypatch.setattr(cached_launch, "has_launches", lambda value, found=is_on_gpu: found)
+        with pytest.raises(TypeError, match="scaled_kernel must be given offset, defaults or not"):
+            scaled_kernel[(1,)](torch.zeros(1), factor=3, num_warps=1)
+    assert not recorder.launches
+    assert recorder.through_triton == 0
+    scaled_kernel[(1,)](torch.zeros(1), factor=3, offset=0, num_warps=1)
+    assert len(recorder.launches) == 1

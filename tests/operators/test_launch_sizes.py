@@ -146,6 +146,10 @@ def test_an_override_of_every_kernel_leaves_convolutions_alone() -> None:
     ):
         assert tile_of() == (1, 64, 2)
         assert launch_sizes.overridden("min_max") == launch_sizes.Parameters(256, 64, 1)
+        with launch_sizes.override("conv2d", "torch"), launch_sizes.override(launch_sizes.EVERY_KERNEL, small):
+            assert launch_sizes.overridden("min_max") == launch_sizes.overridden("fake_quantize") == small
+            assert launch_sizes.overridden("conv2d") == "torch"
+        assert launch_sizes.overridden("min_max") == launch_sizes.Parameters(256, 64, 1)
         assert launch_sizes.overridden("conv2d") is None
     with launch_sizes.override("conv2d", "torch"):
         assert launch_sizes.overridden("conv2d") == "torch"
