@@ -151,7 +151,7 @@ def prefix_histogram_kernel(
 def linear_histogram_kernel(
     x_ptr,  # (channels, length) contiguous
     histogram_ptr,  # (channels, bins) int64, added to
-    limits_ptr,  # (2,) float32: lower end of the first bin, upper end of the last one; they must differ
+    limits_ptr,  # (2,) float32: lower end of the first bin, upper end of the last one
     length,  # elements of a channel
     blocks,  # of BLOCK elements, in a channel
     bins,  # how many a channel has
@@ -160,7 +160,8 @@ def linear_histogram_kernel(
 ):
     """Add the counts of BLOCK elements of one channel to its histogram of equal bins.
 
-    An element at the upper limit counts in the last bin. Elements outside the limits, and NaN, are not counted.
+    An element at the upper limit counts in the last bin, as does one whose quotient is NaN: that of equal limits is.
+    Elements outside the limits, and NaN, are not counted.
     """
     program = tl.program_id(0)
     channel = (program // blocks).to(tl.int64)
@@ -170,16 +171,17 @@ def linear_histogram_kernel(
     hi = tl.load(limits_ptr + 1)
     inside = (x >= lo) & (x <= hi)
     position = tl.div_rn((x - lo) * parts, tl.zeros([BLOCK], tl.float32) + (hi - lo))
-    index = tl.minimum(tl.where(inside, position, 0).to(tl.int32), bins - 1)
+    # NaN is no index, and is not less than any number.
+    index = tl.where(inside & (position < parts), position, parts - 1).to(tl.int32)
     tl.atomic_add(histogram_ptr + channel * bins + index, tl.full([BLOCK], 1, tl.int64), mask=inside)
 
 
 def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
     """Return how many elements lie in each of ``bins`` equal bins between the two ``limits``, both included.
 
-    int64 (bins,), or (x.shape[axis], bins) with ``axis``. ``limits`` is (2,): lower and upper end, which differ as
-    float32. An element's bin is ``floor((x - low) · bins / (high - low))``, and the last one for the upper end.
-    Elements outside, and NaN, are not counted.
+    int64 (bins,), or (x.shape[axis], bins) with ``axis``. ``limits`` is (2,): lower and upper end. An element's bin is
+    ``floor((x - low) · bins / (high - low))``, and the last one for the upper end or where that is NaN. Elements
+    outside, and NaN, are not counted.
     """
     channels = 1 if axis is None else x.shape[axis]
     rows = x if axis is None else x.movedim(axis, 0)

@@ -42,6 +42,18 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.parametrize("interpolation", ["torch", "megengine"])
+def test_infinities_beside_one_value_are_left_out(interpolation):
+    """The range of one value has no width to divide by."""
+    observer, finite = (InterpolatingHistogramObserver(interpolation=interpolation) for _ in range(2))
+    for batch in (torch.tensor([1.5, torch.inf, torch.nan, 1.5]), torch.tensor([0.5, -torch.inf, 2.0])):
+        observer(batch)
+        finite(batch[batch.isfinite()])
+    assert torch.equal(observer.histogram, finite.histogram)
+    assert observer.calculate_qparams() == finite.calculate_qparams()
+    assert int(observer.nonfinite_count) == 3
+
+
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 @pytest.mark.parametrize("name", SEQUENCES)

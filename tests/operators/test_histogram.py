@@ -292,6 +292,24 @@ class TestKernels(OpTester):
                     found.cpu(), reference.linear_histogram(x, bins, torch.tensor([lo, hi], dtype=torch.float64), axis)
                 )
 
+    @pytest.mark.parametrize(
+        ("limits", "expected"),
+        [
+            ((1.0, 1.0), [0, 0, 0, 2]),  # 0 by 0
+            ((1.0, 1.0 + 1e-12), [0, 0, 0, 2]),  # equal in float32
+            ((-3e38, 3e38), [1, 0, 0, 4]),  # a width of infinity
+            ((1.0, torch.inf), [3, 0, 0, 1]),
+            ((torch.inf, -torch.inf), [0, 0, 0, 0]),
+        ],
+    )
+    def test_linear_histogram_without_a_finite_quotient(self, limits, expected, use, device):
+        """No value is put into a bin that there is none of."""
+        x = torch.tensor([1.0, 1.0, 2.0, -3e38, 3e38, torch.nan, -torch.inf])
+        if limits[1] == torch.inf:
+            x = torch.tensor([1.0, 1.0, 2.0, torch.inf, -torch.inf, 0.0, torch.nan])
+        ends = torch.tensor(limits, dtype=torch.float64, device=device)
+        assert operators("histogram", use).linear_histogram(x.to(device), 4, ends).tolist() == expected
+
     def test_linear_histogram_at_its_ends(self, use, device):
         """The upper end is in the last bin, not behind it in the next channel's first; what lies beyond is in none."""
         x = torch.tensor([[-1.0, -1.0, 1.0, 1.0, 1.0, 0.0], [-1.0000001, 1.0000001, 0.5, 0.4999999, -0.5, 2.0]])

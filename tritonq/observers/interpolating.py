@@ -141,9 +141,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         If both limits are equal, all finite values are in the middle bin.
         """
         is_one = limits[0] == limits[1]
-        # Any range of one value's would do, but one of no width, over which nothing can be divided.
-        counted = torch.stack((limits[0], torch.where(is_one, torch.inf, limits[1])))
-        counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, counted)
+        counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, limits)
         middle = torch.arange(self.bins, device=x.device) == self.bins // 2
         return torch.where(is_one, middle * finite, counts).double()
 

@@ -35,13 +35,13 @@ def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = No
     """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))``; ``hi`` is in the last bin.
 
     Values outside ``[lo, hi]`` and NaN are not counted. The counts equal those of torch.histc: the arithmetic is the
-    same, float64 if ``x`` is, else float32.
+    same, float64 if ``x`` is, else float32. If lo = hi, or if a quotient is infinity by infinity, the last bin counts.
 
     Args:
         x: any shape, any float dtype.
         bins: number of bins.
-        limits: (2,) of any float dtype, on the device of ``x``: lo and hi, the outer edges of the bins; lo < hi in
-            the arithmetic's dtype, which is not checked.
+        limits: (2,) of any float dtype, on the device of ``x``: lo and hi, the outer edges of the bins. If
+            lo > hi, nothing is counted.
         axis: one histogram per index of this axis; None for one.
 
     Returns:
@@ -50,7 +50,9 @@ def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = No
     values = _by_channel(x, axis).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     low, high = limits.to(values.dtype).unbind()
     inside = (values >= low) & (values <= high)
-    position = ((values - low) * bins / (high - low)).clamp_(0, bins - 1)
+    position = (values - low) * bins / (high - low)
+    # No clamp, which keeps NaN, of 0 / 0 for one: it is no index.
+    torch.fmin(position, position.new_tensor(bins - 1), out=position)
     # One more bin takes what is not counted, and NaN, which no integer can hold.
     index = torch.where(inside, position, bins).to(torch.int32)
     counts = _count_rows(index, bins + 1)[:, :bins]
