@@ -111,3 +111,25 @@ def test_a_forward_that_fixes_the_batch_is_told(tmp_path):
     ):
         tritonq.export_onnx(model.eval(), tmp_path / "model.onnx", X)
     tritonq.export_onnx(model, tmp_path / "model.onnx", X, dynamic_batch=False)
+
+
+class WithTable(nn.Module):
+    """Reads an image for each of the batch, and a table with two rows for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.table = nn.Linear(3, 4), nn.Linear(5, 4)
+
+    def forward(self, x, table):
+        return self.image(x) + self.table(table).sum(0, keepdim=True)
+
+
+def test_an_axis_of_size_2_is_no_batch_beside_a_batch_of_one(tmp_path):
+    inputs = torch.randn(1, 3), torch.randn(2, 5)
+    model = trained(WithTable(), inputs)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", inputs)
+    shapes = [value.type.tensor_type.shape.dim for value in onnx.load(tmp_path / "m.onnx").graph.input]
+    assert [[dim.dim_param or dim.dim_value for dim in shape] for shape in shapes] == [["batch", 3], [2, 5]]
+    more = torch.randn(3, 3), inputs[1]
+    assert tritonq.verify(model, tmp_path / "m.onnx", [more]).agrees()
+    assert tritonq.verify(model, tritonq.deploy.export_program(model, None, inputs), [more]).agrees()

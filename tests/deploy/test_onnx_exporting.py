@@ -146,3 +146,25 @@ def test_outputs_have_names_of_their_own(names, expected, tmp_path):
     tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x)
     assert [output.name for output in onnx.load(tmp_path / "m.onnx").graph.output] == expected
     assert tritonq.verify(model, tmp_path / "m.onnx", x).outputs.differing_integers == 0
+
+
+class ByAnyName(nn.Module):
+    """Takes tensors by names that its own parameters for all others have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, *args, **kwargs):
+        return self.first(kwargs["kwargs"]) + self.second(kwargs["args"])
+
+
+def test_arguments_called_as_the_parameters_for_all_others(tmp_path):
+    torch.manual_seed(0)
+    example = {"kwargs": torch.randn(3, 4), "args": torch.randn(3, 4)}
+    qat = tritonq.prepare_qat(ByAnyName(), example_inputs=example)
+    qat.train()(**example).square().mean().backward()
+    tritonq.export_onnx(qat.eval(), tmp_path / "m.onnx", example)
+    assert [value.name for value in onnx.load(tmp_path / "m.onnx").graph.input] == ["kwargs", "args"]
+    assert tritonq.verify(qat, tmp_path / "m.onnx", example).agrees()
+    assert tritonq.verify(qat, tritonq.deploy.export_program(qat, None, example), example).agrees()

@@ -74,6 +74,7 @@ def test_a_forward_takes_arguments_that_it_was_not_recorded_with():
     prepared.train()(X, items=3).square().sum().backward()
     prepared.eval()
     assert torch.equal(prepared(X, items=3), prepared(X))
+    assert torch.equal(prepared(X, options=3), prepared(X))
     with pytest.warns(UserWarning, match="a number in it changed"):
         assert not torch.equal(prepared(X, share=0), prepared(X))
     converted = convert(prepared)

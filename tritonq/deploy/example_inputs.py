@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.nn.call_arguments import names_taken
 from tritonq.prepare.record.example import Arguments
 from tritonq.prepare.record.snapshot import preserved_random_state
 from tritonq.prepare.record.structure import replace_leaves, replace_tensors, tensors_in
@@ -47,9 +48,6 @@ def open_axes(
     if first is None:
         raise ValueError("example_inputs hold no tensor with a batch axis")
     count = int(first.shape[0])
-    if batch and count == 1:
-        arguments = replace_tensors(arguments, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
-        count = 2
     dim = torch.export.Dim("batch")
 
     def shape_of(x: Any) -> dict[int, Any] | None:
@@ -63,7 +61,11 @@ def open_axes(
 
     args, kwargs = arguments
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
-    return arguments, {name: replace_leaves(value, shape_of) for name, value in bound.items()}
+    # Found before the batch is doubled, since another axis 0 may have size 2.
+    shapes = {name: replace_leaves(value, shape_of) for name, value in bound.items()}
+    if batch and count == 1:
+        arguments = replace_tensors(arguments, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
+    return arguments, shapes
 
 
 # What the axes behind batch and channels are called, by their number.
@@ -122,15 +124,17 @@ def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
 
     Args:
         traced: the model that torch.export will trace; the attribute ``forward`` of this object is replaced.
-        names: of the named arguments that it is called with; those that are parameters already are left out.
+        names: of the named arguments that it is called with; those that parameters take already are left out.
     """
     forward = traced.forward
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    known = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-    added = [name for name in names if name not in signature.parameters]
+    taken = names_taken(signature)
+    added = [name for name in names if name not in taken]
+    # ``*args`` of a forward that is called with ``args=`` got nothing: two parameters can't share a name.
+    known = [one for one in parameters if one.kind is not one.VAR_KEYWORD and one.name not in added]
     known += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in added]
 
     def named(*args: Any, **kwargs: Any) -> Any:

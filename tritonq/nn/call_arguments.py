@@ -1,4 +1,4 @@
-"""The arguments of a module's call, as hooks are given them."""
+"""The arguments of a module's call: by position, as hooks are given them, and the names that a forward takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import inspect
 from typing import Any
 
 from torch import nn
+
+
+def names_taken(signature: inspect.Signature) -> frozenset[str]:
+    """Return the names of the parameters that an argument can be given to by name.
+
+    The names of ``*args``, of ``**kwargs`` and of positional-only parameters are not among them: an argument of such a
+    name goes to ``**kwargs``.
+    """
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(name for name, parameter in signature.parameters.items() if parameter.kind in by_name)
 
 
 def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

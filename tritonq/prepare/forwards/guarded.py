@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from tritonq.nn.call_arguments import names_taken
 from tritonq.prepare.forwards.answered import AnsweredForward, answering
 from tritonq.prepare.forwards.forward_warnings import tell_once
 from tritonq.prepare.forwards.graph import ForwardData, ForwardGraph, Operands
@@ -167,15 +168,15 @@ def takes_any_arguments(forward: Callable[..., Any]) -> bool:
 def _named_parameters(forward: Callable[..., Any]) -> tuple[int, frozenset[str]] | None:
     """Return ``(count, names)`` for a forward with ``*args`` or ``**kwargs``; None for any other.
 
-    ``count`` is how many arguments it takes by position, the module included; ``names`` are those of all its
-    parameters.
+    ``count`` is how many arguments it takes by position, the module included; ``names`` are those of the parameters
+    that take arguments by name.
     """
-    parameters = inspect.signature(forward).parameters
-    kinds = [parameter.kind for parameter in parameters.values()]
+    signature = inspect.signature(forward)
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
         return None
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(kind in by_position for kind in kinds), frozenset(parameters)
+    return sum(kind in by_position for kind in kinds), names_taken(signature)
 
 
 def _gives_more(takes: tuple[int, frozenset[str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
