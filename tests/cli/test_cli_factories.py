@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_what_cannot_be_trained_is_told_before_an_image_is_read(tmp_path, capsys
     words = ["train", f"{HERE}:frozen", str(folder), "--image-size=8", "--output", str(tmp_path / "out")]
     assert main(words) == 1
     assert capsys.readouterr().err == "tritonq train: Sequential has no parameter that requires a gradient\n"
-    monkeypatch.setattr("tritonq.cli.train.join", lambda device: (Processes(0, 2), torch.device("cpu")))
+    alone = nullcontext((Processes(0, 2), torch.device("cpu")))
+    monkeypatch.setattr("tritonq.cli.train.joined", lambda device: alone)
     words = [
         "train",
         FOLDER_MODEL[0],

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from digits_runs import FILES, RECIPE
 from image_folders import image_folder
@@ -17,6 +18,7 @@ from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.models import prepare
 from tritonq.cli.preprocessing import Preprocessing
+from tritonq.cli.processes import joined
 from tritonq.cli.same_run import step_among
 from tritonq.cli.settings import Settings
 from tritonq.cli.training_loop import Run
@@ -86,3 +88,34 @@ def test_one_process_alone_names_what_is_skipped(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     open_examples(str(folder), Preprocessing(8, 8))
     assert "broken.png" in capsys.readouterr().err
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_process_group_that_was_there_stays(torchrun, group, tmp_path, capsys, monkeypatch):
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert main(["train", "builtins:dict", "digits", "--output", str(tmp_path / "out")]) == 1
+    assert "tritonq train: " in capsys.readouterr().err
+    assert dist.group.WORLD is group
+    with joined(torch.device("cpu")) as (processes, _):
+        assert (processes.rank, processes.count) == (0, 1)
+    assert dist.is_initialized()
+
+
+def test_a_process_group_of_its_own_is_left(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with joined(torch.device("cpu")):
+        assert dist.is_initialized()
+    assert not dist.is_initialized()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,23 +51,24 @@ class Processes:
             dist.barrier()
 
 
-def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the processes that torchrun started; return this one, and its device.
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes that torchrun started, and leave them at the end; give this one, and its device.
 
-    The device is a GPU of its own if ``device`` is "cuda". Without torchrun nothing happens, and ``device`` is
-    returned.
+    The device is a GPU of its own if ``device`` is "cuda". Without torchrun nothing happens, and ``device`` is given.
+    A process group that the process was in before is used, and stays.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return Processes(), device
-    if not dist.is_initialized():
+        yield Processes(), device
+        return
+    made = not dist.is_initialized()
+    if made:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", dist.get_node_local_rank())
-        torch.cuda.set_device(device)
-    return Processes(dist.get_rank(), dist.get_world_size()), device
-
-
-def leave() -> None:
-    """Leave the process group, if there is one: that of :func:`join`, or one that the process was in before."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", dist.get_node_local_rank())
+            torch.cuda.set_device(device)
+        yield Processes(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        if made:
+            dist.destroy_process_group()

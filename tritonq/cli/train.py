@@ -30,7 +30,7 @@ from tritonq.cli.models import (
 )
 from tritonq.cli.paths import held_folder, writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
-from tritonq.cli.processes import Processes, join, leave
+from tritonq.cli.processes import Processes, joined
 from tritonq.cli.same_run import check_before_images, read_run
 from tritonq.cli.settings import AMP, Settings
 from tritonq.cli.training_log import Epoch, TensorBoard, check_tensorboard, is_own_log
@@ -112,18 +112,17 @@ def main(arguments: argparse.Namespace) -> int:
     deployed, and in all processes but the first.
     """
     with ExitStack() as held:
-        held.callback(leave)
         return _main(arguments, held)
 
 
 def _main(arguments: argparse.Namespace, held: ExitStack) -> int:
     """Run the command. Every mistake that can be found without an image is reported before the first image is read.
 
-    ``held`` is left when the command ends: it frees the output folder.
+    ``held`` is left when the command ends: it frees the output folder and leaves the other processes.
     """
     mapping = find_qconfig(arguments.qconfig)
     settings = _settings(arguments, mapping)
-    processes, device = join(find_device(arguments.device))
+    processes, device = held.enter_context(joined(find_device(arguments.device)))
     settings.check_shares(processes.count)
     torch.manual_seed(settings.seed)
     model = make_model(arguments.model, arguments.model_arg)
