@@ -15,7 +15,7 @@ from torch import nn
 import tritonq
 from tritonq.deploy import onnx_session
 from tritonq.deploy.files import atomic_file, atomic_files, remove_leftovers
-from tritonq.deploy.onnx_files import drop_unread
+from tritonq.deploy.onnx_files import add_metadata, code_entries, drop_unread
 
 
 def trained():
@@ -168,6 +168,15 @@ def test_onnx_files_hold_the_caller_s_metadata(tmp_path):
         with pytest.raises(ValueError, match=message):
             tritonq.export_onnx(qat, tmp_path / "other.onnx", images[:2], metadata=metadata)
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_metadata_that_are_refused_leave_a_file_as_it_was():
+    model = onnx.ModelProto()
+    with pytest.raises(ValueError, match="'size': 3"):
+        add_metadata(model, {"classes": "ant bee", "size": 3})
+    assert not model.metadata_props
+    with pytest.raises(ValueError, match="export_onnx did not write it"):
+        code_entries(model)
 
 
 def test_only_unfinished_files_of_the_same_name_are_leftovers(tmp_path):

@@ -33,9 +33,12 @@ def code_entries(proto: Any) -> list[dict[str, Any]]:
         proto: an ``onnx.ModelProto``.
 
     Raises:
-        StopIteration: the model has no such list.
+        ValueError: the model has no such list.
     """
-    entries: list[dict[str, Any]] = json.loads(next(e.value for e in proto.metadata_props if e.key == CODES_KEY))
+    text = next((entry.value for entry in proto.metadata_props if entry.key == CODES_KEY), None)
+    if text is None:
+        raise ValueError(f"this ONNX model has no {CODES_KEY!r} in its metadata: export_onnx did not write it")
+    entries: list[dict[str, Any]] = json.loads(text)
     return entries
 
 
@@ -95,14 +98,16 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
 
     Raises:
         ValueError: a key or value that is not text, or a key that the file has already or that tritonq's own metadata
-            have. Entries before it were added.
+            have. Then nothing is added.
     """
     taken = {entry.key for entry in proto.metadata_props} | {CODES_KEY, TARGET_KEY}
-    for key, value in (metadata or {}).items():
+    entries = list((metadata or {}).items())
+    for key, value in entries:
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata of an ONNX file are texts by name, got {key!r}: {value!r}")
         if key in taken:
             raise ValueError(f"the file itself has metadata named {key!r}: choose another name")
+    for key, value in entries:
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
 
