@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from prepared_nets import X, conv
@@ -154,3 +155,31 @@ def test_numbers_that_numpy_draws_are_drawn_in_each_call_and_its_state_is_left_a
     with pytest.warns(UserWarning, match="a number in it changed"):
         first = prepared(X)
     assert not torch.equal(prepared(X), first)
+
+
+class InPlaceWithoutGradient(nn.Module):
+    """Overwrites a layer's result where no gradient needs it, as prepare_qat records it."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.conv, self.head, self.by_name = conv(), conv(), by_name
+
+    def forward(self, x):
+        if x.sum() > 1e9:  # keeps its branches
+            return x
+        x = self.conv(x)
+        in_place = not torch.is_grad_enabled()
+        return self.head(F.relu(x, inplace=in_place) if self.by_name else F.relu(x, in_place))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_whether_a_call_overwrites_its_input_may_change_after_preparation(by_name):
+    torch.manual_seed(0)
+    model = InPlaceWithoutGradient(by_name)
+    prepared = prepare_qat(model, example_inputs=X)
+    (answer,) = forward_data(prepared)["answers"].values()
+    assert (answer[0], len(answer)) == ("erase", 4)  # no number is compared
+    disable_fake_quant(prepared)
+    assert_close(prepared(X), model(X), SUMS)
+    with torch.no_grad():
+        assert_close(prepared(X), model(X), SUMS)

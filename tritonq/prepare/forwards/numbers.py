@@ -19,8 +19,9 @@ from tritonq.prepare.record.operations import operation_name
 # By position and by name: functions of torch hand their arguments on by name, and torch.compile sees them as written.
 Numbers = dict[str, Any]
 _TENSOR = "a tensor"
-# It says where a result is written, which is no part of it.
+# This argument says where a result is written, which is no part of the result: a later call may have another one.
 _WHERE = "inplace"
+_ANY = "any"
 # A key of calls whose function has no signature that Python can read, which are compared as they are written.
 _AS_WRITTEN = "as written"
 
@@ -31,7 +32,7 @@ def numbers_of_call(call: Call) -> Numbers:
     Both ``F.dropout(x, 0.5)`` and ``F.dropout(x, p=0.5)`` give
     ``{"0": "a tensor", "input": "a tensor", "1": 0.5, "p": 0.5}``.
     If Python can't find the signature of the function, as of ``torch.clamp``, an argument has only the key by which it
-    was given, and a further key "as written" is True.
+    was given, and a further key "as written" is True. The argument ``inplace`` is "any".
     Tuples become lists; what is no number, text, None, list or dict becomes its ``repr``.
     """
     given, names = _by_key(call.args, call.kwargs), _parameters(call.target)
@@ -40,23 +41,25 @@ def numbers_of_call(call: Call) -> Numbers:
     for position, name in enumerate(names):
         key = name if name in given else str(position)
         if key in given:
-            given |= {name: given[key], str(position): given[key]}
-    return given
+            value = _ANY if name == _WHERE else given[key]
+            given |= {name: value, str(position): value}
+    return {**given, _WHERE: _ANY} if _WHERE in given else given
 
 
 def has_tensors_alone(numbers: Numbers) -> bool:
     """Whether all arguments of a recorded call, as :func:`numbers_of_call` returns them, are tensors or lists of these.
 
-    An argument ``inplace`` that stands under its name only may have any value. True for an empty dict.
+    The argument ``inplace`` does not count. True for an empty dict.
     """
-    return all(key in (_WHERE, _AS_WRITTEN) or _is_of_tensors(value) for key, value in numbers.items())
+    return all(key == _AS_WRITTEN or value == _ANY or _is_of_tensors(value) for key, value in numbers.items())
 
 
 def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequence[Numbers]) -> bool:
     """Whether a call gives the same numbers and flags as one of the recorded calls.
 
-    Only the arguments that the call gives are compared: functions of torch hand the others on with their defaults. Of a
-    function without a signature that Python can read, the recorded call must have given as many arguments.
+    Only the arguments that the call gives are compared, without ``inplace``: functions of torch hand the others on with
+    their defaults. Of a function without a signature that Python can read, the recorded call must have given as many
+    arguments.
 
     Args:
         args: positional arguments of the call.
@@ -65,7 +68,7 @@ def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequen
     """
     given = _by_key(args, kwargs)
     return any(
-        all(numbers.get(key) == value for key, value in given.items())
+        all(numbers.get(key) == value or numbers.get(key) == _ANY for key, value in given.items())
         and (_AS_WRITTEN not in numbers or len(numbers) == len(given) + 1)
         for numbers in recorded
     )
@@ -91,7 +94,8 @@ def changed_numbers(
         recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them.
     """
     given = _by_key(args, kwargs)
-    before = {key: value for key, value in recorded[0].items() if key in given}
+    before = {key: value for key, value in recorded[0].items() if key in given and value != _ANY}
+    given = {key: value for key, value in given.items() if recorded[0].get(key) != _ANY}
     return (
         f"{operation_name(function)} in the forward of {owner} was recorded with the arguments "
         f"{_shown(before)} and is called with {_shown(given)}, but it became one with the operation beside it: "
