@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import tritonq
@@ -135,6 +135,30 @@ def test_wrappers_of_torch_hand_grids_on(wrap):
         assert torch.equal(model(X), plain)
         assert model[1][0].input_quantizer is inner[0].activation_post_process
         tritonq.convert(model.eval())
+
+
+class Twice(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["graph", "attention"])
+def test_other_classes_of_torch_hand_no_grid_on(kind):
+    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), example_inputs=torch.randn(3, 4))
+    model(torch.randn(3, 4))
+    assert model[1].input_quantizer is not None
+    inner = model[0]
+    if kind == "graph":
+        model[0] = fx.GraphModule(Twice(inner), fx.Tracer().trace(Twice(nn.ReLU())))
+    else:
+        model[0] = nn.MultiheadAttention(4, 2)
+        model[0].out_proj = inner
+    with pytest.warns(UserWarning, match="was put in the place of '0' after prepare_qat"):
+        assert model[1].input_quantizer is None
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -36,7 +36,7 @@ class ChildPlace(NamedTuple):
     def is_kept(self) -> bool:
         """Whether the child of that name is still the module, or a wrapper that returns its results.
 
-        A wrapper is a module of a class of torch with one child, which is the module or such a wrapper of it.
+        :func:`hands_on` says which wrappers do.
         """
         occupant = self.siblings.get(self.attribute)
         return occupant is self.module or hands_on(occupant, self.module)
@@ -45,15 +45,20 @@ class ChildPlace(NamedTuple):
 def hands_on(wrapper: nn.Module | None, module: nn.Module) -> bool:
     """Whether ``wrapper`` is ``module``, or torch's own wrapper of it, which returns what ``module`` returns.
 
-    Such wrappers are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel and DataParallel.
-    Every module of one of torch's own classes with exactly one child counts as one, an ``nn.Sequential`` too. Wrappers
-    may lie around wrappers.
-    A ``wrapper`` of None gives False.
+    Such wrappers are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel, DataParallel,
+    and an ``nn.Sequential`` of one module. Any other class may compute something of its own, torch's too, such as
+    attention or a ``torch.fx.GraphModule``. Wrappers may lie around wrappers. A ``wrapper`` of None gives False.
     """
-    while wrapper is not None and wrapper is not module and type(wrapper).__module__.startswith("torch."):
+    while wrapper is not None and wrapper is not module:
+        if type(wrapper) is not nn.Sequential and not type(wrapper).__module__.startswith(_WRAPPING_PACKAGES):
+            return False
         children = list(wrapper.children())
         wrapper = children[0] if len(children) == 1 else None
     return wrapper is module
+
+
+# Where torch keeps its wrappers. Modules of these packages with one child return what the child returns.
+_WRAPPING_PACKAGES = ("torch._dynamo.", "torch.distributed.", "torch.nn.parallel.")
 
 
 class WatchedHook:
