@@ -194,14 +194,20 @@ OPTIONS = {
     "causal": {"is_causal": True},
     "added": {"attn_mask": torch.linspace(-2, 2, 35).view(5, 7)},
     "chosen": {"attn_mask": MASK},
+    "chosen and causal": {"attn_mask": MASK.flip(1), "is_causal": True},
+    "added, with a row of nothing": {"attn_mask": torch.zeros(5, 7).masked_fill(~MASK, float("-inf"))},
+    "added to all rows and causal": {"attn_mask": torch.linspace(-2, 2, 7)[None], "is_causal": True},
 }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_attention_computes_what_torch_does(option):
-    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    q, k, v = (torch.randn(2, 3, *sizes, requires_grad=True) for sizes in ((5, 8), (7, 8), (7, 8)))
     found = ScaledDotProductAttention()(q, k, v, **OPTIONS[option])
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **OPTIONS[option]))
+    expected = F.scaled_dot_product_attention(q, k, v, **OPTIONS[option])
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (found, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_attention_shares_heads_of_keys_as_torch_does():

@@ -135,7 +135,8 @@ class ScaledDotProductAttention(MatMul):
             attn_mask: broadcasts to (..., queries, keys): bool, True for keys that count; or numbers to add to the
                 scores; None: no mask.
             dropout_p: probability of dropout on the softmax, in eval mode too, as in torch's function.
-            is_causal: whether each query reads only the keys up to its own position.
+            is_causal: whether each query reads only the keys up to its own position; with ``attn_mask``, those of them
+                that the mask lets count, as torch computes it on CPUs (its other kernels refuse both together).
             scale: factor of the scores; None: ``1 / sqrt(width)``.
             enable_gqa: whether keys and values have fewer heads than queries, and are repeated.
         """
@@ -146,14 +147,18 @@ class ScaledDotProductAttention(MatMul):
         if is_causal:
             causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~causal, float("-inf"))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        weights = scores.softmax(-1)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
+        if attn_mask is None:
+            weights = scores.softmax(-1)
+        else:
+            is_bool = attn_mask.dtype == torch.bool
+            counts = attn_mask if is_bool else attn_mask != float("-inf")
+            reads_none = ~(counts & causal if is_causal else counts).any(-1, keepdim=True)
+            if is_bool:
+                scores = scores.masked_fill(~attn_mask, float("-inf"))
+            else:  # where a gradient would be NaN, no number is added
+                scores = scores + torch.where(reads_none, 0.0, attn_mask)
             # Rows that attend to nothing are zero, as in torch.
-            weights = weights.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
+            weights = scores.softmax(-1).masked_fill(reads_none, 0.0)
         weights = cast(Tensor, self.softmax_fake_quant(weights))
         return self.joined(nn.functional.dropout(weights, dropout_p), value)
 
