@@ -337,3 +337,15 @@ def test_a_refused_conversion_in_place_leaves_the_model_as_it_was():
         convert(model, inplace=True)
     assert (list(model.state_dict()), str(tritonq.summary(model))) == (names, summary)
     assert dict(model[0]._forward_pre_hooks) == hooks
+
+
+def test_a_layer_that_computes_in_float_says_so_and_no_reason():
+    x = torch.randn(4, 32)
+    for preset in ("fp8_e4m3", "w_mxfp4"):
+        model = tritonq.prepare_qat(
+            nn.Sequential(nn.Linear(32, 4)), qconfig=tritonq.get_qconfig(preset), example_inputs=x
+        )
+        model(x)
+        text = repr(convert(model.eval()))
+        assert "arithmetic=float)" in text
+        assert "unknown" not in text

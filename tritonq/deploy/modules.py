@@ -45,7 +45,7 @@ class CodeTypes:
 
     Attributes:
         weight: per out channel or per group of input channels; None: the weight stayed in float.
-        input: of the input; None: unknown, so that the layer computes in float, with the values of its weight.
+        input: of the input; None: the layer computes in float, with the values of its weight.
     """
 
     weight: QuantizedType | None
@@ -139,7 +139,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Set ``_sum_bound``, a bound of the class's ``|Σ …|`` (0.0: input grid unknown); called after each load."""
+        """Set ``_sum_bound``, a bound of the class's ``|Σ …|`` (0.0: it computes in float); called after each load."""
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.types.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())
@@ -348,9 +348,9 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     def extra_repr(self) -> str:
         """Return the text for ``repr``: geometry, ReLU, the weight's dtype, and the kind of arithmetic."""
-        with_input = "integers" if self.multiplier is not None else "float, input grid unknown"
+        arithmetic = "float" if self.multiplier is None else "integers"
         relu = "" if self.ceiling is None else f", {describe_relu(self.ceiling)}"
-        return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={with_input}"
+        return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={arithmetic}"
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
