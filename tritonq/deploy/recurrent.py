@@ -1,10 +1,10 @@
 """Recurrent layers of a converted model: integer weights, whose values are multiplied in float.
 
 A weight's values are ``(code - zero_point) · scale``, float32, with a scale per row or per group of a row. Biases,
-gates and states are float. As in the layer that was trained, children round the input (``input_fake_quant``, if there
-is one), what one layer hands to the next (``layer_fake_quant_0``, ...) and the returned sequence, or a cell's hidden
-state (``activation_post_process``); results equal those of that layer in eval mode. Constructors take the arguments of
-:class:`QuantizedRecurrent`.
+gates and states are float. As in the layer that was trained, children round the input (``input_fake_quant``, if that
+layer has it), what one layer hands to the next (``layer_fake_quant_0``, ...) and the returned sequence, or the hidden
+state that a cell returns (``activation_post_process``); results equal those of that layer in eval mode. Constructors
+take the arguments of :class:`QuantizedRecurrent`.
 """
 
 from __future__ import annotations
@@ -138,8 +138,7 @@ class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
 class QuantizedLSTM(_QuantizedSequence, nn.LSTM):
     """``nn.LSTM`` of a converted model: integer weights with a scale per row or group, float gates, biases and states.
 
-    It has the quantizers of the trained layer, for its input, between layers and for the returned sequence, and its
-    results in eval mode.
+    It has the quantizers of the trained layer and its results in eval mode; :class:`QuantizedRecurrent` describes both.
     """
 
     float_type = nn.LSTM

@@ -1,9 +1,9 @@
-"""Quantization-aware LSTM, GRU and RNN: every weight matrix is fake-quantized, and so is the input of each layer.
+"""Quantization-aware LSTM, GRU and RNN: every weight matrix is fake-quantized, and so is the sequence of each layer.
 
-The weight's quantizer is the child with ``_fake_quant`` behind its name, such as ``weight_hh_l0_fake_quant``. The input
-is rounded by ``input_fake_quant``, which ``prepare_qat`` adds where needed, what layer i hands to the next by
-``layer_fake_quant_i``, and the returned sequence, or a cell's hidden state, by ``activation_post_process``. Biases,
-gates and other states stay in float; the arithmetic is torch's, in float.
+The weight's quantizer is the child with ``_fake_quant`` behind its name, such as ``weight_hh_l0_fake_quant``. What
+layer i hands to the next is rounded by ``layer_fake_quant_i``, and the returned sequence, or the hidden state that a
+cell returns, by ``activation_post_process``. The input is rounded only if there is a child ``input_fake_quant``, which
+``prepare_qat`` adds where needed. Biases, gates and other states stay in float; the arithmetic is torch's, in float.
 """
 
 from __future__ import annotations
@@ -135,8 +135,9 @@ class _QATSequence(QATRecurrent, RecurrentForward):
 class LSTM(_QATSequence, nn.LSTM):
     """``nn.LSTM`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
 
-    The input of each layer and the returned sequence are fake-quantized too. ``h_n`` and ``c_n`` are returned in float:
-    modules that read them round them.
+    What each layer hands to the next and the returned sequence are fake-quantized too, and the first layer's input if
+    there is a child ``input_fake_quant``, which ``prepare_qat`` adds where needed. ``h_n`` and ``c_n`` are returned in
+    float: modules that read them round them.
 
     Raises:
         TypeError: no QConfig given.
@@ -161,7 +162,8 @@ class GRU(_QATSequence, nn.GRU):
     """``nn.GRU`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
 
     What each layer hands to the next and the returned sequence are fake-quantized too, and the first layer's input if
-    there is a child ``input_fake_quant``, which ``prepare_qat`` adds where needed. ``h_n`` is returned in float.
+    there is a child ``input_fake_quant``, which ``prepare_qat`` adds where needed. ``h_n`` is returned in float:
+    modules that read it round it.
 
     Raises:
         TypeError: no QConfig given.
@@ -181,7 +183,14 @@ class GRU(_QATSequence, nn.GRU):
 class RNN(_QATSequence, nn.RNN):
     """``nn.RNN`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
 
-    The input of each layer and the returned sequence are fake-quantized too; ``h_n`` is returned in float.
+    What each layer hands to the next and the returned sequence are fake-quantized too, and the first layer's input if
+    there is a child ``input_fake_quant``, which ``prepare_qat`` adds where needed. ``h_n`` is returned in float:
+    modules that read it round it.
+
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another axis
+            than 1 or don't divide the length of a row.
 
     Examples:
         >>> import torch, tritonq
@@ -206,9 +215,10 @@ class _QATCell(QATRecurrent, RecurrentCellForward):
 
 
 class LSTMCell(_QATCell, nn.LSTMCell):
-    """``nn.LSTMCell`` with fake-quantized weights and hidden state; its arguments, plus ``qconfig=``.
+    """``nn.LSTMCell`` with fake-quantized weights and returned hidden state; its arguments, plus ``qconfig=``.
 
-    :class:`QATRecurrent` describes the quantizers.
+    :class:`QATRecurrent` describes the quantizers. The input is rounded only if there is a child ``input_fake_quant``,
+    which ``prepare_qat`` adds where needed. The cell state is returned in float.
 
     Examples:
         >>> import torch, tritonq
@@ -221,9 +231,10 @@ class LSTMCell(_QATCell, nn.LSTMCell):
 
 
 class GRUCell(_QATCell, nn.GRUCell):
-    """``nn.GRUCell`` with fake-quantized weights and hidden state; its arguments, plus ``qconfig=``.
+    """``nn.GRUCell`` with fake-quantized weights and returned hidden state; its arguments, plus ``qconfig=``.
 
-    :class:`QATRecurrent` describes the quantizers.
+    :class:`QATRecurrent` describes the quantizers. The input is rounded only if there is a child ``input_fake_quant``,
+    which ``prepare_qat`` adds where needed.
 
     Examples:
         >>> import torch, tritonq
@@ -237,7 +248,8 @@ class GRUCell(_QATCell, nn.GRUCell):
 class RNNCell(_QATCell, nn.RNNCell):
     """``nn.RNNCell`` with fake-quantized weights and returned hidden state; its arguments, plus ``qconfig=``.
 
-    :class:`QATRecurrent` describes the quantizers.
+    :class:`QATRecurrent` describes the quantizers. The input is rounded only if there is a child ``input_fake_quant``,
+    which ``prepare_qat`` adds where needed.
 
     Examples:
         >>> import torch, tritonq
