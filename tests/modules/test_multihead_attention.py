@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tritonq
 from tritonq.nn import MatMul, QATLayer
-from tritonq.nn.attention import MultiheadAttention, compute_openly
+from tritonq.nn.attention import MultiheadAttention
+from tritonq.prepare.forwards.open_attention import compute_openly
 
 WIDTH, HEADS, TOKENS = 16, 2, 5
 BOOL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
@@ -96,14 +98,58 @@ def test_a_rule_by_type_leaves_it_in_float():
     assert sum(isinstance(module, QATLayer) for module in prepared.modules()) == 4
 
 
+class Inherits(nn.MultiheadAttention):
+    """Adds a method, and computes as torch's class does."""
+
+    def width_of_heads(self):
+        return self.head_dim
+
+
+class Own(nn.MultiheadAttention):
+    """Computes by itself."""
+
+    def forward(self, query, key, value):
+        q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(Inherits, 4), (Own, 2)])
+def test_subclasses_are_quantized_as_other_modules_are(kind, layers, tmp_path):
+    def model():
+        torch.manual_seed(0)
+        made = Blocks()
+        made.attention = kind(WIDTH, HEADS, batch_first=True)
+        return made
+
+    x = torch.randn(3, TOKENS, 8)
+    prepared = tritonq.prepare_qat(model(), example_inputs=x, strict=True)
+    assert isinstance(prepared.attention, kind)
+    assert sum(isinstance(module, QATLayer) for module in prepared.attention.modules()) == layers
+    prepared(x).square().mean().backward()
+    expected = prepared.eval()(x)
+    converted = tritonq.convert(copy.deepcopy(prepared))
+    assert isinstance(converted.attention, kind)
+    assert torch.equal(converted(x), expected)
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", model())(x), expected)
+    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig()).set_object_type(kind, None)
+    prepared = tritonq.prepare_qat(model(), example_inputs=x, qconfig=mapping)
+    assert not any(isinstance(module, QATLayer) for module in prepared.attention.modules())
+
+
 class Rescaled(nn.MultiheadAttention):
     def forward(self, *args, **kwargs):
         y, weights = super().forward(*args, **kwargs)
         return 2 * y, weights
 
 
-def test_a_subclass_with_a_forward_of_its_own_stays_as_it_is():
-    model = Blocks()
+def test_a_subclass_that_calls_the_forward_of_torch_keeps_it_in_float():
+    model, x = Blocks(), torch.randn(3, TOKENS, 8)
     model.attention = Rescaled(WIDTH, HEADS, batch_first=True)
     compute_openly(model)
     assert type(model.attention) is Rescaled
+    prepared = tritonq.prepare_qat(model, example_inputs=x, warn=False)
+    reasons = {row.name: row.reason for row in tritonq.summary(prepared).in_float}
+    read = "nothing calls it: multi_head_attention_forward in the forward of attention reads its parameters"
+    assert reasons["attention.out_proj"] == read

@@ -304,25 +304,6 @@ def test_what_stays_in_float_unasked_is_told_once(caplog):
         prepare_qat(nn.Sequential(conv(), norm()), example_inputs=X, strict=True)
 
 
-def test_part_of_attention_has_its_true_reason():
-    class Own(nn.MultiheadAttention):
-        """What computes otherwise than torch's class is one operation."""
-
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    class Attends(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.head = Own(4, 2, batch_first=True), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.head(self.attention(x, x, x, need_weights=False)[0])
-
-    prepared = prepare_qat(Attends(), example_inputs=torch.randn(1, 3, 4), warn=False)
-    assert reasons(prepared)["attention.out_proj"].startswith("it is part of attention, a Own")
-
-
 class FarJoins(nn.Module):
     """Adds and multiplies where nothing near is quantized, and says so in the order of use."""
 

@@ -154,13 +154,3 @@ def _added(mask: Tensor, scores: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, float("-inf"))
     return F.pad(mask.to(scores.dtype), (0, scores.shape[-1] - mask.shape[-1]))
-
-
-def compute_openly(model: nn.Module) -> None:
-    """Give the class :class:`MultiheadAttention` to torch's attention modules in ``model``, in place.
-
-    Subclasses of torch's class stay as they are.
-    """
-    for module in model.modules():
-        if type(module) is nn.MultiheadAttention:
-            module.__class__ = MultiheadAttention

@@ -68,7 +68,8 @@ def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Mod
     Calls with the same two classes return the same class as long as something uses it.
 
     Args:
-        first: the new module's class, whose methods come first; the result has its name.
+        first: the new module's class, whose methods come first; the result has its name, or that of ``second`` if it
+            has an attribute ``stands_for``.
         second: the class of the module that was replaced.
 
     Raises:
@@ -77,14 +78,18 @@ def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Mod
     known = _joined.get((first, second))
     if known is not None:
         return known
-    namespace = {
+    # A class that stands for one of torch goes by the name of that, and so by the user's.
+    shown = second if hasattr(first, "stands_for") else first
+    namespace: dict[str, Any] = {
         "_tritonq_joined": (first, second),
-        "__module__": first.__module__,
-        "__qualname__": first.__qualname__,
-        "__doc__": first.__doc__,
+        "__module__": shown.__module__,
+        "__qualname__": shown.__qualname__,
+        "__doc__": shown.__doc__,
     }
+    if shown is second:
+        namespace["stands_for"] = second
     metaclass: Any = type(second)
-    made: type[nn.Module] = metaclass(first.__name__, (KeepsClass, first, second), namespace)
+    made: type[nn.Module] = metaclass(shown.__name__, (KeepsClass, first, second), namespace)
     _joined[first, second] = made
     return made
 

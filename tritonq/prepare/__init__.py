@@ -24,7 +24,6 @@ from torch.jit import ScriptModule
 
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING
-from tritonq.nn.attention import compute_openly
 from tritonq.nn.compile_wrapper import uncompile_children, uncompiled
 from tritonq.nn.one_sided import one_sided_layers, warn_of_weight_zero_points
 from tritonq.nn.own_input import QuantizesInput
@@ -36,6 +35,7 @@ from tritonq.prepare.earlier_paths import register_earlier_paths
 from tritonq.prepare.edit.eager import prepare_eager
 from tritonq.prepare.edit.fuse import fuse_known_modules, fuse_modules_qat
 from tritonq.prepare.forwards.graph_module import differs_by_mode
+from tritonq.prepare.forwards.open_attention import compute_openly
 from tritonq.prepare.record.example import record_examples
 from tritonq.prepare.record.snapshot import copied, undone_on_error
 from tritonq.prepare.switches import (

@@ -81,7 +81,7 @@ class LayerSearch:
             if self.qconfigs[module] is None:
                 self.reasons[name] = NO_QCONFIG
             elif not calls:
-                self.reasons[name] = self._unreached(name)
+                self.reasons[name] = why_uncalled(name, self.analysis)
             elif not self.analysis.runs_in_all_modes(calls):
                 self.reasons[name] = self.analysis.missing_mode(calls)
                 self.single_mode.add(name)
@@ -142,14 +142,21 @@ class LayerSearch:
         if obstacle is not None:
             self.reasons |= {found.module_name or found.owner: obstacle for found in followers if found is not None}
 
-    def _unreached(self, name: str) -> str:
-        """Return the reason, for the user, why no call of a module was recorded.
 
-        Either nothing ran it, or it is inside of a module whose call was recorded as one.
-        """
-        parts = name.split(".")
-        outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-        whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)
-        if whole is None:
-            return "the example inputs don't reach it"
-        return f"it is part of {whole}, a {type(self.analysis.modules[whole]).__name__} without a quantized form"
+def why_uncalled(name: str, analysis: Analysis) -> str:
+    """Return the reason, for the user, why no call of the module ``name`` was recorded.
+
+    Either it is inside of a module whose call was recorded as one, or another call reads its parameters, or nothing ran
+    it.
+    """
+    parts = name.split(".")
+    outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    whole = next((module for module in outer if analysis.flow.calls_of(module)), None)
+    if whole is not None:
+        return f"it is part of {whole}, a {type(analysis.modules[whole]).__name__} without a quantized form"
+    state = [value for value in analysis.flow.values if value.source == "state" and value.consumers]
+    own = (value for value in state if str(value.path[0]).rpartition(".")[0] == name)
+    reader = next((analysis.flow.calls[value.consumers[0]] for value in own), None)
+    if reader is None:
+        return "the example inputs don't reach it"
+    return f"nothing calls it: {reader.name} in the forward of {reader.owner or 'the model'} reads its parameters"

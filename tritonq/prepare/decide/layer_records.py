@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.called_layers import FUNCTIONS_WITH_WEIGHTS
+from tritonq.prepare.decide.find_layers import why_uncalled
 from tritonq.prepare.decide.fixed_point import Links
 from tritonq.prepare.decide.float_operations import float_operations, why_between
 from tritonq.prepare.decide.joins import Join
@@ -243,7 +244,7 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
     if name in plan.float_reasons:
         return plan.float_reasons[name]
     if not calls and not analysis.flow.frames_of(name):
-        return "the example inputs don't reach it"
+        return why_uncalled(name, analysis)
     if isinstance(module, ScriptModule):
         return "torch.jit made it: it runs as it is, since its inside can't be seen"
     if isinstance(module, _BatchNorm):

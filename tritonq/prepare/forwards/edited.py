@@ -22,7 +22,6 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, fx, nn
 
-from tritonq.nn.attention import MultiheadAttention
 from tritonq.nn.kept_class import KeepsClass, joined_class, new_joined
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.answered import answering, check_answers
@@ -30,6 +29,7 @@ from tritonq.prepare.forwards.graph import DATA_VERSION, QUANTIZING_VERSION, For
 from tritonq.prepare.forwards.graph_module import read_graph, write_graph
 from tritonq.prepare.forwards.guarded import check_values, guarded
 from tritonq.prepare.forwards.hidden import HidesChildren, container_methods
+from tritonq.prepare.forwards.open_attention import open_attention
 from tritonq.prepare.forwards.quantized import Read, quantizing
 
 
@@ -133,8 +133,8 @@ def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = 
         ValueError: data that don't describe a forward, or that call children which ``module`` doesn't have.
     """
     plain = _checked(module, data)
-    if type(module) is nn.MultiheadAttention and (data["eval"] is not None or "answers" in data):
-        module.__class__ = MultiheadAttention
+    if data["eval"] is not None or "answers" in data:
+        open_attention(module)
     if isinstance(module, fx.GraphModule):
         write_graph(module, plain)
         return

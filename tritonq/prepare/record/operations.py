@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
-from tritonq.nn.attention import MultiheadAttention
 from tritonq.prepare.record.float_types import has_own_parameters, inherits_computation, torch_base
 
 # What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
@@ -25,13 +24,13 @@ METADATA = frozenset(_METADATA_NAMES.split())
 def is_leaf(module: nn.Module) -> bool:
     """Whether the call of a module is recorded as one operation, so that nothing inside of it is recorded.
 
-    True for modules of torch.nn without children, RepVGG blocks (not subclasses), modules that torch.jit made, and
-    torch's multi-head attention with all subclasses except tritonq's own. A user's subclass of a module of torch.nn
-    without children is a leaf if it inherits the computation unchanged. False for containers, for ``nn.GLU``, and for a
+    True for modules of torch.nn without children, torch's multi-head attention, RepVGG blocks (not subclasses) and
+    modules that torch.jit made. A user's subclass of one of torch.nn is a leaf if it inherits the computation
+    unchanged. False for containers, for ``nn.GLU``, and for a
     convolution or linear layer whose weight or bias a parametrization or hook computes: the calls in their forwards are
     recorded.
     """
-    closed = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
+    closed = isinstance(module, nn.MultiheadAttention) and inherits_computation(type(module), nn.MultiheadAttention)
     if closed or isinstance(module, torch.jit.ScriptModule) or type(module) is RepVGGBlock:
         return True
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
