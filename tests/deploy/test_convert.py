@@ -347,5 +347,5 @@ def test_a_layer_that_computes_in_float_says_so_and_no_reason():
         )
         model(x)
         text = repr(convert(model.eval()))
-        assert "arithmetic=float)" in text
+        assert "arithmetic=float\n" in text
         assert "unknown" not in text
