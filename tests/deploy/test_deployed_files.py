@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import tritonq
 from tritonq.deploy import onnx_session
@@ -44,6 +45,34 @@ def test_onnx_files_hold_no_source_and_no_shared_zero_point(tmp_path):
     weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     zero_points = [node.input[2] for node in weights if len(node.input) > 2]
     assert len(zero_points) == len(set(zero_points)) == 2
+
+
+class Siamese(nn.Module):
+    """A tower that runs on two inputs, and a table that is read as such and as the matrix of scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.tower, self.inner = nn.Embedding(12, 8), nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def run(self, tokens):
+        return self.inner(self.tower(self.table(tokens).transpose(1, 2)).transpose(1, 2))
+
+    def forward(self, first, second):
+        return functional.linear(self.run(first) - self.run(second), self.table.weight)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "qdq"])
+def test_onnx_runtime_rewrites_the_weights_of_a_layer_that_runs_twice(target, tmp_path):
+    inputs, path = tuple(torch.randint(12, (2, 3, 5))), tmp_path / "model.onnx"
+    qat = tritonq.prepare_qat(Siamese(), example_inputs=inputs).train()
+    qat(*inputs)
+    tritonq.export_onnx(qat.eval(), path, inputs, target=target)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(path, options)
+    (found,) = session.run(None, {"first": inputs[0].numpy(), "second": inputs[1].numpy()})
+    if target == "onnxruntime":  # other files may differ by single codes
+        assert torch.equal(torch.from_numpy(found), qat(*inputs))
 
 
 def test_what_only_branches_read_stays_in_an_onnx_graph():

@@ -31,7 +31,7 @@ from tritonq.deploy.onnx_files import (
     code_entries,
     forget_source,
     require_onnx,
-    separate_zero_points,
+    separate_weights,
 )
 from tritonq.deploy.onnx_float_layers import quantize_layers_at_once, tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
@@ -351,7 +351,7 @@ def _write(proto: Any, target: Path, tables: list[CodeTable], pack: bool) -> Non
     for entry in code_entries(proto):
         codes.setdefault(entry["quantizer"], []).append(entry["tensor"])
     check_functions(proto, tables, codes)
-    separate_zero_points(proto)
+    separate_weights(proto)
     if pack:
         pack_weights(proto)
     content = checked(proto)

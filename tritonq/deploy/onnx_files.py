@@ -11,6 +11,11 @@ from typing import Any
 # Under these keys a file says, for `verify`, where its codes are and for which target it was written.
 CODES_KEY = "tritonq.codes"
 TARGET_KEY = "tritonq.target"
+# What may stand between int8 weights and the operator that computes with them.
+_BEFORE_WEIGHTS = ("DequantizeLinear", "Transpose", "Reshape")
+# Of operators that read weights as codes: which input these are, and which one is their zero point.
+_ZERO_POINTS = {"DequantizeLinear": (0, 2), "ConvInteger": (1, 3), "MatMulInteger": (1, 3)}
+_INT8 = 3  # onnx.TensorProto.INT8
 
 
 def require_onnx(*packages: str) -> None:
@@ -122,28 +127,77 @@ def forget_source(proto: Any) -> None:
     del graph.metadata_props[:]
 
 
-def separate_zero_points(proto: Any) -> None:
-    """Give each quantized weight of a file a zero point tensor of its own, in place.
+def separate_weights(proto: Any) -> None:
+    """Give each operator that reads quantized weights in a file codes and zero points of its own, in place.
 
     ONNX Runtime's option ``session.x64quantprecision``, which CPUs of x86 without VNNI need, rewrites weights and zero
-    points one layer at a time, and fails where two layers share one.
+    points one reader at a time, and fails where two readers share one, as those of a layer that runs twice do.
     """
     graph = proto.graph
+    taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
+    taken |= {tensor.name for tensor in graph.initializer}
+    _separate_codes(graph, taken)
+    _separate_zero_points(graph, taken)
+
+
+def _separate_codes(graph: Any, taken: set[str]) -> None:
+    """Copy int8 weights, and what is between them and their reader, for each reader but the first."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    read: set[str] = set()
+    nodes: list[Any] = []
+    for node in graph.node:
+        for place, name in enumerate(node.input if node.op_type not in _BEFORE_WEIGHTS else ()):
+            path = []  # nodes from the operand back to the weights
+            while name in makers and makers[name].op_type in _BEFORE_WEIGHTS:
+                path.append(makers[name])
+                name = path[-1].input[0]
+            if name not in constants or constants[name].data_type != _INT8:
+                continue
+            if name in read:
+                name = _copy_constant(graph, constants[name], name, taken)
+                for original in reversed(path):
+                    copied = type(original)()
+                    copied.CopyFrom(original)
+                    copied.name = _free_name(original.name, taken)
+                    copied.input[0] = name
+                    name = copied.output[0] = _free_name(original.output[0], taken)
+                    nodes.append(copied)
+                node.input[place] = name
+            read.add(name)
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        nodes = [type(node).FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        drop_unread(graph)  # what stood before the weights of copied readers alone
+
+
+def _separate_zero_points(graph: Any, taken: set[str]) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     uses = Counter(name for node in graph.node for name in node.input)
-    taken = set(constants)
     for node in graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in constants:
+        weight, point = _ZERO_POINTS.get(node.op_type, (0, len(node.input)))
+        if len(node.input) <= point or node.input[weight] not in constants:
             continue
-        shared = node.input[2]
+        shared = node.input[point]
         if shared not in constants or uses[shared] < 2:
             continue
-        name = f"{node.input[0]}.zero_point"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        copied = graph.initializer.add()
-        copied.CopyFrom(constants[shared])
-        copied.name = name
-        node.input[2] = name
+        node.input[point] = _copy_constant(graph, constants[shared], f"{node.input[weight]}.zero_point", taken)
         uses[shared] -= 1
+
+
+def _copy_constant(graph: Any, tensor: Any, name: str, taken: set[str]) -> str:
+    """Append a copy of an initialiser to a graph, and return its name, which begins with ``name``."""
+    copied = graph.initializer.add()
+    copied.CopyFrom(tensor)
+    copied.name = _free_name(name, taken)
+    return str(copied.name)
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """Return ``name``, with underscores behind it if it is in ``taken``, to which the result is added."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
