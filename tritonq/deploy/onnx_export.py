@@ -351,9 +351,9 @@ def _write(proto: Any, target: Path, tables: list[CodeTable], pack: bool) -> Non
     for entry in code_entries(proto):
         codes.setdefault(entry["quantizer"], []).append(entry["tensor"])
     check_functions(proto, tables, codes)
-    separate_weights(proto)
     if pack:
         pack_weights(proto)
+    separate_weights(proto)
     content = checked(proto)
     with atomic_file(target) as file:
         file.write(content)

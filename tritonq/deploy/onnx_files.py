@@ -14,7 +14,7 @@ TARGET_KEY = "tritonq.target"
 # What may stand between int8 weights and the operator that computes with them.
 _BEFORE_WEIGHTS = ("DequantizeLinear", "Transpose", "Reshape")
 # Of operators that read weights as codes: which input these are, and which one is their zero point.
-_ZERO_POINTS = {"DequantizeLinear": (0, 2), "ConvInteger": (1, 3), "MatMulInteger": (1, 3)}
+_ZERO_POINTS = {"DequantizeLinear": (0, 2), "MatMulInteger": (1, 3)}
 _INT8 = 3  # onnx.TensorProto.INT8
 
 
@@ -153,6 +153,8 @@ def _separate_codes(graph: Any, taken: set[str]) -> None:
                 path.append(makers[name])
                 name = path[-1].input[0]
             if name not in constants or constants[name].data_type != _INT8:
+                continue
+            if not path and place != _ZERO_POINTS.get(node.op_type, (None,))[0]:
                 continue
             if name in read:
                 name = _copy_constant(graph, constants[name], name, taken)
