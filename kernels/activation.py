@@ -42,7 +42,7 @@ def quantize_value(
     """Return ``FQ(relu?(y))`` of float32 values.
 
     The ReLU is applied if CEILING is not None. Fake quantization is applied if QUANTIZED, and if ``active`` is not 0;
-    ROUNDING names where it rounds ties: ``"half_even"`` or ``"half_away"``.
+    ROUNDING names how it rounds ties: ``"half_even"`` or ``"half_away"``. NaN stays.
     """
     if not QUANTIZED:
         return rectify(y, CEILING)
@@ -86,12 +86,12 @@ def gradient_bounds(
 ):
     """Return three scalars ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``.
 
-    With a ReLU the caller checks ``y > 0`` in place of ``low < y / unit``. ``unit`` is ``scale``, and the bounds lie
-    half a code outside the last codes, in units of ``scale``. Where a value at that tie rounds to the last code (an
-    even number of steps), the bound is one float further out. If ``active`` is 0, they are infinite, and block only
-    infinite values. After that a finite CEILING replaces ``high`` if ``CEILING / scale`` is lower, or if ``high`` is
-    infinite: ``unit`` is then 1, and ``low`` means nothing. Without QUANTIZED the result is a placeholder that nothing
-    reads.
+    ``y`` are the values before ReLU and rounding. With a ReLU the caller checks ``y > 0`` in place of ``low < y /
+    unit``. ``unit`` is ``scale``; ``low`` lies half a step below the smallest code, ``high`` half a step above the
+    largest, both in steps from the zero point. Where a value at such a bound is a tie that rounds to that code, the
+    bound is one float further out. If ``active`` is 0, both are infinite, and block only infinite quotients. After that
+    a finite CEILING replaces ``high`` if ``CEILING / scale`` is lower, or if ``high`` is infinite: ``unit`` is then 1,
+    and ``low`` must not be read. Without QUANTIZED the result is a placeholder that nothing reads.
     """
     if not QUANTIZED:
         return 1.0, 0.0, 0.0
@@ -129,8 +129,9 @@ def gradient_bounds(
 def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
     """Return a bool block: where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; False at NaN.
 
-    ``y`` holds the values before ReLU and rounding; ``unit``, ``low`` and ``high`` come from :func:`gradient_bounds`.
-    QUANTIZED: whether there is a quantizer; without one only the ReLU blocks, and the bounds are not read.
+    ``y``, float32, holds the values before ReLU and rounding; ``unit``, ``low`` and ``high`` come from
+    :func:`gradient_bounds`. QUANTIZED: whether there is a quantizer; without one only the ReLU blocks, and the bounds
+    are not read. With one, infinite ``y`` are blocked even while it is off.
     """
     if QUANTIZED:
         v = divide_by_scale(y, unit, ROUNDING)
@@ -148,9 +149,9 @@ def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.con
 @Launcher
 @triton.jit
 def range_kernel(
-    low_ptr,  # (parts,) float32: smallest value of each part; NaN or infinite for a part that is left out
-    high_ptr,  # (parts,) float32: largest value of each part; NaN or infinite for a part that is left out
-    nonfinite_ptr,  # one int64, grows by `weight` for each part that is left out
+    low_ptr,  # (parts,) float32: smallest value of each part; a part with a NaN or infinite end is left out
+    high_ptr,  # (parts,) float32: largest value of each part; a part with a NaN or infinite end is left out
+    nonfinite_ptr,  # one int64, grows by `weight` for each part left out; this, min_ptr and max_ptr: None without range
     observing_ptr,  # one uint8; None or 0 leaves the range, scale, zero point and count as they are
     switch_ptr,  # one uint8: whether fake quantization is on
     min_ptr,  # one float32, updated in place
@@ -160,7 +161,7 @@ def range_kernel(
     scale_out,  # one float32: a copy
     zero_point_out,  # one int32: a copy; None without a zero point
     active_out,  # one uint8: whether values are to be rounded
-    averaging_constant,  # weight of the new range; None keeps the smallest and largest value
+    averaging_constant,  # weight of the new range; None keeps the smallest and largest value of all batches
     eps,  # smallest scale
     parts,  # how many ranges there are to merge
     weight,  # values in a part
@@ -220,18 +221,19 @@ def merge_range(
 ) -> Grid:
     """Merge the ranges of parts of a tensor into a running range, update the grid, and return a snapshot of it.
 
-    All on the device. The ranges become one, the ReLU is applied to its ends, the running range takes it in, and scale
-    and zero point follow from that. The snapshot is a grid with copies of scale, zero point and switch (off if nothing
-    was ever observed): later updates don't change it.
+    The host does not wait. The ranges become one, the ReLU is applied to its ends, the running range takes it in, and
+    scale and zero point follow from that. The snapshot is a grid with copies of scale, zero point and switch (off, too,
+    while the running range is empty): later updates don't change it.
 
     Args:
-        low: (parts,) float32, smallest value of each part; NaN or infinite for a part that is left out.
-        high: (parts,) float32, largest values.
+        low: (parts,) float32, smallest value of each part. A part whose ``low`` or ``high`` is NaN or infinite is left
+            out. At least one part.
+        high: (parts,) float32, largest value of each part.
         weight: number of values in a part; a part that is left out adds it to the count of values that are not finite.
         grid: of the quantizer, one scale per tensor; updated in place.
-        statistics: the running range, updated in place while its switch is on; None observes nothing, and the grid
-            stays.
-        ceiling: upper bound of the ReLU between the values and the quantizer; None without a ReLU.
+        statistics: the running range, updated in place. If it is None, frozen or its switch is off, nothing is
+            observed, and the grid stays.
+        ceiling: upper bound of the ReLU between the values and the quantizer, infinity for a plain one; None: no ReLU.
     """
     device = low.device
     scale = torch.empty(1, dtype=torch.float32, device=device)

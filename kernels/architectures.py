@@ -13,7 +13,7 @@ TESTED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 def warn_if_untested(architecture: str) -> None:
     """Warn (UserWarning), once per process and architecture, if no test compiles the kernels for ``architecture``.
 
-    ``"cuda:90"`` is NVIDIA's compute capability 9.0, ``"hip:gfx942"`` an AMD GPU.
+    ``architecture`` is backend and chip: ``"cuda:90"`` is NVIDIA's compute capability 9.0, ``"hip:gfx942"`` an AMD GPU.
     """
     if architecture not in TESTED:
         warnings.warn(

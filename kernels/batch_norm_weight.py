@@ -61,8 +61,8 @@ def quantize(
     If one scale for the whole weight is to be observed, fold and range take launches of their own before.
 
     ``codes = clip(round(rows · γ/σ / scale) + zero_point) - zero_point``, ``unit = scale``. In float16 codes are
-    multiplied by the power of two nearest to their unit, and the unit divided by it. While the grid's switch is off,
-    codes are ``rows · γ/σ`` and the unit is 1.
+    multiplied by the power of two nearest to their unit (2^-24 to 2^7), and the unit divided by it. While the grid's
+    switch is off, or the running range is empty, codes are ``rows · γ/σ`` and the unit is 1.
 
     Args:
         rows: the weight, (out, ...), any float dtype.
@@ -71,16 +71,18 @@ def quantize(
         eps: of the BatchNorm.
         code_dtype: dtype of the codes, that of the convolution.
         dtype: of the arithmetic: float32.
-        grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
-        statistics: the running range of the grid, updated in place; None observes nothing.
-        known: ``(γ/σ, 1/σ)`` of a step that is run again (checkpointing), in place of ``running_var``; None: computed.
+        grid: of the weight's quantizer, updated in place when its range is; None leaves the folded weight in float.
+        statistics: the running range of the grid, updated in place. If it is None, frozen or its switch is off, nothing
+            is observed.
+        known: ``(γ/σ, 1/σ)`` of a step that is run again (checkpointing): ``running_var``, ``gamma`` and ``eps`` are
+            not read; None: both are computed.
         out: not used: a GPU's allocator hands out again what was freed.
 
     Returns:
         ``(codes, unit, ratio, γ/σ, 1/σ, clips, snapshot)``: ``codes · unit`` is the rounded folded weight, ``ratio`` is
-        ``(γ/σ) / unit``, ``clips`` whether a value may lie outside the codes, ``snapshot`` a copy of the grid as this
-        step used it (None without a grid). Codes are shaped as ``rows``; vectors are float32 (out,). γ/σ is 1/σ where
-        it would be below 1e-12 in magnitude.
+        ``(γ/σ) / unit``, ``clips`` whether a value may lie outside the codes (True with a grid), ``snapshot`` a copy of
+        the grid as this step used it, scale and switch (out,) (None without a grid, when ``unit`` is 1). Codes are
+        shaped as ``rows``; vectors are float32 (out,). γ/σ is 1/σ where it would be below 1e-12 in magnitude.
     """
     if known is None:
         fold, inverse_std = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device).unbind(0)
@@ -106,7 +108,8 @@ def codes_again(
     """Return the codes of a folded weight on a grid, shaped as ``rows``, for a backward; nothing is observed.
 
     ``clip(round(rows · fold / scale) + zero_point) - zero_point``; in float16 times the power of two nearest to the
-    scale on a logarithmic axis, from 2^-24 to 2^7. Without a grid, or while its switch is off, ``rows · fold``.
+    scale on a logarithmic axis, from 2^-24 to 2^7. Without a grid, or if its switch is off, ``rows · fold``. The bits
+    are those of :func:`quantize`, in new memory.
 
     Args:
         rows: the weight, (out, ...), any float dtype.
@@ -141,14 +144,14 @@ def gradients(
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.
         rows: the weight, (out, ...).
-        gamma: (out,), as all vectors here; None: a γ of 1.
+        gamma: (out,), as all vectors here; None: a γ of 1, and ``inverse_std``, ``eps_share``, ``sum_gn`` are not read.
         fold: ``γ/σ``, as :func:`quantize` returned it.
         inverse_std: ``1/σ``.
         unit: the factor between codes and folded values.
         eps_share: ``eps / (var + eps)``, with the batch's variance of the convolution by the weight before folding.
         sum_gn: ``Σ g (c - mean) / std`` over the batch, with g the gradient of the BatchNorm's result, c its input.
         grid: snapshot of the grid; None without a quantizer.
-        clips: whether a value may have been clipped; if not, no gradient is blocked.
+        clips: the ``clips`` of :func:`quantize`: whether a value may have been clipped; if not, no gradient is blocked.
     """
     norm = None if gamma is None else (gamma, inverse_std, eps_share, sum_gn)
     return weight_gradients(dcodes, rows, fold, unit, grid if clips else None, norm)

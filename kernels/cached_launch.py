@@ -41,9 +41,9 @@ class Launcher:
     used each time for pointers that are not aligned to 16 bytes, for tensors on a CPU (interpreter), and for tensors
     without memory (compilation for an absent GPU).
 
-    ``grid`` is a tuple of one to three numbers. Positional arguments (tensors, sizes) come first; all parameters behind
-    them are keyword arguments and must be given, even those with a default: a launch without them raises TypeError.
-    Options such as ``num_warps`` are keyword arguments, too.
+    ``grid`` is a tuple of one to three numbers of programs. Positional arguments (tensors, sizes) come first; all
+    parameters behind them are keyword arguments and must be given, even those with a default: a launch without them
+    raises TypeError. Triton's options, such as ``num_warps``, are optional keyword arguments. A launch returns None.
     """
 
     def __init__(self, function: Any) -> None:
@@ -94,5 +94,5 @@ def _key(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | 
 
 
 def has_launches(value: Tensor) -> bool:
-    """Whether kernels on ``value`` are compiled and launched; False for a CPU tensor, which the interpreter runs."""
+    """Whether ``value`` lies on a GPU (NVIDIA or AMD), where kernels are launched; False for CPU and meta tensors."""
     return value.is_cuda

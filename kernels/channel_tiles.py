@@ -84,13 +84,14 @@ def load_tile(
         strides: along (outer, rows, cols).
         outer: index of the tile along the first dimension.
         row_start: first row of the tile.
-        col_start: first column of the tile; 0 with a SKEW.
+        col_start: first column of the tile; 0 with a SKEW above 1.
         end: of the share along (outer, rows, cols).
-        other: what missing elements are; in the tensor's dtype, broadcasts against a tile.
+        other: value of elements that do not exist; in the tensor's dtype, broadcasts against a tile.
         ROWS: of the tile.
-        COLS: of the tile; with a SKEW at least a row's elements and SKEW - 1 more.
-        SKEW: elements to read at a time of rows that begin anywhere, see `View.skew`; each row then begins at the
-            multiple before it, and the elements around it, which are its neighbours', do not exist. 1: none.
+        COLS: of the tile; with a SKEW above 1 at least a row's elements and SKEW - 1 more.
+        SKEW: elements to read at a time of rows that begin anywhere in memory; each row of the tile then begins at the
+            multiple of SKEW before the row, and elements of neighbouring rows around it do not exist. 1: rows are read
+            as they are.
     """
     if SKEW == 1:
         at, mask = share_tile(outer, row_start, col_start, end, ROWS, COLS)
@@ -158,8 +159,8 @@ def load_block(
         AHEAD: tiles of the block along (outer, rows, cols).
         ROWS: rows of a tile.
         COLS: columns of a tile.
-        SKEW: elements to read at a time of rows that begin anywhere, as in :func:`load_tile`. 1: rows begin anywhere or
-            at multiples, and are read as they are.
+        SKEW: elements to read at a time of rows that begin anywhere, as in :func:`load_tile`. 1: rows are read as they
+            are.
     """
     OUTER: tl.constexpr = AHEAD[0]
     DOWN: tl.constexpr = AHEAD[1]
@@ -196,7 +197,7 @@ def partial_tile(start, channel, valid, splits, channels, SPLITS: tl.constexpr):
 
 @triton.jit
 def spread(vector, CHANNEL: tl.constexpr):
-    """Return a vector over the channels of a share with a second axis: it broadcasts against a (ROWS, COLS) tile."""
+    """Return a vector over a share's channels as (1, COLS) if CHANNEL is 2, (ROWS, 1) if it is 1, else (1, 1)."""
     if CHANNEL == 2:
         return vector[None, :]
     else:
@@ -205,7 +206,7 @@ def spread(vector, CHANNEL: tl.constexpr):
 
 @triton.jit
 def sum_per_channel(tile, CHANNEL: tl.constexpr):
-    """Return the sums of a (ROWS, COLS) tile per channel: (ROWS,), (COLS,), or (1,) for a tile of one channel."""
+    """Return the sums of a (ROWS, COLS) tile per channel: (ROWS,) if CHANNEL is 1, (COLS,) if 2, else (1,)."""
     if CHANNEL == 1:
         return tl.sum(tile, 1)
     elif CHANNEL == 2:
@@ -216,7 +217,7 @@ def sum_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def min_per_channel(tile, CHANNEL: tl.constexpr):
-    """Return the smallest values of a (ROWS, COLS) tile per channel: (ROWS,), (COLS,) or (1,); NaN may be lost."""
+    """Return a tile's smallest value per channel: (ROWS,) if CHANNEL is 1, (COLS,) if 2, else (1,); NaN may be lost."""
     if CHANNEL == 1:
         return tl.min(tile, 1)
     elif CHANNEL == 2:
@@ -227,7 +228,7 @@ def min_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def max_per_channel(tile, CHANNEL: tl.constexpr):
-    """Return the largest values of a (ROWS, COLS) tile per channel: (ROWS,), (COLS,) or (1,); NaN may be lost."""
+    """Return a tile's largest value per channel: (ROWS,) if CHANNEL is 1, (COLS,) if 2, else (1,); NaN may be lost."""
     if CHANNEL == 1:
         return tl.max(tile, 1)
     elif CHANNEL == 2:

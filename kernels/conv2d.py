@@ -39,7 +39,7 @@ def requantize(
     total,  # (pixels, outs) int32, or float32 integers below 2^24; without bias
     bias_ptr,  # (outs,) int32, or None
     multiplier_ptr,  # (outs,) float32
-    grid_scale_ptr,  # one float32: the result goes onto this grid; None: multiplier alone
+    grid_scale_ptr,  # one float32: scale of the grid that the product is rounded to; None: it is not rounded
     out,  # (outs,) channel numbers
     exists,  # (outs,) which of them there are
     ROUNDING: tl.constexpr,
@@ -101,7 +101,7 @@ def conv2d_kernel(
 ):
     """Compute PIXELS pixels of one or several images by OUTS out channels of one group: ``FQ(relu?(conv + bias))``.
 
-    With ``multiplier_ptr`` it is ``FQ(relu?((conv + bias) · multiplier))``.
+    With ``multiplier_ptr`` it is ``FQ(relu?((conv + bias) · multiplier))``. ReLU and FQ read values of y's dtype.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     pixel = tl.program_id(0).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
@@ -187,8 +187,8 @@ def conv2d(
 
     ``x`` is (n, c, h, w), ``weight`` (out, c/groups, kh, kw) of its dtype, ``bias`` (out,) or None. Stride, padding
     (zeros on each side) and dilation are (vertical, horizontal). ``ceiling`` is the upper bound of the ReLU, infinity
-    for a plain one; None: no ReLU. FQ rounds to ``grid``, per tensor; None: not at all. ``tile`` sets the launch size;
-    None takes a default.
+    for a plain one; None: no ReLU. It reads the sum rounded to the dtype of ``x``. FQ rounds to ``grid``, one scale per
+    tensor; None, or switched off: not at all. ``tile`` sets the launch size; None takes a default.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
@@ -216,11 +216,12 @@ def integer_conv2d(
     """Return ``FQ(relu?(v))`` in ``dtype`` with ``v = fl(conv(codes, weight) + bias) · multiplier`` and an exact sum.
 
     With ``onto``, of scale s, ``multiplier`` gives v in steps of s, and ``round(v) · s``, not clipped, takes its place
-    before the ReLU; ``grid`` rounds ties as it does; fl rounds to float32. ``codes`` and ``weight`` are integers minus
-    their zero points in any float dtype, bias int32 and multiplier float32 (out,). Stride, padding (zeros) and dilation
-    are (vertical, horizontal), ``ceiling`` the ReLU's bound (None: no ReLU), ``grid`` that of FQ (None: no FQ),
-    ``tile`` the launch size (None: a default). No product of an input's and a weight's code exceeds ``largest_product``
-    in magnitude: the smaller it is, the longer are the sums that float32 adds exactly.
+    before the ReLU; FQ then rounds ties as ``onto`` does; fl rounds to float32. ``codes`` and ``weight``, shaped as in
+    :func:`conv2d`, are integers minus their zero points in any float dtype, bias int32 and multiplier float32 (out,).
+    Stride, padding (zeros) and dilation are (vertical, horizontal), ``ceiling`` the ReLU's bound (None: no ReLU),
+    ``grid`` that of FQ (None: no FQ), ``tile`` the launch size (None: a default; a ValueError if sums of one step may
+    pass 2^24). The caller ensures that no product of an input's and a weight's code exceeds ``largest_product`` in
+    magnitude: the smaller it is, the longer are the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)
@@ -338,7 +339,7 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
-    """Return "tf32" for float32 values, if torch.backends.cudnn.conv.fp32_precision is it (not on AMD); else "ieee"."""
+    """Return "tf32" for float32 values on NVIDIA if torch.backends.cudnn.conv.fp32_precision is "tf32"; else "ieee"."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"
@@ -347,7 +348,7 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
 
 
 def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | str | None:
-    """Return the entry for a convolution in the table of the GPU of ``x``; that of an enclosing override comes first.
+    """Return what `launch_sizes.override` sets around the call, else a convolution's entry in the table of x's GPU.
 
     A :class:`ConvTile`: the kernel with this tile beats torch's convolution. ``"torch"``: torch's is faster. None:
     there is no entry, or no GPU. ``is_codes``: whether ``x`` and ``weight`` are integer codes.
@@ -375,12 +376,12 @@ def _tuned_tile(
 def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry) -> str:
     """Return the class of a convolution, as tables name it: ``"float16/channels_last/3x3s2/dense/large"``.
 
-    The parts are dtype, layout, kernel with stride (a dilation of 2 adds ``d2``), kind and size. The kind is
-    ``depthwise``, ``grouped``, ``stem`` (fewer than 16 in channels) or ``dense``. The size is ``large`` for an output
-    of 2^20 elements or more, else ``small``.
+    The parts are dtype, layout, kernel with stride (``s1x2`` if its numbers differ; a dilation of 2 adds ``d2``, and so
+    on), kind and size. The kind is ``depthwise``, ``grouped``, or with one group ``stem`` (fewer than 16 in channels)
+    or ``dense``. The size is ``large`` for an output of 2^20 elements or more, else ``small``.
 
     Args:
-        dtype: name of the values' dtype, or ``"codes"``.
+        dtype: name of the values' dtype, such as ``"float16"``, or ``"codes"``.
         layout: ``"channels_first"`` or ``"channels_last"``.
         x: shape of the input.
         weight: shape of the weight.

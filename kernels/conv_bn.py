@@ -60,7 +60,7 @@ def scan_statistics(
 ):
     """Return Σ (c - centre), Σ (c - centre)², min c and max c over a share: four (ROWS, COLS) float32 blocks.
 
-    Place (i, j) of each takes in element (i, j) of all ``blocks`` · AHEAD tiles; missing elements count as ``centre``.
+    Element (i, j) of each takes in element (i, j) of all tiles of all blocks; missing elements count as ``centre``.
     NaN is in both sums, and may be lost from minimum and maximum.
     """
     about = centre.to(tl.float32)
@@ -149,8 +149,8 @@ def statistics_kernel(
 def mean_from(at, step, base, mask):
     """Return ``(centre - base) + rest``, float32 (SPLITS, CHANNELS): each share's mean per channel, minus ``base``.
 
-    ``at`` points to the centres, (SPLITS, CHANNELS), and ``step`` elements further lie the rests. ``base`` (CHANNELS,)
-    is near the means, so that few digits are lost. Outside ``mask`` the result is ``-base``.
+    ``at`` points to the centres, (SPLITS, CHANNELS); each rest, ``mean - centre``, lies ``step`` elements behind its
+    centre. ``base`` (CHANNELS,) is near the means: few digits are lost. Outside ``mask`` the result is ``-base``.
     """
     centre = tl.load(at, mask=mask, other=0.0)
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)
@@ -289,20 +289,20 @@ def apply_kernel(
 
 
 def forward(
-    c: Tensor,  # (batch, channels, ...)
-    ratio: Tensor,  # (channels,): fold over unit
+    c: Tensor,  # (batch, channels, ...), without the convolution's bias; at least two values per channel
+    ratio: Tensor,  # (channels,) float32: fold over unit of the weight codes
     gamma: Tensor | None,  # (channels,), or None for 1
     beta: Tensor | None,  # (channels,), or None for 0
     bias: Tensor | None,  # of the convolution, (channels,), or None for 0
-    norm: Any,  # running_mean and running_var of the BatchNorm, both updated in place, and its momentum and eps
+    norm: Any,  # the BatchNorm's running_mean, running_var (both updated in place), momentum (number or tensor), eps
     grid: Grid | None,  # of the result, updated in place; None: no FQ, and no snapshot
     statistics: RangeStatistics | None,  # the running range behind the grid, updated in place; None: the grid stays
-    ceiling: float | None,  # upper bound of the ReLU, None without one
+    ceiling: float | None,  # upper bound of the ReLU, infinity for a plain one, None without one
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """Return ``FQ(relu?(BN(c / ratio + bias)))`` by the batch's statistics, six vectors, and a snapshot of the grid.
+    """Return ``FQ(relu?(BN(c / ratio + bias)))`` in c's dtype and strides, six vectors, and a snapshot of the grid.
 
-    The vectors, each (channels,), are mean of c, 1/std, |γ|, slope, shift and ``eps ratio² / std²``, with ``std² = var
-    + eps ratio²`` and var the biased variance of c. The result before the ReLU is ``slope · c + shift``.
+    BN takes the batch's statistics. The vectors, (channels,) float32, are mean of c, 1/std, |γ|, slope, shift and ``eps
+    ratio² / std²``: ``std² = var + eps ratio²``, var is c's biased variance. Before the ReLU: ``slope · c + shift``.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
@@ -317,9 +317,9 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(slope · c + shift))``, slope and shift per channel: the last pass of :func:`forward`.
+    """Return ``FQ(relu?(slope · c + shift))`` in c's dtype and strides: the last pass of :func:`forward`.
 
-    Without ``grid`` nothing is rounded; without ``ceiling``, the upper bound of the ReLU, there is no ReLU.
+    Slope and shift are (channels,) float32. No ``grid``: not rounded; no ``ceiling``, the ReLU's upper bound: no ReLU.
     """
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)

@@ -56,8 +56,8 @@ def scan_gradients(
 ):
     """Return two (ROWS, COLS) blocks of sums over the tiles of a share: ``Σ g`` and ``Σ g (c - mean)``.
 
-    ``g`` is the part of ``dy`` that ReLU and quantizer let pass. Place (i, j) of each block takes in element (i, j) of
-    all ``blocks`` · AHEAD tiles; missing elements add nothing. float32.
+    ``g`` is the part of ``dy`` that ReLU and quantizer let pass. Element (i, j) of each result takes in element (i, j)
+    of all tiles of all ``blocks``; missing elements add nothing. Both are float32.
     """
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
@@ -250,7 +250,7 @@ def backward(
         c: the convolution's output.
         result: the forward's vectors, (channels,) each: mean, 1/std, gain, slope, shift, eps_share.
         grid: the forward's snapshot; None without a quantizer.
-        ceiling: upper bound of the ReLU; None without one.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
         out: not used: a GPU's allocator hands out again what was freed.
     """
     mean, inverse_std, _, slope, shift, _ = result

@@ -24,8 +24,8 @@ class ConvTile(NamedTuple):
         pixels: output pixels, a power of two.
         outs: out channels, a power of two.
         channels: in channels that one step of the sum adds, a power of two.
-        warps: warps of the program, a power of two.
-        stages: steps whose operands are being loaded at a time.
+        warps: warps of the program, Triton's ``num_warps``, a power of two.
+        stages: steps whose operands are being loaded at a time, Triton's ``num_stages``.
     """
 
     pixels: int
@@ -54,7 +54,8 @@ class ConvGeometry(NamedTuple):
 def output_shape(x: Sequence[int], weight: Sequence[int], geometry: ConvGeometry) -> tuple[int, ...]:
     """Return the shape (n, out, h', w') of a convolution's output, from the shapes of its input and weight.
 
-    ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1`` for height and width.
+    ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1`` for height and width; 0 or less, unchecked, if
+    the padded input is smaller than the kernel.
     """
     sizes = (
         (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -64,7 +65,9 @@ def output_shape(x: Sequence[int], weight: Sequence[int], geometry: ConvGeometry
 
 
 def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised memory for a convolution's output, :func:`output_shape`; channels_last if ``x`` is.
+    """Return uninitialised memory for a convolution's output, on the device of ``x``; channels_last if ``x`` is.
+
+    Its shape is that of :func:`output_shape`.
 
     Args:
         x: the input, (n, c, h, w).
@@ -81,12 +84,12 @@ def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch
 
 
 def reach(x: Tensor) -> int:
-    """Return one past the largest offset of an element of ``x``, in elements: ``1 + Σ (size - 1) stride``."""
+    """Return one past the largest offset, in elements, in ``x``, not empty: ``1 + Σ (size - 1) stride``."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` has memory format channels_last and is not contiguous, too (as with one channel or one pixel)."""
+    """Whether ``x`` is channels_last but not contiguous; False with one channel or one pixel, where it is both."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

@@ -163,9 +163,10 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Return ``clip(round(x / s) + z)``, the codes of ``x``, as integer-valued float32, switch or not.
+    """Return ``clip(round(x / s) + z)``, the codes of ``x``, as integer-valued float32; the switch is not read.
 
-    For float codes it is the number of the format, not its bits. Strides are those of ``torch.empty_like(x)``.
+    For float codes it is the number of the format, not its bits. NaN stays. Strides are those of
+    ``torch.empty_like(x)``.
     """
     codes = torch.empty_like(x, dtype=torch.float32)
     _forward(x, codes, grid, codes=True)
@@ -175,9 +176,9 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
     """Return the straight-through gradient of :func:`fake_quantize`: ``dy`` where ``x`` lies in range, else 0.
 
-    In range: the rounded code, before the clip, is one of the grid's. With ``blocks_ends`` the first and the last code
-    block the gradient, too. While the grid's switch is off, all passes. In the dtype and strides of
-    ``torch.empty_like(x)``.
+    In range: the rounded code, before the clip, is one of the grid's; NaN is not. With ``blocks_ends`` the smallest and
+    the largest code block the gradient, too. While the grid's switch is off, all passes. The result has the dtype and
+    strides of ``torch.empty_like(x)``.
     """
     dx = torch.empty_like(x)
     if dx.numel() == 0:
@@ -250,8 +251,9 @@ def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, 
 def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:
     """Return the inputs and one view of them and of the dense tensor ``out``, with one stride triple per tensor.
 
-    If the strides allow no view, inputs are first copied to ``out``'s strides. All have one shape. ``axis`` is that of
-    the channels; None: there is one scale. The view's stride triples are in the order of the inputs, then ``out``.
+    If the strides allow no view, inputs with other strides than ``out`` are first copied to its strides, in their own
+    dtypes; else they are returned as they are. All have one shape, and of ``out`` no element is read. ``axis`` is that
+    of the channels; None: there is one scale. The view's stride triples are in the order of the inputs, then ``out``.
     """
     seen = view(out.shape, (*(t.stride() for t in inputs), out.stride()), axis)
     if seen is not None:

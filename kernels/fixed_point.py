@@ -41,10 +41,10 @@ def frac_len_errors_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     LENGTHS: tl.constexpr,  # number of candidates: fractional lengths 0, 1, …
-    CANDIDATES: tl.constexpr,  # LENGTHS, rounded up to a power of two
+    CANDIDATES: tl.constexpr,  # LENGTHS, rounded up to a power of two; sums behind LENGTHS are 0
     BLOCK: tl.constexpr,  # elements read at a time
 ):
-    """Write one share's squared rounding errors of one channel, for every fractional length.
+    """Write the sums of squared rounding errors of a program's tiles of one channel, for every fractional length.
 
     Squares are added in float32 within a tile, tiles in float64. Values that are not finite are left out, as are
     negative ones where QUANT_MIN is not negative.
@@ -80,8 +80,8 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """Return the squared rounding errors of ``x``, added up per fractional length f from 0 to ``candidates - 1``.
 
     ``Σ (x - clip(round(x 2^f)) 2^-f)²``, with the clip to the codes of ``qtype``; float64 (candidates,), or
-    (candidates, channels) if ``qtype`` has an axis. Values that are not finite, and negative ones if codes are
-    unsigned, are left out: they tell no candidates apart.
+    (candidates, channels) if ``qtype`` has an axis; 0 if ``x`` is empty. Values that are not finite, and negative ones
+    if codes are unsigned, are left out: they tell no candidates apart.
     """
     axis = qtype.axis
     channels = 1 if axis is None else x.shape[axis]
@@ -121,8 +121,8 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """Return which of the fractional lengths 0 to ``candidates - 1`` has least squared error; of equals the smallest.
 
-    int32: 0-d, or (channels,) if ``qtype`` has an axis. ``x`` has any shape and float dtype; ``qtype`` gives the codes'
-    range.
+    The errors are those of :func:`frac_len_errors`. int32: 0-d, or (channels,) if ``qtype`` has an axis. ``x`` has any
+    shape and float dtype; ``qtype`` gives the codes' range.
     """
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)
 

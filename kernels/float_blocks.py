@@ -54,9 +54,9 @@ def fake_quantize_blocks_kernel(
 
     A block's scale follows from its largest magnitude a (infinity counts as float32's largest number). Without a tensor
     scale it is ``2^(floor(log2 a) - GREATEST_EXPONENT)``, doubled with ROUNDS_UP if a would saturate, then clamped to
-    2^-127 .. 2^(127 - GREATEST_EXPONENT). With a tensor scale t it is ``e4m3(a / (t · LARGEST)) · t``, where e4m3
-    rounds to that format (at most 448), and 0 if that or ``t · LARGEST`` is below float32's normal numbers. A block
-    with NaN becomes NaN.
+    2^-127 .. 2^(127 - GREATEST_EXPONENT). With a tensor scale t it is ``e4m3(a · (1 / (t · LARGEST))) · t``, where e4m3
+    rounds to that format (at most 448), and 0 if this scale or ``t · LARGEST`` is below float32's normal numbers. A
+    block with NaN becomes NaN.
     """
     tensor_scale = 1.0
     if tensor_scale_ptr is not None:
@@ -86,10 +86,10 @@ def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.conste
     """Return the power-of-two scale of each block, in the range of e8m0, and its reciprocal, as exact float32.
 
     ``scale = 2^(floor(log2(largest magnitude)) - GREATEST_EXPONENT)``, doubled where ROUNDS_UP asks for it, then
-    clamped to 2^-127 .. 2^(127 - GREATEST_EXPONENT).
+    clamped to 2^-127 .. 2^(127 - GREATEST_EXPONENT); 2^-127 for a block of zeros.
 
     Args:
-        bits: int32 block, the float32 bits of each block's largest finite magnitude.
+        bits: int32, one element per block: the float32 bits of its largest magnitude, which must be finite.
         GREATEST_EXPONENT: exponent of the element format's largest number.
         LARGEST: largest finite number of the element format.
         ROUNDS_UP: whether the scale is doubled if the largest magnitude would saturate.
@@ -107,12 +107,13 @@ def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.conste
 
 @triton.jit
 def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
-    """Return each block's scale ``e4m3(magnitude / (tensor_scale · LARGEST)) · tensor_scale``, and its reciprocal.
+    """Return each block's scale ``e4m3(a · (1 / (tensor_scale · LARGEST))) · tensor_scale``, and its reciprocal.
 
-    e4m3 rounds to that format. Both are 0 if the scale is below float32's normal numbers.
+    a is the block's largest magnitude, and e4m3 rounds to that format (at most 448). Both results are 0 if the scale or
+    ``tensor_scale · LARGEST`` is below float32's normal numbers.
 
     Args:
-        bits: int32 block, the float32 bits of each block's largest finite magnitude.
+        bits: int32, one element per block: the float32 bits of a, which must be finite.
         tensor_scale: float32 scalar that all blocks share.
         LARGEST: largest finite number of the element format, to which the largest magnitude is mapped.
     """
@@ -126,7 +127,7 @@ def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
 def reciprocal_or_zero(v):
     """Return ``1 / v``; 0 for ``v`` less than 2^-126, float32's smallest normal number, and for NaN.
 
-    The reciprocal of a smaller number may be infinite. A negative ``v`` gives 0, too.
+    ``v`` is a float32 scalar or block. A negative ``v`` gives 0, too.
     """
     is_usable = v >= _SMALLEST_NORMAL
     return tl.where(is_usable, tl.div_rn(1.0, tl.where(is_usable, v, 1.0)), 0.0)
@@ -137,16 +138,17 @@ def fake_quantize_blocks(
 ) -> Tensor:
     """Return ``x`` rounded in blocks along ``axis``, each with a scale of its own; strides as ``torch.empty_like(x)``.
 
-    ``y = number · scale`` with number the element format's nearest to ``x / scale``, at most its largest. With a the
-    largest magnitude of a block (infinity counts as float32's largest number) ``scale = 2^(floor(log2 a) - e)`` with e
-    the exponent of the format's largest number (doubled if a would saturate and scales are rounded up), or with
-    ``tensor_scale`` ``e4m3(a / (tensor_scale · largest)) · tensor_scale``. A block with NaN becomes NaN.
+    ``y = number · scale`` with number the element format's nearest to ``x · (1 / scale)``, ties to even, at most its
+    largest. With a the largest magnitude of a block (infinity counts as float32's largest number) ``scale =
+    2^(floor(log2 a) - e)`` with e the exponent of the format's largest number (doubled if a would saturate and
+    ``blocks.scale_rounding`` is ``"ceil"``), or with ``tensor_scale`` ``e4m3(a · (1 / (tensor_scale · largest))) ·
+    tensor_scale``, where e4m3 rounds to that format. A block with NaN becomes NaN.
 
     The exponent of a power of two is clamped to ``-127 .. 127 - e``. With ``tensor_scale``, a scale below float32's
-    normal numbers is 0, and finite elements of its block become 0. A block of zeros stays zeros.
+    normal numbers is 0; finite elements of its block become 0, and infinities NaN. A block of zeros stays zeros.
 
     Args:
-        x: any float dtype.
+        x: float32, float16 or bfloat16, as the result.
         blocks: the format of elements and scales, and the block size.
         axis: that blocks run along; not negative. The last block may be shorter.
         tensor_scale: one float32 on the device, for e4m3 block scales; None: block scales are powers of two.

@@ -35,7 +35,7 @@ def function_backward_kernel(
     dx_ptr,  # (n,), written
     scale_ptr,  # one element: scale of the result's quantizer
     zero_point_ptr,  # one element: its zero point; None stands for zero
-    active_ptr,  # one element: its switch; 0 blocks nothing
+    active_ptr,  # one element: its switch; 0 blocks only infinite f(x) and NaN. None counts as 1
     n,
     OPERATION: tl.constexpr,  # name of the function
     NUMBER: tl.constexpr,  # its first number, or None
@@ -66,13 +66,14 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
     """Return ``FQ(f(x))`` as a dense tensor of the shape and dtype of ``x``, and the grid as this call used it.
 
     Args:
-        x: any shape, strides and float dtype.
-        function: f and its numbers.
+        x: any shape and strides; float32, float16 or bfloat16.
+        function: f and its numbers; no chain such as ``"plus > clip"``.
         grid: of the result, per tensor; scale and zero point are updated in place from the range.
         statistics: the running range behind the grid, which f(x) updates first; None observes nothing, the grid stays.
 
     Returns:
-        The result, and a copy of the grid as this step used it, for :func:`backward`.
+        The result, which is f(x) while the grid is switched off or its range has no data; and a copy of the grid as
+        this step used it, for :func:`backward`.
     """
     y = torch.empty_like(x)
     operands = (laid_out_as(y, x), None)
@@ -83,15 +84,18 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
 ) -> Tensor:
-    """Return the gradient of the function's input, ``f'(x) · dy`` where the result was not clipped; strides as ``x``.
+    """Return the gradient of the function's input, ``f'(x) · dy`` where the result was not clipped, else 0.
+
+    It has the dtype of ``dy`` and the strides of ``torch.empty_like(x)``.
 
     Args:
         dy: gradient of the result.
         x: the input, or its int8 codes if ``scale`` is given.
-        scale: one float32: the input is ``(x - shift) · scale``; None: ``x`` holds values.
+        scale: one float32: the input is ``(x - shift) · scale``, rounded to the dtype of ``dy``; None: ``x`` holds
+            values.
         shift: one number, in units of codes; None for zero.
-        function: f and its numbers.
-        grid: that :func:`forward` returned.
+        function: f and its numbers, as in the forward.
+        grid: the copy that :func:`forward` returned.
     """
     dx = torch.empty_like(x, dtype=dy.dtype)
     n = dx.numel()

@@ -44,7 +44,7 @@ _LINEAR_BLOCK = 1024
 
 @triton.jit
 def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr):
-    """Return the number of the bin of floats with ``prefix``, the top bits of their magnitude, and with this sign.
+    """Return the index of the bin of floats with ``prefix``, the top bits of their magnitude, and with this sign.
 
     Bin PER_SIDE is that of zero and of magnitudes below FIRST_PREFIX. FIRST_PREFIX has bin PER_SIDE + 1, the prefix
     after it PER_SIDE + 2, and so on up to 2 · PER_SIDE, which also counts all larger magnitudes. With a negative sign
@@ -65,13 +65,13 @@ def prefix_histogram_kernel(
     x_strides,
     sizes,  # (outer, rows, cols)
     share,  # elements that one program reads along each dimension, whole tiles
-    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    split_strides,  # factors of the program's numbers along each dimension; the sum of products is its split's number
     splits,  # how many there are: partial results per channel
     channels,
     SHIFT: tl.constexpr,  # low bits of a float32 that a prefix leaves out
     FIRST_PREFIX: tl.constexpr,  # prefix of the smallest magnitude with a bin of its own
     PER_SIDE: tl.constexpr,  # bins per sign
-    WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; 0, as with channels: none
+    WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; must be 0 with CHANNEL
     CHANNEL: tl.constexpr,  # dimension with the channels: 0, 1 or 2; None: one channel
     ROWS: tl.constexpr,  # of a tile, the elements that a program reads at a time
     COLS: tl.constexpr,
@@ -155,7 +155,7 @@ def linear_histogram_kernel(
     length,  # elements of a channel
     blocks,  # of BLOCK elements, in a channel
     bins,  # how many a channel has
-    parts,  # the bins as a float: Triton makes an integer that is 1 a number of Python
+    parts,  # the same number as ``bins``, as a float
     BLOCK: tl.constexpr,  # elements of a channel read at a time
 ):
     """Add the counts of BLOCK elements of one channel to its histogram of equal bins.
@@ -210,13 +210,13 @@ def prefix_histogram(x: Tensor, bins: Any, axis: int | None = None) -> tuple[Ten
     """Return counts, smallest and largest finite value, and the number of values that are not finite.
 
     Args:
-        x: any float dtype.
+        x: float32, float16 or bfloat16.
         bins: :class:`tritonq.bins.FloatPrefixBins`.
-        axis: that of the channels, which are counted apart; None: all values together.
+        axis: that of the channels, each with counts and ends of its own; None: all values together.
 
     Returns:
-        int64 (bins.count,) or (channels, bins.count); float32 0-d or (channels,), twice; int64 0-d. Without a finite
-        value the ends are +inf and -inf.
+        int64 (bins.count,) or (channels, bins.count); float32 0-d or (channels,), twice; int64 0-d, of all channels.
+        Without a finite value the ends are +inf and -inf.
     """
     shape = () if axis is None else (x.shape[axis],)
     counts = torch.zeros((*shape, bins.count), dtype=torch.int64, device=x.device)
@@ -242,9 +242,9 @@ def observe(
     Args:
         x: the batch.
         histogram: int64 counts, (bins.count,) or (channels, bins.count).
-        min_val: running minimum, float32, 0-d or (channels,).
-        max_val: running maximum, as ``min_val``.
-        nonfinite_count: int64, 0-d: how many values were NaN or infinite, which are left out.
+        min_val: running minimum, float32, 0-d or (channels,); +inf before the first batch.
+        max_val: running maximum, as ``min_val``; -inf before the first batch.
+        nonfinite_count: int64, 0-d; grows by the number of NaN and infinities, which are left out of all else.
         enabled: the switch, one element; 0 changes nothing. None: always on.
         bins: the bins, a `tritonq.bins.FloatPrefixBins`.
         axis: channel axis of ``x``; None: one histogram for all.

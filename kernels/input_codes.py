@@ -42,7 +42,7 @@ class InputCodes(NamedTuple):
 def shift_of(zero_point_ptr, MIDDLE: tl.constexpr):
     """Return ``zero_point - MIDDLE`` as a float32 scalar; None stands for the zero point 0.
 
-    Added to the steps from zero, it makes them fit into a byte.
+    Added to ``round(x / scale)``, it gives the byte. MIDDLE is the code that a byte holds as 0.
     """
     shift = 0.0 - MIDDLE
     if zero_point_ptr is not None:
@@ -62,8 +62,8 @@ def encode_kernel(
     x_strides,
     codes_strides,
     sizes,
-    CODE_MIN: tl.constexpr,  # smallest value that a byte holds
-    CODE_MAX: tl.constexpr,  # largest
+    CODE_MIN: tl.constexpr,  # the grid's smallest code less MIDDLE
+    CODE_MAX: tl.constexpr,  # the grid's largest code less MIDDLE
     MIDDLE: tl.constexpr,  # the code that a byte holds as 0
     CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -71,7 +71,10 @@ def encode_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write ``round(x / scale) + shift`` of one tile; the first program also writes scale and shift."""
+    """Write ``round(x / scale) + shift`` of one tile, clamped to CODE_MIN .. CODE_MAX.
+
+    Ties round to even. The first program also writes scale and shift.
+    """
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     scale = tl.load(scale_ptr)
@@ -112,8 +115,9 @@ def decode_kernel(
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     """Return ``round(x / scale) + shift``, one-byte codes, with copies of the scale and shift of ``grid``, per tensor.
 
-    With ``trusted`` it is taken for granted that ``x`` lies on the grid. Otherwise the codes are decoded and compared
-    with ``x`` (the host waits): if a value differs, the result is None.
+    ``grid`` has at most 256 codes. With ``trusted`` it is taken for granted that ``x`` lies on the grid. Otherwise the
+    codes are decoded and compared with ``x`` (the host waits): if a value differs, as NaN always does, the result is
+    None.
     """
     codes, middle = torch.empty_like(x, dtype=torch.int8), middle_of(grid)
     has_shift = grid.zero_point is not None or middle != 0
@@ -146,7 +150,7 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return ``(codes - shift) · scale`` in ``dtype``: the tensor that was given to :func:`encode`.
 
-    ``out`` is not used: a GPU's allocator hands out again what was freed.
+    ``dtype`` is that tensor's. ``out``, in which the specification computes, is not used: the result is new memory.
     """
     held = codes.codes
     x = torch.empty_like(held, dtype=dtype)

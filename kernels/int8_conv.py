@@ -28,7 +28,7 @@ def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
     """Return ``clamp(round_half_even(total · 2^-shift), QUANT_MIN, QUANT_MAX)`` in integer arithmetic.
 
     Args:
-        total: int32 or int64 accumulators.
+        total: int32 or int64 accumulators; the result has their dtype.
         shift: of the same dtype, broadcasts against ``total``; -16..30 (-16..62 for int64), which is not checked.
         QUANT_MIN: smallest code, at least -2^14.
         QUANT_MAX: largest code, at most 2^14.
@@ -56,10 +56,10 @@ def finish(
     QUANT_MIN: tl.constexpr,  # smallest code of the result, used with shift_ptr
     QUANT_MAX: tl.constexpr,  # largest code of the result
 ):
-    """Add the bias to integer sums, clamp them to ±(2^31 - 1), and turn them into codes.
+    """Add the bias to integer sums, clamp them to ±(2^31 - 1), and return them as codes.
 
-    Clamped sums are counted in ``saturated_ptr``; without it nothing is clamped. Codes are those of
-    :func:`shift_to_codes`; without ``shift_ptr`` the result is the sums, in the dtype of ``total``.
+    Clamped sums are counted in ``saturated_ptr``; without it sums are not clamped. Codes are those of
+    :func:`shift_to_codes`; without ``shift_ptr`` the result is the sums. Both have the dtype of ``total``.
     """
     total = total + bias[None, :]
     if saturated_ptr is not None:
@@ -80,7 +80,7 @@ def finish(
 def int8_conv_kernel(
     x_ptr,  # images × channels × height × width codes, by strides
     weight_ptr,  # outs × channels × KERNEL int8, by strides
-    bias_ptr,  # (outs,) int32, int64 with saturated_ptr; holds 128 Σ weight with UNSIGNED, unless DEPTHWISE
+    bias_ptr,  # (outs,) int32, int64 with saturated_ptr; bias + 128 Σ weight with UNSIGNED, unless DEPTHWISE
     shift_ptr,  # (outs,) int32, or None for accumulators
     y_ptr,  # images × outs × out_height × out_width, by strides
     saturated_ptr,  # one int64, grows by the number of clamped sums; None where no sum can pass 32 bits
@@ -109,8 +109,8 @@ def int8_conv_kernel(
 ):
     """Compute PIXELS pixels of one image by OUTS out channels: ``acc = Σ x · weight + bias``, clamped to ±(2^31 - 1).
 
-    With ``shift_ptr`` write ``clip(round_half_even(acc · 2^-shift))`` instead. Without ``saturated_ptr`` nothing is
-    clamped.
+    With ``shift_ptr`` write ``clamp(round_half_even(acc · 2^-shift), QUANT_MIN, QUANT_MAX)`` in place of acc. Without
+    ``saturated_ptr`` acc is not clamped.
     """
     image = tl.program_id(2).to(tl.int64)
     x_ptr += image * x_strides[0]
@@ -183,13 +183,13 @@ def int8_conv2d(
     Args:
         x: int8 or uint8 codes (n, c, h, w).
         weight: int8 codes (out, c/groups, kh, kw).
-        bias: int32 (out,).
+        bias: int32 (out,), in units of the sums.
         shift: int32 (out,), -8..16; a negative one multiplies. None returns the accumulators.
         stride: (vertical, horizontal), as are padding and dilation.
-        padding: zeros on each side.
-        dilation: between taps.
+        padding: codes 0 on each side.
+        dilation: distance of taps, 1 for neighbours.
         groups: 1, or c (depthwise).
-        quant_min: smallest code of the result.
+        quant_min: smallest code of the result; not used without ``shift``, as ``quant_max``.
         quant_max: largest code of the result.
         out_dtype: int8, uint8, or int32 for accumulators.
         saturated: int64 (1,), to which the number of accumulators that were clamped to ±(2^31 - 1) is added. None: the

@@ -104,7 +104,7 @@ def override(kernel: str, entry: Entry) -> Iterator[None]:
     Args:
         kernel: the kernel's name in tables, or :data:`EVERY_KERNEL` for all kernels whose entries are
             :class:`Parameters`, that is all but ``"conv2d"``.
-        entry: the launch size, as in a table.
+        entry: the launch size, as in a table; not checked.
     """
     outer = _OVERRIDES.get()
     if kernel == EVERY_KERNEL:
@@ -180,7 +180,7 @@ def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
 
     Args:
         kernel: its name in tables.
-        key: the class of shapes, such as ``"float32/flat/large"``.
+        key: of the entry in the table, such as ``"float32/flat/large"``.
         device_index: of the GPU; None: there is none, and no table.
     """
     override = overridden(kernel)
@@ -205,7 +205,8 @@ def gpu_file_stem(name: str) -> str:
 def load_table(path: Path) -> dict[str, dict[str, Entry]]:
     """Read a table of launch sizes and return its entries as ``{kernel: {key: entry}}``.
 
-    Without the file, or with a UserWarning if it is damaged, the result is empty. Files are read once per process.
+    Without the file the result is empty; so it is, with a UserWarning, if the file can't be read, has another version
+    or an invalid entry. Files are read once per process, and callers share the result: do not change it.
     """
     if not path.exists():
         return {}
@@ -280,7 +281,7 @@ def programs_that_fill(device: torch.device) -> int:
 
 
 def warp_size(device: torch.device) -> int:
-    """Return the lanes per warp: 32, or 64 on AMD. For a meta tensor that of the GPU that Triton compiles for."""
+    """Return the lanes per warp: 32, or 64 for an AMD GPU; for the meta device those of the GPU Triton compiles for."""
     if device.type == "meta":
         return int(driver.active.get_current_target().warp_size)
     return 64 if device.type == "cuda" and torch.version.hip else 32
@@ -318,6 +319,6 @@ def _plan(
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which ``x``'s GPU is torch's current device, on which Triton launches.
 
-    For a CPU tensor it does nothing.
+    For a tensor on any other device it does nothing.
     """
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

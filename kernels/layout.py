@@ -62,9 +62,10 @@ class View(NamedTuple):
 
     @property
     def alignment(self) -> int:
-        """Largest power of two, up to 8, that divides the columns and all strides of outer and rows.
+        """Largest power of two, up to 8, that divides the number of columns and all strides of outer and rows.
 
-        1 if columns are not contiguous, or if all are multiples of 16, which Triton's compiler finds out by itself.
+        1 if a tensor's columns are not contiguous, or if all these numbers are multiples of 16, which Triton's compiler
+        finds out by itself.
         """
         steps = [step for triple in self.strides for step in triple[:2]]
         common = math.gcd(self.sizes[2], *steps)
@@ -98,10 +99,10 @@ class View(NamedTuple):
     def pieces(self) -> tuple[View, int | None]:
         """Cut short rows into pieces of n elements; return the view of pieces, and how many elements a short row has.
 
-        The view of pieces has the sizes (outer, rows · cols / n, n) and the same ``channel``. A piece has elements of
-        two channels at most. n is 8 if 8 divides a plane (rows · cols) and cols is 7 or more; else 4 if 4 divides a
-        plane and cols is 3 or more. Returns the view itself and None if neither holds, or if rows are not short
-        (:attr:`lies_row_by_row`).
+        The view of pieces has the sizes (outer, rows · cols / n, n) and the same ``channel``, so that its ``channels``
+        counts pieces. A piece has elements of two channels at most. n is 8 if 8 divides a plane (rows · cols) and cols
+        is 7 or more; else 4 if 4 divides a plane and cols is 3 or more. Returns the view itself and None if neither
+        holds, or if rows are not short (:attr:`lies_row_by_row`).
         """
         outer, rows, cols = self.sizes
         fitting = (n for n in _AT_A_TIME if rows * cols % n == 0 and cols >= n - 1)
@@ -263,14 +264,13 @@ def launch_grid(programs: tuple[int, int, int]) -> LaunchGrid:
     """Return the launch for numbers of programs along (outer, rows, cols): columns on axis 0, rows on 1, outer on 2.
 
     Axes 1 and 2 take 65535 programs at most. If rows or outer have more, they trade places with the columns, and
-    ``first`` says so. (A second dimension can't pass the limit as well: that would take over 2^32 tiles of a thousand
-    elements.)
+    ``first`` says so.
 
     Args:
         programs: numbers of programs along (outer, rows, cols).
 
     Raises:
-        ValueError: two dimensions pass the limit.
+        ValueError: two dimensions have more than 65535 programs, over 2^32 in all.
     """
     first = 2
     if max(programs[0], programs[1]) > _GRID_LIMIT:
@@ -312,9 +312,10 @@ def split(
 
     Args:
         sizes: (outer, rows, cols).
-        channel: the dimension that is not reduced; each program takes one tile of it. None: all are reduced.
+        channel: index into ``sizes`` of the dimension that is not reduced; each program takes one tile of it. None: all
+            are reduced.
         tile: tile size along each dimension (1 along outer).
-        target_programs: how many programs fill the device.
+        target_programs: how many programs fill the device; more are made only for more tiles along ``channel``.
         min_elements: fewest elements that are worth another program and its partial result.
     """
     tiles = [-(-size // step) for size, step in zip(sizes, tile, strict=True)]

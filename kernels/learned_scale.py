@@ -35,20 +35,24 @@ def learned_terms(
 ):
     """Return a bool block of where the gradient of x passes, and d y / d parameter for each value, float32.
 
-    With ``v = x / parameter``, z the zero point, and code between the ends QUANT_MIN and QUANT_MAX:
+    With y the rounded x, ``v = x / parameter``, z the zero point, code between the ends QUANT_MIN and QUANT_MAX, and
+    *the end* the one of them on whose side x lies:
 
     - ``"torch"``: passes where ``round(v) + z`` is a code; ``code - z - v`` there, else ``end - z``.
     - ``"megengine"``: passes where ``QUANT_MIN <= v + z <= QUANT_MAX``; ``round(v + z) - (v + z)`` there, else the end.
     - ``"tqt"``: passes where ``QUANT_MIN - 0.5 <= v <= QUANT_MAX + 0.5``; ``code - v`` there, else the end.
     - ``"pact"``: passes where ``0 <= x < parameter``; 1 where ``x >= parameter``, else 0.
 
+    At NaN the gradient does not pass, and the second block is not to be used.
+
     Args:
         x: float32 block.
         parameter: float32 that broadcasts against ``x``: the scale; the clipping level for ``"pact"``.
-        zero_point: float32 integer, as ``parameter``, or the constant 0.
+        zero_point: float32 integer, as ``parameter``, or the constant 0; read by ``"torch"`` and ``"megengine"``.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
-        ROUNDING: of ties, ``"half_even"`` or ``"half_away"``; read by ``"torch"`` only, others round half away.
+        ROUNDING: of ties, ``"half_even"`` or ``"half_away"``; read by ``"torch"``. ``"megengine"`` and ``"tqt"`` round
+            half away, ``"pact"`` rounds nothing here.
         METHOD: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``.
     """
     if METHOD == "pact":
@@ -77,7 +81,7 @@ def learned_share(
     dx_ptr,
     parameter,  # broadcasts against a tile, as does zero_point
     zero_point,
-    rounds,  # whether the values are rounded at all
+    rounds,  # bool scalar: whether the values are rounded at all
     dy_strides,
     x_strides,
     dx_strides,
@@ -92,10 +96,10 @@ def learned_share(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Write dx of a share, and return two (ROWS, COLS) blocks of sums over its tiles.
+    """Write dx of a share, and return two float32 (ROWS, COLS) blocks of sums over its tiles.
 
-    dx is dy where the gradient passes, else 0. The first block is ``Σ dy · d y/d parameter``, the second the sum of dy
-    over values of x where it does not pass (0 without SHIFTS). NaN in x does not count in sums. :func:`learned_terms`
+    dx is dy where the gradient passes, else 0. The first block is ``Σ dy · d y/d parameter``, the second ``Σ dy`` where
+    the gradient does not pass (0 without SHIFTS). Where x is NaN, dx is 0, and nothing is summed. :func:`learned_terms`
     says where the gradient passes, and what ``d y/d parameter`` is. If values are not rounded, dx is dy and sums are 0.
     """
     of_parameter = tl.zeros([ROWS, COLS], tl.float32)
@@ -126,13 +130,13 @@ def learned_backward_kernel(
     partial_ptr,  # 2 × splits × channels float32, written: the parameter's gradient, Σ dy over clipped values
     parameter_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as parameter, int32; None stands for zero
-    active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
+    active_ptr,  # one element, uint8 or bool; 0 copies dy, and makes partial results 0. None counts as 1
     dy_strides,
     x_strides,
     dx_strides,
     sizes,  # (outer, rows, cols)
     share,  # elements that one program reads along each dimension, whole tiles
-    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    split_strides,  # along each dimension: factor of the program's number there; the products' sum numbers its split
     splits,  # how many there are: partial results per channel
     channels,
     QUANT_MIN: tl.constexpr,
@@ -148,7 +152,7 @@ def learned_backward_kernel(
     """Write dx of one share, and its partial results of the gradients of parameter and zero point.
 
     Those of the zero point are sums of dy over clipped values for method ``"torch"`` with a zero point, else 0.
-    ``add_partials_kernel`` adds them up and multiplies by ``-scale``.
+    ``add_partials_kernel`` adds up both, and multiplies the sum for the zero point by ``-scale``.
     """
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     rounds = True
@@ -185,7 +189,7 @@ def add_partials_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add the partial results of CHANNELS channels, in a fixed order, to the gradients of parameter and zero point."""
+    """Write gradients of parameter and zero point of CHANNELS channels: partial results, added in a fixed order."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     of_parameter = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -206,7 +210,7 @@ def clip_then_round_kernel(
     x_ptr,  # outer × rows × cols, by strides
     y_ptr,  # outer × rows × cols, by strides
     scale_ptr,  # (channels,) float32, or one element
-    zero_point_ptr,  # as scale, int32
+    zero_point_ptr,  # as scale, int32; not None
     active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
     x_strides,
     y_strides,
@@ -240,9 +244,11 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
     - ``"torch"``: ``clip(round(x/s) + z)``, rounded as the grid's type rounds.
     - ``"megengine"``: ``round_half_away(clip(x/s + z))``.
     - ``"tqt"``: ``clip(round_half_away(x/s))``.
-    - ``"pact"``: ``clip(round_half_even(x/s))``; ``grid.scale`` holds the clipping level ``s · quant_max``.
+    - ``"pact"``: ``clip(round(x/s))``, as the grid's type rounds; ``grid.scale`` holds the level ``s · quant_max``.
 
-    Strides are those of ``torch.empty_like(x)``. While the grid's switch is off, values stay as they are.
+    The caller's grid rounds half away for ``"megengine"`` and ``"tqt"``, and has no zero point for ``"tqt"`` and
+    ``"pact"``. Strides are those of ``torch.empty_like(x)``. While the grid's switch is off, the result is a copy of
+    ``x``.
     """
     if method == "megengine" and grid.zero_point is not None:
         return _clip_then_round(x, grid)
@@ -254,10 +260,11 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
 def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, of the learned parameter and of the zero point, from ``dy``, that of the result.
 
-    That of ``x`` is ``dy`` where it passes, else 0; that of the parameter is ``Σ dy · d y/d parameter``, both by
-    :func:`learned_terms`; that of the zero point is ``-s Σ dy`` over values where it does not pass, for method
-    ``"torch"`` with a zero point (0 for others). Where x is NaN all are 0. While the grid's switch is off, ``dy``, 0
-    and 0. The last two are float32, shaped as ``grid.scale``.
+    That of ``x`` is ``dy`` where the gradient passes, else 0, in dtype and strides as ``torch.empty_like(x)``; that of
+    the parameter is ``Σ dy · d y/d parameter``, both by :func:`learned_terms`; that of the zero point is ``-s Σ dy``
+    where the gradient does not pass, for method ``"torch"`` with a zero point (0 for others). Where ``x`` is NaN the
+    first is 0, and nothing is summed. While the grid's switch is off, the three are a copy of ``dy``, 0 and 0. The last
+    two are float32, shaped as ``grid.scale``; sums are over the values that share a scale.
 
     ``grid.scale`` is the learned parameter. ``method`` is ``"torch"``, ``"megengine"`` or ``"tqt"``, where that is the
     scale, or ``"pact"``, where it is the clipping level.

@@ -40,17 +40,17 @@ def scan_min_max(
     x_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
-    blocks,  # of AHEAD tiles
+    blocks,  # number of blocks of AHEAD tiles in the share
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FINITE_ONLY: tl.constexpr,
 ):
-    """Return minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the number of values left out.
+    """Return minimum and maximum over a share's tiles, float32 (ROWS, COLS), and the number of values left out, int64.
 
     With FINITE_ONLY NaN and infinities are left out, and counted, one number for the share. Where all elements at a
     place of the tiles are left out, the minimum is +inf and the maximum -inf. Without FINITE_ONLY nothing is left out,
-    and NaN propagates: two instructions per element.
+    NaN propagates, and the number is 0.
     """
     low = tl.full([ROWS, COLS], INF, tl.float32)
     high = tl.full([ROWS, COLS], -INF, tl.float32)
@@ -83,7 +83,7 @@ def update_range(
     valid,  # (n,) which of them exist
     min_ptr,  # (channels,) float32, updated in place
     max_ptr,  # (channels,) float32, updated in place
-    scale_ptr,  # (channels,) float32, or None
+    scale_ptr,  # (channels,) float32; None: neither scale nor zero point is written
     zero_point_ptr,  # (channels,) int32, or None: the type fixes it, and nobody keeps it
     averaging_constant,  # weight of the new batch; None for a running minimum and maximum
     eps,  # smallest scale
@@ -92,14 +92,14 @@ def update_range(
     SYMMETRIC: tl.constexpr,  # whether the type has a symmetric range
     FIXED_ZERO_POINT: tl.constexpr,  # the zero point that the type fixes, or None
     RULE: tl.constexpr,  # "torch", "torch_v1" or "megengine": how a range becomes scale and zero point
-    COPY_ABOVE: tl.constexpr,  # growth from which on the batch's range replaces the running one, or None
+    COPY_ABOVE: tl.constexpr,  # growth beyond which the batch's range replaces the running one, or None
 ):
     """Merge a batch's range into the running one, and write the scale and zero point that follow.
 
     Running extremes without ``averaging_constant``; else ``running + constant · (batch - running)``. A batch replaces
-    the range of an average if that is empty (minimum above maximum); with COPY_ABOVE so does one whose magnitude is
-    more than that times the running one, or less than 1/100 of it but not 0. A channel without a finite value in the
-    batch keeps its range.
+    the range of an average if that is empty (minimum above maximum); with COPY_ABOVE so does one whose magnitude
+    ``max(-low, high)`` is more than COPY_ABOVE times the running one's, or less than 1/100 of it but not 0. A channel
+    without a finite value in the batch keeps its range; scale and zero point are written all the same.
     """
     min_val = tl.load(min_ptr + channel, mask=valid, other=INF)
     max_val = tl.load(max_ptr + channel, mask=valid, other=-INF)
@@ -135,7 +135,7 @@ def observe_kernel(
     x_ptr,  # outer × rows × cols, by strides
     partial_ptr,  # 2 × splits × channels float32: minima, maxima; None with SINGLE
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
-    nonfinite_ptr,  # one int64, grows by the number of values skipped
+    nonfinite_ptr,  # one int64, grows by the number of values that are NaN or infinite
     min_ptr,  # (channels,) float32: running minimum, updated in place with SINGLE, else not read
     max_ptr,  # (channels,) float32: running maximum, likewise
     scale_ptr,  # (channels,) float32, written with SINGLE; None without a grid
@@ -145,10 +145,10 @@ def observe_kernel(
     x_strides,
     sizes,  # (outer, rows, cols)
     share,  # elements that one program reads along each dimension, whole tiles
-    split_strides,  # along each dimension: what the program's number there counts in the number of its split
+    split_strides,  # along each dimension: factor of the program's number there; the products' sum numbers its split
     splits,  # how many there are: partial results per channel
     channels,
-    blocks,  # of AHEAD tiles, in a share
+    blocks,  # number of blocks of AHEAD tiles in a share
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -165,7 +165,8 @@ def observe_kernel(
 ):
     """Write the smallest and largest finite value that each channel has in one share, which may hold several channels.
 
-    With SINGLE these values update the channels' ranges, scales and zero points instead.
+    They are +inf and -inf for a channel without one. With SINGLE they are not written, but update the channels' ranges,
+    scales and zero points.
     """
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
@@ -253,11 +254,12 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     """Return the smallest and the largest finite value of ``x``, and how many values are not finite.
 
     Args:
-        x: any float dtype.
-        axis: that of the channels; None: all values together.
+        x: float32, float16 or bfloat16; may be empty.
+        axis: that of the channels, may be negative; None: all values together.
 
     Returns:
-        float32 0-d or (channels,), twice; int64 0-d. A channel without finite values has the range +inf .. -inf.
+        ``(smallest, largest, count)`` on the device of ``x``: float32, 0-d or (channels,), and int64, 0-d for all
+        channels together. Without a finite value, as in an empty ``x``, they are +inf and -inf.
     """
     shape = () if axis is None else (x.shape[axis],)
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
@@ -272,9 +274,9 @@ def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) ->
 
     The range takes the extremes of all batches, or with ``statistics.averaging_constant`` c ``r + c · (batch - r)``;
     the first batch replaces the empty range. With ``statistics.copy_above`` an average is replaced by a batch whose
-    magnitude is more than that times its own, or less than 1/100 of it. Values that are not finite are left out and
-    counted. A frozen range (``statistics.frozen``), or one whose switch is off, stays as it is; without ``grid`` only
-    the range is updated.
+    magnitude ``max(-min, max)`` is more than that times its own, or less than 1/100 of it but not 0. NaN and infinities
+    are left out, and counted in ``statistics.nonfinite_count``. While ``statistics.frozen`` is True, or the range's
+    switch is 0, nothing is written; without ``grid`` only range and count are updated.
     """
     if statistics.frozen:
         return

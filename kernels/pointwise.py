@@ -29,9 +29,9 @@ def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
         ptr: values of any float dtype, or integer codes.
         offsets: of the block's elements.
         mask: which of them exist.
-        other: what is loaded in place of the others; with ``scale_ptr`` it is a code, and is shifted and scaled, too.
-        scale_ptr: one float32; None: the tensor holds values.
-        shift_ptr: one number; None stands for zero.
+        other: what stands for missing elements; with ``scale_ptr`` it is a code, and is shifted and scaled, too.
+        scale_ptr: one float32; None: ``ptr`` holds values.
+        shift_ptr: one number of any dtype, the zero point; None stands for zero. Not read without ``scale_ptr``.
     """
     value = tl.load(ptr + offsets, mask=mask, other=other).to(tl.float32)
     if scale_ptr is not None:
@@ -45,7 +45,8 @@ def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
 def operate(a, b, OPERATION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
     """Return ``a + b`` ("add"), ``a * b`` ("mul"), ``a`` ("none"), or a function of ``a``, as OPERATION names it.
 
-    NUMBER and OTHER_NUMBER are the numbers of that function (the slope of "leaky_relu"), None if it has none.
+    :func:`function_value` has the functions' names, and what NUMBER and OTHER_NUMBER are; they are not read for "add",
+    "mul" and "none". ``b`` is read for "add" and "mul" only.
     """
     if OPERATION == "none":
         return a
@@ -59,11 +60,12 @@ def operate(a, b, OPERATION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: t
 
 @triton.jit
 def function_value(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_NUMBER: tl.constexpr):
-    """Return FUNCTION of float32 values; NaN stays NaN. NUMBER and OTHER_NUMBER are its numbers, None if it has none.
+    """Return FUNCTION of float32 values ``x``; NaN stays NaN.
 
     The names, with their numbers: sigmoid, tanh, silu, hardsigmoid, hardswish, gelu, tanh_gelu, mish, square, abs,
     leaky_relu (slope), elu (alpha), softplus (beta, threshold), clip (low, high), plus (``x + a``), times (``x · a``),
-    over (``x / a``), from (``a - x``), ratio (``a / x``).
+    over (``x / a``), from (``a - x``), ratio (``a / x``). NUMBER is the first number (such as a), OTHER_NUMBER the
+    second; each is None where the function has no such number.
     """
     if FUNCTION == "sigmoid":
         return _sigmoid(x)
@@ -111,7 +113,7 @@ def function_derivative(x, FUNCTION: tl.constexpr, NUMBER: tl.constexpr, OTHER_N
     """Return the derivative of FUNCTION, with its numbers as in :func:`function_value`, at float32 values ``x``.
 
     Where it jumps: at 0 it is 0 for "abs" and NUMBER for "leaky_relu" and "elu"; at both ends it is 1 for "clip" and 0
-    for "hardsigmoid"; for "hardswish" it is 0 at -3 and 1 at 3.
+    for "hardsigmoid"; for "hardswish" it is 0 at -3 and 1 at 3; for "softplus" sigmoid(threshold) at the threshold.
     """
     if FUNCTION == "sigmoid":
         y = _sigmoid(x)

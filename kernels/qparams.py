@@ -28,7 +28,7 @@ def range_to_qparams(
     eps,  # smallest scale
     QUANT_MIN: tl.constexpr,  # smallest code
     QUANT_MAX: tl.constexpr,  # largest code
-    SYMMETRIC: tl.constexpr,  # whether the range is made symmetric; read by "torch_v1"
+    SYMMETRIC: tl.constexpr,  # whether the range is made symmetric; read by "torch_v1" only
     FIXED_ZERO_POINT: tl.constexpr,  # the zero point that the type fixes; None: it is computed
     RULE: tl.constexpr,  # "torch", "torch_v1" or "megengine": see `tritonq.qparams`
 ):
@@ -40,7 +40,8 @@ def range_to_qparams(
     - "torch", "megengine" with a fixed zero point: ``scale = max(max(-min, max) / (codes / 2), eps)``.
     - "torch", "megengine" without: ``scale = max((max - min) / codes, eps)``, ``zero_point = QUANT_MIN - round(min /
       scale)``; "torch" rounds ties to even and clips it to the codes, "megengine" rounds them away from zero.
-    - "torch_v1": in float64, as torch's fused moving-average operator; eps is not read, nor is the type's zero point.
+    - "torch_v1": mostly in float64, as torch's fused moving-average operator; eps is not read, and FIXED_ZERO_POINT
+      only for ranges that are empty or not finite.
 
     ``codes = QUANT_MAX - QUANT_MIN``.
     """

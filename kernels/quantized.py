@@ -16,7 +16,7 @@ class FloatFormat(Protocol):
 
     @property
     def mantissa_bits(self) -> int:
-        """Number of mantissa bits, without the implicit one."""
+        """Number of mantissa bits, without the implicit one; 3 for E4M3."""
 
     @property
     def least_exponent(self) -> int:
@@ -32,7 +32,7 @@ class FloatFormat(Protocol):
 
     @property
     def overflow(self) -> float:
-        """The number that would follow the largest; magnitudes that round to it block the gradient."""
+        """Number that would follow the largest, 480 for E4M3; magnitudes that round to it block the gradient."""
 
 
 class BlockFormat(Protocol):
@@ -50,8 +50,8 @@ class BlockFormat(Protocol):
     def scale_rounding(self) -> str:
         """How a power-of-two scale is chosen, ``"floor"`` or ``"ceil"``.
 
-        With ``"floor"`` the largest element has the elements' greatest exponent, and may saturate. With ``"ceil"`` the
-        scale is twice as large in blocks where it would.
+        With ``"floor"`` a block's largest element, divided by the scale, has the greatest exponent of
+        ``element_format``, and may saturate. With ``"ceil"`` the scale is twice as large in blocks where it would.
         """
 
 
@@ -68,7 +68,7 @@ class QuantizedType(Protocol):
 
     @property
     def axis(self) -> int | None:
-        """Axis along which scales differ; None: one scale."""
+        """Axis of the tensor along which scales differ, may be negative; None for one scale."""
 
     @property
     def symmetric(self) -> bool:
@@ -80,7 +80,10 @@ class QuantizedType(Protocol):
 
     @property
     def rounding(self) -> str:
-        """How ties are rounded: ``"half_even"`` or ``"half_away"``."""
+        """How ties are rounded, ``"half_even"`` or ``"half_away"``.
+
+        With the former values are multiplied by the reciprocal of the scale, with the latter divided by the scale.
+        """
 
     @property
     def float_format(self) -> FloatFormat | None:
@@ -96,7 +99,7 @@ class Grid(Protocol):
 
     @property
     def zero_point(self) -> Tensor | None:
-        """int32, shaped as the scale; None stands for zero."""
+        """Zero point, int32, shaped as the scale; None stands for zero."""
 
     @property
     def qtype(self) -> QuantizedType:
@@ -104,13 +107,13 @@ class Grid(Protocol):
 
     @property
     def enabled(self) -> Tensor | None:
-        """The switch: one element, 0 passes values through unrounded. None: always on."""
+        """The switch, one element, uint8 or bool; 0 passes values through unrounded, None is always on."""
 
     def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:
-        """Return a grid of the same type with these tensors as scale, zero point and switch."""
+        """Return a grid of the same type with these tensors, not copies, as scale, zero point and switch."""
 
     def with_scale(self, scale: Tensor) -> Grid:
-        """Return the same grid with another scale."""
+        """Return a new grid with another scale; it shares the type, the zero point and the switch."""
 
 
 class Function(Protocol):
@@ -118,11 +121,11 @@ class Function(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the function, such as ``"silu"``."""
+        """Name of the function, one of `tritonq.kernels.pointwise.function_value`, such as ``"silu"``."""
 
     @property
     def arguments(self) -> tuple[float, ...]:
-        """Numbers that the function takes beside the tensor, at most two: ``(0.1,)`` for a leaky ReLU."""
+        """Numbers that the function takes beside the tensor, at most two; ``(0.1,)`` for a leaky ReLU of that slope."""
 
 
 class Granularity(Protocol):
@@ -146,7 +149,7 @@ class RangeStatistics(Protocol):
 
     @property
     def nonfinite_count(self) -> Tensor:
-        """Number of values observed that were not finite: int64, 0-d."""
+        """Number of values so far that were not finite and left out, int64, 0-d; kernels add to it in place."""
 
     @property
     def granularity(self) -> Granularity:
@@ -154,11 +157,11 @@ class RangeStatistics(Protocol):
 
     @property
     def enabled(self) -> Tensor | None:
-        """The switch: one element, 0 leaves the range as it is. None: always on."""
+        """The switch, one element; 0 leaves range, count and grid as they are, None is always on."""
 
     @property
     def frozen(self) -> bool:
-        """Whether the range is only read, whatever the switch says."""
+        """Whether range, count and grid are only read, whatever the switch says."""
 
     @property
     def averaging_constant(self) -> float | None:
@@ -166,9 +169,9 @@ class RangeStatistics(Protocol):
 
     @property
     def copy_above(self) -> float | None:
-        """Factor by which a batch must exceed the running magnitude to replace an average; None if only the first does.
+        """Factor by which a batch's magnitude ``max(-min, max)`` must exceed the running one's to replace an average.
 
-        With a factor so does a batch below 1/100 of that magnitude, unless it is all 0.
+        So does a batch below 1/100 of the running magnitude, unless it is all 0. None: only the first batch does.
         """
 
     @property
@@ -177,14 +180,11 @@ class RangeStatistics(Protocol):
 
     @property
     def eps(self) -> float:
-        """Smallest scale."""
+        """Smallest scale, which the rule ``"torch_v1"`` does not read."""
 
     @property
     def has_data(self) -> bool:
-        """True: the host has found that something was observed.
-
-        False: nobody looked, so that kernels read the range.
-        """
+        """Whether the host found that something was observed; if False, nobody looked, and kernels read the range."""
 
 
 # What the range rule compiles to where nothing observes.
@@ -195,7 +195,10 @@ NO_RANGE: dict[str, Any] = {
 
 
 def grid_pointers(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return ``(scale, zero_point, switch)`` of a grid as contiguous tensors; None for each that it lacks."""
+    """Return ``(scale, zero_point, switch)`` of a grid as contiguous tensors; None for each that it lacks.
+
+    All are None without a grid. Kernels may only read them: one that was not contiguous is a copy.
+    """
     if grid is None:
         return None, None, None
     zero_point = grid.zero_point
@@ -203,7 +206,7 @@ def grid_pointers(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def grid_constants(grid: Grid | None) -> dict[str, Any]:
-    """Return QUANT_MIN, QUANT_MAX and ROUNDING of a kernel that rounds to the grid; placeholders if it is None.
+    """Return QUANT_MIN, QUANT_MAX and ROUNDING, by name, of a kernel that rounds to ``grid``; placeholders without it.
 
     Raises:
         NotImplementedError: the grid has float codes, which only the kernels of `tritonq.kernels.fake_quant` round to.
@@ -218,8 +221,8 @@ def grid_constants(grid: Grid | None) -> dict[str, Any]:
 def float_constants(number: FloatFormat | None) -> dict[str, Any]:
     """Return a float format's constants for a kernel, by name; each is None if the format is None.
 
-    MANTISSA_BITS; LEAST_EXPONENT, of the smallest normal number; LARGEST, the largest finite number; OVERFLOW, the
-    number that would follow it.
+    MANTISSA_BITS, without the implicit one; LEAST_EXPONENT, of the smallest normal number; LARGEST, the largest finite
+    number; OVERFLOW, the number that would follow it.
     """
     if number is None:
         return {"MANTISSA_BITS": None, "LEAST_EXPONENT": None, "LARGEST": None, "OVERFLOW": None}
@@ -232,12 +235,12 @@ def float_constants(number: FloatFormat | None) -> dict[str, Any]:
 
 
 def switch_of(grid: Grid) -> Tensor:
-    """Return the switch of a grid; a tensor with a one if it has none, for kernels that need a switch."""
+    """Return the switch of a grid; a new uint8 tensor (1,) that holds 1 if it has none, on the device of the scale."""
     return torch.ones(1, dtype=torch.uint8, device=grid.scale.device) if grid.enabled is None else grid.enabled
 
 
 def observing_switch(statistics: RangeStatistics | None) -> Tensor | None:
-    """Return the switch of a running range; None if there is no range, or if it is frozen.
+    """Return the switch of a running range; None if nothing observes: there is no range, or it is frozen.
 
     For a range without a switch it is a new uint8 tensor (1,) that holds 1.
     """
@@ -249,16 +252,17 @@ def observing_switch(statistics: RangeStatistics | None) -> Tensor | None:
 
 
 def has_data(statistics: RangeStatistics | None) -> bool:
-    """Whether the host knows that a grid's range has data, or the grid has no range; if not, kernels read the range."""
+    """Whether ``statistics`` is None, or the host knows that the range has data; if False, kernels read the range."""
     return statistics is None or statistics.has_data
 
 
 def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> dict[str, Any]:
     """Return the constants with which a kernel merges a range and computes scale and zero point from it.
 
-    They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE; placeholders if ``grid``
-    or ``statistics`` is None, or the range is frozen, so that nothing is observed. Float codes have the format's
-    largest number and its negative for QUANT_MAX and QUANT_MIN.
+    By name: QUANT_MIN and QUANT_MAX (of float codes the format's largest number and its negative), SYMMETRIC,
+    FIXED_ZERO_POINT (0 for all symmetric types with rule ``"megengine"``), RULE and COPY_ABOVE. If ``grid`` or
+    ``statistics`` is None, or the range is frozen, nothing is observed, and they are placeholders, in the shared dict
+    NO_RANGE itself, which must not be changed.
     """
     if grid is None or statistics is None or statistics.frozen:
         return NO_RANGE

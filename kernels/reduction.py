@@ -36,11 +36,11 @@ class Reduction(NamedTuple):
 
     Attributes:
         view: the tensor's three dimensions (outer, rows, cols), and which of them holds the channels.
-        tile: what a program reads at a time.
-        share: elements that a program takes along each dimension of the view: whole tiles.
-        grid: how many programs the first kernel has along each dimension.
-        split_strides: factors of the program numbers along each dimension; their sum of products is the number of the
-            partial result.
+        tile: rows and columns that a program reads at a time, and its number of warps.
+        share: elements that a program takes along (outer, rows, cols): whole tiles.
+        grid: launch of the first kernel: its programs along the axes of the launch, and the dimension on axis 0.
+        split_strides: factors of a program's numbers along (outer, rows, cols), 0 for the channels; the sum of products
+            is the number of its partial result.
         splits: partial results per channel.
     """
 
@@ -126,9 +126,9 @@ class Reduction(NamedTuple):
 
 
 def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
-    """Return ``x`` and its view; a contiguous copy of ``x`` and that copy's view if its strides allow none.
+    """Return ``x`` and its view; if the strides of ``x`` allow no view, a contiguous copy and the view of that.
 
-    ``axis`` is that of the channels; None: the whole tensor is reduced to one result.
+    ``axis`` is that of the channels, and may be negative; None: the whole tensor is reduced to one result.
     """
     seen = view(x.shape, (x.stride(),), axis)
     if seen is not None:
@@ -138,9 +138,9 @@ def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
 
 
 def plan_reduction(x: Tensor, seen: View) -> Reduction:
-    """Return how a reduction of ``x`` is divided among so many programs as fill the device that ``x`` lies on.
+    """Return how a reduction of ``x`` is divided among programs: as many as fill the device, fewer for a small tensor.
 
-    ``seen`` is the view of ``x`` from :func:`viewed`. Of ``x`` only dtype and device count.
+    ``seen`` is the view of ``x`` from :func:`viewed`. Nothing else of ``x`` is read but its dtype and its device.
     """
     shares: Reduction = planned_reduction(x.dtype, seen, x.device, warp_size(x.device))
     return shares
@@ -148,7 +148,7 @@ def plan_reduction(x: Tensor, seen: View) -> Reduction:
 
 @planned("min_max")
 def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp_size: int) -> Reduction:
-    """Return how a reduction of a tensor with this dtype, view and device is divided among programs; remembered.
+    """Return, from a cache, how a reduction of a tensor with this dtype, view and device is divided among programs.
 
     ``seen`` is the view of the tensor, ``warp_size`` the device's lanes per warp.
     """

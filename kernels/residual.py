@@ -48,14 +48,16 @@ def join_backward_kernel(
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(a + b))`` as a dense tensor, and the mask of where the gradient passes, one bit per element.
+    """Return ``FQ(relu?(a + b))`` as a dense tensor of ``a``'s dtype, and a mask, one bit per element for the backward.
 
-    The mask is uint8 (plane,): bit b of byte i belongs to element ``b · plane + i`` in the result's memory order.
+    The mask is uint8 (plane,): bit b of byte i belongs to element ``b · plane + i`` in the result's memory order, and
+    is 1 where the gradient passes.
 
     Args:
         a: any shape.
         b: of ``a``'s shape and dtype.
-        grid: of the quantizer, per tensor; None: the sum is neither observed nor rounded.
+        grid: of the quantizer, per tensor; None: the sum is neither observed nor rounded. While its switch is off or
+            its range is empty, the sum is not rounded.
         statistics: the running range of the grid: ``relu?(a + b)`` updates it first, in place, and the grid follows.
             None: nothing is observed, and the grid stays as it is.
         ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
@@ -69,7 +71,7 @@ def forward(
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
     """Return ``dy`` for elements whose bit of the mask is set, else 0: the gradient of both inputs.
 
-    ``dy`` is dense, in the memory order of the forward's result; ``mask`` is the forward's.
+    ``dy`` is dense, in the memory order of the forward's result, and is not changed; ``mask`` is the forward's.
     """
     g = torch.empty_like(dy)
     plane = mask.numel()

@@ -45,9 +45,11 @@ def scan_results(
 ):
     """Return minimum and maximum of f(a, b), before ReLU and rounding, over a share, and how many were left out.
 
-    All are (BLOCK,), to be merged.
+    Each is (BLOCK,), one number per lane, which the caller merges: float32, float32, int32. The share must not be
+    empty.
 
-    With FINITE_ONLY NaN and infinities are left out. Without it nothing is, and NaN propagates.
+    With FINITE_ONLY NaN and infinities are left out; a lane without other values gets infinity as its minimum and
+    -infinity as its maximum. Without it nothing is left out, and NaN propagates.
     """
     low = tl.full([BLOCK], INF, tl.float32)
     high = tl.full([BLOCK], -INF, tl.float32)
@@ -84,7 +86,7 @@ def rounded_range_kernel(
     low_ptr,  # (programs,) float32, written
     high_ptr,  # (programs,) float32, written
     nonfinite_ptr,  # one int64, grows by the number of values skipped
-    observing_ptr,  # one uint8, 0 ends the kernel
+    observing_ptr,  # one uint8; 0: nothing is written
     n,
     share,  # elements per program: whole blocks
     OPERATION: tl.constexpr,  # "add", "mul", "none", or a function of a; names: `tritonq.kernels.pointwise`
@@ -120,7 +122,7 @@ def rounded_range_kernel(
 def rounded_kernel(
     a_ptr,  # (n,)
     b_ptr,  # (n,), or None
-    y_ptr,  # (n,)
+    y_ptr,  # (n,), written
     mask_ptr,  # (plane,) uint8, written: bits that are 1 where the gradient passes; or None
     scale_ptr,  # one element; None without a quantizer
     zero_point_ptr,  # one element; None stands for zero
@@ -165,7 +167,8 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 
     Args:
         y: float32, dense; overwritten.
-        grid: of the quantizer, per tensor, updated in place from the range.
+        grid: of the quantizer, per tensor, updated in place from the range. While its switch is off or the range is
+            empty, ``relu?(y)`` is written.
         statistics: the running range of the grid, updated first by ``relu?(y)``; None: nothing is observed.
         ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """
@@ -187,14 +190,18 @@ def write_rounded(
     """Write ``FQ(relu?(f(a, b)))`` and the mask of its gradient; return a snapshot of the grid, or None without a grid.
 
     Args:
-        operands: ``(a, b)``, laid out as ``y``; b is None for an operation of one operand.
-        y: where the result is written; dense; may be an operand.
+        operands: ``(a, b)``, of ``y``'s shape and strides; b is None for an operation of one operand.
+        y: where the result is written, rounded once to its dtype; dense; may be an operand.
         mask: where the mask is written, uint8 of :func:`plane_length` elements; None leaves it out.
         operation: ``"add"``, ``"mul"``, ``"none"`` (a itself) or a function of a, such as ``"silu"``.
-        arguments: the numbers of that operation, at most two.
-        grid: per tensor; updated in place if there are ``statistics``. None leaves the result in float.
+        arguments: the numbers of that operation, at most two, such as ``(0.1,)`` for ``"leaky_relu"``.
+        grid: per tensor; updated in place if there are ``statistics``. None, a switch that is off, or an empty range
+            leaves the result in float.
         statistics: the range behind the grid, which ``relu?(f(a, b))`` updates first; None updates nothing.
-        ceiling: upper bound of the ReLU between operation and quantizer; None without a ReLU.
+        ceiling: upper bound of the ReLU between operation and quantizer; infinity for a plain one, None without a ReLU.
+
+    Raises:
+        NotImplementedError: the grid has float codes.
     """
     n, plane = y.numel(), plane_length(y.numel())
     chosen = flat_parameters("rounded", y, _ROUNDED)
@@ -237,12 +244,18 @@ def plane_length(n: int) -> int:
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """Return ``x`` with the strides of the dense tensor ``y``: itself, or a copy if its strides differ."""
+    """Return ``x`` with the strides of the dense tensor ``y``: itself, or a copy if its strides differ.
+
+    ``x`` must have ``y``'s shape, and keeps its own dtype.
+    """
     return x if x.stride() == y.stride() else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
 
 def operation_constants(operation: str, arguments: tuple[float, ...]) -> dict[str, object]:
-    """Return the constants OPERATION, NUMBER and OTHER_NUMBER: an operation's name and its up to two numbers."""
+    """Return a kernel's constants for an operation and its numbers, at most two.
+
+    ``"leaky_relu"`` and ``(0.1,)`` give ``{"OPERATION": "leaky_relu", "NUMBER": 0.1, "OTHER_NUMBER": None}``.
+    """
     first, second = (*arguments, None, None)[:2]
     return {"OPERATION": operation, "NUMBER": first, "OTHER_NUMBER": second}
 

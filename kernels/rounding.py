@@ -76,9 +76,9 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
     """Return ``code - zero_point`` as float32: the steps between zero and the code of ``v``.
 
-    ``clamp(round(v), QUANT_MIN - zero_point, QUANT_MAX - zero_point)``. ``v`` is float32, a value over its scale;
-    ``zero_point`` a float32 integer that broadcasts against it, or 0; ROUNDING, of ties, ``"half_even"`` or
-    ``"half_away"``.
+    They are ``clamp(round(v), QUANT_MIN - zero_point, QUANT_MAX - zero_point)``; NaN stays. ``v`` is float32, a value
+    over its scale; ``zero_point`` a float32 integer that broadcasts against ``v``, or the constant 0; ROUNDING, of
+    ties, ``"half_even"`` or ``"half_away"``.
     """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
@@ -90,10 +90,10 @@ def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constex
 
 @triton.jit
 def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Whether ``round(v) + zero_point`` lies in QUANT_MIN..QUANT_MAX, without clipping; False at NaN.
+    """Whether ``round(v) + zero_point``, not clipped, lies in QUANT_MIN..QUANT_MAX; False at NaN and infinities.
 
-    ``v`` is float32, a value over its scale; ``zero_point`` a float32 integer that broadcasts against it, or 0;
-    ROUNDING ``"half_even"`` or ``"half_away"``. The result is a bool block.
+    ``v`` is float32, a value over its scale; ``zero_point`` a float32 integer that broadcasts against ``v``, or the
+    constant 0; ROUNDING, of ties, ``"half_even"`` or ``"half_away"``. The result is a bool block, shaped as ``v``.
     """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         steps = round_to_steps(v, zero_point, QUANT_MIN - 1, QUANT_MAX + 1, ROUNDING)
@@ -143,8 +143,8 @@ def round_to_float(v, MANTISSA_BITS: tl.constexpr, LEAST_EXPONENT: tl.constexpr,
         v: float32.
         MANTISSA_BITS: number of mantissa bits of the format.
         LEAST_EXPONENT: exponent of its smallest normal number.
-        LIMIT: larger magnitudes become this one: the format's largest finite number, or the number that would follow
-            it.
+        LIMIT: larger magnitudes, infinity too, become this one: the format's largest finite number, or the number that
+            would follow it (to see what overflows). FP8 E4M3 has 3 mantissa bits, least exponent -6, limit 448 or 480.
     """
     # NaN stays NaN, whatever its exponent bits make of the rounder.
     size = tl.minimum(tl.abs(v), LIMIT, propagate_nan=tl.PropagateNan.ALL)

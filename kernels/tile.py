@@ -14,7 +14,8 @@ import triton.language as tl
 def program_along(dimension: tl.constexpr, FIRST: tl.constexpr):
     """Return this program's number along a ``dimension`` of the view (0 outer, 1 rows, 2 cols).
 
-    FIRST is the dimension on axis 0 of the launch, as :class:`tritonq.kernels.layout.LaunchGrid` says.
+    FIRST is the dimension on axis 0 of the launch. With 2 (cols) rows are on axis 1 and outer on axis 2; with 0 or 1
+    that dimension and cols trade places.
     """
     if dimension == FIRST:
         return tl.program_id(0)
@@ -50,9 +51,9 @@ def tile_indices(
 
 @triton.jit
 def tile_mask(place, sizes, ROWS: tl.constexpr):
-    """Return a mask, (ROWS, COLS) or (1, COLS), of the elements of a tile that lie inside the view's ``sizes``.
+    """Return a bool mask, (ROWS, COLS), of the elements of a tile that lie inside the view's ``sizes``.
 
-    One row per tile needs no row mask: no program has a row beyond the last.
+    Outer indices are not checked, nor rows if ROWS is 1: no program has one beyond the last.
     """
     _, row, col = place
     if ROWS == 1:
@@ -80,15 +81,19 @@ def aligned_strides(strides, ALIGN: tl.constexpr):
 
 @triton.jit
 def aligned_sizes(sizes, ALIGN: tl.constexpr):
-    """Return the same sizes, written so that Triton's compiler sees that the last is a multiple of ALIGN."""
+    """Return the same sizes, written so that Triton's compiler sees that the last is a multiple of ALIGN.
+
+    The caller ensures that it is.
+    """
     return sizes[0], sizes[1], sizes[2] // ALIGN * ALIGN
 
 
 @triton.jit
 def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr, RUN: tl.constexpr = None):
-    """Load one value per channel of the tile, shaped to broadcast against it: (ROWS, 1), (1, COLS) or a scalar.
+    """Load one value per channel of the tile, in the dtype of ``ptr``, shaped to broadcast against the tile.
 
-    With RUN one value per element, (ROWS, COLS).
+    The result is (ROWS, 1) with CHANNEL 1, (1, COLS) with 2, else a scalar. With RUN it is one value per element,
+    (ROWS, COLS), and CHANNEL is not read. Channels beyond the view count as 1.
 
     Args:
         ptr: (channels,), or one element if CHANNEL is None.

@@ -46,20 +46,20 @@ _LANES = (128, 1024)
 def quantize_folded_kernel(
     rows_ptr,  # channels × length, dense
     codes_ptr,  # channels × length, dense, written; float16 codes are scaled, see `Quantized`
-    vectors_ptr,  # 4 × channels float32: unit of the codes, scale, whether quantization is on, fold over unit
+    vectors_ptr,  # 4 × channels float32, written: unit of the codes, scale, 1 if rounded (else 0), fold over unit
     fold_ptr,  # (channels,) float32: read, or written where the next is given
-    running_var_ptr,  # (channels,), or None: the fold is known
+    running_var_ptr,  # (channels,), or None: fold_ptr is read
     gamma_ptr,  # (channels,), or None for 1
     inverse_std_ptr,  # (channels,) float32, written with the fold
     bn_eps,  # of the BatchNorm
     switch_ptr,  # one uint8, or (channels,) of any dtype: 0 turns rounding off: codes are rows · fold, the unit is 1
-    observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
-    min_ptr,  # (channels,) float32 or one element, updated in place; None: nothing is observed, and the scale holds
+    observing_ptr,  # one uint8; None or 0 leaves range, scale, zero point as they are; None if all rows have one range
+    min_ptr,  # (channels,) float32 or one element: running range, updated in place; None: there is none
     max_ptr,  # as min_ptr
-    nonfinite_ptr,  # one int64
+    nonfinite_ptr,  # one int64, grows by the number of values that are not finite
     scale_ptr,  # (channels,) float32 or one element, updated in place
     zero_point_ptr,  # as scale, int32; None stands for zero
-    zero_point_out,  # (channels,) int32: a copy
+    zero_point_out,  # (channels,) int32, written: the zero point that was used; not written without zero_point_ptr
     averaging_constant,  # of the running range; None: the extremes of all batches
     eps,  # smallest scale
     channels,
@@ -104,12 +104,12 @@ def quantize_folded_kernel(
 def folded_backward_kernel(
     dcodes_ptr,  # channels × length, dense
     rows_ptr,  # channels × length, dense
-    drows_ptr,  # channels × length float32, dense
+    drows_ptr,  # channels × length float32, dense, written
     dfold_ptr,  # (channels,) float32, written: gradient of the fold; with gamma_ptr that of γ in its place
     gamma_ptr,  # (channels,) γ of the BatchNorm; None: the fold's gradient is written, and the next three are None
     inverse_std_ptr,  # (channels,) float32: 1/σ
     eps_share_ptr,  # (channels,) float32: eps / (var + eps), with the batch's variance of the unfolded convolution
-    sum_gn_ptr,  # (channels,) float32: Σ g n, the gradient of γ behind the convolution; n is its normalised output
+    sum_gn_ptr,  # (channels,) float32: Σ g (c - mean) / std; g: gradient behind the BatchNorm, c: its input
     fold_ptr,  # (channels,) float32
     unit_ptr,  # (channels,) float32
     scale_ptr,  # (channels,) float32 or one element; None: nothing was quantized
@@ -127,9 +127,8 @@ def folded_backward_kernel(
 ):
     """Write the gradients of ROWS rows, ``drows = fold · q``, and of their folds, ``dfold = Σ q · rows``.
 
-    ``q`` is ``dcodes / unit``, and 0 where the code was clipped. With ``gamma_ptr`` the gradient of γ is written in the
-    fold's place: the part that reaches γ through the fold, and the part behind the convolution
-    (`tritonq.kernels.weight_rows.gamma_gradient`).
+    ``q`` is ``dcodes / unit``, and 0 where the code was clipped. With ``gamma_ptr`` γ's gradient is written in place of
+    the fold's: ``n + dfold / σ - n · eps_share`` with ``n = sign(fold) · sum_gn``; only n if ``|γ/σ| < 1e-12``.
     """
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
@@ -169,9 +168,10 @@ def quantize_folded(
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
     """Return ``(codes, unit, clips, snapshot)`` for ``rows`` (out, ...) and ``fold`` (out,); codes are float32.
 
-    ``codes = clip(round(rows · fold / s) + z) - z``. ``unit`` is s, (out,); while the grid's switch is off, or without
-    a grid, codes are ``rows · fold`` and the unit is 1. ``statistics`` are updated first, then scale s and zero point z
-    of ``grid``; None: nothing is observed. ``out`` is not used.
+    ``codes = clip(round(rows · fold / s) + z) - z``, and ``unit`` is s, (out,). Without a grid, while its switch is off
+    or its range is empty, codes are ``rows · fold``, the unit is 1. ``statistics`` are updated first, in place, then
+    scale s and zero point z of ``grid``; None: nothing is observed. With a grid ``clips`` is True, and the buffers of
+    the snapshot are (out,); without one they are False and None. ``out`` is not used.
     """
     if grid is None:
         return fold_rows(rows, fold), torch.ones_like(fold), False, None
@@ -192,7 +192,7 @@ def folded_codes(
     Args:
         rows: the weight, (out, ...).
         fold: (out,) float32, the factor of each row; ``unit`` has its shape and dtype.
-        grid: the snapshot. If it is None or switched off, codes are ``rows · fold`` and the unit is 1.
+        grid: the forward's snapshot. If it is None or switched off, codes are ``rows · fold`` and the unit is 1.
         out: not used; the codes are new memory, float32, shaped as ``rows``.
         extremes: not used. With a grid, ``clips`` is True, and a copy with scales (out,) is returned; else False, None.
     """
@@ -200,9 +200,9 @@ def folded_codes(
 
 
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
-    """Observe ``rows · fold`` of a weight with one scale in a launch of its own; return whether that was done.
+    """Observe ``rows · fold`` if the weight has one scale, in a launch of its own; return whether that was launched.
 
-    False: there is a scale per row, which the quantizing kernel observes, or ``statistics`` are None or frozen.
+    Range and grid are updated in place. False: there is a scale per row, or ``statistics`` are None or frozen.
     """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
@@ -214,10 +214,10 @@ class Quantized(NamedTuple):
     """A folded and quantized weight, of :func:`quantize`: ``codes · unit`` are its values.
 
     Attributes:
-        codes: shaped and laid out as the rows, in the given dtype: code minus zero point; folded rows if not rounded.
+        codes: in the given dtype, laid out as ``dense_rows(rows)``: code minus zero point; folded rows if not rounded.
         unit: (out,) float32: the scale s, or 1 without rounding; s / 2^k for float16 codes, which are 2^k · code.
         ratio: (out,) float32, ``fold / unit``.
-        grid: a snapshot: copies of scale, zero point and switch as they were used.
+        grid: a snapshot: copies of scale, zero point and switch as they were used, (out,) each.
     """
 
     codes: Tensor
@@ -239,14 +239,14 @@ def quantize(
     """Fold, observe and round all rows in one launch; return codes, unit s, ratio ``fold / unit`` and a snapshot.
 
     Args:
-        rows: (out, ...); each row dense.
+        rows: (out, ...), any float dtype and layout.
         fold: (out,) float32, the factor of each row; written, not read, if ``norm`` is given.
-        grid: of the rows, with s and z. While its switch is off codes are ``rows · fold``, and units 1.
+        grid: of the rows, with s and z. While its switch is off or its range empty, codes are ``rows · fold``, units 1.
         statistics: the running range behind the grid, or None.
         dtype: of the codes ``clip(round(rows · fold / s) + z) - z``. In float16 they are multiplied by the power of
             two nearest to s, and the unit is s over that power.
-        observes: whether range, s and z of each row are updated first, in place. The caller updates one of all rows.
-        norm: if the kernel is to compute the fold: running variance, γ (or None), eps, and where to write ``1/σ``.
+        observes: whether range, s and z of each row are updated first, in place; False if all rows share one range.
+        norm: if the kernel is to compute the fold: running variance, γ (None: 1), eps, and float32 (out,) for ``1/σ``.
     """
     rows = dense_rows(rows)
     channels, length = rows.shape[0], rows[0].numel()
@@ -326,8 +326,8 @@ def gradients(
         fold: (out,).
         unit: (out,), of the codes.
         grid: snapshot of the forward's grid; None where nothing clips.
-        norm: γ, ``1/σ``, eps_share and sum_gn of :func:`tritonq.kernels.batch_norm_weight.gradients`, each (out,). With
-            it the second result is γ's gradient in place of the fold's.
+        norm: γ, ``1/σ``, eps_share and sum_gn as :func:`folded_backward_kernel` takes them, each (out,). With it the
+            second result is γ's gradient in place of the fold's.
     """
     rows, unit = dense_rows(rows), unit.contiguous()
     if not same_layout(dcodes, rows):
@@ -365,9 +365,9 @@ def gradients(
 
 
 def dense_rows(rows: Tensor) -> Tensor:
-    """Return ``rows`` if it is contiguous or channels_last (in two or three dimensions), else a contiguous copy.
+    """Return ``rows`` if it is contiguous, channels_last or channels_last_3d, else a contiguous copy.
 
-    In both the out channels lie one behind the other without gaps.
+    In all of them the out channels lie one behind the other without gaps.
     """
     if rows.is_contiguous():
         return rows
@@ -376,7 +376,7 @@ def dense_rows(rows: Tensor) -> Tensor:
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, which must have one shape, have equal strides along all axes longer than 1.
+    """Whether two tensors, which must have the same shape, have equal strides along all axes longer than 1.
 
     One offset then addresses the same element of both.
     """

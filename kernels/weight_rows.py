@@ -21,14 +21,14 @@ _TINY_FOLD = tl.constexpr(1e-12)
 def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
     """Return two float32 blocks: the fold ``γ/σ`` of some channels (``1/σ`` if ``|γ/σ| < 1e-12``), and ``1/σ``.
 
-    ``σ = sqrt(running_var + eps)``. `tritonq.reference.fold` says why the fold must not be zero.
+    ``σ = sqrt(running_var + eps)``. The fold is never zero, since a training step divides by it.
 
     Args:
         running_var_ptr: (channels,).
         gamma_ptr: (channels,), or None for 1.
         eps: of the BatchNorm.
-        channel: channel numbers.
-        valid: which of them exist.
+        channel: block of channel numbers; the results have its shape.
+        valid: which of them exist; results for others mean nothing.
     """
     variance = tl.load(running_var_ptr + channel, mask=valid, other=1.0).to(tl.float32)
     inverse_std = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
@@ -68,12 +68,12 @@ def quantize_rows(
     codes_ptr,  # channels × length, dense, written
     unit_out,  # (channels,) float32, written: values are codes · unit
     scale_out,  # (channels,) float32, written: the scale that was used
-    active_out,  # (channels,) written: whether the row was rounded
+    active_out,  # (channels,) written: 1 if the row was rounded, else 0
     ratio_out,  # (channels,) float32, written: fold over unit; None: not written
     zero_point_out,  # (channels,) int32, written: the zero point that was used; not written without zero_point_ptr
     fold,  # (ROWS, 1) float32
     switch_ptr,  # one element, or one per channel: 0 leaves the folded row in float
-    observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
+    observing_ptr,  # one uint8; None or 0 leaves ranges, scales and zero points as they are
     min_ptr,  # (channels,) float32 or one element: running range, updated in place; None: there is none
     max_ptr,  # as min_ptr
     nonfinite_ptr,  # one int64, grows by the number of values that are not finite
@@ -81,7 +81,7 @@ def quantize_rows(
     zero_point_ptr,  # as scale, int32; None stands for zero
     averaging_constant,  # of the running range; None: the extremes of all batches
     eps,  # smallest scale
-    channel,  # (ROWS,) rows of this weight
+    channel,  # (ROWS,) numbers of rows of this weight
     valid,  # (ROWS,) which of them exist
     length,  # elements of a row
     switch_stride,  # 1 if switch_ptr has an element per channel, else 0
@@ -102,10 +102,11 @@ def quantize_rows(
     """Fold, observe and quantize some rows of a weight.
 
     ``codes = clip(round(rows · fold / scale) + zero_point) - zero_point``, and ``unit = scale``; what ends in ``_out``
-    is written per row. If ``observing_ptr`` is not 0, the range, scale and zero point of each row are updated first. If
-    range and scale have one element for all rows, the caller observes beforehand and passes None for ``observing_ptr``.
-    With codes in float16, codes are multiplied by the power of two nearest to the unit, which is divided by it. If
-    rounding is switched off, codes are ``rows · fold`` and the unit is 1.
+    is written per row. If the switch at ``observing_ptr`` is not 0, the range, scale and zero point of each row are
+    updated first, from its finite values. If range and scale have one element for all rows, the caller observes
+    beforehand and passes None for ``observing_ptr``. Codes in float16 are multiplied by the power of two nearest to the
+    unit, and the unit is divided by that power. While rounding is switched off, or the range is empty, codes are
+    ``rows · fold`` and the unit is 1.
     """
     start = channel.to(tl.int64)[:, None] * length
     col = tl.arange(0, COLS)[None, :]

@@ -65,8 +65,8 @@ def quantize_all_kernel(
     owner_ptr,  # (programs,) int32: the weight, a row of the table, that a program works on
     fold_ptr,  # (rows of all weights,) float32
     codes_ptr,  # float32, one weight behind the other; written
-    vectors_ptr,  # 3 × rows of all weights, float32: unit, scale, whether rounding is on; written
-    zero_point_out,  # (rows of all weights,) int32
+    vectors_ptr,  # 3 × rows of all weights, float32: unit, scale, 1 if the row was rounded (else 0); written
+    zero_point_out,  # (rows of all weights,) int32: the zero points that were used; written if HAS_ZERO_POINT
     averaging_constant,  # of the running ranges; None: the extremes of all batches
     eps,  # smallest scale
     total,  # rows of all weights
@@ -86,10 +86,10 @@ def quantize_all_kernel(
 ):
     """Fold, observe and quantize one row of one weight: ``codes = clip(round(row · fold / s) + z) - z``, ``unit = s``.
 
-    Each weight has two switches on the device. While that of rounding is off, codes are ``row · fold`` and the unit is
-    1. Range, s and z are updated first, if OBSERVES and the weight's switch of observing is on. A row of the table has
-    the numbers and addresses of one weight that ``_START`` to ``_ZERO_POINT`` name. The other constants are those of
-    `kernels/__init__.py`, the same for all weights.
+    Each weight has two switches on the device. While that of rounding is off, or the row's range is empty, codes are
+    ``row · fold`` and the unit is 1. Range, s and z are updated first, if OBSERVES and the weight's switch of observing
+    is on. A row of the table has the numbers and addresses of one weight that ``_START`` to ``_ZERO_POINT`` name. The
+    constants are the same for all weights of a launch.
     """
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS
@@ -139,16 +139,18 @@ def quantize_all(
 ) -> list[tuple[Tensor, Tensor, bool, Grid]]:
     """Fold, observe and quantize all weights; return ``(codes, unit, True, snapshot)`` for each, in their order.
 
-    ``codes = clip(round(rows · fold / unit) + zero_point) - zero_point``, and the unit is the scale, (out,); while a
-    switch is off, codes are ``rows · fold`` and units 1. Ranges, scales and zero points are updated first, in place.
-    Weights whose quantizers differ only in their buffers share a launch. True says that something may have been
-    clipped; the snapshot is a grid with copies of scale, zero point and switch.
+    ``codes = clip(round(rows · fold / unit) + zero_point) - zero_point``, and the unit is the scale, (out,). While a
+    grid's switch is off, codes are ``rows · fold`` and units 1; so they are in rows whose range is empty. Ranges,
+    scales and zero points are updated first, in place. Weights whose quantizers differ only in their tensors share a
+    launch. Codes are float32, shaped as the weight; those of all weights are parts of one tensor. True says that
+    something may have been clipped; the snapshot is a grid with copies of scale, zero point and switch, (out,) each.
 
     Args:
-        rows: the weights, (out, ...) each, float32.
+        rows: the weights, (out, ...) each, float32, all on one device.
         fold: the factors of all rows of all weights, one behind the other, float32.
         grids: one per weight, with one scale per row and a switch (not None).
-        statistics: one running range per weight, with a switch, or None to observe nothing.
+        statistics: per weight the running range of its grid, one per row, with a switch (not None); or None in its
+            place to observe nothing for that weight.
     """
     rows = [dense_rows(weight) for weight in rows]
     total, device = len(fold), fold.device

@@ -31,10 +31,10 @@ class Command:
     """A sub-command: its module offers ``add_arguments(parser)`` and ``main(arguments) -> int``.
 
     Attributes:
-        module: its name, such as ``"tritonq.cli.train"``. It is imported when the command is chosen, so that others
-            work without the packages that it needs.
+        module: the module's name, such as ``"tritonq.cli.train"``. It is imported when the command is chosen, so that
+            others work without the packages that it needs.
         summary: one line for the list of commands.
-        extra: the extra of tritonq that installs these packages, as in ``pip install 'tritonq[demo]'``.
+        extra: the extra of tritonq that installs these packages: ``"demo"`` for ``pip install 'tritonq[demo]'``.
     """
 
     module: str
@@ -77,15 +77,18 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without argparse's list of options."""
 
     def error(self, message: str) -> NoReturn:
-        """Print one line, the message and where to find help, to stderr; leave with exit status 2 (SystemExit)."""
+        """Print one line, the message and where to find help, to stderr; leave with exit status 2 (SystemExit).
+
+        The line is ``tritonq train: MESSAGE; see tritonq train --help`` for the parser of ``train``.
+        """
         joint = " See" if message.endswith("?") else "; see"
         self.exit(_USAGE, f"{self.prog}: {message}{joint} {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Return the options and ``[]``.
+        """Return the namespace with the parsed arguments, and ``[]``; arguments are those of argparse's method.
 
-        An unknown option ends the program by :meth:`error`, in the name of the command that got it, with the known
-        options that it may have been meant for.
+        An unknown option, or a word too many, ends the program by :meth:`error`, in the name of the command that got
+        it, with the known options that the first unknown one may have been meant for.
         """
         chosen, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -100,8 +103,8 @@ def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argp
     """Return the parser of ``python -m tritonq``, which has a sub-command for each entry of ``COMMANDS``.
 
     Args:
-        words: what the command line holds behind ``tritonq``. The command that they begin with gets its options; for
-            others only their names and summaries are known.
+        words: what the command line holds behind ``tritonq``, such as ``["doctor", "--help"]``. The command that they
+            begin with gets its options; for others only their names and summaries are known.
         every_command: give all commands their options; those whose packages are missing go without.
 
     Raises:
@@ -124,15 +127,16 @@ def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argp
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in ``arguments`` (None: those of the process) and return its exit status.
+    """Run the command in ``arguments``, such as ``["doctor"]``, and return its exit status.
 
-    0 is success; 1 what a command itself reports as a failure (``doctor``: problems, ``predict``: unreadable images) or
-    a ValueError, TypeError, OSError, RuntimeError or MemoryError, which is told in one line on stderr; 130 Ctrl-C, or
-    the ``status`` of the KeyboardInterrupt; 141 that who reads the output ended (nothing is told then). Warnings are
-    printed in one line, too.
+    None: the arguments of the process. 0 is success; 1 what a command itself reports as a failure (``doctor``:
+    problems, ``predict``: unreadable images, ``demo``: models that disagree) or a ValueError, TypeError, OSError,
+    RuntimeError or MemoryError, which is told in one line on stderr; 2 that ``bench`` or ``tune`` has nothing to run or
+    no GPU; 130 Ctrl-C, or 128 plus the number of another signal after which a run stopped (143: SIGTERM); 141 that the
+    program that reads the output ended (nothing is told then). Warnings are printed in one line, too.
 
     Raises:
-        SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing.
+        SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing (1).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words[:1] and words[0] in COMMANDS else ""

@@ -33,19 +33,22 @@ _LIBRARIES: tuple[ModuleType, ...] = (eager, graph_modules, tensor_quantizers)
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Let tritonq's operators compute a model that another library prepared for quantization-aware training.
 
-    Parameters, buffers, modules, hooks and the keys of the state dict stay as they are, so optimizers, averages and
-    checkpoints go on. Numbers stay the library's, up to the order of float sums: its scales, its ranges, its switches,
-    in training and in eval mode. Three things differ on purpose: a channel whose BatchNorm weight is 0 trains on (the
-    libraries divide by it), values that are not finite are left out of running ranges, and a step that activation
-    checkpointing recomputes counts once in ranges and BatchNorm statistics (in the libraries, twice).
+    Parameters, buffers, modules, your own hooks and the keys of the state dict stay as they are, so optimizers, weight
+    averages and checkpoints go on. Numbers stay the library's, up to the order of float sums and, for Model-Optimizer,
+    codes at ties: its scales, its ranges, its switches, in training and in eval mode. Four things differ on purpose: a
+    channel whose BatchNorm weight is 0 trains on (the libraries divide by it), values that are not finite are left out
+    of running ranges, a step that activation checkpointing recomputes counts once in ranges and BatchNorm statistics
+    (in the libraries, twice), and dropouts and BatchNorms keep the p, momentum and eps that torchao's switches between
+    training and eval mode overwrite.
 
-    What is not known is left to the library, and named: one line in the log (logger ``tritonq``) tells how many parts
-    tritonq computes, a warning names the others, and :func:`tritonq.acceleration.report_of` has the table.
+    What is not known is left to the library: one line in the log (logger ``tritonq``) tells how many parts tritonq
+    computes, a UserWarning names the first 8 others, and :func:`tritonq.acceleration.report_of` has the table.
 
     Known: torch.ao's eager mode and FX graph mode, torchao's PT2E, and the quantizers of NVIDIA Model-Optimizer.
 
     Args:
-        model: as the library's ``prepare`` returned it, in training or eval mode, trained or not.
+        model: as ``prepare_qat``, ``prepare_qat_fx``, ``prepare_qat_pt2e`` or Model-Optimizer's ``quantize`` returned
+            it, in training or eval mode, trained or not.
         inplace: change ``model`` itself; else a deep copy.
 
     Returns:
@@ -53,8 +56,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: nobody prepared the model, it is accelerated already, or the library's version is not known. The
-            model stays as it was.
+        ValueError: no known library prepared the model, it is accelerated already, or the library's version is not
+            known (the message has those that are). The model stays as it was.
 
     Examples:
         >>> import torch, torch.ao.quantization as ao, tritonq, warnings
@@ -91,7 +94,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate` in place: give ``model`` the library's own computation back, and return ``model`` itself.
 
-    What was learned since stays. After it the library converts, lowers and exports the model as it would have.
+    Weights, ranges and BatchNorm statistics that were learned since stay. The library can then convert, lower and
+    export the model.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -117,9 +121,9 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report_of(model: nn.Module) -> AccelerationReport | None:
-    """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change, or not any more.
+    """Return the report of the :func:`accelerate` that returned ``model``; None if none did.
 
-    With ``inplace=False`` the copy that it returned has the report. :func:`restore` removes the report.
+    :func:`restore` removes the report.
 
     Examples:
         >>> report_of(nn.Sequential(nn.Linear(2, 2))) is None

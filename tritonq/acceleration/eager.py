@@ -28,7 +28,10 @@ _OBSERVER_HOOK = ("torch.ao.quantization.quantize", "_observer_forward_hook")
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether ``model`` has a layer or fake quantizer that torch.ao's ``prepare_qat`` made (eager mode)."""
+    """Whether ``model`` has a fake quantizer of torch.ao, or one of its layers with one, of eager or FX graph mode.
+
+    Only torch.ao's own classes count, not those that others derive from them.
+    """
     return "torch.ao.quantization" in sys.modules and any(
         type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.qat.", "torch.ao.nn.intrinsic.qat."))
         and (is_fake_quantizer(module) or hasattr(module, "weight_fake_quant"))
@@ -39,7 +42,8 @@ def is_prepared(model: nn.Module) -> bool:
 def package(model: nn.Module) -> str:
     """Return ``"torch"``, the Python package that prepared ``model``.
 
-    Its installed version decides what the model computes, and is compared with the versions that are known.
+    :func:`tritonq.accelerate` compares the package's installed version with those that it knows. ``model`` is not read:
+    call it if :func:`is_prepared` is true.
     """
     return "torch"
 
@@ -47,8 +51,9 @@ def package(model: nn.Module) -> str:
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Mark those modules of torch.ao in ``model`` that tritonq can compute, in place, and return the report.
 
-    A marked module keeps its class; its forward runs tritonq's operators. The observer hook of a marked layer is taken
-    out if tritonq knows its quantizer. :func:`restore` undoes both. The report has one row for each fake quantizer,
+    A marked module keeps its class; its forward runs tritonq's operators. A marked fake quantizer gets a formula
+    (:func:`remember_formula`). The observer hook of a marked layer is taken out if the quantizer that it runs has a
+    formula. :func:`restore` undoes all three. The report has one row for each fake quantizer,
     each layer with a quantized weight (but embedding tables), and each ``FloatFunctional`` with a fake quantizer, with
     the reason for those that are not marked.
     """
@@ -76,7 +81,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate` in place: take the mark from every module, and put its observer hook back.
+    """Undo :func:`accelerate` in place: remove marks and formulas, and put back the observer hooks that it took out.
 
     A model without a marked module stays as it is.
     """

@@ -17,14 +17,14 @@ from tritonq.functional.recomputation import step_memory_of
 
 
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int, dimensions: int) -> LinearMap:
-    """Return the convolution that aten's arguments describe.
+    """Return the convolution, not transposed, of aten's ``conv1d``, ``conv2d`` or ``conv3d`` with these arguments.
 
     Args:
         stride: one number for all dimensions, or one for each.
         padding: zeros on each side, one number for all dimensions, or one for each.
         dilation: distance of taps, one number for all dimensions, or one for each.
         groups: number of groups.
-        dimensions: 1, 2 or 3.
+        dimensions: number of spatial axes: 1, 2 or 3.
     """
     listed = ([value] if isinstance(value, int) else list(value) for value in (stride, padding, dilation))
     strides, paddings, dilations = (tuple(value) * (dimensions if len(value) == 1 else 1) for value in listed)
@@ -42,11 +42,11 @@ def graph_layer(
 ) -> Tensor:
     """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``; the result is not rounded if ``output_quantizer`` is None.
 
-    Quantizers that observe update their ranges.
+    Quantizers that observe update their ranges in place. The result has the dtype of ``x``.
 
     Args:
-        x: the input.
-        weight: the float weight.
+        x: the input, (batch, in, ...) of a convolution, (..., in) of a matrix product.
+        weight: the float weight, (out, in/groups, ...) or (out, in).
         bias: (out,) or None.
         weight_quantizer: fake quantizer of the weight.
         output_quantizer: fake quantizer of the result; None: it is not rounded.
@@ -69,19 +69,21 @@ def graph_conv_bn(
 ) -> Tensor:
     """Return ``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))`` with ``s = γ/sqrt(running_var + eps)``.
 
-    ``norm`` holds γ, β, running mean, running variance, momentum, eps, and whether the BatchNorm trains: then it
-    normalizes by its batch, and updates the running statistics in place. ``geometry`` holds stride, padding, dilation,
-    groups and dimensions, as :func:`convolution` takes them. The result is not rounded if ``output_quantizer`` is None.
-    While the BatchNorm trains, a channel with γ = 0 takes ``1/sqrt(running_var + eps)`` for s.
+    W is ``weight`` in float, not folded; b is ``bias``, (out,), 0 for None. ``norm`` holds γ, β, running mean, running
+    variance, momentum, eps, and whether the BatchNorm trains: then it normalizes by its batch, and updates the running
+    statistics in place. ``geometry`` holds stride, padding, dilation, groups and dimensions, as :func:`convolution`
+    takes them. The result is not rounded if ``output_quantizer`` is None. Quantizers that observe update their ranges
+    in place. A channel with γ = 0 takes ``1/sqrt(running_var + eps)`` for s while the BatchNorm trains; in eval mode
+    BN gives β there.
     """
     layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
     return normalized(layer, x, weight, bias, BatchNorm(*norm))
 
 
 def graph_add(a: Tensor | float, b: Tensor | float, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None, without ReLU if ``ceiling`` is.
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None, without ReLU if ``ceiling`` is None.
 
-    ``a`` or ``b`` may be a number.
+    One of ``a`` and ``b`` may be a number. A quantizer that observes updates its range in place.
     """
     return add(a, b, quantizer, ceiling)
 

@@ -70,8 +70,8 @@ def is_prepared(model: nn.Module) -> bool:
 def package(model: nn.Module) -> str:
     """Return ``"torchao"`` or ``"torch"``, the Python package that prepared ``model``.
 
-    It is torchao if a class of one of the modules is. The package's installed version decides what the model computes,
-    and is compared with the versions that are known.
+    ``"torchao"`` if torchao defines the class of any module in ``model``. :func:`tritonq.accelerate` compares the
+    package's installed version with those that it knows. Call it if :func:`is_prepared` is true; that is not checked.
     """
     return "torchao" if any(type(m).__module__.startswith("torchao.") for m in model.modules()) else "torch"
 
@@ -79,8 +79,9 @@ def package(model: nn.Module) -> str:
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Let the code of every graph in ``model`` that calls fake quantizers run tritonq's operators; return the report.
 
-    In place. The report has one row for each group of nodes that one call replaces, and one for each fake quantizer
-    that stays the library's.
+    ``model`` is changed in place: its graph modules generate other code from their unchanged graphs, and known fake
+    quantizers get a formula. The report has one row for each group of nodes that one call replaces, and one for each
+    fake quantizer that stays the library's.
     """
     report = AccelerationReport(_library(model))
     for prefix, module in model.named_modules():
@@ -136,9 +137,9 @@ def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Mo
 
 
 def keep_modes(original: nn.Module, copied: nn.Module) -> None:
-    """Give the graph modules of a copied model the ``train()`` and ``eval()`` that torchao put on the original.
+    """Give a copied model's graph modules the methods ``train`` and ``eval`` that torchao put on the original's.
 
-    Copying loses them.
+    Copying loses them, and torchao's note of the mode (``_exported_training``), which is copied, too.
 
     Args:
         original: the model that was copied.
@@ -153,10 +154,10 @@ def keep_modes(original: nn.Module, copied: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every graph of ``model`` its own code generator back, in place.
+    """Give every accelerated graph of ``model`` the library's code generator back, in place.
 
-    It also deletes what tritonq stored on modules: the formula of each quantizer of torchao, and on any module what a
-    training step needs when activation checkpointing runs it again.
+    It also deletes what tritonq stored on modules: the formula of each quantizer of torchao (`eager` deletes those of
+    torch.ao), and on any module what a training step needs when activation checkpointing runs it again.
     """
     for module in _graph_modules(model):
         codegen: Any = module.graph._codegen

@@ -36,16 +36,16 @@ _INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itru
 
 @dataclass(frozen=True)
 class KnownParts:
-    """Submodules of a graph module that tritonq can compute, so that its calls may replace the nodes that call them.
+    """What :func:`matches` and :func:`keep_constants` have to know of a graph's submodules and constants.
 
     Attributes:
-        quantizers: targets of the fake quantizers.
+        quantizers: targets of the fake quantizers that tritonq can compute.
         layers: targets of layers of torch.ao (such as ``ConvBn2d``) that tritonq computes together with the fake
             quantizer of their result.
         relus: pairs of the target of a ReLU module and its ceiling, such as ``("act", 6.0)``.
-        constants: numbers that the dropouts and BatchNorms of the graph had at the start, in the order of the graph:
-            ``(p,)`` of a dropout, ``(momentum, eps)`` of a BatchNorm. See :func:`keep_constants`.
-        writing: targets of modules that write their result into their input, such as ``nn.ReLU(inplace=True)``.
+        constants: what :func:`constants` returned when the model was accelerated: ``(p,)`` of each dropout and
+            ``(momentum, eps)`` of each BatchNorm.
+        writing: targets of modules of any class that write into their input, such as ``nn.ReLU(inplace=True)``.
     """
 
     quantizers: frozenset[str] = frozenset()
@@ -57,14 +57,14 @@ class KnownParts:
 
 @dataclass
 class Match:
-    """Nodes of a graph that one call of a function of `graph_calls` can replace.
+    """Nodes of a graph that one call of a function of tritonq can replace.
 
     Attributes:
         kind: the operations in words, for the report, such as ``"convolution, BatchNorm, ReLU, quantizer"``.
-        call: the function.
-        arguments: its arguments: nodes, constants, and submodules as :class:`Module`.
-        nodes: what the call replaces, in the graph's order; the last one is the result.
-        quantizers: targets of the fake quantizers that the call runs.
+        call: the function: one of `graph_calls`, or ``run_with`` of `torch_ao`.
+        arguments: its arguments by position: nodes, constants, submodules as :class:`Module`, and tuples of these.
+        nodes: what the call replaces, each behind those that it reads; the last one is the result.
+        quantizers: targets of the fake quantizers that the call runs, the weight's first.
     """
 
     kind: str
@@ -76,13 +76,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Module:
-    """A submodule among the arguments of a :class:`Match`, by its target; it becomes a ``get_attr`` node."""
+    """A submodule among the arguments of a :class:`Match`, by its target; :func:`fuse` adds a ``get_attr`` node."""
 
     target: str
 
 
 def matches(graph: Graph, known: KnownParts) -> list[Match]:
-    """Return all matches in ``graph``. No node is in two of them: larger patterns are searched first."""
+    """Return matches in ``graph``, larger patterns first; one that shares a node with an earlier one is left out."""
     taken: set[Node] = set()
     found = []
     for search in (_conv_bns, _layers, _module_layers, _sums, _quantizers):
@@ -107,19 +107,19 @@ def fuse(graph: Graph, known: KnownParts) -> None:
 
 
 def constants(graph: Graph) -> tuple[tuple[float, ...], ...]:
-    """Return ``(p,)`` of each dropout and ``(momentum, eps)`` of each BatchNorm, in the order of ``graph``."""
+    """Return ``(p,)`` and ``(momentum, eps)`` of the calls of aten's dropout and batch_norm, in ``graph``'s order."""
     return tuple(_read(node, places) for node, places in _with_constants(graph))
 
 
 def keep_constants(graph: Graph, known: KnownParts) -> list[str]:
-    """Give the dropouts and BatchNorms of ``graph`` the constants in ``known`` back, in place.
+    """Give the dropouts and BatchNorms of ``graph`` the numbers in ``known.constants`` back, in place.
 
     torchao's switches between training and eval mode write torch's defaults over them.
 
     Returns:
-        For each dropout or BatchNorm that had changed what holds again, and what the graph had, such as ``["BatchNorm
-        momentum 0.01 and eps 0.001, and not momentum 0.1 and eps 1e-05"]``; empty also for a graph that has another
-        number of dropouts and BatchNorms than ``known``, which stays as it is.
+        One text for each dropout or BatchNorm that had changed, with the numbers put back, then those replaced, such
+        as ``"BatchNorm momentum 0.01 and eps 0.001, and not momentum 0.1 and eps 1e-05"``; empty also for a graph with
+        another number of dropouts and BatchNorms than ``known``, which stays as it is.
     """
     now = list(_with_constants(graph))
     if len(now) != len(known.constants):
@@ -136,7 +136,7 @@ def keep_constants(graph: Graph, known: KnownParts) -> list[str]:
 
 
 def is_in_eval(graph: Graph) -> bool:
-    """Whether at least one dropout or BatchNorm of ``graph`` runs in eval mode."""
+    """Whether at least one call of aten's dropout or batch_norm in ``graph`` is in eval mode; False without any."""
     flags = [node.args[2 if places == (1,) else 5] for node, places in _with_constants(graph)]
     return not all(flags)
 

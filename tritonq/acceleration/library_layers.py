@@ -50,9 +50,9 @@ class BatchNorm:
         beta: (channels,), or None for 0.
         running_mean: (channels,); training updates it in place.
         running_var: as ``running_mean``.
-        momentum: weight of the new batch; a 0-d tensor for a cumulative average.
+        momentum: weight of the new batch; a 0-d tensor for a cumulative average. Not read if not ``training``.
         eps: added to the variance.
-        training: whether the batch's own statistics normalize.
+        training: whether the batch's own statistics normalize, and update the running ones.
         corrected: whether training folds the updated running variance (torch.ao's slow path).
     """
 
@@ -66,9 +66,9 @@ class BatchNorm:
     corrected: bool = False
 
     def for_step(self) -> BatchNormState:
-        """Return the buffers that this step updates, with momentum and eps.
+        """Return running mean and variance themselves, for this step to update in place, with momentum and eps.
 
-        If activation checkpointing runs the step again, they are copies with momentum 0, so that nothing counts twice.
+        If activation checkpointing runs the step again, return copies of both and momentum 0: nothing counts twice.
         """
         if is_recomputing():
             return BatchNormState(self.running_mean.clone(), self.running_var.clone(), 0.0, self.eps)
@@ -84,7 +84,7 @@ class Layer:
         weight_quantizer: rounds the weight, or the folded weight; None: it stays in float.
         output_quantizer: rounds the result; None: it stays in float.
         ceiling: of the ReLU: infinity for a plain one, 6.0 for ReLU6, None for none.
-        grouping: whether the convolution is transposed, and its groups.
+        grouping: whether ``op`` is a transposed convolution, and its number of groups, read only if it is.
         memory: where a training step leaves what it read and then changed, in case activation checkpointing runs it
             again. Give one that lasts from step to step (``step_memory_of``); by default it is new and empty.
     """
@@ -98,7 +98,9 @@ class Layer:
 
 
 def affine(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))`` of a layer without BatchNorm; quantizers observe, as they are set.
+    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))`` of a layer without BatchNorm.
+
+    Quantizers whose observers are switched on update their ranges in place.
 
     Args:
         layer: the operation, its ReLU and its quantizers.
@@ -110,19 +112,22 @@ def affine(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Return the result of a layer with BatchNorm, as torch.ao's ConvBn computes it, with ``s = γ/σ(running_var)``.
+    """Return the result of a layer with BatchNorm, as torch.ao's ConvBn computes it.
+
+    With ``σ(variance) = sqrt(variance + norm.eps)`` and ``s = γ/σ(running_var)``:
 
     - ``norm.training``: ``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))``; BN normalizes by the batch and updates the running
       statistics in place. A channel with γ = 0 takes 1/σ for s, where the libraries divide by zero.
-    - ``norm.corrected`` as well: the running variance is updated first; then, with mean μ and deviation σ_b of this
-      batch's ``op(x, W)``, ``FQ(relu?(op(x, FQ(W s)) σ(running_var)/σ_b + β - γ μ/σ_b))``.
+    - ``norm.training`` and ``norm.corrected``: the running statistics are updated first, in place; then, with mean μ
+      and variance v of this batch's ``op(x, W)``,
+      ``FQ(relu?(op(x, FQ(W s)) σ(running_var)/σ(v) + β - γ μ/σ(v)))``.
     - Not training: ``FQ(relu?(op(x, FQ(W s)) + β + (b - running_mean) s))``.
 
     Args:
-        layer: the operation, its ReLU and its quantizers, which observe, as they are set.
+        layer: the operation, its ReLU and its quantizers; those whose observers are switched on update their ranges.
         x: its input.
         weight: W in float, as ``layer.op`` takes it, not folded.
-        bias: b, (out,) or None.
+        bias: b, (out,); None for 0.
         norm: the BatchNorm.
     """
     if not norm.training:
@@ -139,10 +144,11 @@ def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, nor
 
 
 def add(a: Tensor | float, b: Tensor | float, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None. ``a`` or ``b`` may be a number.
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None. One of ``a`` and ``b`` may be a number.
 
-    ``ceiling`` is that of the ReLU, as in :class:`Layer`. If ``a`` and ``b`` are tensors of the same shape and dtype,
-    one bit per element is kept for the backward.
+    ``ceiling`` is that of the ReLU, as in :class:`Layer`. A quantizer that observes updates its range in place. For two
+    tensors of the same shape and dtype the backward keeps one bit per element, if ``quantizer`` is None or follows a
+    running range with one scale; other quantizers keep the sum, too.
     """
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return _finish_with(quantizer, cast(Tensor, a + b), ceiling)

@@ -18,17 +18,18 @@ _SMALLEST_RANGE = 2.0**-24
 
 
 class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
-    """``TensorQuantizer`` with a calibrated range of integer codes, whose forward runs tritonq's operator.
+    """``TensorQuantizer`` for integer codes, with a calibrated range ``amax``, whose forward runs tritonq's operator.
 
-    ``clamp(round(x · b/amax), low, b) · amax/b`` with ``b = 2^(bits-1) - 1``, and ``low = -b`` for a narrow range, else
-    ``-b - 1``: Model-Optimizer's formula but for the order of two roundings, so that codes agree except at ties. During
-    calibration, while it is switched off, and for settings that :func:`why_not` names, the library's own forward runs.
+    It gives ``clamp(round(x · b/amax), low, b) · amax/b`` with ``b = 2^(bits-1) - 1``, and ``low = -b`` for a narrow
+    range, else ``-b - 1``; 0 where ``amax`` is at most 2^-24. That is Model-Optimizer's formula but for the order of
+    two roundings, so that codes agree except at ties. During calibration, while it is switched off, for an empty input,
+    and for settings that :func:`why_not` names, the library's own forward runs.
     """
 
     library_class = TensorQuantizer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Round ``inputs`` to the codes of the range; the result has its shape and dtype.
+        """Return ``inputs`` rounded, as the class says, in its shape and dtype.
 
         The gradient is 1 everywhere if the library's ``_pass_through_bwd`` is set. Otherwise it is 1 where ``|x| <=
         amax``, and 0 elsewhere.
@@ -40,11 +41,11 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
 
 
 def why_not(quantizer: Any) -> str | None:
-    """Return the first setting of ``quantizer`` that tritonq cannot compute, in words; None if it can compute all.
+    """Return the first setting of ``quantizer`` that tritonq can't compute, such as ``"unsigned codes, …"``; else None.
 
     These settings are: floating-point codes; blocks, or a range of each batch; unsigned codes; a bias, a scale or a
     rotation before rounding; a backend of its own, packed values or a trained range; no calibrated range; a range over
-    two axes. Whether it is switched off or being calibrated is not read.
+    two or more axes. Whether it is switched off or being calibrated is not read.
 
     Args:
         quantizer: a ``TensorQuantizer``. Whether it is of a subclass is not checked.

@@ -52,8 +52,8 @@ class QuantizerFormula:
         qtype: codes and axis.
         rule: name of the rule by which a range becomes scale and zero point: ``"torch"``, that of torch's observers, or
             ``"torch_v1"``, that of torch's fused operator; see :func:`tritonq.qparams.range_to_qparams`.
-        eps: smallest scale.
-        averaging_constant: weight of a new batch in the range; None for running extremes.
+        eps: smallest scale; 0.0: no bound.
+        averaging_constant: weight of a new batch in the range; None for running extremes, and for the other kinds.
     """
 
     kind: Literal["range", "learned", "observed", "fixed"]
@@ -64,7 +64,7 @@ class QuantizerFormula:
 
 
 class State(NamedTuple):
-    """The part of a quantizer that an operator takes.
+    """The part of a quantizer that an operator takes; scale, zero point and range share its buffers' memory.
 
     Attributes:
         grid: scale, zero point, type and switch.
@@ -76,7 +76,7 @@ class State(NamedTuple):
 
 
 def is_fake_quantizer(module: nn.Module) -> bool:
-    """Whether ``module`` is a fake quantizer of torch.ao or torchao, of any kind."""
+    """Whether ``module`` is a fake quantizer of torch.ao or torchao, or of a class that a user derived from one."""
     names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(_LIBRARIES)}
     return "FakeQuantizeBase" in names
 
@@ -115,7 +115,7 @@ def formula_of(quantizer: nn.Module) -> QuantizerFormula:
 
 
 def unknown_reason(quantizer: nn.Module) -> str | None:
-    """Return the first reason why tritonq can't compute what ``quantizer`` does, in words; None: it can.
+    """Return the first reason why tritonq can't compute ``quantizer``, such as ``"dynamic quantization"``; else None.
 
     Reasons are: a class of the user's own or an unknown one; dynamic quantization; zero points that are no integers, or
     an unknown qscheme; hooks on the quantizer or its observer; a fused quantizer over another observer than torch's
@@ -191,13 +191,13 @@ def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
 
 
 def state(quantizer: nn.Module, x: Tensor) -> State | None:
-    """Return grid and range of ``quantizer``, for an operator that rounds ``x`` as a part of it; nothing is observed.
+    """Return grid and range of ``quantizer``, for an operator that rounds ``x`` itself; nothing is observed.
 
-    Buffers per channel that have no length yet get that of ``x``, as in the library with its first batch.
+    Before the first batch, buffers per channel get the length of ``x`` on their axis, in place, as in the library.
 
     Returns:
         None if :func:`can_compute` is false, or the kind of the formula is "learned" (a trained scale) or "observed"
-        (the library's own observer finds the scale): then :func:`quantize` rounds apart from the operator.
+        (the library's own observer finds the scale): then the caller rounds the operator's result by :func:`quantize`.
     """
     if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None
@@ -253,7 +253,7 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
     """Observe and round ``x`` as ``quantizer`` does, by its switches; the result has the shape and dtype of ``x``.
 
     If :func:`can_compute` is false, the quantizer's own forward runs. Else the backward keeps ``x`` and the grid, and
-    no mask; nothing is observed while gradient checkpointing runs a forward again.
+    no mask, and nothing is observed while activation checkpointing runs a forward again.
     """
     if not can_compute(quantizer, x):
         return cast(Tensor, quantizer(x))
@@ -271,7 +271,8 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
 def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -> Tensor:
     """Observe and round ``relu?(y)``, as ``quantizer`` does with it; the result has the shape and dtype of ``y``.
 
-    With gradients, and one scale for the tensor, one bit per element is kept for the backward instead of a tensor.
+    If ``y`` requires a gradient and :func:`state` gives a grid with one scale, the backward keeps one bit per element
+    instead of a tensor.
 
     Args:
         quantizer: any fake quantizer of torch.ao or torchao.
@@ -285,11 +286,11 @@ def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -
 
 
 def marked(y: Tensor, grid: Grid) -> Tensor:
-    """Return ``y`` marked as lying on ``grid``, so that a layer that reads it saves 8-bit codes for its backward.
+    """Return ``y`` marked as lying on ``grid``, so that a layer that reads it can save 8-bit codes for its backward.
 
-    The mark is an attribute on the same tensor object. On a grid with several scales ``y`` is returned as it is, as it
-    is while ``torch.compile`` traces. With one scale, a float64 ``y`` gives a float64 copy without a mark, traced or
-    not, whose values are rounded to float32, as torch's operator rounds them, unless the grid is switched off.
+    The mark is an attribute on the same tensor object. ``y`` is returned without one on a grid with several scales,
+    while ``torch.compile`` traces, and in inference mode. With one scale, a float64 ``y`` gives a float64 copy without
+    a mark, traced or not; its values are rounded to float32, as by torch's operator, unless the grid is switched off.
     """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]

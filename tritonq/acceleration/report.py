@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """One module or operation.
+    """A module, or a group of graph nodes that one call of tritonq replaces, and what became of it.
 
     Attributes:
-        name: its path in the model, or its name in the graph.
-        kind: its class in the library, or the operations.
-        outcome: what computes it now; empty where it was left alone.
-        reason: why it was left alone.
+        name: path of the module in the model; of nodes, the path of the graph module and the last node's name.
+        kind: name of the module's class; of nodes, the operations, such as ``"convolution, ReLU, quantizer"``.
+        outcome: what tritonq runs in its place, such as ``"observing and rounding"``; empty if it was left alone.
+        reason: why it was left alone, such as ``"dynamic quantization"``; empty if it was not.
 
     Examples:
-        >>> row = Row("conv", "torch.ao.nn.qat.Conv2d", "tritonq.nn.Conv2d")
+        >>> row = Row("conv", "Conv2d", "operator with its quantizers")
         >>> row.is_accelerated, Row("tail", "Linear", reason="it has hooks").is_accelerated
         (True, False)
     """
@@ -28,7 +28,7 @@ class Row:
 
     @property
     def is_accelerated(self) -> bool:
-        """Whether tritonq computes it."""
+        """Whether tritonq computes the module or nodes of this row."""
         return bool(self.outcome)
 
 
@@ -37,16 +37,18 @@ class AccelerationReport:
     """What :func:`tritonq.accelerate` did; prints as a table.
 
     Attributes:
-        library: who prepared the model, with version, such as ``"torchao 0.18.0"``.
-        rows: one for each quantized layer, operation and quantizer.
-        faults: sentences about what the library is known to change in a model, where it was found here.
+        library: who prepared the model, with version, such as ``"torchao 0.18.0"``; several are joined by ``", "``.
+        rows: one for each quantized layer, operation or quantizer; in a graph, for each group of nodes that one call of
+            tritonq replaces, and each quantizer left alone. Model-Optimizer's have none while they are switched off.
+        faults: a sentence for each known fault of torchao that this model may have, such as "2 observers go on in eval
+            mode, …"; printed as notes below the table.
 
     Examples:
-        >>> rows = [Row("conv", "Conv2d", "Conv2d"), Row("fc", "Linear", reason="hooks")]
+        >>> rows = [Row("conv", "Conv2d", "operator with its quantizer"), Row("fc", "Linear", reason="hooks")]
         >>> print(AccelerationReport("torchao 0.18.0", rows))
         prepared by torchao 0.18.0: 1 of 2 parts run by tritonq
           name  kind    computed by
-          conv  Conv2d  Conv2d
+          conv  Conv2d  operator with its quantizer
           fc    Linear  the library: hooks
     """
 

@@ -18,14 +18,15 @@ _LIBRARY = "modelopt.torch.quantization."
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether ``model`` contains a ``TensorQuantizer`` of Model-Optimizer."""
+    """Whether ``model`` contains a ``TensorQuantizer`` of Model-Optimizer, or one of a derived class."""
     return "modelopt" in sys.modules and any(_is_quantizer(module) for module in model.modules())
 
 
 def package(model: nn.Module) -> str:
     """Return ``"modelopt"``, the Python package that prepared ``model``.
 
-    Its installed version decides what the model computes, and is compared with the versions that are known.
+    :func:`tritonq.accelerate` compares the package's installed version with those that it knows. ``model`` is not read:
+    call it if :func:`is_prepared` is true.
     """
     return "modelopt"
 
@@ -33,8 +34,8 @@ def package(model: nn.Module) -> str:
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Change the class of each ``TensorQuantizer`` that tritonq can compute, in place, and return the report.
 
-    Quantizers that are switched off are left out of the report. Those that tritonq can't compute stay as they are, and
-    their row has the reason.
+    Quantizers that are switched off stay as they are, without a row in the report. Those that tritonq can't compute, or
+    of a class derived from ``TensorQuantizer``, stay as they are, too, and their row has the reason.
     """
     import modelopt
 

@@ -62,7 +62,7 @@ class Mark:
 
 
 def mark(module: nn.Module) -> None:
-    """Let tritonq compute ``module``, whose class must be in ``CLASSES``: set its attribute ``MARK``."""
+    """Let tritonq compute ``module``, whose class must be in ``CLASSES`` (not checked): set its attribute ``MARK``."""
     module.__dict__[MARK] = Mark()
 
 
@@ -79,9 +79,10 @@ def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) ->
     """Return the result of a marked layer for ``x``; rounded by ``output_quantizer`` unless that is None.
 
     Without BatchNorm it is ``relu?(op(x, FQ(W)) + b)``. With one, and ``s = γ/sqrt(running_var + eps)``, it is
-    ``relu?(BN(op(x, FQ(W s)) / s + b))`` if the BatchNorm is in training mode (torch.ao's slow path differs, see
-    :func:`normalized`), and ``relu?(op(x, FQ(W s)) + β + (b - running_mean) s)`` if it is in eval mode, frozen ones
-    among them. A layer whose BatchNorm isn't plain (:func:`is_plain`: another class, hooks, synchronized over ranks) is
+    ``relu?(BN(op(x, FQ(W s)) / s + b))`` if the BatchNorm is in training mode (torch.ao's slow path folds the updated
+    running variance: :func:`normalized`), and ``relu?(op(x, FQ(W s)) + β + (b - running_mean) s)`` if it is in eval
+    mode, as frozen ones are. Quantizers that observe update their ranges in place, as a training step does running
+    statistics. A layer whose BatchNorm isn't plain (:func:`is_plain`: another class, hooks, synchronized over ranks) is
     computed by the library's forward.
     """
     held = cast(Any, layer)

@@ -38,7 +38,8 @@ _WAY = 10.0
 class SoftRounding:
     """The trained variables V of one layer: ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...).
 
-    ``s`` and ``z`` are scale and zero point of the weight's grid; ``h(V)`` is :meth:`share`.
+    ``s`` and ``z`` are scale and zero point of the weight's grid, ``clip`` goes to its smallest and largest code, and
+    ``h(V)`` is :meth:`share`.
 
     Args:
         rows: the weight W, (out, ...), float.
@@ -66,7 +67,7 @@ class SoftRounding:
     def weight(self, share: Tensor) -> Tensor:
         """Return rows ``s (clip(floor(W/s) + share + z) - z)``.
 
-        ``share`` has their shape; 0 rounds down, 1 up.
+        ``share`` is shaped as ``variables``, each element from 0 (rounds down) to 1 (rounds up).
         """
         codes = (self._floor + share + self._zero).clamp(self._qtype.quant_min, self._qtype.quant_max)
         return (codes - self._zero) * self._scale
@@ -88,22 +89,24 @@ def adaptive_round(
     scales and ranges stay, and :func:`tritonq.convert` or training can follow.
 
     Args:
-        model: a calibrated or trained model; its modes are restored.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; one or two thousand
-            samples. The inputs of one layer are kept at a time.
+        model: a calibrated or trained model; its weights are changed in place, its modes are restored.
+        data: one input tensor, one dict of arguments, or an iterable of batches, as :func:`tritonq.calibrate` takes
+            them, on the model's device; 1,000 to 2,000 samples are usual. All batches are kept until the end, the
+            inputs and results of one layer at a time.
         steps: of Adam per layer: 1,000 take seconds for a layer of a small net. The paper takes 10,000.
-        batch_size: samples per step.
-        seed: of the order of samples.
+        batch_size: samples per step, drawn with replacement.
+        seed: of that draw.
 
     Returns:
-        By layer, the mean squared error of its results after, as a share of that of rounding to the nearest: below 1
-        where this helped. A layer that it did not help keeps its weights, with 1. Layers whose weight is computed in
-        the forward or not rounded are left out.
+        By path of the layer, the mean squared error of its results after, as a share of that of rounding to the
+        nearest: below 1 where this helped. A layer that it did not help keeps its weights, with 1. Layers that the
+        first batch does not run, or whose weight is computed in the forward or not rounded, are left out.
 
     Raises:
-        ValueError: no quantized layer, no batch, or fewer than one step or sample; a layer that reads inputs of several
-            sizes; a weight in a float format, or one whose codes follow from a formula of the whole tensor (DoReFa,
-            binary, ternary).
+        ValueError: no quantized layer, no batch, ``data`` that is neither a tensor nor iterable, ``steps`` or
+            ``batch_size`` below 1; a weight in a float format, or one whose codes follow from a formula of the whole
+            tensor (DoReFa, binary, ternary); something in the model that can't be copied; a layer that reads inputs of
+            several sizes: only then have weights changed, those of earlier layers.
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
 
