@@ -20,11 +20,11 @@ from torch import Tensor
 class Arithmetic(Protocol):
     """The operations that a formula needs besides ``+``, ``-``, ``*`` and ``/``.
 
-    :class:`TensorArithmetic` and :class:`NumberArithmetic` implement them.
+    :class:`TensorArithmetic` and :class:`NumberArithmetic` implement them. Rounded values keep their float dtype.
     """
 
     def constant(self, value: float, like: Any) -> Any:
-        """Return the number ``value`` in a form that can stand beside ``like`` in ``+``, ``-``, ``*`` and ``/``."""
+        """Return the number ``value`` as an operand that can stand beside ``like`` in ``+``, ``-``, ``*`` and ``/``."""
 
     def larger(self, x: Any, y: Any) -> Any:
         """Return the larger of two values, elementwise."""
@@ -43,12 +43,12 @@ class Arithmetic(Protocol):
 
 
 class TensorArithmetic:
-    """:class:`Arithmetic` of float tensors, elementwise; ``TENSORS`` is the one instance."""
+    """:class:`Arithmetic` of float tensors, elementwise, where NaN stays NaN; ``TENSORS`` is the one instance."""
 
     def constant(self, value: float, like: Tensor) -> float | Tensor:
-        """Return ``value`` as a 0-d tensor of the dtype of ``like`` if that is a tensor on a CPU, else as a number.
+        """Return ``value`` as a 0-d tensor of the dtype of ``like`` if that is a plain tensor on a CPU, else unchanged.
 
-        The tensor is shared by all calls (:func:`operand` has the exceptions): do not write to it.
+        It is unchanged, too, while ``torch.compile`` traces. The tensor is shared by all calls: do not write to it.
         """
         return operand(value, like)
 
@@ -117,11 +117,11 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_now(*values: Tensor) -> Sequence[Tensor]:
-    """Return ``values``.
+    """Return ``values``, the same tensors in a tuple.
 
-    While ``torch.compile`` traces, return copies, so that a backward pass finds the values of now. A compiler may
-    compute a value again in the backward pass, after its inputs have changed (`tritonq.remember`). Both the forward and
-    the backward pass must use the copies.
+    While ``torch.compile`` traces, return a list of copies, so that a backward pass finds the present values. A
+    compiler may compute a value again in the backward pass, after its inputs have changed (`tritonq.remember`). Both
+    the forward and the backward pass must use what is returned.
     """
     if not torch.compiler.is_compiling():
         return values
@@ -132,12 +132,12 @@ def as_now(*values: Tensor) -> Sequence[Tensor]:
 
 
 def operand(number: float, like: Tensor) -> float | Tensor:
-    """Return ``number`` as the second operand of an operator on ``like``, in the form that costs least.
+    """Return ``number`` as the second operand of an operator on the float tensor ``like``: as what costs least.
 
     For an ordinary tensor on a CPU that is a 0-d tensor of its dtype, made once for each number and dtype and kept,
     so that PyTorch converts nothing in each call. It must not be written to. On other devices, for subclasses of
-    Tensor and while ``torch.compile`` traces it is the number itself. The bits of the operator's result are the
-    same.
+    Tensor and while ``torch.compile`` traces it is the number itself. With float32 and float64 the operator's result
+    has the same bits either way.
     """
     if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
         return number

@@ -45,10 +45,11 @@ _preferred: ContextVar[Backend] = ContextVar("tritonq_backend", default="auto")
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Choose the backend of every call in the block that leaves ``backend="auto"``.
+    """Choose the backend of every call in the block that leaves ``backend="auto"``, in this thread.
 
     Args:
-        backend: ``"auto"`` (by tensor), ``"triton"`` (kernels, or an error), ``"torch"`` (plain PyTorch),
+        backend: ``"auto"`` (by tensor), ``"triton"`` (kernels, or a RuntimeError of the operator that has none for a
+            tensor; families that have no kernels at all run PyTorch), ``"torch"`` (plain PyTorch),
             ``"compiled"`` (C++ on a CPU: `tritonq.compiled`, for training steps, for models in eval mode or
             converted, for fake quantization alone and for histograms). The last compiles for some seconds when it is
             first used on a machine, and says so in the log ``tritonq``. It sums over channels in another order than
@@ -84,7 +85,7 @@ def has_triton() -> bool:
 def is_interpreting() -> bool:
     """Whether ``TRITON_INTERPRET=1`` is set, so that Triton runs kernels in its interpreter, on CPU tensors.
 
-    False without triton. The variable is read once, since triton decides it for a kernel when the kernel is defined.
+    False without triton. The variable is read at the first call, and the answer kept: set it before importing tritonq.
     """
     if not has_triton():
         return False
@@ -103,7 +104,9 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
 
     Raises:
         ValueError: an unknown backend.
-        RuntimeError: ``"triton"`` or ``"compiled"`` was asked for and cannot run on ``x``.
+        RuntimeError: ``"compiled"`` was asked for, here or by the block, and ``x`` is not on a CPU; or ``"triton"``
+            was, and triton is not installed, no kernel takes the dtype of ``x``, or ``x`` is neither a CUDA or HIP
+            tensor nor, with ``TRITON_INTERPRET=1``, on a CPU.
     """
     choice = _preferred.get() if backend == "auto" else _checked(backend)
     # Without a look at the tensor's dtype, and without a message: operators on a CPU ask this hundreds of times a step.

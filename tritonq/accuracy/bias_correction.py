@@ -24,19 +24,22 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
         ``b += E[op(x, W)] - E[op(x_q, FQ(W))]``
 
     where x is what the layer reads while nothing rounds, x_q what it reads in the model as corrected so far, and the
-    mean is over ``data`` and all positions, per out channel. In a layer with a BatchNorm β is changed instead of b.
+    mean is over ``data`` and all positions, per out channel. In a layer with a BatchNorm, W is the folded weight, and β
+    is changed instead of b.
 
     Args:
-        model: a calibrated or trained model; its modes are restored.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; some hundred samples
-            are enough. All batches run twice per layer.
+        model: a calibrated or trained model, changed in place; it runs in eval mode, and its modes are restored.
+        data: one input tensor, or an iterable of batches, such as a data loader (labels are left out), as
+            :func:`tritonq.calibrate` takes them; some hundred samples are enough. All batches run twice per layer.
 
     Returns:
-        By layer the shift, float32 (out,). A layer without a bias, or with a BatchNorm without β, is left out, and a
-        UserWarning names it. So is a layer whose weight is computed in the forward, without a warning.
+        By the layer's qualified name what was added, float32 (out,), on the layer's device. A layer without a bias, or
+        with a BatchNorm without β, is left out, and a UserWarning names it. Layers whose weight is computed in the
+        forward, RepVGG blocks, embeddings and recurrent layers are left out without a warning.
 
     Raises:
-        ValueError: no quantized layer, or no batch.
+        ValueError: no quantized layer with a weight of its own runs, or ``data`` has no batch, or is neither a tensor
+            nor iterable.
 
     Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (2019), section 4.2,
         with means of data in place of those of BatchNorm.

@@ -43,30 +43,34 @@ def allocate_bits(
 
         ``e(l, b) = E |f(x) - f(x; FQ_b(W_l))|² / E |f(x)|²``,
 
-    and noises of different layers are taken to add up. Of all choices ``b_l`` whose costs ``Σ c(l, b_l)`` stay within
-    the budget, the one with the least ``Σ e(l, b_l)`` is taken, by dynamic programming; of many layers it may be one a
-    little above the least (:func:`choose_widths`). c is ``weights · b / 8`` in bytes, or
+    with means over all elements of the floating-point outputs f. Noises of different layers are taken to add up. Of all
+    choices ``b_l`` whose costs ``Σ c(l, b_l)`` stay within the budget, the one with the least ``Σ e(l, b_l)`` is taken;
+    with many layers it may be one a little above the least. c is ``weights · b / 8`` in bytes, or
     ``multiplications per sample · b · activation_bits`` in bit operations.
 
     Args:
         model: a float model; it is left as it is.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them. The first batch also
-            shows how the model runs. All of it runs once per layer and width, so some hundred samples are enough.
-        budget: for all quantized layers together, scales and biases not counted.
+        data: one input tensor, or an iterable of batches, such as a data loader (labels are left out), as
+            :func:`tritonq.calibrate` takes them. The first batch also gives the example inputs of
+            :func:`tritonq.prepare_qat`. All of it runs once per layer and width, and twice more per width, so some
+            hundred samples are enough.
+        budget: the most that all counted layers together may cost, scales and biases not counted.
         unit: of ``budget``: ``"bytes"`` of weights, or ``"bit_operations"`` per sample.
-        widths: bits to choose from.
-        activation_bits: of all activations.
-        make_qconfig: makes a qconfig of bits of weights and of activations; by default the preset ``"lsq_w4a4"`` and
-            its like.
+        widths: numbers of bits that a layer's weights may have.
+        activation_bits: bits of all activations but the model's inputs, which have 8.
+        make_qconfig: called as ``make_qconfig(weight_bits, activation_bits)``; by default it makes the presets
+            ``"lsq_w4a4"`` and the like.
 
     Returns:
-        A mapping with a rule per layer, for :func:`tritonq.prepare_qat` with example inputs. Inputs have 8 bits. Layers
-        whose weight is computed in the forward, or handed to a function such as ``F.conv2d``, are not counted and keep
-        the largest width; a UserWarning names them.
+        A mapping with a rule per counted layer, by its qualified name, as ``qconfig`` of :func:`tritonq.prepare_qat`
+        with example inputs. Layers whose weight is computed in the forward, or handed to a function such as
+        ``F.conv2d``, are not counted and get the largest width; a UserWarning names them. Embeddings and recurrent
+        layers get it, too, without a warning.
 
     Raises:
-        ValueError: no layer, no batch, no width or one below 1, an unknown unit, or a budget that the smallest width
-            exceeds.
+        ValueError: no layer that can be counted; data without a batch, or neither a tensor nor iterable; no width, or
+            one that is below 1 or, by the default ``make_qconfig``, above 32; an unknown unit; or a budget that the
+            smallest width exceeds; or a quantizer that sees no finite value.
 
     Source: output noise as sensitivity: Dong et al., HAWQ-V2 (2020), whose Hessian trace it replaces; the budget as a
         knapsack: Yao et al., HAWQ-V3 (2021), section 3.4.
@@ -158,18 +162,18 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
 def choose_widths(
     costs: Mapping[str, Mapping[int, float]], errors: Mapping[str, Mapping[int, float]], budget: float
 ) -> dict[str, int]:
-    """Return a width for each layer, so that the sum of errors is the least of all choices within the budget.
+    """Return by layer a width (bits of its weights), so that the sum of errors is the least within the budget.
 
     Going from layer to layer, only those choices are kept which no other one beats in both cost and error. If these are
     more than 4,000, some of like cost are left out, so that the sum may lie a little above the least.
 
     Args:
-        costs: by layer, the cost of each width.
-        errors: by layer, the error of each width.
+        costs: by layer's name, the cost of each width, of at least one.
+        errors: by layer's name, the error of each width in ``costs``.
         budget: the most that the chosen widths may cost together.
 
     Raises:
-        ValueError: the cheapest widths cost more.
+        ValueError: the cheapest widths cost more, or the budget is NaN.
     """
     least = sum(min(options.values()) for options in costs.values())
     if not least <= budget:

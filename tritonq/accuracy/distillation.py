@@ -19,15 +19,16 @@ class Distillation:
         ``loss = T² KL(softmax(z_teacher / T) ‖ softmax(z_student / T)) + w Σ_f E |f_s - f_t|² / E |f_t|²``,
 
     the divergence averaged over samples and positions. Added to the task's own loss it costs one evaluation of the
-    teacher per step. The loss is computed in float32, also under autocast; the teacher's evaluation is not. The student
-    may be wrapped by DistributedDataParallel or ``torch.compile``, since features come from its modules and the loss is
-    a plain tensor.
+    teacher per step. The loss is computed in float32, also under autocast, in which the teacher runs as the student
+    does. The student may be wrapped by DistributedDataParallel or ``torch.compile``, since features come from its
+    modules and the loss is a plain tensor.
 
     Args:
         student: the prepared model, before it is wrapped.
-        teacher: the float model. It is switched to eval mode, and is trained no further.
-        features: names of modules, the same in both models, or a mapping from the student's names to the teacher's.
-            Their results must be single tensors of one shape, such as those of whole blocks.
+        teacher: the float model. It is switched to eval mode here, and gets no gradients from the loss.
+        features: qualified names of modules, the same in both models, or a mapping from the student's names to the
+            teacher's; hooks keep their last results. These must be single tensors, of the same shape in both models,
+            such as results of whole blocks. Empty: the outputs are compared, and no features.
         temperature: T, by which outputs are divided before softmax.
         feature_weight: w, the factor of the features' errors.
 
@@ -90,13 +91,13 @@ class Distillation:
         """Return the distillation loss, a float32 scalar with gradients to the student.
 
         Args:
-            outputs: what the student returned.
-            *args: the positional arguments that it was called with; the teacher is called with the same.
-            **kwargs: the named ones.
+            outputs: what the student returned: one tensor (batch, classes, ...).
+            *args: the positional arguments that the student was called with; the teacher is called with the same.
+            **kwargs: the student's named arguments, likewise.
 
         Raises:
-            ValueError: outputs or features of another shape than the teacher's, or features without a training forward
-                of the student since the last loss.
+            ValueError: outputs or features of another shape than the teacher's, or a module of ``features`` that did
+                not run in training mode in the student since the last loss.
         """
         with torch.no_grad():
             wanted = self.teacher(*args, **kwargs)
@@ -123,7 +124,7 @@ class Distillation:
         return F.mse_loss(student, teacher) / teacher.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def close(self) -> None:
-        """Remove the hooks from both models: features are not read any more, and a loss with features fails."""
+        """Remove the hooks from both models; with features, :meth:`loss` raises ValueError from then on."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -45,27 +45,28 @@ class _Pair:
 def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
     """Rescale channels between two layers in a row so that the ranges of their weights are alike.
 
-    Where one layer alone reads another through a ReLU or nothing, dividing out channel i of the first by s_i and
-    multiplying the weights of the second that read it by s_i changes nothing but ranges. With ``r_i`` the largest size
-    of channel i in either folded weight,
+    Where the result of a first layer is read by one second layer only, directly or through a plain ReLU, dividing out
+    channel i of the first by s_i and multiplying the weights of the second that read it by s_i changes nothing but
+    ranges. With ``r_i`` the largest absolute value of channel i in a layer's weight, BatchNorm folded in,
 
         ``s_i = sqrt(r_i(first) / r_i(second))``.
 
     Pairs are swept until no factor is further than 0.1 % from 1, at most 20 times; in a sweep the largest factor of a
-    pair is at most 10^4 times the smallest. Each pair is tried on the first batch: one that changes the outputs, since
-    something else reads the channels or moves them, is left as it was. With one scale per out channel the gain is
-    in activations; with one scale per tensor also in weights. Ranges are those from before: :func:`tritonq.calibrate`
-    or train afterwards.
+    pair is at most 10^4 times the smallest. Each pair is tried on the first batch: if that changes the model's outputs,
+    since something else reads the channels or moves them, the pair is left as it was. With one scale per out channel
+    the gain is in activations; with one scale per tensor also in weights. Quantizers keep their ranges, which fit no
+    more: :func:`tritonq.calibrate` or train afterwards.
 
     Args:
-        model: a prepared model, whose weights, biases and γ, β change in place; its modes are restored.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; the first
-            batch is used.
+        model: a prepared model, calibrated or not, whose weights, biases and γ, β change in place; its modes are
+            restored.
+        data: one input tensor, or an iterable of batches, such as a data loader (labels are left out), as
+            :func:`tritonq.calibrate` takes them; the first batch is used.
 
     Returns:
-        By names of first and second layer the factors s, float32 (channels,) on the CPU, of all sweeps together, for
-        pairs that were rescaled. A pair needs a quantizer to integers between both layers: with weights alone
-        quantized, or float formats, there is none.
+        By qualified names of first and second layer the factors s, float32 (channels,) on the CPU, multiplied over all
+        sweeps, for pairs that were rescaled; empty without such. A pair needs a quantizer to integers between both
+        layers: with weights alone quantized, or float formats, there is none.
 
     Raises:
         ValueError: no quantized layer with a weight of its own runs, or ``data`` has no batch, or is neither a tensor

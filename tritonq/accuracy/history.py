@@ -23,12 +23,12 @@ class QuantizerRecord:
     """One quantizer at one step.
 
     Attributes:
-        step: number of the step, from 1.
+        step: how many times :meth:`QuantizerHistory.step` had been called, this call included.
         name: qualified name of the quantizer.
-        scale: mean of its scales.
-        clipped: share of values beyond the ends of its grid, by more than half a step.
-        flips: of a weight, the share of codes that changed since the record before; None for activations, and for the
-            first record.
+        scale: mean of its scales at the end of the step.
+        clipped: share of values beyond the ends of its grid, by more than half a scale, from 0 to 1.
+        flips: of a weight, the share of codes that changed since this quantizer's record before, from 0 to 1; None for
+            activations, and for its first record.
 
     Examples:
         >>> QuantizerRecord(1, "conv.weight_fake_quant", scale=0.1, clipped=0.0, flips=None).flips is None
@@ -52,10 +52,10 @@ class QuantizerHistory:
 
     Args:
         model: a prepared model.
-        every: record the steps whose numbers, from 1, it divides: with 10 the steps 10, 20, 30 and so on.
+        every: record each step whose number is a multiple of this: with 10 the steps 10, 20, 30 and so on.
 
     Attributes:
-        records: a :class:`QuantizerRecord` per recorded step and quantizer.
+        records: a list, in order of steps, of a :class:`QuantizerRecord` per recorded step and quantizer.
 
     Raises:
         ValueError: a model without fake quantizers to integers, or ``every`` below 1.
@@ -106,7 +106,8 @@ class QuantizerHistory:
         """Count a step; if ``every`` divides its number, append a record of each quantizer that rounds.
 
         Call it after the optimizer's step: weights are those after it, activations those that ran in training mode
-        since the last call. After :meth:`close` it does nothing.
+        since the last call. A quantizer that is off or has no scale yet gets no record, nor does one of activations
+        that did not run. After :meth:`close` it does nothing.
         """
         if not self._is_open:
             return

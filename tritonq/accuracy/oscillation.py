@@ -18,16 +18,17 @@ from tritonq.nn.qat import QATLayer
 def oscillation_dampening(model: nn.Module) -> Tensor:
     """Return ``Σ |FQ(w) - clip(w, s n, s p)|²`` over all quantized weights: a loss to be added with a small factor.
 
-    s is the scale, n and p are the smallest and the largest code less the zero point. It draws each weight to the
-    middle of its code, where steps no longer carry it over an edge. FQ(w) and the bounds ``s n`` and ``s p`` receive no
-    gradient, nor do clipped weights. With a BatchNorm folded in, w is the folded weight, and γ gets a gradient, too.
+    s is the scale, n and p are the smallest and the largest code less the zero point. The loss draws each weight to the
+    middle of its code, where an optimizer's steps no longer carry it to the next code. FQ(w) and the bounds ``s n`` and
+    ``s p`` receive no gradient, nor do clipped weights. With a BatchNorm folded in, w is the folded weight, and γ gets
+    a gradient, too; not in the BatchNorm's mode ``"scale"``, in which w is not folded.
 
     Args:
-        model: a prepared model whose weights have ranges or trained scales. Weights that are computed in the forward
-            are left out.
+        model: a prepared model. Weights that are computed in the forward, in float formats, or whose quantizer is off
+            or has no scale yet, are left out, and so are embeddings and recurrent layers.
 
     Returns:
-        A float32 scalar; 0 without such weights.
+        A float32 scalar on the weights' device; 0, without a gradient, if all weights are left out.
 
     Raises:
         ValueError: a weight whose codes follow from a formula of the whole tensor (DoReFa, binary, ternary).
@@ -76,17 +77,18 @@ class _Memory:
 class OscillationFreezing:
     """Freezes weights that oscillate between codes, at the code where they were most of the time.
 
-    Called once per step, after the optimizer's. For the codes q of step t it keeps
+    Call :meth:`step` once per training step, after the optimizer's. From each weight's code q it computes
 
-        ``o = q changed, the other way than the last time``, ``f ← m o + (1 - m) f``, ``a ← m q + (1 - m) a``,
+        ``o = 1 if q turned, else 0``, ``f ← m o + (1 - m) f``, ``a ← m q + (1 - m) a``,
 
-    and a weight whose f exceeds ``threshold`` is frozen at code ``round(a)`` from then on: it is set back there after
-    each step, on the grid as it then is.
+    where to turn is to change in the other direction than at the last change. A weight whose f exceeds ``threshold`` is
+    frozen at code ``round(a)`` from then on: each :meth:`step` sets it back there, on the grid as it then is.
 
     Args:
-        model: a prepared model. Weights that are computed in the forward are left out.
+        model: a prepared model. Weights that are computed in the forward, in float formats, or whose quantizer is off
+            or has no scale yet, are left out, and so are embeddings and recurrent layers.
         threshold: the largest f of a weight that stays free; f is the averaged share of steps in which it turns.
-        momentum: m, the weight of the present step in both averages.
+        momentum: m, the factor of the present step in both averages.
 
     Raises:
         ValueError: a threshold or momentum outside (0, 1], a model without quantized layers, or a weight whose codes
@@ -120,9 +122,8 @@ class OscillationFreezing:
     def step(self) -> None:
         """Update f and a with the present codes, freeze weights whose f exceeds the threshold, set frozen ones back.
 
-        f is how often a weight turns, a its mean code.
-
-        The first call only notes the codes. Weights change in place; quantizers stay as they are.
+        f is how often a weight turns, a its mean code, which stays once it is frozen. The first call only notes the
+        codes. Weights change in place; quantizers stay as they are.
         """
         for name, layer in _layers(self._model).items():
             rows, grid = _seen(layer)
@@ -150,16 +151,18 @@ class OscillationFreezing:
         return sum(int(memory.frozen.sum()) for memory in self._memories.values()) / max(1, sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: codes, averages and what is frozen, as tensors by layer and name.
+        """Return the state for a checkpoint: by layer's qualified name, a dict of tensors.
 
-        They are copies, which later steps do not change.
+        Its keys are ``codes``, ``direction``, ``frequency`` (f), ``average`` (a) and ``frozen``. The tensors are
+        copies on the layer's device, which later steps do not change. Before the first step the state is empty.
         """
         return {name: _copied(vars(memory)) for name, memory in self._memories.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that :meth:`state_dict` returned; its tensors are copied to the devices of the layers.
 
-        It takes the place of the present state. A layer that it does not have begins anew at the next :meth:`step`.
+        It takes the place of the present state. A layer that ``state`` does not have begins anew at the next
+        :meth:`step`. Weights do not change here, and shapes are not checked.
 
         Raises:
             ValueError: the model lacks a layer of the state.

@@ -21,17 +21,21 @@ from tritonq.prepare.record.structure import tensors_in
 
 
 def owns_weight(module: nn.Module) -> TypeGuard[QATLayer]:
-    """Whether ``module`` is a quantized layer with a weight of its own, not one computed from other parameters."""
+    """Whether ``module`` is a quantized convolution or linear layer with a weight of its own.
+
+    False for a weight that is computed from other parameters, such as a RepVGG block's, for embeddings and for
+    recurrent layers.
+    """
     return isinstance(module, QATLayer) and module.computed is None and "weight" in module._parameters
 
 
 def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
-    """Return the quantized layers that own their weight, by path, in the order in which running ``batch`` meets them.
+    """Return by qualified name the layers of :func:`owns_weight`, in the order in which running ``batch`` meets them.
 
-    The model runs once, in its present modes. Layers whose weight is computed from other parameters are left out.
+    The model runs once, in its present modes. Layers that do not run are left out.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such layer runs.
     """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, QATLayer)}
     found: dict[str, QATLayer] = {}
@@ -59,8 +63,8 @@ def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
     (`tritonq.paper_schemes`).
 
     Args:
-        layers: by path, which the error names.
-        what: the method that needs rounding to the nearest, as the beginning of the error's text.
+        layers: by qualified name, which the error gives.
+        what: the method that needs rounding to the nearest, with which the error's text begins: ``"adaptive_round"``.
     """
     for name, layer in layers.items():
         quantizer = layer.weight_fake_quant
@@ -74,10 +78,10 @@ def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
 
 
 def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> list[Tensor]:
-    """Run the batches and return the inputs of one layer, one tensor per call, detached.
+    """Run the batches and return the inputs of one layer, one tensor per call of it, detached and not copied.
 
-    They are what its convolution or product reads: rounded by the layer's input quantizer, if it has one. The mode of
-    the model stays as it is.
+    They are what its convolution or product reads: rounded by the layer's ``input_fake_quant``, if it has one. The
+    model runs in its present modes. The list is empty if the layer does not run.
     """
     found: list[Tensor] = []
 
@@ -94,7 +98,7 @@ def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> li
 
 
 def float_outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Run a batch and return the floating-point tensors in the model's result, in order.
+    """Run a batch and return the floating-point tensors in the model's result, in order and not copied.
 
     The result may nest tuples, lists, dicts and dataclasses.
     """
@@ -103,7 +107,7 @@ def float_outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def fold_factors(layer: QATLayer) -> Tensor:
-    """Return ``γ/sqrt(running_var + eps)`` for each out channel, (out,); ones for a layer without BatchNorm."""
+    """Return ``γ/sqrt(running_var + eps)`` per out channel, (out,), detached; ones for a layer without BatchNorm."""
     if isinstance(layer, QATBatchNormLayer):
         return layer.fold_factors().detach()
     return layer.weight.new_ones(layer.linear_map.to_rows(layer.weight).shape[0])
@@ -111,14 +115,14 @@ def fold_factors(layer: QATLayer) -> Tensor:
 
 @torch.no_grad()
 def write_quantized_weight(layer: QATLayer, rows: Tensor, where: Tensor) -> None:
-    """Set elements of the layer's weight so that its quantizer, in training mode, gets given values for them.
+    """Set elements of the layer's weight so that ``layer.weight_to_quantize()`` has given values there.
 
-    The quantizer gets the weight times a factor per channel, that of a BatchNorm, or 1. So the elements become ``rows /
-    factor``. Channels whose factor or whose whole weight is 0 stay as they are.
+    That is the weight times a factor per channel: from the BatchNorm and its running statistics, or 1. So the elements
+    become ``rows / factor``. Channels whose factor or whose whole weight is 0 stay as they are.
 
     Args:
-        layer: changed in place.
-        rows: the values that the quantizer is to get, (out, ...).
+        layer: one that owns its weight, which changes in place.
+        rows: the values that ``weight_to_quantize`` is to have, (out, ...).
         where: bool, shaped as ``rows``: which elements are set.
     """
     op = layer.linear_map
@@ -143,7 +147,7 @@ def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
 
 @torch.no_grad()
 def add_to_bias(layer: QATLayer, shift: Tensor) -> bool:
-    """Add ``shift``, (out,), to the layer's bias, with a BatchNorm to β; return False if that is None."""
+    """Add ``shift``, (out,), in place to the layer's bias, or to β of its BatchNorm; return whether there is one."""
     bias = layer.bn.bias if isinstance(layer, QATBatchNormLayer) else layer.bias
     if bias is None:
         return False

@@ -56,7 +56,7 @@ class _Statistics:
     def write(self) -> None:
         """Write ``E[mean_b]`` and ``E[var_b + mean_b²] - mean²`` over all batches into the running statistics.
 
-        If there was no batch, leave them as they are.
+        E is the mean over batches b. If no batch went through the BatchNorm, leave them as they are.
         """
         if self._batches:
             mean = self._sum / self._batches
@@ -70,25 +70,26 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
 
     Running statistics are averages over the last hundreds of steps, so over other weights than those that are deployed.
     At 4 bits and fewer a weight that oscillates between two codes changes its channel's statistics in every step, and
-    evaluation loses points of accuracy that this gives back. Each BatchNorm gets mean and variance over all batches,
+    evaluation loses points of accuracy that this gives back. Each BatchNorm that runs gets, over all batches b,
 
         ``mean = E[mean_b]``, ``var = E[var_b + mean_b²] - mean²``,
 
     where ``var_b`` is unbiased and every batch counts the same, whatever its size. A batch is normalised with its own
     statistics, as in training: let batches be as large as in training. BatchNorms of layers with ``freeze_bn`` are
-    measured too; a FrozenBatchNorm is not. Ranges, scales and dropout stay still; modes and frozen layers
-    are as before afterwards.
+    measured too; a FrozenBatchNorm is not. Ranges and scales do not change, and dropout is off meanwhile. Afterwards
+    modes, frozen layers and ``num_batches_tracked`` are as before; if it raises, so are the statistics.
 
     Args:
-        model: a trained model, prepared or not.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; some thousand
-            samples are enough.
+        model: a trained model, prepared or not, whose running statistics change in place.
+        data: one input tensor, or an iterable of batches, such as a data loader (labels are left out), as
+            :func:`tritonq.calibrate` takes them; some thousand samples are enough.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no BatchNorm with running statistics, or no batch.
+        ValueError: no BatchNorm with running statistics; ``data`` has no batch, or is neither a tensor nor iterable; or
+            a batch gives a BatchNorm a single value per channel.
 
     Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (2022), section 3.3; Wu & Johnson,
         "Rethinking Batch in BatchNorm" (2021), for the variance over batches.
