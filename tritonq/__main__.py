@@ -118,7 +118,7 @@ def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argp
         subparser = commands.add_parser(
             name, help=command.summary, description=command.summary, formatter_class=_HelpFormatter
         )
-        if words[:1] == [name]:
+        if list(words[:1]) == [name]:
             _import(name, command).add_arguments(subparser)
         elif every_command:
             with suppress(SystemExit):

@@ -139,7 +139,8 @@ def operand(number: float, like: Tensor) -> float | Tensor:
     Tensor and while ``torch.compile`` traces it is the number itself. With float32 and float64 the operator's result
     has the same bits either way.
     """
-    if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
+    # 0.0 and -0.0 are the same key of a cache.
+    if number == 0 or type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
         return number
     return _kept_number(number, like.dtype)
 

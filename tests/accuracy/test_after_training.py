@@ -107,6 +107,26 @@ def test_channels_that_move_between_two_layers_are_left_alone():
     assert torch.equal(model.a.weight, weights)
 
 
+class _FrozenNorm(nn.Module):
+    """A BatchNorm whose numbers are buffers, as detection models hold it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([1.0, 0.3, 2.0, 0.7]))
+        self.register_buffer("bias", torch.tensor([0.1, -0.2, 0.3, 0.0]))
+
+    def forward(self, x):
+        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def test_layers_with_a_frozen_norm_keep_their_function():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), _FrozenNorm(), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model = tritonq.prepare_qat(net, qconfig=PER_TENSOR, example_inputs=X)
+    before = float_outputs(model)
+    assert set(tritonq.equalize(model, X)) == {("0", "3")}
+    assert_close(float_outputs(model), before, LONG_SUMS, size=0.1)
+
+
 def test_equalization_helps_weights_with_one_scale():
     plain = tritonq.calibrate(prepared(), X)
     even = prepared()

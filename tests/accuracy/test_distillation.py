@@ -76,6 +76,10 @@ def test_positions_are_averaged():
 def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="the student has no module 'nine'"):
         pair(features=["nine"])
+    student = nn.Sequential(nn.Flatten())
+    with pytest.raises(ValueError, match="the teacher has no module 'nine'"):
+        tritonq.Distillation(student, nn.Flatten(), features={"0": "nine"})
+    assert not student[0]._forward_hooks
     with pytest.raises(ValueError, match="temperature must be positive"):
         pair(temperature=0.0)
     with pytest.raises(ValueError, match="feature_weight must not be negative"):

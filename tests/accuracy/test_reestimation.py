@@ -76,6 +76,20 @@ def test_float_models_too():
     assert int(model[0][1].num_batches_tracked) == 0
 
 
+def test_every_run_of_a_shared_norm_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x):
+            return self.norm(x) + self.norm(x + 10)
+
+    model = tritonq.reestimate_batch_norm(Twice(), [torch.tensor([[1.0], [3.0]])])
+    assert model.norm.running_mean.tolist() == [7.0]
+    assert model.norm.running_var.tolist() == [2.0]
+
+
 def test_a_failing_batch_leaves_the_statistics():
     model = net()
     before = model[0][1].running_mean.clone()

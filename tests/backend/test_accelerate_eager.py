@@ -333,6 +333,12 @@ def test_what_is_not_known_is_left_alone_and_named():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(model(images(0)), ours(images(0)))
+    # with all parts left alone there is a report all the same, which restore takes back
+    everywhere = OwnFakeQuantize.with_args(observer=ao.MinMaxObserver)
+    nothing = prepared(ao.QConfig(everywhere, everywhere))
+    for _ in range(2):
+        assert len(report_of(tritonq.accelerate(nothing, inplace=True)).left_alone) > 1
+        assert report_of(tritonq.restore(nothing)) is None
 
 
 def test_a_channel_without_gain_trains():

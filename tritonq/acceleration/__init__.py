@@ -112,7 +112,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore needs a torch.nn.Module, got {type(model).__name__}")
-    if not any(library.is_accelerated(model) for library in _LIBRARIES):
+    if report_of(model) is None and not any(library.is_accelerated(model) for library in _LIBRARIES):
         raise ValueError("this model is not accelerated")
     for library in _LIBRARIES:
         library.restore(model)

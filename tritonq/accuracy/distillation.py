@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class Distillation:
@@ -69,7 +68,7 @@ class Distillation:
         self.temperature, self.feature_weight = temperature, feature_weight
         self._names = dict(features) if isinstance(features, Mapping) else {name: name for name in features}
         self._found: dict[tuple[str, str], Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
+        found = []
         for role, model, names in (
             ("student", student, self._names.keys()),
             ("teacher", teacher, self._names.values()),
@@ -78,7 +77,8 @@ class Distillation:
             for name in names:
                 if name not in modules:
                     raise ValueError(f"the {role} has no module {name!r}")
-                self._hooks.append(modules[name].register_forward_hook(self._keeper(role, name)))
+                found.append((modules[name], self._keeper(role, name)))
+        self._hooks = [module.register_forward_hook(keeper) for module, keeper in found]
 
     def _keeper(self, role: str, name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -148,12 +148,13 @@ def _is_alone(pair: _Pair, model: nn.Module, batch: Batch, expected: list[Tensor
     That is so if nothing else reads these channels, and nothing between the layers mixes or moves them. Each channel
     gets another factor. The weights are put back.
     """
-    held = [parameter for layer in (pair.first, pair.second) for parameter in layer.parameters()]
-    before = [parameter.clone() for parameter in held]
+    # γ and β of a FrozenBatchNorm are buffers.
+    held = [tensor for layer in (pair.first, pair.second) for tensor in (*layer.parameters(), *layer.buffers())]
+    before = [tensor.clone() for tensor in held]
     _apply(pair, torch.linspace(0.5, 2, _out(pair.first), device=pair.first.weight.device))
     outputs = _outputs(model, batch)
-    for parameter, value in zip(held, before, strict=True):
-        parameter.copy_(value)
+    for tensor, value in zip(held, before, strict=True):
+        tensor.copy_(value)
     return len(outputs) == len(expected) and all(map(_is_close, outputs, expected))
 
 

@@ -22,7 +22,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 class _Statistics:
     """Sums of the means and mean squares of batches, in float64, for one BatchNorm.
 
-    Its momentum is 1 meanwhile, so that its buffers hold the statistics of the last batch.
+    Its momentum is None meanwhile, so that its buffers hold the averages over its runs in the last batch.
     """
 
     def __init__(self, bn: _BatchNorm) -> None:
@@ -74,7 +74,8 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
 
         ``mean = E[mean_b]``, ``var = E[var_b + mean_b²] - mean²``,
 
-    where ``var_b`` is unbiased and every batch counts the same, whatever its size. A batch is normalised with its own
+    where ``var_b`` is unbiased and every batch counts the same, whatever its size; ``mean_b`` and ``var_b`` of a
+    BatchNorm that runs several times in a batch are averages over its runs. A batch is normalised with its own
     statistics, as in training: let batches be as large as in training. BatchNorms of layers with ``freeze_bn`` are
     measured too; a FrozenBatchNorm is not. Ranges and scales do not change, and dropout is off meanwhile. Afterwards
     modes, frozen layers and ``num_batches_tracked`` are as before; if it raises, so are the statistics.
@@ -127,8 +128,8 @@ def _is_measured(module: nn.Module) -> TypeGuard[_BatchNorm]:
 def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Set eval mode inside the block, but let BatchNorms normalise by their batch and store its statistics.
 
-    Inside, their momentum is 1, frozen layers are not frozen, and observers are off; all three are put back afterwards.
-    The caller restores the modes.
+    Inside, their momentum is None, frozen layers are not frozen, and observers are off; all three are put back
+    afterwards. The caller restores the modes.
     """
     momenta = [(bn, bn.momentum, bn.num_batches_tracked) for bn in norms]
     layers = [layer for layer in model.modules() if isinstance(layer, QATBatchNormLayer)]
@@ -146,7 +147,7 @@ def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
                 layer.batch_norm_place.module.training = True
         for bn in norms:
             bn.training = True
-            bn.momentum = 1.0
+            bn.momentum = None
             device = cast(Tensor, bn.running_mean).device
             bn.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
         yield
