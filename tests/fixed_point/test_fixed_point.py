@@ -8,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tolerances import FLOAT32, assert_close
-from tritonq.functional.fixed_point import (
-    fixed_point_quantize,
-    fixed_point_range,
-    search_frac_len,
-    statistic_frac_len,
-)
+from tritonq.functional.fixed_point import fixed_point_quantize, fixed_point_range, search_frac_len, statistic_frac_len
 from tritonq.quantized_type import QINT8_NARROW
 from tritonq.reference.fixed_point import frac_len_errors, power_of_two
 

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq.nn as qnn
-from prepared_nets import (
-    Net,
-    X,
-    conv,
-    norm,
-    of_type,
-    prepare,
-    quantizers,
-)
+from prepared_nets import Net, X, conv, norm, of_type, prepare, quantizers
 from tolerances import SUMS, TRAINED, assert_close
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.original_class import original_class

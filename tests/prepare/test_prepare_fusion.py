@@ -6,19 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq.nn as qnn
-from prepared_nets import (
-    Net,
-    X,
-    assert_same_when_not_rounding,
-    conv,
-    norm,
-    prepare,
-    quantizers,
-)
+from prepared_nets import Net, X, assert_same_when_not_rounding, conv, norm, prepare, quantizers
 from tritonq.nn.functions import FunctionLayer
-from tritonq.prepare import (
-    prepare_qat,
-)
+from tritonq.prepare import prepare_qat
 from tritonq.prepare.forwards.edited import EditedForward
 
 

@@ -9,19 +9,10 @@ from torch import nn
 
 import tritonq.nn as qnn
 import vision_models
-from prepared_nets import (
-    X,
-    conv,
-    norm,
-    of_type,
-    prepare,
-    quantizers,
-)
+from prepared_nets import X, conv, norm, of_type, prepare, quantizers
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.original_class import original_class
-from tritonq.prepare import (
-    prepare_qat,
-)
+from tritonq.prepare import prepare_qat
 
 
 def test_quantizers_of_resnet18_are_those_of_a_hand_count():
