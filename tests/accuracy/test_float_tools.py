@@ -24,7 +24,7 @@ def prepared(qconfig):
     return tritonq.prepare_qat(float_model(), qconfig=qconfig, example_inputs=X[:2])
 
 
-def test_scales_of_fp8_cover_all_the_data(tmp_path):
+def test_scales_of_fp8_cover_all_the_data():
     """There are more batches than the history holds, and the first ones are the largest."""
     model = tritonq.calibrate(prepared(tritonq.get_qconfig("fp8_e4m3")), X.split(2))
     assert float(model[0].input_fake_quant.scale) == pytest.approx(float(X.max()) / 448)

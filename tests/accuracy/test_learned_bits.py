@@ -123,7 +123,7 @@ def test_a_penalty_holds_the_model_to_its_size():
     assert qat.body.weight_fake_quant.scale.grad.any()
 
 
-def test_the_search_ends_with_lsq_of_the_nearest_width_and_equal_numbers(tmp_path):
+def test_the_search_ends_with_lsq_of_the_nearest_width_and_equal_numbers():
     qat = trained(target=8 * 8 * 9 * 3.2 / 8).eval()
     searched = qat(X)
     assert torch.equal(tritonq.convert(qat)(X), searched)

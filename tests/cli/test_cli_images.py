@@ -104,7 +104,7 @@ def test_hidden_and_nested_folders(tmp_path):
     assert len(data.train) + len(data.test) == 14
 
 
-def test_train_and_val_folders(tmp_path, capsys):
+def test_train_and_val_folders(tmp_path):
     image_folder(tmp_path / "insects" / "train", count=5)
     image_folder(tmp_path / "insects" / "val", count=3)
     data = open_examples(str(tmp_path / "insects"), SMALL)

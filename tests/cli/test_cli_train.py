@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_a_run_ends_with_a_deployed_model(whole, capsys):
+def test_a_run_ends_with_a_deployed_model(whole):
     path, checkpoint = whole / "model.int8.pt", whole / "best.pt"
     assert sorted(os.listdir(whole)) == FILES
     model = tritonq.load_converted(path, SmallResNet(1, 10, 4))
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
     assert (whole / "log.csv").read_text() == (tmp_path / "log.csv").read_text()
 
 
-def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(whole):
     before = state_of(whole)["state_dict"]
     assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", whole) == 0
     after = state_of(whole)["state_dict"]
@@ -179,7 +179,7 @@ def test_fields_that_a_file_does_not_know_yet_get_their_defaults():
     assert recipe_from_data(data) == replace(RECIPE, classes=())
 
 
-def test_a_finished_run_can_be_extended(whole, tmp_path, capsys):
+def test_a_finished_run_can_be_extended(whole, tmp_path):
     shutil.copy(whole / "last.pt", tmp_path / "last.pt")
     words = [*DIGITS, "--resume", "--epochs=4", "--frozen-epochs=1", "--learning-rate=0.02"]
     assert train(*words, "--output", tmp_path) == 0

@@ -11,6 +11,7 @@ import tritonq
 from tolerances import FLOAT32, assert_close
 from tritonq.deploy.encodings import encodings_json
 from tritonq.deploy.encodings_form import Encoding, encodings_form, take_marks
+from tritonq.deploy.quantizer import Quantizer
 from tritonq.nn import UnaryLayer
 
 onnx = pytest.importorskip("onnx")
@@ -270,9 +271,6 @@ def test_embedding_tables_stay_in_float_and_are_named(tmp_path):
 
 
 def test_float_codes_have_no_encoding():
-    from tritonq.deploy.encodings_form import encodings_form
-    from tritonq.deploy.quantizer import Quantizer
-
     floats = Quantizer(tritonq.QuantizedType.of_floats("e4m3"), torch.ones(1), torch.zeros(1, dtype=torch.int32))
     with pytest.raises(ValueError, match="'0' has the codes of e4m3, and encodings describe integers alone"):
         encodings_form(nn.Sequential(floats))

@@ -62,7 +62,7 @@ def test_onnx_runtime_finds_the_trained_codes(exported, preset):
 
 
 @pytest.mark.parametrize("preset", ["tensorrt", "fbgemm_v0", "qnnpack_v1", "onednn_v0", "megengine_lowbit"])
-def test_onnx_runtime_computes_in_integers(exported, preset, tmp_path):
+def test_onnx_runtime_computes_in_integers(exported, preset):
     """Every convolution, the addition and the linear layer, whatever the code range of the preset."""
     counts = optimised_kinds(exported(preset)[1])
     assert (counts["QLinearConv"], counts["QLinearAdd"], counts["QGemm"]) == (3, 1, 1)

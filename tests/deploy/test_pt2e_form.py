@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-
 import pytest
 import torch
 from torch import nn
@@ -19,11 +17,6 @@ def trained(net, x, preset="xnnpack"):
     model = tritonq.prepare_qat(net, qconfig=tritonq.get_qconfig(preset), example_inputs=x[:1]).train()
     model(x)
     return model.eval()
-
-
-def targets_of(program):
-    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    return collections.Counter(str(node.target).removesuffix(".default") for node in nodes)
 
 
 class Moving(nn.Module):

@@ -182,7 +182,7 @@ def ranges_of(model):
     "through", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
 def test_the_first_training_batch_replaces_what_the_example_inputs_gave(through):
-    model = prepared() if through is None else through(prepared())
+    model = through(prepared())
     fresh = prepared()
     for module in fresh.modules():
         if isinstance(module, FakeQuantizeBase):

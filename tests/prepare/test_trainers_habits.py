@@ -135,10 +135,7 @@ def test_weights_that_hooks_compute_since_preparation_are_deployed(hook):
     assert not converted.conv._forward_pre_hooks
     assert prepared.conv._forward_pre_hooks
     if hook == "pruning":
-        assert (converted.conv.weight == 0).float().mean() >= HALF
-
-
-HALF = 0.5
+        assert (converted.conv.weight == 0).float().mean() >= 0.5
 
 
 class Bilinear(nn.Module):

@@ -55,7 +55,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")  # a command may warn, as that which exports for another engine does
-def test_every_command_of_the_pages(workplace, monkeypatch, capsys):
+def test_every_command_of_the_pages(workplace, capsys):
     """One after the other, since most read what `train` wrote."""
     run = shown()
     assert {words[0] for words in run} >= {

@@ -96,7 +96,7 @@ def test_reports_survive_changed_pins_where_a_run_goes_on(tmp_path, monkeypatch)
     assert (tmp_path / "constraints.txt").read_text() == matrix.constraints_of(matrix.ROWS[0])
 
 
-def test_the_table_itself_is_no_difference(tmp_path, monkeypatch):
+def test_the_table_itself_is_no_difference(monkeypatch):
     asked = []
     monkeypatch.setattr(
         matrix, "_git", lambda *words: asked.append(words) or ("" if words[0] == "status" else "abc1234")
