@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import tritonq
-from qat_models import PRESETS, Residual, assert_same_state, images, state_of, train, trained_residual
+from qat_models import PRESETS, Residual, after_one_batch, assert_same_state, images, state_of, train, trained_residual
 from tritonq import nn as qnn
 from tritonq.deploy import convert, verify
 from tritonq.deploy.modules import DeployedModule, QuantizedConv2d, Quantizer
@@ -317,9 +317,8 @@ def test_every_quantized_part_is_a_deployed_module():
 def test_a_prepared_table_keeps_the_quantizer_of_its_rows():
     torch.manual_seed(0)
     codes = torch.tensor([[1, 2], [3, 6]])
-    model = tritonq.prepare_qat(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), example_inputs=codes).train()
-    model(codes)
-    converted = convert(model.eval())
+    model = after_one_batch(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), codes)
+    converted = convert(model)
     assert [layer.name for layer in tritonq.verify(model, converted, codes).layers] == ["0", "1"]
     assert tritonq.verify(model, converted, codes).agrees()
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import tritonq
+from qat_models import after_one_batch
 from tritonq.deploy import onnx_session
 from tritonq.deploy.files import atomic_file, atomic_files, remove_leftovers
 from tritonq.deploy.onnx_files import add_metadata, code_entries, drop_unread
@@ -23,9 +24,7 @@ def trained():
     torch.manual_seed(0)
     images = torch.randn(64, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU())
-    qat = tritonq.prepare_qat(model, example_inputs=images[:2]).train()
-    qat(images)
-    return qat.eval(), images
+    return after_one_batch(model, images), images
 
 
 @pytest.mark.parametrize("name", ["0.weight", "0.bn.weight", "0.bn.running_var", "3.bias"])

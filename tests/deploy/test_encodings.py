@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 from tolerances import FLOAT32, assert_close
 from tritonq.deploy.encodings import encodings_json
 from tritonq.deploy.encodings_form import Encoding, encodings_form, take_marks
@@ -34,9 +35,7 @@ class Net(nn.Module):
 
 def trained(net, qconfig=None):
     torch.manual_seed(0)
-    model = tritonq.prepare_qat(net(), qconfig=qconfig or tritonq.get_qconfig("qnn"), example_inputs=X).train()
-    model(X)
-    return model.eval()
+    return after_one_batch(net(), X, qconfig=qconfig or tritonq.get_qconfig("qnn"))
 
 
 def rounded(path, encodings):
@@ -256,9 +255,7 @@ def test_any_operation_of_one_tensor_is_written_in_float():
 
 def test_embedding_tables_stay_in_float_and_are_named(tmp_path):
     indices = torch.tensor([[0, 8, 3], [5, 2, 2]])
-    model = tritonq.prepare_qat(Tables(), qconfig=tritonq.get_qconfig("qnn"), example_inputs=indices).train()
-    model(indices)
-    int8 = tritonq.convert(model.eval())
+    int8 = tritonq.convert(after_one_batch(Tables(), indices, qconfig=tritonq.get_qconfig("qnn")))
     with pytest.warns(UserWarning, match="a scale per row, which encodings don't describe; in float: table, bag"):
         encodings = tritonq.export_encodings(int8, tmp_path / "m.onnx", indices)
     assert [entry["name"] for entry in encodings["param_encodings"]] == ["head.weight"]

@@ -233,9 +233,8 @@ def test_bags_of_embeddings(options, tmp_path):
     torch.manual_seed(0)
     index = torch.randint(0, 11, (6, 4))
     inputs = (index, torch.rand(6, 4)) if options == {"mode": "sum"} else (index,)
-    model = tritonq.prepare_qat(Bags(**options), example_inputs=inputs).train()
-    model(*inputs)
-    export_onnx(model.eval(), tmp_path / "m.onnx", inputs)
+    model = train(tritonq.prepare_qat(Bags(**options), example_inputs=inputs), *inputs)
+    export_onnx(model, tmp_path / "m.onnx", inputs)
     assert verify(model, tmp_path / "m.onnx", [inputs]).agrees()
 
 

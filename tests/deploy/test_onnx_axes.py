@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 from tritonq.deploy.outputs import output_name
 
 onnx = pytest.importorskip("onnx")
@@ -14,9 +15,7 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 def trained(model, inputs=(X,)):
     torch.manual_seed(0)
-    model = tritonq.prepare_qat(model, example_inputs=inputs).train()
-    model(*inputs)
-    return tritonq.convert(model.eval())
+    return tritonq.convert(after_one_batch(model, *inputs))
 
 
 class Heads(nn.Module):
@@ -104,12 +103,11 @@ class FixesTheBatch(nn.Module):
 
 
 def test_a_forward_that_fixes_the_batch_is_told(tmp_path):
-    model = tritonq.prepare_qat(FixesTheBatch(), example_inputs=(X,))
-    model(X)
+    model = after_one_batch(FixesTheBatch(), X)
     with pytest.warns(
         UserWarning, match=f"FixesTheBatch fixes the batch, and the file takes batches of {len(X)} alone"
     ):
-        tritonq.export_onnx(model.eval(), tmp_path / "model.onnx", X)
+        tritonq.export_onnx(model, tmp_path / "model.onnx", X)
     tritonq.export_onnx(model, tmp_path / "model.onnx", X, dynamic_batch=False)
 
 

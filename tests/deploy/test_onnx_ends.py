@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -23,10 +24,7 @@ def trained(preset="onnxruntime", net=None, mean=MEAN, std=STD):
     if net is None:
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     qconfig = tritonq.get_default_qat_qconfig(preset) if preset == "x86" else tritonq.get_qconfig(preset)
-    x = values(mean, std)
-    model = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x[:2]).train()
-    model(x)
-    return model.eval()
+    return after_one_batch(net, values(mean, std), qconfig=qconfig)
 
 
 def graph_of(path):
@@ -90,9 +88,8 @@ def test_the_largest_of_codes_on_a_grid_per_channel_is_found_by_value(tmp_path):
     qconfig = tritonq.get_qconfig("onnxruntime")
     qconfigs = tritonq.QConfigMapping().set_global(qconfig)
     qconfigs = qconfigs.set_module_name("1", tritonq.QConfig(activation=per_channel, weight=qconfig.weight))
-    model = tritonq.prepare_qat(net, qconfig=qconfigs, example_inputs=x)
-    model(x)
-    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x, returns="argmax", target="qdq")
+    model = after_one_batch(net, x, qconfig=qconfigs)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", x, returns="argmax", target="qdq")
     assert tritonq.verify(model, tmp_path / "m.onnx", x).outputs.differing_integers == 0
     with pytest.raises(ValueError, match="has no codes: no quantizer with one grid"):
         tritonq.export_onnx(model, tmp_path / "m.onnx", x, returns="codes", target="qdq")
@@ -122,14 +119,12 @@ def test_what_has_no_quantizer_at_its_ends_is_refused(tmp_path):
 def test_argmax_of_16_bit_codes_runs_and_of_an_output_without_classes_is_refused(tmp_path):
     torch.manual_seed(0)
     x, path = torch.randn(4, 6), tmp_path / "m.onnx"
-    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(6, 5)), qconfig=tritonq.get_qconfig("a16w8"), example_inputs=x)
-    model(x)
-    tritonq.export_onnx(model.eval(), path, x, returns="argmax")
+    model = after_one_batch(nn.Sequential(nn.Linear(6, 5)), x, qconfig=tritonq.get_qconfig("a16w8"))
+    tritonq.export_onnx(model, path, x, returns="argmax")
     assert tritonq.verify(model, path, x).outputs.differing_integers == 0
-    flat = tritonq.prepare_qat(nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), example_inputs=x)
-    flat(x)
+    flat = after_one_batch(nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), x)
     with pytest.raises(ValueError, match="argmax looks along axis 1, which the output 'output' does not have"):
-        tritonq.export_onnx(flat.eval(), tmp_path / "flat.onnx", x, returns="argmax")
+        tritonq.export_onnx(flat, tmp_path / "flat.onnx", x, returns="argmax")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 
 
 class Block(nn.Module):
@@ -52,10 +53,9 @@ def test_it_is_traced_as_it_runs(tmp_path):
 
 def test_an_argument_that_really_changed_is_told(tmp_path):
     x = torch.randn(4, 5, 8)
-    qat = tritonq.prepare_qat(Asking(True), example_inputs=x)
-    qat.train()(x)
+    qat = after_one_batch(Asking(True), x)
     with pytest.raises(ValueError, match=r"can't be exported: .*Block.forward argument mask was None"):
-        tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x[:2], dynamic_batch=False)
+        tritonq.export_onnx(qat, tmp_path / "model.onnx", x[:2], dynamic_batch=False)
 
 
 @dataclass
@@ -141,9 +141,8 @@ class Named(nn.Module):
 def test_outputs_have_names_of_their_own(names, expected, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, 4)
-    model = tritonq.prepare_qat(Named(*names), example_inputs=x)
-    model(x)
-    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x)
+    model = after_one_batch(Named(*names), x)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", x)
     assert [output.name for output in onnx.load(tmp_path / "m.onnx").graph.output] == expected
     assert tritonq.verify(model, tmp_path / "m.onnx", x).outputs.differing_integers == 0
 

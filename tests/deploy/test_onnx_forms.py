@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import tritonq
+from prepared_nets import quantizers
+from qat_models import after_one_batch
 from tritonq.deploy.onnx_opset17 import lower_opset
 
 onnx = pytest.importorskip("onnx")
@@ -27,9 +29,7 @@ class Net(nn.Module):
 def trained(preset):
     torch.manual_seed(0)
     qconfig = tritonq.get_default_qat_qconfig(preset) if preset == "fbgemm" else tritonq.get_qconfig(preset)
-    model = tritonq.prepare_qat(Net(), qconfig=qconfig, example_inputs=X[:2]).train()
-    model(X)
-    return model.eval()
+    return after_one_batch(Net(), X, qconfig=qconfig)
 
 
 def constants(graph):
@@ -61,17 +61,10 @@ def test_plain_pairs(preset, tmp_path):
     assert report.agrees(0.01, 1), report
 
 
-def quantizers(model):
-    """Names of those of activations."""
-    found = (name for name, module in model.named_modules() if isinstance(module, tritonq.FakeQuantize))
-    return [name for name in found if not name.endswith("weight_fake_quant")]
-
-
 def test_codes_that_have_no_plain_form(tmp_path):
     wide = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(20))
     qconfig = tritonq.get_qconfig("onnxruntime")._replace(activation=wide)
-    model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1)), qconfig=qconfig, example_inputs=X).train()
-    model(X)
+    model = after_one_batch(nn.Sequential(nn.Conv2d(3, 4, 1)), X, qconfig=qconfig)
     with pytest.raises(ValueError, match=r"has the codes -524288\.\.524287; the plain form holds int8, uint8, int16"):
         tritonq.export_onnx(model, tmp_path / "m.onnx", X, target="qdq")
 
@@ -109,14 +102,13 @@ def test_transposed_convolutions_for_tensorrt(per_channel, tmp_path):
         qconfig = qconfig._replace(target="onnxruntime")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, 2))
-    model = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=X).train()
-    model(X)
+    model = after_one_batch(net, X, qconfig=qconfig)
     assert [layer.weight_fake_quant.scale.numel() for layer in (model[0], model[2])] == [4, 6 if per_channel else 1]
     if per_channel:
         with pytest.warns(UserWarning, match=r"scale for all channels of a transposed.* in float: 2\."):
-            tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X, target="tensorrt")
+            tritonq.export_onnx(model, tmp_path / "m.onnx", X, target="tensorrt")
     else:
-        tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X)
+        tritonq.export_onnx(model, tmp_path / "m.onnx", X)
     graph = onnx.load(tmp_path / "m.onnx").graph
     held, makers = constants(graph), {name: node for node in graph.node for name in node.output}
     (node,) = [node for node in graph.node if node.op_type == "ConvTranspose"]
@@ -146,9 +138,8 @@ class Joined(nn.Module):
 def test_joins_for_tensorrt(tmp_path):
     """One summand behind a convolution is unrounded; a part of a concatenation is rounded behind it alone."""
     torch.manual_seed(0)
-    qat = tritonq.prepare_qat(Joined(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=X).train()
-    qat(X)
-    tritonq.export_onnx(qat.eval(), tmp_path / "m.onnx", X, opset=17)
+    qat = after_one_batch(Joined(), X, qconfig=tritonq.get_qconfig("tensorrt"))
+    tritonq.export_onnx(qat, tmp_path / "m.onnx", X, opset=17)
     graph = onnx.load(tmp_path / "m.onnx").graph
     makers = {name: node for node in graph.node for name in node.output}
     additions = [[makers[name].op_type for name in node.input] for node in graph.node if node.op_type == "Add"]
@@ -163,9 +154,8 @@ def test_parts_of_a_concatenation_for_tensorrt_lie_on_its_grid(tmp_path):
             return self.head(torch.cat([self.a(x), torch.nn.functional.silu(self.b(x))], 1))
 
     torch.manual_seed(0)
-    qat = tritonq.prepare_qat(Parts(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=X, warn=False).train()
-    qat(X)
-    names = [name for name in quantizers(qat.eval()) if "input" not in name]
+    qat = after_one_batch(Parts(), X, qconfig=tritonq.get_qconfig("tensorrt"), warn=False)
+    names = [name for name in quantizers(qat) if "input" not in name]
     assert names == ["stem.activation_post_process", "head.activation_post_process", "cat.activation_post_process"]
     tritonq.export_onnx(qat, tmp_path / "m.onnx", X)
     graph = onnx.load(tmp_path / "m.onnx").graph

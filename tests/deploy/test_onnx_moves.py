@@ -7,6 +7,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from qat_models import after_one_batch
 
 
 def exported(net, folder):
@@ -124,9 +125,8 @@ def test_products_of_more_axes_are_those_of_two(tmp_path):
     """With a MatMul and an addition sums would be rounded twice more in float."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(64, 2, 5, 8)
-    qat = tritonq.prepare_qat(net, example_inputs=x[:2]).train()
-    qat(x)
-    tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x[:2])
+    qat = after_one_batch(net, x)
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", x[:2])
     assert tritonq.verify(qat, tmp_path / "model.onnx", [x, x[:1]]).total.differing == 0
     kinds = optimised_kinds(tmp_path / "model.onnx")
     assert (kinds["QGemm"], kinds["MatMul"] + kinds["MatMulIntegerToFloat"] + kinds["Add"]) == (2, 0)
@@ -152,11 +152,10 @@ def test_windows_in_a_forward_that_keeps_its_branches_add_codes(tmp_path):
 
 
 def test_other_windows_than_recorded_are_means_in_float():
-    qat = tritonq.prepare_qat(Windows(), example_inputs=torch.randn(2, 3, 12, 12)).train()
-    qat(torch.randn(2, 3, 12, 12))
+    qat = after_one_batch(Windows(), torch.randn(2, 3, 12, 12))
     larger = torch.randn(2, 3, 16, 16)
     with pytest.warns(UserWarning, match=r"Windows .* with other arguments \(avg_pool2d"):
-        result = qat.eval()(larger)
+        result = qat(larger)
     assert result.shape == Windows()(larger).shape == (2, 8, 4, 4)
 
 
@@ -164,9 +163,8 @@ def test_a_convolution_left_in_float_stays_in_float(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
     mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("onnxruntime")).set_module_name("1", None)
     x = torch.randn(2, 3, 8, 8)
-    qat = tritonq.prepare_qat(net, qconfig=mapping, example_inputs=x).train()
-    qat(x)
-    tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x)
+    qat = after_one_batch(net, x, qconfig=mapping)
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", x)
     kinds = optimised_kinds(tmp_path / "model.onnx")
     assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (2, 1)
 
@@ -189,9 +187,7 @@ class Stacks(nn.Module):
 def test_stacks_are_concatenations(tmp_path):
     kinds = exported(Stacks(), tmp_path)
     x = torch.randn(2, 3, 12, 12)
-    qat = tritonq.prepare_qat(Stacks(), example_inputs=x).train()
-    qat(x)
-    int8 = tritonq.convert(qat.eval())
+    int8 = tritonq.convert(after_one_batch(Stacks(), x))
     tritonq.save_converted(int8, tmp_path / "model.pt")
     assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", Stacks())(x), int8(x))
     assert (kinds["QLinearConv"], kinds["QLinearConcat"]) == (5, 2)

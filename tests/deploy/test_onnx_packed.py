@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 from tritonq.deploy.onnx_packed import pack_weights
 
 
@@ -22,10 +23,7 @@ def trained():
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 3)),
     )
     images = torch.randn(8, 1, 8, 8)
-    mapping = tritonq.get_qconfig_mapping("lsq_w4a4")
-    qat = tritonq.prepare_qat(model, qconfig=mapping, example_inputs=images).train()
-    qat(images)
-    return qat.eval(), images
+    return after_one_batch(model, images, qconfig=tritonq.get_qconfig_mapping("lsq_w4a4")), images
 
 
 def test_codes_of_four_bits_take_half_a_byte(trained, tmp_path, caplog):
@@ -52,12 +50,9 @@ def test_packing_is_refused_where_weights_are_not_integers(trained, tmp_path):
     qat, images = trained
     with pytest.raises(ValueError, match="pack=True takes integer weights"):
         tritonq.export_onnx(qat, tmp_path / "model.onnx", images, target="tensorrt", pack=True)
-    layer = tritonq.prepare_qat(
-        nn.Sequential(nn.Linear(4, 4)), qconfig=tritonq.get_qconfig("f8net"), example_inputs=torch.randn(2, 4)
-    )
-    layer.train()(torch.randn(2, 4))
+    layer = after_one_batch(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), qconfig=tritonq.get_qconfig("f8net"))
     with pytest.raises(ValueError, match="no option pack=True"):
-        tritonq.export_onnx(layer.eval(), tmp_path / "model.onnx", torch.randn(2, 4), pack=True)
+        tritonq.export_onnx(layer, tmp_path / "model.onnx", torch.randn(2, 4), pack=True)
 
 
 @pytest.mark.parametrize(("zero_point", "kind"), [(3, onnx.TensorProto.UINT4), (128, onnx.TensorProto.UINT8)])

@@ -6,6 +6,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from qat_models import after_one_batch
 from tritonq.deploy.phases import Phases
 
 # Kernel, stride, padding, output padding, groups, dilation.
@@ -91,10 +92,9 @@ def test_weights_with_zero_points_and_kernels_that_their_phases_do_not_fill(dila
     with torch.no_grad():
         net[1].weight.abs_()
     x = torch.randn(4, 3, 6, 6)
-    qat = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x).train()
-    qat(x)
+    qat = after_one_batch(net, x, qconfig=qconfig)
     with pytest.warns(UserWarning, match="zero point"):
-        tritonq.export_onnx(qat.eval(), tmp_path / "m.onnx", x)
+        tritonq.export_onnx(qat, tmp_path / "m.onnx", x)
     assert tritonq.verify(qat, tmp_path / "m.onnx", x).total.differing == 0
 
 

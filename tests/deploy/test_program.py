@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tritonq
-from qat_models import PRESETS, FloatResidual, images, trained_float_form, trained_residual
+from qat_models import PRESETS, FloatResidual, after_one_batch, images, trained_float_form, trained_residual
 from tritonq.deploy import export_program
 from vision_models import transformers_resnet
 
@@ -68,9 +68,7 @@ assert "tritonq" not in sys.modules
 def test_a_library_model():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 32, 32)
-    model = tritonq.prepare_qat(transformers_resnet(), example_inputs=x[:1]).train()
-    model(x)
-    converted = tritonq.convert(model.eval())
+    converted = tritonq.convert(after_one_batch(transformers_resnet(), x))
     assert torch.equal(export_program(converted, None, x[:1]).module()(x).logits, converted(x).logits)
 
 
@@ -85,11 +83,8 @@ def test_named_inputs_and_a_fixed_batch():
 
 def test_embeddings():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
     codes = torch.tensor([[1, 2], [3, 6]])
-    model = tritonq.prepare_qat(model, example_inputs=codes).train()
-    model(codes)
-    converted = tritonq.convert(model.eval())
+    converted = tritonq.convert(after_one_batch(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), codes))
     assert torch.equal(export_program(converted, None, codes).module()(codes), converted(codes))
 
 
@@ -132,9 +127,8 @@ class Twice(nn.Module):
 def test_verify_counts_the_calls_of_a_layer():
     torch.manual_seed(0)
     x = torch.randn(4, 6)
-    model = tritonq.prepare_qat(Twice(), example_inputs=x).train()
-    model(x)
-    converted = tritonq.convert(model.eval())
+    model = after_one_batch(Twice(), x)
+    converted = tritonq.convert(model)
     report = tritonq.verify(model, export_program(converted, None, x), x)
     assert report == tritonq.verify(model, converted, x)
     assert report.agrees()
@@ -165,16 +159,14 @@ class Branching(FloatResidual):
 
 def test_what_cannot_be_exported_says_so_and_leaves_no_file(tmp_path):
     torch.manual_seed(0)
-    model = tritonq.prepare_qat(Branching(), qconfig=PRESETS["tensorrt"], example_inputs=images(2)).train()
-    model(images(4))
+    model = after_one_batch(Branching(), images(4), qconfig=PRESETS["tensorrt"])
     with pytest.raises(ValueError, match="Branching can't be exported"):
-        export_program(model.eval(), tmp_path / "m.pt2", images(2))
+        export_program(model, tmp_path / "m.pt2", images(2))
     with pytest.raises(ValueError, match="no quantization-aware layer"):
         export_program(FloatResidual(), tmp_path / "m.pt2", images(2))
     with pytest.raises(ValueError, match="no tensor with a batch axis"):
         export_program(trained_residual(), tmp_path / "m.pt2", torch.tensor(1.0))
-    fixed = tritonq.prepare_qat(FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2))
-    fixed.train()(images(4))
+    fixed = after_one_batch(FloatResidual(), images(4), qconfig=tritonq.get_qconfig("f8net"))
     with pytest.raises(ValueError, match=r"has no form in a program of torch\.export"):
-        export_program(fixed.eval(), tmp_path / "m.pt2", images(2))
+        export_program(fixed, tmp_path / "m.pt2", images(2))
     assert not list(tmp_path.iterdir())

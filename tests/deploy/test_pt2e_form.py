@@ -7,16 +7,10 @@ import torch
 from torch import nn
 
 import tritonq
-from qat_models import images, trained_float_form, trained_residual
+from qat_models import after_one_batch, images, trained_float_form, trained_residual
 from tritonq.deploy import export_program
 
 QUANTIZE, DEQUANTIZE = "quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor"
-
-
-def trained(net, x, preset="xnnpack"):
-    model = tritonq.prepare_qat(net, qconfig=tritonq.get_qconfig(preset), example_inputs=x[:1]).train()
-    model(x)
-    return model.eval()
 
 
 class Moving(nn.Module):
@@ -56,7 +50,7 @@ def test_verify_finds_a_layer_of_another_weight():
 def test_every_layer_reads_a_dequantize_of_its_own_and_moves_keep_the_grid():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
-    model = trained(Moving(), x)
+    model = after_one_batch(Moving(), x, qconfig=tritonq.get_qconfig("xnnpack"))
     program = export_program(model, None, x, form="pt2e")
     assert tritonq.verify(model, program, x).total.differing == 0
     dequantizes = 0
@@ -93,7 +87,7 @@ def test_inductor_lowers_each_layer_to_an_int8_kernel():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 1))
-    converted = tritonq.convert(trained(net, x, "onnxruntime"))
+    converted = tritonq.convert(after_one_batch(net, x))
     program = export_program(converted, None, x, dynamic_batch=False, form="pt2e")
     lowered = lower_pt2e_quantized_to_x86(program.module(), (x,))
     names = [str(node.target) for node in lowered.graph.nodes]
@@ -109,7 +103,6 @@ def test_what_the_form_does_not_hold_is_refused():
         export_program(trained_residual(), None, images(2), form="onnx")
     wide = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(20))
     qconfig = tritonq.get_qconfig()._replace(activation=wide)
-    model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1)), qconfig=qconfig, example_inputs=images(2)).train()
-    model(images(2))
+    model = after_one_batch(nn.Sequential(nn.Conv2d(3, 4, 1)), images(2), qconfig=qconfig)
     with pytest.raises(ValueError, match="the form of PT2E holds int8, uint8, int16, uint16"):
-        export_program(model.eval(), None, images(2), form="pt2e")
+        export_program(model, None, images(2), form="pt2e")

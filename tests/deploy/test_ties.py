@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 
 
 class Operations(nn.Module):
@@ -60,10 +61,8 @@ def with_ties(model, seed):
 def test_no_code_differs(preset, seed, tmp_path):
     torch.manual_seed(0)
     example = torch.randn(2, 1, 1, 8, 8).unbind(0)
-    qconfig = tritonq.get_qconfig(preset)
-    model = tritonq.prepare_qat(Operations(), qconfig=qconfig, example_inputs=example, warn=False).train()
-    model(*example)
-    with_ties(model.eval(), seed)
+    model = after_one_batch(Operations(), *example, qconfig=tritonq.get_qconfig(preset), warn=False)
+    with_ties(model, seed)
     codes = torch.arange(256.0) - 128
     pairs = torch.meshgrid(
         codes * model.first.input_quantizer.scale, codes * model.second.input_quantizer.scale, indexing="ij"

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat_models import images, trained_float_form, trained_residual
+from qat_models import after_one_batch, images, trained_float_form, trained_residual
 from tritonq.deploy import convert, export_onnx, export_program, verify
-from tritonq.prepare import prepare_qat
 
 pytest.importorskip("onnxruntime")
 QUANTIZERS = ["input", "stem", "depthwise", "point", "add", "pooled"]
@@ -115,8 +114,7 @@ def test_a_module_called_twice_has_two_lines():
         def forward(self, x):
             return self.conv(torch.relu(self.conv(x)))
 
-    model = prepare_qat(Twice(), example_inputs=images(2)).train()
-    model(images())
+    model = after_one_batch(Twice(), images())
     report = verify(model, convert(model), images())
     assert report.agrees()
     names = [layer.name for layer in report.layers]
@@ -172,9 +170,8 @@ def test_arguments_with_defaults_that_a_file_takes(tmp_path):
             return self.first(a) if b is None else self.first(a) + self.second(b)
 
     a, b = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    model = prepare_qat(Pair(), example_inputs=(a, b)).train()
-    model(a, b)
-    int8 = convert(model.eval())
+    model = after_one_batch(Pair(), a, b)
+    int8 = convert(model)
     export_onnx(int8, tmp_path / "m.onnx", (a, b))
     export_program(int8, tmp_path / "m.pt2", (a, b))
     for name in ("m.onnx", "m.pt2"):
@@ -199,9 +196,8 @@ class Twins(nn.Module):
 
 def test_branches_that_an_exporter_merged_are_compared(tmp_path):
     x = images()
-    model = prepare_qat(Twins(), example_inputs=(x,)).train()
-    model(x)
-    export_onnx(model.eval(), tmp_path / "model.onnx", x)
+    model = after_one_batch(Twins(), x)
+    export_onnx(model, tmp_path / "model.onnx", x)
     report = verify(model, tmp_path / "model.onnx", x)
     assert report.agrees()
     assert "second.2" in [layer.name for layer in report.layers]
@@ -236,9 +232,8 @@ class Masked(nn.Module):
 
 def test_files_hold_the_path_that_was_trained(tmp_path):
     x = images()
-    model = prepare_qat(ForExporters(), example_inputs=(x,)).train()
-    model(x)
-    export_onnx(model.eval(), tmp_path / "model.onnx", x)
+    model = after_one_batch(ForExporters(), x)
+    export_onnx(model, tmp_path / "model.onnx", x)
     assert verify(model, tmp_path / "model.onnx", x).agrees()
     assert verify(model, export_program(model, None, x), x).agrees()
 
@@ -257,9 +252,8 @@ class Ranked(nn.Module):
 def test_indices_of_equal_values_are_counted_and_allowed(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(64, 8)
-    model = prepare_qat(Ranked(), example_inputs=x).train()
-    model(x)
-    export_onnx(model.eval(), tmp_path / "model.onnx", x)
+    model = after_one_batch(Ranked(), x)
+    export_onnx(model, tmp_path / "model.onnx", x)
     report = verify(model, tmp_path / "model.onnx", x)
     assert report.agrees()
     assert (report.outputs.largest, report.outputs.differing_predictions) == (0, 0)

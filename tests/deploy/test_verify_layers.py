@@ -6,7 +6,7 @@ from test_verify import bump
 from torch import nn
 
 import tritonq
-from qat_models import images, trained_residual
+from qat_models import after_one_batch, images, trained_residual
 from tritonq.deploy.comparisons import LayerComparison, OutputComparison, VerificationReport
 
 pytest.importorskip("onnxruntime")
@@ -34,9 +34,8 @@ def test_fixed_point_layers_read_the_codes_of_the_trained_ones(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
     x = torch.rand(6, 1, 12, 12)
-    model = tritonq.prepare_qat(net, qconfig=tritonq.get_qconfig("f8net"), example_inputs=x[:2]).train()
-    model(x)
-    integers = tritonq.convert(model.eval())
+    model = after_one_batch(net, x, qconfig=tritonq.get_qconfig("f8net"))
+    integers = tritonq.convert(model)
     layers = [module for module in integers.modules() if hasattr(module, "decodes")]
     layers[0].weight[:] = -layers[0].weight
     tritonq.export_onnx(integers, tmp_path / "m.onnx", x[:2])
@@ -62,9 +61,8 @@ class Attention(nn.Module):
 def test_islands_are_named(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(16, 6)
-    model = tritonq.prepare_qat(Attention(), example_inputs=x[:2]).train()
-    model(x)
-    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x[:2])
+    model = after_one_batch(Attention(), x)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", x[:2])
     report = tritonq.verify(model, tmp_path / "m.onnx", x)
     assert report.agrees(), report
     islands = {layer.name: layer.island for layer in report.layers if layer.island}
@@ -77,9 +75,8 @@ def test_functions_of_single_values_are_no_islands(function, tmp_path):
     """The exporter has tried each of their codes; ONNX Runtime has names of its own for some of them."""
     torch.manual_seed(0)
     x = torch.randn(16, 6)
-    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(6, 8), function, nn.Linear(8, 4)), example_inputs=x).train()
-    model(x)
-    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x[:2])
+    model = after_one_batch(nn.Sequential(nn.Linear(6, 8), function, nn.Linear(8, 4)), x)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", x[:2])
     report = tritonq.verify(model, tmp_path / "m.onnx", x)
     assert report.agrees(), report
     assert [layer.island for layer in report.layers] == [()] * len(report.layers)

@@ -92,6 +92,13 @@ def train(model: nn.Module, *batches: torch.Tensor, steps: int = 3) -> nn.Module
     return model.eval()
 
 
+def after_one_batch(model: nn.Module, *inputs: torch.Tensor, **options: object) -> nn.Module:
+    """Return what `prepare_qat` makes of a model, in eval mode and after one batch in training mode."""
+    qat = tritonq.prepare_qat(model, example_inputs=inputs, **options).train()
+    qat(*inputs)
+    return qat.eval()
+
+
 def trained_residual(preset: str = "tensorrt") -> Residual:
     torch.manual_seed(0)
     return train(Residual(PRESETS[preset]))
