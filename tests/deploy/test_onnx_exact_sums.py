@@ -13,6 +13,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_graph
+from qat_models import train
 from tritonq.deploy.onnx_exact_sums import write_exact_sums
 
 
@@ -45,13 +46,7 @@ class Lines(nn.Module):
 def trained(net, preset, x):
     torch.manual_seed(0)
     qconfig = tritonq.get_qconfig_mapping(preset) if preset.startswith("lsq") else tritonq.get_qconfig(preset)
-    qat = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x[:2]).train()
-    optimizer = torch.optim.SGD(qat.parameters(), lr=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        qat(x).square().mean().backward()
-        optimizer.step()
-    return qat.eval()
+    return train(tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x[:2]), x)
 
 
 def operators(path):

@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import tritonq
 from prepared_nets import X, conv
+from qat_models import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:no training step reached")
 
@@ -61,12 +62,7 @@ def attending():
 def adapted():
     model = attending()
     model[1].q, model[1].v = Adapter(model[1].q), Adapter(model[1].v)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(TOKENS).square().mean().backward()
-        optimizer.step()
-    return model
+    return train(model, TOKENS)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter was put:UserWarning")
@@ -76,7 +72,7 @@ def test_attention_behind_an_adapter_computes_as_in_training(tmp_path):
     scores = model[1].scaled_dot_product_attention.scores
     read = []
     scores.register_forward_pre_hook(lambda module, given: read.append(given))
-    model.eval()(TOKENS)
+    model(TOKENS)
     query, key = read[0]
     assert torch.equal(scores(query, key), scores.activation_post_process(query @ key))
     scores._forward_pre_hooks.clear()
@@ -97,7 +93,7 @@ def test_adapters_are_told_and_listed():
     reason = rows["1.scaled_dot_product_attention"].reason
     assert "Adapter was put in the place of '1.v'; Adapter was put in the place of '1.q'" in reason
     with pytest.warns(UserWarning, match=r"4 modules were put into the model after prepare_qat \(1\.q\.down, "):
-        converted = tritonq.convert(model.eval())
+        converted = tritonq.convert(model)
     assert {row.name: row.status for row in tritonq.summary(converted).layers} == {
         row.name: row.status for row in tritonq.summary(model).layers
     }

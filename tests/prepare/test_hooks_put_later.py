@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonq
 from prepared_nets import X, conv
+from qat_models import after_one_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:no training step reached")
 
@@ -25,9 +26,7 @@ class Shortcut(nn.Module):
 
 def prepared():
     model = nn.Sequential(nn.Sequential(conv(), nn.ReLU()), Shortcut(), nn.Sequential(conv(), nn.ReLU()))
-    model = tritonq.prepare_qat(model, example_inputs=X).train()
-    model(X)
-    return model.eval()
+    return after_one_batch(model, X)
 
 
 def doubled(module, given, result):

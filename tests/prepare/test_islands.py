@@ -7,6 +7,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from qat_models import train
 from tritonq.switched_quantizer import SwitchedQuantizer
 
 WIDTH, TOKENS = 16, 9
@@ -31,15 +32,9 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-def trained(model, x, islands, preset="onnxruntime"):
-    qconfig = tritonq.get_qconfig(preset)._replace(islands=islands)
-    prepared = tritonq.prepare_qat(model, example_inputs=x, qconfig=qconfig)
-    optimizer = torch.optim.SGD(prepared.parameters(), 0.05)
-    for _ in range(3):
-        optimizer.zero_grad()
-        prepared.train()(x).square().mean().backward()
-        optimizer.step()
-    return prepared.eval()
+def trained(model, x, islands):
+    qconfig = tritonq.get_qconfig()._replace(islands=islands)
+    return train(tritonq.prepare_qat(model, example_inputs=x, qconfig=qconfig), x)
 
 
 def off_grid(read, prepared):

@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from prepared_nets import quantizers
 from tolerances import SUMS, assert_close
 from tritonq import nn as qnn
 from tritonq.fake_quantize_base import FakeQuantizeBase
@@ -35,14 +36,6 @@ class Net(nn.Module):
         return self.second(self.act(y if self.norm is None else self.norm(y)))
 
 
-def activation_quantizers(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, FakeQuantizeBase) and not name.endswith("weight_fake_quant")
-    ]
-
-
 def trained(model: nn.Module) -> nn.Module:
     model.train()
     for _ in range(2):
@@ -64,7 +57,7 @@ def test_one_quantizer_after_the_clipping(act, bn):
     assert type(prepared.first) is (qnn.ConvBn2d if bn else qnn.Conv2d)
     assert type(prepared.first.activation_post_process) is nn.Identity
     # The input, the clipped values, the second layer's output.
-    assert len(activation_quantizers(prepared)) == 3
+    assert len(quantizers(prepared)) == 3
     grid = prepared.second.input_quantizer
     assert grid is not None
     limit = 1.0 if act is F.hardtanh else 2.0
@@ -94,7 +87,7 @@ def test_other_activations_have_a_quantizer_on_either_side(act):
     prepared = trained(prepare_qat(Net(act), example_inputs=X))
     assert isinstance(prepared.first.activation_post_process, FakeQuantizeBase)
     assert prepared.second.input_quantizer is prepared.act.activation_post_process
-    assert len(activation_quantizers(prepared)) == 4
+    assert len(quantizers(prepared)) == 4
 
 
 class SharedClip(nn.Module):
@@ -196,7 +189,7 @@ CHAINS = {
 def test_clips_in_a_row_are_one(act, bounds, tmp_path):
     pytest.importorskip("onnxruntime")
     prepared = trained(prepare_qat(Net(act, bn=False), example_inputs=X))
-    assert len(activation_quantizers(prepared)) == 3
+    assert len(quantizers(prepared)) == 3
     (clip,) = (module for module in prepared.modules() if isinstance(module, qnn.UnaryLayer))
     assert (clip.clipping.low, clip.clipping.high) == bounds
     prepared.first.input_quantizer.scale.fill_(0.02)

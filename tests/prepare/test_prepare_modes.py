@@ -182,11 +182,7 @@ def logged(method):
     return run
 
 
-class Wrapped(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = conv()
-
+class Wrapped(Mode):
     forward = logged(Mode.forward)
 
 
@@ -196,12 +192,9 @@ class Plain(Mode):
 
 
 def test_batch_of_one_behind_a_global_pool_is_no_obstacle(caplog):
-    class Pooled(nn.Sequential):
-        def __init__(self):
-            super().__init__(conv(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
-
+    model = nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
     with caplog.at_level(logging.WARNING, "tritonq"):
-        prepared = prepare_qat(Pooled().train(), example_inputs=X[:1])
+        prepared = prepare_qat(model.train(), example_inputs=X[:1])
     assert not caplog.messages
     assert type(prepared[2]) is qnn.ConvBn2d
 

@@ -262,10 +262,7 @@ def test_inputs_are_quantized_however_they_are_passed(how):
         "dict": lambda: prepared(X, extra={"depth": depth}),
     }[how]
     call()
-    for quantizer, tensor in (
-        (prepared.first.input_fake_quant, X),
-        (prepared.second.input_fake_quant, depth),
-    ):
+    for quantizer, tensor in ((prepared.first.input_fake_quant, X), (prepared.second.input_fake_quant, depth)):
         assert float(quantizer.activation_post_process.max_val) == float(tensor.max())
     with pytest.raises(ValueError, match="argument scale was"):
         prepared(X, {"depth": depth}, scale=2.0)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from prepared_nets import ThreeLayers
+from qat_models import train
 from tolerances import SUMS, assert_close
 from tritonq import convert, prepare_qat
 from tritonq.prepare import disable_fake_quant
@@ -124,12 +125,8 @@ def test_weights_that_hooks_compute_since_preparation_are_deployed(hook):
     torch.manual_seed(0)
     prepared = prepare_qat(Normalised(), example_inputs=X)
     HOOKS[hook](prepared.conv)
-    optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        prepared(X).square().sum().backward()
-        optimizer.step()
-    prepared.eval()(X)  # which computes the weight of the last step
+    train(prepared, X)
+    prepared(X)  # which computes the weight of the last step
     converted = convert(prepared)
     assert torch.equal(converted(X), prepared(X))
     assert not converted.conv._forward_pre_hooks

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tritonq
+from qat_models import train
 from tritonq import nn as qnn
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -87,19 +88,12 @@ class KeepsFeatures(nn.Module):
         return self.head(self.features.pop().mean((2, 3)))
 
 
-def step(model):
-    optimizer = torch.optim.SGD(model.train().parameters(), 0.01)
-    model(X).square().sum().backward()
-    optimizer.step()
-    return model.eval()
-
-
 @pytest.mark.parametrize("build", [CallsMethods, AsksClasses, NormalisedWeights, KeepsFeatures])
 @torch.no_grad()
 def test_it_trains_and_every_copy_and_file_computes_the_same(build, tmp_path):
     torch.manual_seed(0)
     with torch.enable_grad():
-        prepared = step(tritonq.prepare_qat(build(), example_inputs=X, strict=True))
+        prepared = train(tritonq.prepare_qat(build(), example_inputs=X, strict=True), X)
     expected = prepared(X)
     converted = tritonq.convert(prepared)
     tritonq.save_converted(converted, tmp_path / "model.pt")
@@ -140,7 +134,7 @@ def test_attributes_of_modules_stay_on_what_replaces_them():
     for index, layer in enumerate(model):
         layer.index = index
     prepared = tritonq.prepare_qat(model, example_inputs=X)
-    for found in (prepared, tritonq.convert(step(prepared))):
+    for found in (prepared, tritonq.convert(train(prepared, X))):
         assert [layer.index for layer in found] == list(range(7))
     with pytest.raises(AttributeError, match="merge BatchNorms"):
         operator.attrgetter("running_mean")(prepared[1])
@@ -149,15 +143,8 @@ def test_attributes_of_modules_stay_on_what_replaces_them():
 class Names(nn.Module):
     def __init__(self):
         super().__init__()
-        layers = [
-            nn.Conv2d(3, 4, 3),
-            nn.SiLU(),
-            nn.ConvTranspose2d(4, 4, 3),
-            nn.GELU(),
-            nn.AvgPool2d(2),
-            nn.Linear(3, 2),
-        ]
-        self.layers = nn.ModuleList(layers)
+        convolutions = nn.Conv2d(3, 4, 3), nn.SiLU(), nn.ConvTranspose2d(4, 4, 3), nn.GELU()
+        self.layers = nn.ModuleList([*convolutions, nn.AvgPool2d(2), nn.Linear(3, 2)])
 
     def forward(self, x):
         for layer in self.layers:
@@ -166,7 +153,7 @@ class Names(nn.Module):
 
 
 def test_the_input_may_be_given_by_name(tmp_path):
-    prepared = step(tritonq.prepare_qat(Names(), example_inputs={"x": X}, strict=True))
+    prepared = train(tritonq.prepare_qat(Names(), example_inputs={"x": X}, strict=True), X)
     converted = tritonq.convert(prepared)
     assert torch.equal(prepared(X), converted(X))
     tritonq.export_onnx(converted, tmp_path / "model.onnx", {"x": X}, dynamic_batch=False)
