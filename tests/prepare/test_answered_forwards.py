@@ -1,7 +1,6 @@
 """Forwards that no graph stands for keep all their branches; modules answer their additions and concatenations."""
 
 import copy
-import io
 import re
 import threading
 import warnings
@@ -14,7 +13,7 @@ from torch import nn
 
 import tritonq
 import tritonq.nn as qnn
-from prepared_nets import X, conv, of_type, primary
+from prepared_nets import X, conv, of_type, primary, saved_and_loaded
 from tolerances import FLOAT32, SUMS, assert_close
 from tritonq.prepare import disable_fake_quant, prepare_qat
 from tritonq.prepare.forwards.edited import apply_forward, forward_data
@@ -170,14 +169,11 @@ def test_it_trains_converts_and_is_saved(name, tmp_path):
     assert all(parameter.grad is not None for parameter in prepared.parameters())
     prepared.eval()
     expected = primary(prepared(X))
-    file = io.BytesIO()
-    torch.save(prepared, file)
-    file.seek(0)
     converted = tritonq.convert(prepared)
     tritonq.save_converted(converted, tmp_path / "model.pt")
     same = [
         copy.deepcopy(prepared),
-        torch.load(file, weights_only=False),
+        saved_and_loaded(prepared),
         converted,
         tritonq.load_converted(tmp_path / "model.pt", MODELS[name][0]()),
     ]

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import json
 
 import pytest
@@ -10,23 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prepared_nets import saved_and_loaded
 from tolerances import EXACT, assert_close
+from traced_forwards import traced
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.edited import EditedForward, apply_forward, forward_data
-from tritonq.prepare.forwards.graph import ForwardGraph, node_operands, sequence_operand
-from tritonq.prepare.forwards.proof import Recorded, match_frame
+from tritonq.prepare.forwards.graph import node_operands, sequence_operand
 from tritonq.prepare.forwards.trace import TraceError
-from tritonq.prepare.record.recorder import record
-
-
-def traced(model, *args, owner="", **kwargs):
-    """The forward of one module of a recorded model, matched against the record; with its sites by call."""
-    flow = record(model, args, kwargs)
-    graph = ForwardGraph.trace(model.get_submodule(owner), flow.frames_of(owner))
-    sites = {}
-    for frame in flow.frames_of(owner):
-        sites |= match_frame(graph.eval_graph, Recorded.of(model, flow), frame)
-    return graph, {flow.calls[index].name: site for index, site in sites.items()}
 
 
 def through_data(graph):
@@ -217,10 +206,7 @@ def test_deepcopy_and_pickle_keep_the_forward():
     model, graph = with_sum()
     apply_forward(model, graph.to_data())
     x = torch.randn(2, 2, 3, 3)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for again in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+    for again in (copy.deepcopy(model), saved_and_loaded(model)):
         assert type(again) is type(model)
         assert again.sum is not model.sum
         same(again.eval()(x), model.eval()(x))

@@ -8,20 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from traced_forwards import traced
 from tritonq.prepare.forwards.graph import ForwardGraph
-from tritonq.prepare.forwards.proof import Recorded, match_frame
 from tritonq.prepare.forwards.trace import TraceError
-from tritonq.prepare.record.recorder import record
-
-
-def traced(model, *args, owner="", **kwargs):
-    """The forward of one module of a recorded model, matched against the record; with its sites by call."""
-    flow = record(model, args, kwargs)
-    graph = ForwardGraph.trace(model.get_submodule(owner), flow.frames_of(owner))
-    sites = {}
-    for frame in flow.frames_of(owner):
-        sites |= match_frame(graph.eval_graph, Recorded.of(model, flow), frame)
-    return graph, {flow.calls[index].name: site for index, site in sites.items()}
 
 
 class Pair(NamedTuple):
@@ -137,8 +126,7 @@ def test_forward_data_without_the_graph_of_eval_mode_are_refused():
         def forward(self, x):
             return x * 2
 
-    graph, _ = traced(Double(), torch.ones(2))
-    data = graph.to_data()
+    data = traced(Double(), torch.ones(2))[0].to_data()
     del data["eval"]
     with pytest.raises(ValueError, match="have the nodes of eval mode under 'eval'"):
         ForwardGraph.from_data(data)

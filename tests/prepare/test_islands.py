@@ -113,12 +113,3 @@ def test_scores_that_a_scale_and_a_mask_alone_change_are_not_rounded_again():
 
 def test_tensorrt_reads_scores_in_float():
     assert tritonq.get_qconfig("tensorrt").islands == "float"
-
-
-def test_files_of_qconfigs_hold_it(tmp_path):
-    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig()._replace(islands="rounded"))
-    tritonq.save_qconfig_mapping(mapping, tmp_path / "q.json")
-    assert tritonq.load_qconfig_mapping(tmp_path / "q.json") == mapping
-    (tmp_path / "q.json").write_text((tmp_path / "q.json").read_text().replace('"rounded"', '"sunk"'))
-    with pytest.raises(ValueError, match="islands of global must be null or one of float, rounded"):
-        tritonq.load_qconfig_mapping(tmp_path / "q.json")

@@ -1,7 +1,6 @@
 """`prepare_qat`: the model stays the user's model; choices, reports, errors, and the eager flow."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq.nn as qnn
-from prepared_nets import Net, X, conv, norm, of_type, prepare, quantizers
+from prepared_nets import Net, X, conv, norm, of_type, prepare, quantizers, saved_and_loaded
 from tolerances import SUMS, TRAINED, assert_close
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.original_class import original_class
@@ -146,12 +145,9 @@ def test_deepcopy_pickle_and_state_dict():
     prepared(X)
     prepared.eval()
     expected = prepared(X)
-    buffer = io.BytesIO()
-    torch.save(prepared, buffer)
-    buffer.seek(0)
     loaded = prepare_qat(copy.deepcopy(model), example_inputs=X).eval()
     loaded.load_state_dict(prepared.state_dict(), strict=True)
-    for again in (copy.deepcopy(prepared), torch.load(buffer, weights_only=False), loaded):
+    for again in (copy.deepcopy(prepared), saved_and_loaded(prepared), loaded):
         assert torch.equal(again(X), expected)
         assert again.second.input_quantizer is again.gelu_fake_quant
         assert again.second.input_quantizer is not prepared.second.input_quantizer

@@ -128,11 +128,17 @@ def test_a_summand_that_others_read_is_rounded():
     }
 
 
-def test_a_file_keeps_where_summands_are_rounded(tmp_path):
-    mapping = tritonq.QConfigMapping().set_global(FOUR._replace(round_summands=False))
+@pytest.mark.parametrize(
+    ("field", "value", "written", "wrong", "message"),
+    [
+        ("round_summands", False, "false", '"no"', "must be true or false"),
+        ("islands", "rounded", '"rounded"', '"sunk"', "must be null or one of float, rounded"),
+    ],
+)
+def test_a_file_keeps_where_tensors_are_rounded(field, value, written, wrong, message, tmp_path):
+    mapping = tritonq.QConfigMapping().set_global(FOUR._replace(**{field: value}))
     tritonq.save_qconfig_mapping(mapping, tmp_path / "q.json")
     assert tritonq.load_qconfig_mapping(tmp_path / "q.json") == mapping
-    text = (tmp_path / "q.json").read_text().replace("false", '"no"')
-    (tmp_path / "q.json").write_text(text)
-    with pytest.raises(ValueError, match="round_summands of global must be true or false"):
+    (tmp_path / "q.json").write_text((tmp_path / "q.json").read_text().replace(written, wrong))
+    with pytest.raises(ValueError, match=f"{field} of global {message}"):
         tritonq.load_qconfig_mapping(tmp_path / "q.json")

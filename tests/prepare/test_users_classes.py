@@ -1,7 +1,6 @@
 """Code that knows the classes, methods and hooks of its float modules goes on working when these are replaced."""
 
 import copy
-import io
 import operator
 import re
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tritonq
+from prepared_nets import saved_and_loaded
 from qat_models import train
 from tritonq import nn as qnn
 
@@ -102,10 +102,7 @@ def test_it_trains_and_every_copy_and_file_computes_the_same(build, tmp_path):
         assert torch.equal(model(X), expected)
         assert torch.equal(copy.deepcopy(model)(X), expected)
         if build is not NormalisedWeights:  # torch pickles no parametrized module
-            file = io.BytesIO()
-            torch.save(model, file)
-            file.seek(0)
-            assert torch.equal(torch.load(file, weights_only=False)(X), expected)
+            assert torch.equal(saved_and_loaded(model)(X), expected)
     again = tritonq.prepare_qat(build(), example_inputs=X).eval()
     again.load_state_dict(prepared.state_dict())
     assert torch.equal(again(X), expected)

@@ -1,6 +1,7 @@
 """Small models for `prepare_qat`, and the checks that every prepared model must pass."""
 
 import copy
+import io
 
 import torch
 from torch import nn
@@ -26,6 +27,14 @@ def quantizers(model):
 
 def of_type(model, *types):
     return [name for name, module in model.named_modules() if isinstance(module, types)]
+
+
+def saved_and_loaded(model):
+    """Return what `torch.load` reads of what `torch.save` wrote."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def primary(output):
