@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import tritonq
-from qat_models import PRESETS, Residual, after_one_batch, assert_same_state, images, state_of, train, trained_residual
+from qat_models import PRESETS, OneLayer, Residual, assert_same_state, images, state_of, train, trained_residual
 from tritonq import nn as qnn
 from tritonq.deploy import convert, verify
 from tritonq.deploy.modules import DeployedModule, QuantizedConv2d, Quantizer
@@ -42,22 +42,10 @@ LAYERS = {
 }
 
 
-class Quantized(nn.Module):
-    def __init__(self, layer, qconfig, known_grid):
-        super().__init__()
-        self.input = qconfig.activation()
-        self.layer = layer
-        if known_grid:
-            layer.set_input_quantizer(self.input)
-
-    def forward(self, x):
-        return self.layer(self.input(x))
-
-
 def trained_layer(name, qconfig, known_grid=True):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
-    model = train(Quantized(make(qconfig), qconfig, known_grid), torch.randn(shape))
+    model = train(OneLayer(make(qconfig), qconfig, known_grid), torch.randn(shape))
     return model, torch.randn(shape)
 
 
@@ -227,7 +215,7 @@ class OtherFakeQuantize(FakeQuantizeBase):
 
 
 def test_quantizers_of_other_families_are_converted_by_their_qparams():
-    model = Quantized(qnn.Conv2d(3, 4, 3, qconfig=tritonq.QConfig(OtherFakeQuantize, QCONFIG.weight)), QCONFIG, False)
+    model = OneLayer(qnn.Conv2d(3, 4, 3, qconfig=tritonq.QConfig(OtherFakeQuantize, QCONFIG.weight)), QCONFIG, False)
     model.input = OtherFakeQuantize()
     model.layer.set_input_quantizer(model.input)
     train(model, images(4))
@@ -238,7 +226,7 @@ def test_quantizers_of_other_families_are_converted_by_their_qparams():
 
 def test_an_unquantized_weight_stays_in_float():
     qconfig = tritonq.QConfig(QCONFIG.activation, nn.Identity)
-    model = train(Quantized(qnn.ConvBnReLU2d(3, 4, 3, qconfig=qconfig), qconfig, True), images(4))
+    model = train(OneLayer(qnn.ConvBnReLU2d(3, 4, 3, qconfig=qconfig), qconfig), images(4))
     converted = convert(model)
     assert converted.layer.weight.dtype == torch.float32
     assert torch.equal(converted(images()), model(images()))
@@ -317,8 +305,8 @@ def test_every_quantized_part_is_a_deployed_module():
 def test_a_prepared_table_keeps_the_quantizer_of_its_rows():
     torch.manual_seed(0)
     codes = torch.tensor([[1, 2], [3, 6]])
-    model = after_one_batch(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), codes)
-    converted = convert(model)
+    model = tritonq.prepare_qat(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), example_inputs=codes)
+    converted = convert(train(model, codes))
     assert [layer.name for layer in tritonq.verify(model, converted, codes).layers] == ["0", "1"]
     assert tritonq.verify(model, converted, codes).agrees()
 

@@ -10,13 +10,12 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
-from qat_models import PRESETS, TORCH_PRESETS, FloatResidual, images, train, trained_float_form, trained_residual
+from qat_models import PRESETS, TORCH_PRESETS, OneLayer, images, train, trained_float_form, trained_residual
 from tolerances import SUMS, assert_close
 from tritonq import nn as qnn
 from tritonq.deploy import convert, export_onnx, verify
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import CODES_KEY, checked
-from vision_models import torchvision_model, transformers_resnet
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -54,9 +53,7 @@ def nodes(path, kind):
 def test_onnx_runtime_finds_the_trained_codes(exported, preset):
     model, path = exported(preset)
     report = verify(model, path, images(64))
-    assert [layer.name for layer in report.layers] == [
-        *("input", "stem", "depthwise", "point", "add", "pooled"),
-    ]
+    assert [layer.name for layer in report.layers] == ["input", "stem", "depthwise", "point", "add", "pooled"]
     assert report.agrees(MAX_FRACTION, max_step=1), report
     assert report.outputs.differing_predictions == 0
 
@@ -118,18 +115,6 @@ def test_opsets(options, opset, tmp_path):
     assert verify(model, path, images(8)).agrees(MAX_FRACTION, 1)
 
 
-class Steps(nn.Module):
-    """One layer between an input quantizer and its own."""
-
-    def __init__(self, layer, qconfig):
-        super().__init__()
-        self.input, self.layer = qconfig.activation(), layer
-        layer.set_input_quantizer(self.input)
-
-    def forward(self, x):
-        return self.layer(self.input(x))
-
-
 SYMMETRIC = tritonq.get_qconfig("tensorrt")
 LAYERS = {
     "conv1d": (lambda q: qnn.ConvReLU1d(4, 6, 3, groups=2, qconfig=q), (4, 4, 9)),
@@ -146,7 +131,7 @@ LAYERS = {
 def test_other_layers_keep_their_codes(name, tmp_path):
     make, shape = LAYERS[name]
     torch.manual_seed(0)
-    model = train(Steps(make(SYMMETRIC), SYMMETRIC), torch.randn(shape))
+    model = train(OneLayer(make(SYMMETRIC), SYMMETRIC), torch.randn(shape))
     # Other data than in training, whose largest value lies on a tie: 127.5 steps.
     x = torch.randn(64, *shape[1:])
     for target in ("onnxruntime", "tensorrt"):
@@ -164,10 +149,8 @@ def test_zero_points_that_differ_between_channels(tmp_path):
     with torch.no_grad():
         layer.weight[0].abs_()
         layer.weight[1].abs_().neg_()
-    model = Steps(layer, qconfig).train()
     x = torch.randn(16, 2, 8, 8)
-    model(x)
-    model.eval()
+    model = train(OneLayer(layer, qconfig), x, steps=1)
     assert convert(model).layer.weight_zero_point.unique().numel() > 1
     export_onnx(model, tmp_path / "m.onnx", x)
     assert verify(model, tmp_path / "m.onnx", x).agrees(MAX_FRACTION, 1)
@@ -246,28 +229,6 @@ def test_what_is_no_valid_onnx_is_refused_in_one_line():
         checked(proto)
 
 
-LIBRARY = {
-    "torchvision resnet18": lambda: torchvision_model("resnet18"),
-    "transformers resnet": transformers_resnet,
-}
-
-
-@pytest.mark.parametrize("name", LIBRARY)
-def test_library_models(name, tmp_path):
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 32, 32)
-    model = tritonq.prepare_qat(LIBRARY[name](), example_inputs=x).train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(4, 3, 32, 32))
-    export_onnx(model.eval(), tmp_path / "m.onnx", x)
-    report = verify(model, tmp_path / "m.onnx", torch.randn(4, 3, 32, 32))
-    assert report.agrees(MAX_FRACTION, 1), report
-    counts = optimised_kinds(tmp_path / "m.onnx")
-    assert counts["QLinearConv"] == sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    assert counts["QLinearAdd"] == sum(isinstance(module, qnn.Add) for module in model.modules())
-
-
 def test_tensorrt_files_hold_float_weights_between_q_and_dq(exported):
     model, path = exported("tensorrt", "tensorrt")
     held = initialisers(path)
@@ -313,7 +274,7 @@ def test_tensorrt_runs_in_float_what_its_integers_cannot_hold(exported, preset):
 def test_codes_wider_than_eight_bits(tmp_path):
     qtype = tritonq.QuantizedType.of(12)
     qconfig = tritonq.QConfig(tritonq.FakeQuantize.with_args(dtype=qtype), SYMMETRIC.weight)
-    model = train(Steps(qnn.Conv2d(3, 4, 1, qconfig=qconfig), qconfig), images(4))
+    model = train(OneLayer(qnn.Conv2d(3, 4, 1, qconfig=qconfig), qconfig), images(4))
     with pytest.raises(ValueError, match=r"'input' has the codes -2048\.\.2047.*at most 8 bits"):
         export_onnx(model, tmp_path / "m.onnx", images(2))
     with pytest.warns(UserWarning, match="it will run in float: layer"):
@@ -339,7 +300,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="opset must be at least 17, got 13"):
         export_onnx(model, path, images(2), opset=13)
     with pytest.raises(ValueError, match="no quantization-aware layer"):
-        export_onnx(FloatResidual(), path, images(2))
+        export_onnx(nn.Sequential(nn.Conv2d(3, 4, 1)), path, images(2))
     with pytest.raises(ValueError, match="can't be exported"):
         export_onnx(model, path, torch.randn(2, 5, 8, 8))
     assert not list(tmp_path.iterdir())

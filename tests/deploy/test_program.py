@@ -102,11 +102,11 @@ def test_verify_compares_it_code_for_code(tmp_path):
             assert report.total.codes > 10_000
 
 
-def test_verify_names_the_first_layer_of_a_program_that_differs():
+@pytest.mark.parametrize("form", ["integers", "pt2e"])
+def test_verify_names_the_first_layer_of_a_program_that_differs(form):
     model = trained_residual()
-    program = export_program(model, None, images(2))
-    weight = program.state_dict["depthwise.weight"]
-    weight.view(-1)[0] += 40
+    program = export_program(model, None, images(2), form=form)
+    program.state_dict["depthwise.weight"].view(-1)[0] += 40
     report = tritonq.verify(model, program, images(8))
     assert report.first_difference is not None
     assert report.first_difference.name == "depthwise"

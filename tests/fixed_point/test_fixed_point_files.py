@@ -9,8 +9,8 @@ from test_fixed_point_prepare import F8NET, Residual
 from torch import nn
 
 import tritonq
+from qat_models import after_one_batch
 from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
-from tritonq.prepare import prepare_qat
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,8 @@ class Windowed(nn.Module):
 def test_windows_and_paddings_in_words_come_back(tmp_path):
     torch.manual_seed(3)
     images = torch.randn(8, 2, 11, 11)
-    model = prepare_qat(Windowed(), qconfig=F8NET, example_inputs=images)
-    model(images)
-    integers = convert(model.eval())
+    model = after_one_batch(Windowed(), images, qconfig=F8NET)
+    integers = convert(model)
     save_converted(integers, tmp_path / "model.pt")
     loaded = load_converted(tmp_path / "model.pt", fresh(Windowed))
     with torch.no_grad():
@@ -149,7 +148,6 @@ class TestOnnx:
         model, integers, images = residual
         broken = copy.deepcopy(integers)
         broken.head.bias += 300
-        export_onnx(broken, tmp_path / "model.onnx", images[:2])
         broken.a1[0].bias += 40
         export_onnx(broken, tmp_path / "model.onnx", images[:2])
         report = verify(model, tmp_path / "model.onnx", images)

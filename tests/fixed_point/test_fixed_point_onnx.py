@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fixed_point_integer import digits, overflowing, per_channel, trained  # noqa: F401 - a fixture
-from test_fixed_point_prepare import F8NET, Residual
+from test_fixed_point_prepare import F8NET
 from torch import nn
 
+from qat_models import after_one_batch
 from tolerances import SUMS, assert_close
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert, verify
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
-from tritonq.prepare import prepare_qat
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -39,16 +39,6 @@ def test_digits(digits, qconfig, tmp_path):  # noqa: F811
     assert report.total.codes > 5e5
 
 
-def test_every_kind_of_join(tmp_path):
-    torch.manual_seed(2)
-    images = torch.randn(64, 2, 12, 12)
-    model = trained(Residual(), images, torch.randint(0, 3, (64,)))
-    integers = convert(model)
-    export_fixed_point_onnx(integers, tmp_path / "model.onnx", images[:2])
-    # The network ends in a float log-softmax, whose last bits are each runtime's own.
-    assert_close(ran(tmp_path / "model.onnx", images), integers(images), SUMS, size=0.1)
-
-
 class Twice(nn.Module):
     """Concatenates a tensor with itself, and ends in a softmax along an axis that is not the last."""
 
@@ -70,9 +60,7 @@ class Twice(nn.Module):
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")
 def test_axes_and_repeated_tensors(softmax, tmp_path):
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    model = prepare_qat(Twice(softmax), qconfig=F8NET, example_inputs=images)
-    model(images)
-    integers = convert(model.eval())
+    integers = convert(after_one_batch(Twice(softmax), images, qconfig=F8NET))
     export_fixed_point_onnx(integers, tmp_path / "model.onnx", images[:2])
     assert_close(ran(tmp_path / "model.onnx", images), integers(images), SUMS, size=0.1)
 

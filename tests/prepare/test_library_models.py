@@ -110,6 +110,7 @@ def test_every_layer_is_quantized_or_the_summary_says_why(name):
     for layer in weighted:
         is_quantized = isinstance(prepared.get_submodule(layer), qnn.QATLayer)
         assert (rows[layer].status == "quantized") == is_quantized, rows[layer]
+        assert rows[layer].grid or rows[layer].reason
 
 
 @pytest.mark.parametrize("name", LISTED)

@@ -76,6 +76,19 @@ class FloatPair(nn.Module):
         return self.head(self.stem(x).flatten(1))
 
 
+class OneLayer(nn.Module):
+    """One layer behind an input quantizer, whose grid it knows or not."""
+
+    def __init__(self, layer: nn.Module, qconfig: tritonq.QConfig, known_grid: bool = True) -> None:
+        super().__init__()
+        self.input, self.layer = qconfig.activation(), layer
+        if known_grid:
+            layer.set_input_quantizer(self.input)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.input(x))
+
+
 def images(count: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
