@@ -11,16 +11,10 @@ import pytest
 import torch
 
 import tritonq
-from image_folders import image_folder
+from image_folders import SMALLNET, image_folder
 from tritonq.__main__ import main
 from tritonq.cli.checkpoints import read_training, save_training
 
-SMALLNET = """
-from torch import nn
-
-def make(width=4):
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
-"""
 MODEL = "smallnet:make"
 SETTINGS = ["--image-size=8", "--batch-size=4", "--epochs=2", "--frozen-epochs=0"]
 PREDICT = ["predict", MODEL, "photos/a/0.png", "--checkpoint", "out/last.pt"]

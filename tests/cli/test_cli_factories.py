@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from image_folders import FOLDER_MODEL, image_folder
+from digits_runs import train
+from image_folders import image_folder, train_on
 from tritonq.__main__ import main
 from tritonq.cli.models import find_qconfig, make_model
 from tritonq.cli.processes import Processes
@@ -64,11 +65,18 @@ def test_a_path_is_no_module(name, dotted):
         make_model(f"{name}:small")
 
 
-def test_a_script_that_ends_the_program_is_named(tmp_path, monkeypatch):
-    (tmp_path / "my_script_for_this_test.py").write_text("import sys\nsys.exit(2)\n")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("import sys\nsys.exit(2)\n", "it ends the program: .*__main__"),
+        ("raise RuntimeError('operator nms does not exist')\n", "RuntimeError: operator nms does not exist"),
+    ],
+)
+def test_a_script_that_fails_when_it_is_imported_is_named(script, reason, tmp_path, monkeypatch):
+    (tmp_path / "my_script_for_this_test.py").write_text(script)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    with pytest.raises(ValueError, match=r"can't be imported: it ends the program: .*__main__"):
+    with pytest.raises(ValueError, match=f"can't be imported: {reason}"):
         make_model("my_script_for_this_test:small")
 
 
@@ -85,21 +93,11 @@ def test_modules_of_the_working_directory_come_first(tmp_path, monkeypatch):
 def test_what_cannot_be_trained_is_told_before_an_image_is_read(tmp_path, capsys, monkeypatch):
     folder = image_folder(tmp_path / "images")
     (folder / "ants" / "broken.png").write_text("no image")
-    words = ["train", f"{HERE}:frozen", str(folder), "--image-size=8", "--output", str(tmp_path / "out")]
-    assert main(words) == 1
+    assert train(f"{HERE}:frozen", folder, "--image-size=8", "--output", tmp_path / "out") == 1
     assert capsys.readouterr().err == "tritonq train: Sequential has no parameter that requires a gradient\n"
     alone = nullcontext((Processes(0, 2), torch.device("cpu")))
     monkeypatch.setattr("tritonq.cli.train.joined", lambda device: alone)
-    words = [
-        "train",
-        FOLDER_MODEL[0],
-        str(folder),
-        *FOLDER_MODEL[1:],
-        "--batch-size=2",
-        "--output",
-        str(tmp_path / "b"),
-    ]
-    assert main(words) == 1
+    assert train_on(folder, tmp_path / "b", "--batch-size=2") == 1
     assert capsys.readouterr().err == "tritonq train: batch size 2 gives 2 processes less than two images each\n"
 
 

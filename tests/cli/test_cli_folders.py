@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from image_folders import FOLDER_MODEL, image_folder
+from image_folders import FOLDER_MODEL, image_folder, train_on
 from tritonq.__main__ import main
 from tritonq.cli.data import class_names, open_examples
 from tritonq.cli.folder import image_paths, readable_images
@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, capsys, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert main(["train", FOLDER_MODEL[0], str(folder), *FOLDER_MODEL[1:], "--output", str(tmp_path / "out")]) == 1
+    assert train_on(folder, tmp_path / "out") == 1
     assert "more: Permission denied" in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_a_class_whose_name_is_no_text(tmp_path, capsys):
 def test_a_folder_of_one_class_is_measured_whole(tmp_path, capsys):
     folder = image_folder(tmp_path / "insects")
     output = tmp_path / "out"
-    assert main(["train", FOLDER_MODEL[0], str(folder), *FOLDER_MODEL[1:], "--output", str(output)]) == 0
+    assert train_on(folder, output) == 0
     model = [FOLDER_MODEL[0], "--checkpoint", str(output / "best.pt")]
     new = image_folder(tmp_path / "new", ("bees",), count=1)
     assert main(["evaluate", *model, str(new), "--part=all"]) == 0
@@ -103,10 +103,10 @@ def test_a_folder_for_output_is_no_class(tmp_path, capsys, monkeypatch):
     assert main(["train", FOLDER_MODEL[0], ".", *FOLDER_MODEL[1:]]) == 1
     assert capsys.readouterr().err == "tritonq train: train-output would be a class of .: pass an --output elsewhere\n"
     assert sorted(path.name for path in folder.iterdir()) == ["ants", "bees"]
-    assert main(["train", FOLDER_MODEL[0], ".", *FOLDER_MODEL[1:], "--output", "../out"]) == 0
+    assert train_on(".", "../out") == 0
     assert capsys.readouterr().out.startswith("insects: 6 images to train with")
     (folder / "__pycache__").mkdir()
-    assert main(["train", FOLDER_MODEL[0], ".", *FOLDER_MODEL[1:], "--output", "../again"]) == 1
+    assert train_on(".", "../again") == 1
     assert "__pycache__ holds no images, such as .png or .jpg; a folder that is no class" in capsys.readouterr().err
 
 
@@ -124,8 +124,7 @@ def test_a_palette_with_transparency(channels, tmp_path):
 
 def test_blocks_that_do_not_divide_are_told_before_training(tmp_path, capsys):
     folder = image_folder(tmp_path / "insects")
-    words = [FOLDER_MODEL[0], str(folder), *FOLDER_MODEL[1:], "--qconfig=w_mxfp4"]
-    assert main(["train", *words, "--output", str(tmp_path / "out")]) == 0
+    assert train_on(folder, tmp_path / "out", "--qconfig=w_mxfp4") == 0
     printed = capsys.readouterr().out
     assert "without int8 and ONNX files: " in printed
     assert printed.index("can't be converted: mxfp4 has a deployed form where") < printed.index("epoch 1:")

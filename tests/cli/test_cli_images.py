@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from image_folders import FOLDER_MODEL, image_folder
-from tritonq.__main__ import main
+from digits_runs import train
+from image_folders import image_folder, train_on
 from tritonq.cli.augment import Augmentation
 from tritonq.cli.checkpoints import read_training
 from tritonq.cli.data import class_names, in_memory, load_digits, open_examples, stacked
@@ -30,14 +30,6 @@ from tritonq.cli.training_loop import Run
 from vision_models import import_torchvision, timm_model
 
 SMALL = Preprocessing(8, 8)
-
-
-def train(*words):
-    return main(["train", *map(str, words)])
-
-
-def train_on(folder, output, *words):
-    return train(FOLDER_MODEL[0], folder, *FOLDER_MODEL[1:], *words, "--output", output)
 
 
 def test_a_folder_with_a_corrupt_file(tmp_path, capsys):

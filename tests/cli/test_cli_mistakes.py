@@ -14,21 +14,13 @@ import pytest
 import torch
 
 import tritonq
-from image_folders import FOLDER_MODEL, image_folder
+from digits_runs import MODEL, train
+from image_folders import FOLDER_MODEL, image_folder, train_on
 from tritonq.__main__ import main
 from tritonq.cli.models import find_qconfig, make_model
 from tritonq.cli.paths import held_folder, writable_file
 
-MODEL = [
-    "tritonq.demo.model:SmallResNet",
-    "digits",
-    *(f"--model-arg={word}" for word in ("classes=10", "width=4")),
-]
 DIGITS = [*MODEL, "--model-arg=in_channels=1"]
-
-
-def train(*words):
-    return main(["train", *map(str, words)])
 
 
 def one_line(capsys):
@@ -56,7 +48,7 @@ def empty_class(root):
 )
 def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
     folder = make(tmp_path / "images")
-    assert train(FOLDER_MODEL[0], folder, *FOLDER_MODEL[1:], "--model-arg=classes=3", "--output", tmp_path / "out") == 1
+    assert train_on(folder, tmp_path / "out", "--model-arg=classes=3") == 1
     assert message in capsys.readouterr().err
 
 
@@ -111,15 +103,6 @@ def test_bad_arguments_end_in_one_line(words, message, tmp_path, capsys):
     printed = capsys.readouterr().err.strip()
     assert message in printed
     assert len(printed.splitlines()) == 1
-
-
-def raises():
-    raise RuntimeError("no such config")
-
-
-def test_a_factory_that_raises(tmp_path, capsys):
-    assert train(f"{__name__}:raises", "digits", "--output", tmp_path) == 1
-    assert one_line(capsys).endswith("raises() raised RuntimeError: no such config")
 
 
 @pytest.mark.parametrize("command", ["train", "report"])
@@ -234,14 +217,6 @@ def test_factories_of_the_working_directory_and_methods(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert make_model("my_models_for_this_test:Zoo.small").out_features == 3
     assert make_model("my_models_for_this_test:Zoo.small", ["width=narrow"]).out_features == 4
-
-
-def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
-    (tmp_path / "my_broken_models_for_this_test.py").write_text("raise RuntimeError('operator nms does not exist')\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    with pytest.raises(ValueError, match="can't be imported: RuntimeError: operator nms does not exist"):
-        make_model("my_broken_models_for_this_test:small")
 
 
 def test_help_says_enough(capsys):

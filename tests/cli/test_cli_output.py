@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from image_folders import FOLDER_MODEL, image_folder
+from image_folders import FOLDER_MODEL, image_folder, train_on
 from tritonq.__main__ import main
 from tritonq.cli.checkpoints import read_training
 from tritonq.cli.output import printed_whole
@@ -76,6 +76,5 @@ def test_training_whose_output_nobody_reads_keeps_its_epoch(tmp_path, monkeypatc
             return super().write(text)
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    words = ["train", FOLDER_MODEL[0], str(folder), *FOLDER_MODEL[1:], "--output", str(tmp_path / "out")]
-    assert main(words) == CLOSED
+    assert train_on(folder, tmp_path / "out") == CLOSED
     assert len(read_training(tmp_path / "out" / "last.pt")[1]["history"]) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from digits_runs import FILES, RECIPE
+from digits_runs import DIGITS, FILES, new_run
 from image_folders import image_folder
 from tritonq.__main__ import main
 from tritonq.cli.checkpoints import read_training, save_training
@@ -21,17 +21,13 @@ from tritonq.cli.preprocessing import Preprocessing
 from tritonq.cli.processes import joined
 from tritonq.cli.same_run import step_among
 from tritonq.cli.settings import Settings
-from tritonq.cli.training_loop import Run
 
-MODEL = ["tritonq.demo.model:SmallResNet", "digits"]
-SIZES = ["--model-arg=in_channels=1", "--model-arg=classes=10", "--model-arg=width=4"]
-SHORT = ["--batch-size=128", "--epochs=2", "--frozen-epochs=1", "--learning-rate=0.05", "--no-onnx"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_train_one_model(tmp_path):
-    words = ["tritonq", "train", *MODEL, *SIZES, *SHORT, "--output", str(tmp_path)]
+    words = ["tritonq", "train", *DIGITS, "--frozen-epochs=1", "--output", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(
         [sys.executable, *TORCHRUN, *words], capture_output=True, text=True, check=False, env=environment, timeout=150
@@ -67,16 +63,14 @@ def test_steps_where_another_number_of_processes_goes_on():
 
 def test_the_loss_of_an_epoch_goes_on_in_one_process(tmp_path):
     """A checkpoint of two processes, three steps into an epoch, holds each one's part of the sum."""
-    data = open_examples("digits", RECIPE.preprocessing)
-    settings = Settings("", 1, 0, 128, 0.01, 0, "off")
-    run = Run(RECIPE, prepare(RECIPE), settings, data, tmp_path)
+    run = new_run(tmp_path)
     run.step = 3
     run.save()
     made, content = read_training(run.path)
     (state,) = content["random"]
     content["random"] = [{**state, "loss_sum": part} for part in (100.0, 23.0)]
     save_training(run.path, made, content)
-    again = Run(RECIPE, prepare(RECIPE), settings, data, tmp_path)
+    again = new_run(tmp_path)
     assert again.resume() == 3
     assert float(again.loss_sum) == 123.0
 

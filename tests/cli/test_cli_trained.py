@@ -177,10 +177,7 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
         (["predict", tmp_path / "none.onnx", photo], "none.onnx does not exist"),
         (["predict", tmp_path / "bad.onnx", photo], "bad.onnx can't be run"),
         (["evaluate", out / "model.onnx", tmp_path / "none"], "is not a folder"),
-        (
-            ["export", FACTORY, tmp_path / "x.tflite", "--checkpoint", out / "best.pt"],
-            "ends in none of .onnx, .pt",
-        ),
+        (["export", FACTORY, tmp_path / "x.tflite", "--checkpoint", out / "best.pt"], "ends in none of .onnx, .pt"),
         (["export", FACTORY, tmp_path / "none" / "x.pt", "--checkpoint", out / "best.pt"], "make it first"),
         (["export", out / "model.onnx", tmp_path / "x.pt"], "can't be exported again"),
         (["export", FACTORY, tmp_path / "x.pt", "--checkpoint", out / "best.pt", "--calibrate", "x"], "has its ranges"),

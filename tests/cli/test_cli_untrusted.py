@@ -9,15 +9,8 @@ import pytest
 import torch
 
 import tritonq
-from image_folders import image_folder
+from image_folders import SMALLNET, image_folder
 from tritonq.__main__ import main
-
-SMALLNET = """
-from torch import nn
-
-def make():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-"""
 
 
 class Attack:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from image_folders import image_folder
 from tritonq.__main__ import main
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.preprocessing import Preprocessing
@@ -88,16 +89,6 @@ def test_digits_hold_out_half():
     data = load_digits()
     assert len(data.test_labels) >= 899
     assert len(data.test_labels) + len(data.train_labels) == 1797
-
-
-def image_folder(root, classes=("ants", "bees"), count=6):
-    generator = torch.Generator().manual_seed(0)
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for k in range(count):
-            pixels = torch.randint(0, 120, (9, 7, 3), generator=generator, dtype=torch.uint8) + 100 * label
-            Image.fromarray(pixels.numpy()).save(root / name / f"{k}.png")
-    return root
 
 
 def test_a_folder_of_images(tmp_path, capsys):

@@ -11,16 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tritonq.__main__ import main
+from digits_runs import DIGITS, train
 from tritonq.cli.training_log import Epoch, TensorBoard
 
 pytest.importorskip("tensorboard")
 
-WORDS = ("classes=10", "width=4", "in_channels=1")
-TRAIN = [
-    *("train", "tritonq.demo.model:SmallResNet", "digits", *(f"--model-arg={word}" for word in WORDS)),
-    *("--batch-size=256", "--epochs=3", "--frozen-epochs=0", "--no-onnx", "--tensorboard"),
-]
+WORDS = [*DIGITS, "--batch-size=256", "--epochs=3", "--frozen-epochs=0", "--tensorboard"]
 
 
 def epoch(number: int) -> Epoch:
@@ -92,7 +88,7 @@ def test_a_log_that_fails_costs_one_line(tmp_path: Path, monkeypatch, capfd) -> 
             add(self, done)
 
     monkeypatch.setattr(TensorBoard, "add", add_within_limits)
-    assert main([*TRAIN, "--output", str(tmp_path)]) == 0
+    assert train(*WORDS, "--output", tmp_path) == 0
     (path,) = (tmp_path / "tensorboard").iterdir()
     assert capfd.readouterr().err == f"tritonq train: {path}: File too large; training goes on\n"
     assert [step for step, _ in read(tmp_path / "tensorboard")["loss"]] == [1, 2, 3]
@@ -106,7 +102,7 @@ def test_a_log_that_cannot_begin_is_told_before_an_image_is_read(reason, tmp_pat
     monkeypatch.setattr("tritonq.cli.train.open_examples", None)
     with monkeypatch.context() as patches:
         patches.setattr("tritonq.cli.training_log.Path.open", refused)
-        assert main([*TRAIN, "--output", str(tmp_path)]) == 1
+        assert train(*WORDS, "--output", tmp_path) == 1
     (line,) = capfd.readouterr().err.splitlines()
     folder = tmp_path / "tensorboard"
     assert line.startswith(f"tritonq train: {folder}{os.sep}events.out.tfevents.")
