@@ -84,14 +84,19 @@ def gradient_bounds(
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Return three scalars ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``.
+    """Return three scalars ``(unit, low, high)``, by which :func:`gradient_passes` compares ``low < y / unit < high``.
 
-    ``y`` are the values before ReLU and rounding. With a ReLU the caller checks ``y > 0`` in place of ``low < y /
-    unit``. ``unit`` is ``scale``; ``low`` lies half a step below the smallest code, ``high`` half a step above the
-    largest, both in steps from the zero point. Where a value at such a bound is a tie that rounds to that code, the
-    bound is one float further out. If ``active`` is 0, both are infinite, and block only infinite quotients. After that
-    a finite CEILING replaces ``high`` if ``CEILING / scale`` is lower, or if ``high`` is infinite: ``unit`` is then 1,
-    and ``low`` must not be read. Without QUANTIZED the result is a placeholder that nothing reads.
+    ``y`` are the values before ReLU and rounding. With a ReLU it checks ``y > 0`` in place of ``low < y / unit``.
+    ``unit`` is ``scale``; ``low`` lies half a step below the smallest code, ``high`` half a step above the largest,
+    both in steps from the zero point. Where a value at such a bound is a tie that rounds to that code, the bound is one
+    float further out. A finite CEILING replaces ``high`` if ``CEILING / scale`` is lower: ``unit`` is then 1, and
+    ``low`` must not be read. Without QUANTIZED the result is a placeholder that nothing reads.
+
+    If ``active`` is 0, the quantizer blocks nothing, infinities neither:
+
+    - Without a ReLU ``high`` is NaN, which no value reaches.
+    - With a plain one ``high`` and ``unit`` are infinite: quotients are 0, or NaN of infinity.
+    - With a finite CEILING that is ``high``, and ``unit`` is 1.
     """
     if not QUANTIZED:
         return 1.0, 0.0, 0.0
@@ -111,9 +116,8 @@ def gradient_bounds(
             # low is negative and high positive: the next float outwards has the next larger bits.
             low = (low.to(tl.int32, bitcast=True) + low_tie).to(tl.float32, bitcast=True)
             high = (high.to(tl.int32, bitcast=True) + high_tie).to(tl.float32, bitcast=True)
-        low = tl.where(active != 0, low, -INF)
-        high = tl.where(active != 0, high, INF)
-        unit = scale
+        high = tl.where(active != 0, high, float("nan") if CEILING is None else INF)
+        unit = tl.where(active != 0, scale, INF)
         TOP: tl.constexpr = INF if CEILING is None else CEILING
         if TOP < INF:
             # Division keeps order: what is below a ceiling inside of the last code is inside too, and the other way
@@ -127,19 +131,20 @@ def gradient_bounds(
 
 @triton.jit
 def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
-    """Return a bool block: where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; False at NaN.
+    """Return a bool block: where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`.
 
-    ``y``, float32, holds the values before ReLU and rounding; ``unit``, ``low`` and ``high`` come from
-    :func:`gradient_bounds`. QUANTIZED: whether there is a quantizer; without one only the ReLU blocks, and the bounds
-    are not read. With one, infinite ``y`` are blocked even while it is off.
+    Each of the two that there is, and that is not switched off, blocks NaN. ``y``, float32, holds the values before
+    ReLU and rounding; ``unit``, ``low`` and ``high`` come from :func:`gradient_bounds`. QUANTIZED: whether there is a
+    quantizer; without one only the ReLU blocks, and the bounds are not read.
     """
     if QUANTIZED:
         v = divide_by_scale(y, unit, ROUNDING)
         # Zero is on every grid: no positive value lies below the first code. What a lower bound blocks goes where the
-        # upper one blocks it, since two flags per value cost registers.
-        return tl.where((v > low) if CEILING is None else (y > 0), v, INF) < high
+        # upper one blocks it, since two flags per value cost registers. NaN does not reach `high`: a quotient is NaN
+        # only while the quantizer is off.
+        return (tl.where((v > low) if CEILING is None else (y > 0), v, INF) >= high) == 0
     elif CEILING is None:
-        return y == y
+        return (y == y) | (y != y)
     elif CEILING < INF:
         return (y > 0) & (y < CEILING)
     else:

@@ -16,6 +16,7 @@ from tolerances import BFLOAT16, EXACT, assert_close
 from tritonq.grid import Grid
 from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference import residual, rounded
+from tritonq.reference.activation import rectify
 
 SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]
 
@@ -206,6 +207,25 @@ class TestBackends(OpTester):
         assert y.tolist() == [first, first, first, last, last, last]
         passes = residual.unpack(mask.cpu(), 6) != 0
         assert passes.tolist() == [first % 2 == 0, False, True, True, last % 2 == 0, False]
+
+    @pytest.mark.parametrize("ceiling", [None, math.inf, 0.7, 100.0])
+    @pytest.mark.parametrize("qtype", [QINT8, QUINT8])
+    def test_a_quantizer_that_is_off_blocks_nothing(self, qtype, ceiling, use, device):
+        """Nor infinities, which float32 compares as no number is."""
+        y = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 0.0, 0.5, -0.5, 50.0, 100.0])
+        grid, _ = quantizer_state(qtype, device=device)
+        grid = grid.with_buffers(grid.scale, grid.zero_point, torch.zeros(1, dtype=torch.uint8, device=device))
+        expected = (
+            torch.ones(10, dtype=torch.bool) if ceiling is None else (y > 0) & ((y < ceiling) | (ceiling == math.inf))
+        )
+        for found, mask in (
+            operators("residual", use).forward(y.to(device), torch.zeros_like(y, device=device), grid, None, ceiling),
+            operators("rounded", use).forward(y.to(device, copy=True), grid, None, ceiling),
+            rounded.forward_with_mask(y.to(device), grid, None, ceiling),
+        ):
+            assert_close(found.cpu(), rectify(y, ceiling), EXACT, equal_nan=True)
+            passes = mask if mask.dtype == torch.bool else residual.unpack(mask, len(y)) != 0
+            assert torch.equal(passes.cpu(), expected)
 
     def test_layouts(self, use, device):
         a, b, _ = (t.to(device) for t in tensors((2, 4, 3, 5)))
