@@ -22,6 +22,7 @@ from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.residual import rounded_result
 from tritonq.functional.saved_input import mark_on_grid
 from tritonq.grid import Grid, RangeStatistics
+from tritonq.nn.fusable import has_hooks
 from tritonq.qparams import RangeRule, fixed_zero_point
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.activation import rectify
@@ -138,7 +139,7 @@ def _formula(quantizer: nn.Module) -> QuantizerFormula | str:
         return "zero points that are no integers (per_channel_affine_float_qparams)"
     if held.qscheme not in _PER_CHANNEL + _PER_TENSOR:
         return f"qscheme {held.qscheme}"
-    if quantizer._forward_hooks or quantizer._forward_pre_hooks or observer._forward_hooks:
+    if has_hooks(quantizer) or has_hooks(observer):
         return "hooks on the quantizer, which an operator would skip"
     low, high = int(held.quant_min), int(held.quant_max)
     if kind.__name__ != "_LearnableFakeQuantize" and hasattr(observer, "quant_min"):
@@ -178,12 +179,13 @@ def _torch_zero_point(observer: Any) -> int:
 def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
     """Whether tritonq can round ``x`` in place of ``quantizer`` now.
 
-    It has a formula, and its buffers have the dtypes that operators take: scale float32, zero point int32 (float32 for
-    a trained scale). Casting a whole model (``model.half()``) changes them. An empty ``x`` is left to the library,
-    except with a trained scale.
+    It has a formula, neither it nor its observer has hooks, which may be put there after the formula was stored, and
+    its buffers have the dtypes that operators take: scale float32, zero point int32 (float32 for a trained scale).
+    Casting a whole model (``model.half()``) changes them. An empty ``x`` is left to the library, except with a trained
+    scale.
     """
     held: Any = quantizer
-    if not has_formula(quantizer):
+    if not has_formula(quantizer) or has_hooks(quantizer) or has_hooks(held.activation_post_process):
         return False
     if formula_of(quantizer).kind == "learned":
         return bool(held.scale.dtype == held.zero_point.dtype == torch.float32)
@@ -293,7 +295,7 @@ def marked(y: Tensor, grid: Grid) -> Tensor:
     a mark, traced or not; its values are rounded to float32, as by torch's operator, unless the grid is switched off.
     """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
-        return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Float32Values.apply(y, grid.enabled_on_device()))  # type: ignore[no-untyped-call]
     if grid.qtype.axis is None and not torch.compiler.is_compiling():
         mark_on_grid(y, grid.scale, grid)
         mark_source(y, grid)
@@ -308,7 +310,7 @@ class _Float32Values(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, enabled: Tensor) -> Tensor:
-        return torch.where(enabled != 0, y.float().double(), y)
+        return torch.where(enabled, y.float().double(), y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
