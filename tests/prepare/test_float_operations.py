@@ -44,6 +44,7 @@ def rows(operation) -> list[tuple[str, str]]:
         (lambda x, mask: F.interpolate(x, scale_factor=2, mode="bilinear"), ["interpolate"]),
         (lambda x, mask: F.layer_norm(x, x.shape[1:]).transpose(2, 3), ["layer_norm"]),
         (lambda x, mask: F.pad(x, (1, 1), value=0.5), ["pad"]),
+        (lambda x, mask: torch.fft.rfft(x).abs(), ["fft_rfft", "abs"]),
     ],
 )
 def test_operations_in_float_are_told(operation, names):
@@ -73,3 +74,19 @@ def test_operations_that_move_values_keep_the_grid(operation):
 def test_a_chain_from_grid_to_grid_is_quantized_at_each_step():
     kinds = rows(lambda x, mask: F.leaky_relu(F.avg_pool2d(F.silu(x), 2)).mean(3, keepdim=True))
     assert kinds == [(name, "quantized") for name in ("silu", "avg_pool2d", "leaky_relu", "mean")]
+
+
+@pytest.mark.parametrize(
+    ("operation", "names"),
+    [
+        (lambda x, mask: x.argmax(1, keepdim=True) / 8 + x, ["add"]),
+        (lambda x, mask: 2 * (x.round().long() / 3 - 1), ["mul"]),
+        (lambda x, mask: x.int().abs().sigmoid(), []),
+    ],
+)
+def test_functions_of_whole_numbers_stay_in_float(operation, names):
+    found = rows(operation)
+    assert [name for name, status in found if status == "quantized"] == names
+    prepared = tritonq.prepare_qat(Between(operation), example_inputs=X).train()
+    prepared(X)
+    assert torch.equal(prepared.eval()(X), tritonq.convert(prepared)(X))

@@ -76,12 +76,14 @@ class Chains:
         return isinstance(forward, ForwardGraph) and site is not None and forward.has_constant_arguments(site.node)
 
     def _become_one(self, before: Call, call: Call) -> bool:
-        """Whether ``before`` and ``call``, which reads its result, become one operation.
+        """Whether ``before``, which reads a float tensor, and ``call``, which reads its result, become one operation.
 
         Both are clips, or one of the two is arithmetic with a number and ``before`` is a clip, function or arithmetic
         with a fixed number. ``call`` alone reads the result, which lies on no grid, and ``before`` is not among those
         that stay. No hooks see what ``before`` is given or what stands between the two.
         """
+        if not all(self._analysis.flow.values[value].dtype.is_floating_point for value in before.inputs):
+            return False
         is_alike = bounds_of_call(before) is not None and bounds_of_call(call) is not None
         if not is_alike and arithmetic_of_call(before) is None and arithmetic_of_call(call) is None:
             return False

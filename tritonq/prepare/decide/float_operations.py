@@ -25,7 +25,8 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
     behind: set[ValueIndex] = set()  # values that follow in float from quantized ones
     chain: list[Call] = []
     for call in _others(analysis, plan):
-        made = [value for value in call.outputs if analysis.flow.values[value].dtype.is_floating_point]
+        dtypes = ((value, analysis.flow.values[value].dtype) for value in call.outputs)
+        made = [value for value, dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
         reads_grid = any(value in plan.on_grid for value in call.inputs)
         if made and (not behind.isdisjoint(call.inputs) or (reads_grid and not analysis.keeps_grid(call))):
             behind.update(value for value in made if value not in plan.on_grid)

@@ -209,18 +209,21 @@ def _may_change(operation: Operation, calls: Sequence[Call]) -> bool:
 
 
 def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_arguments: bool) -> Operation | None:
-    """Return the one operation that a row of calls amounts to; None if it is none.
+    """Return the one operation that a row of calls amounts to; None if it is none, or reads no float tensor.
 
     For a row of clips it is the last clip.
 
     ``has_fixed_arguments`` says whether the calls' other arguments are constants.
     """
+    source = analysis.flow.values[row[0].inputs[0]]
+    if not source.dtype.is_floating_point:
+        return None
     joined = joined_function(row)
     if joined is not None:
         return joined
     if len(row) > 1:
         return bounds_of_call(row[-1])
-    return _operation_of(row[-1], analysis.flow.values[row[-1].inputs[0]].shape, has_fixed_arguments)
+    return _operation_of(row[-1], source.shape, has_fixed_arguments)
 
 
 def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:
