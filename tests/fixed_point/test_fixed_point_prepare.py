@@ -9,7 +9,7 @@ from torch import nn
 
 from qat_models import Named
 from tolerances import SUMS, assert_close
-from tritonq import convert, get_qconfig, set_fixed_point_phase, verify
+from tritonq import convert, export_onnx, get_qconfig, set_fixed_point_phase, summary, verify
 from tritonq.nn import FixedPointAdd, FixedPointAvgPool2d, FixedPointConvBn2d, FixedPointLinear, FixedPointMaxPool2d
 from tritonq.prepare import prepare_qat
 
@@ -336,3 +336,28 @@ def test_a_window_that_follows_the_size_of_the_image_is_kept_for_that_size():
     assert model(torch.randn(2, 2, 8, 8)).shape == (2, 3, 1, 1)
     with pytest.raises(ValueError, match="was prepared for images of 64 values, got 8 by 4"):
         model(torch.randn(2, 2, 8, 4))
+
+
+class ByMode(nn.Module):
+    """A forward that reads the mode and a whole number of its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.depth, self.first, self.last = 1, conv_bn(2, 8), nn.Linear(8, 4)
+
+    def forward(self, x, drop=0.1):
+        for _ in range(self.depth):
+            x = torch.relu(self.first(x))
+        return self.last(F.dropout(x.mean((2, 3)), drop, self.training))
+
+
+def test_layers_of_a_forward_that_reads_its_mode_are_found_by_both_runs(tmp_path):
+    network, images = prepared(ByMode()).train(), torch.rand(2, 2, 12, 12)
+    network(images)
+    converted = convert(network.eval())
+    assert torch.equal(converted(images), network(images))
+    assert summary(network).line == summary(converted).line
+    assert "quantized 2 of 2 layers" in summary(converted).line
+    pytest.importorskip("onnxruntime")
+    export_onnx(converted, tmp_path / "model.onnx", images)
+    assert verify(network, tmp_path / "model.onnx", images).agrees()

@@ -25,7 +25,7 @@ from tritonq.deploy.swap import swap_modules
 from tritonq.nn.fixed_point import FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
 from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
-from tritonq.prepare.changes import ADDED, report_of
+from tritonq.prepare.changes import ADDED, note_report, report_of, take_report
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
 
 _SIMULATED = (FixedPointLayer, FixedPointAdd, FixedPointAvgPool2d)
@@ -69,7 +69,11 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
             except ValueError as error:
                 raise ValueError(f"{name!r} can't be converted: {error}") from error
             made[module].name = name
-    return swap_modules(converted, made).eval()
+    records = take_report(converted)
+    converted = swap_modules(converted, made).eval()
+    if records is not None:
+        note_report(converted, records)
+    return converted
 
 
 def _check(name: str, layer: FixedPointLayer) -> None:

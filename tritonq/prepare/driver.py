@@ -227,7 +227,7 @@ class FixedPointScheme:
 
     def __init__(self, analysis: Analysis, qconfigs: Mapping[nn.Module, QConfig | None], recording: Recording) -> None:
         self._analysis, self._qconfigs, self._recording = analysis, qconfigs, recording
-        self.links = find_links(analysis)
+        self.links = find_links(analysis, Analysis(analysis.model, recording.flow, recording.held))
 
     def layer_names(self) -> list[str]:
         """Return the qualified names of the convolutions and linear layers that the record calls.

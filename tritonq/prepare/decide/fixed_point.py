@@ -20,7 +20,7 @@ from tritonq.nn import intrinsic
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.average_pool import averaging_of_call
 from tritonq.prepare.decide.chains import Chains
-from tritonq.prepare.decide.layers import Layer, find_layer
+from tritonq.prepare.decide.layers import Layer, find_layer_in_eval
 from tritonq.prepare.record.dataflow import Call, CallIndex, Ref, ValueIndex
 from tritonq.qconfig import QConfig
 from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage
@@ -118,20 +118,20 @@ class Links:
         return group
 
 
-def find_links(analysis: Analysis) -> Links:
-    """Find the layers, additions, poolings and groups of a network.
+def find_links(analysis: Analysis, all_runs: Analysis) -> Links:
+    """Find layers, additions, poolings and groups of the run in eval mode; ``all_runs`` tells what both runs fuse.
 
     Raises:
         ValueError: no layer; a layer, or an operation between layers, that has no fixed-point form or runs more than
             once; a BatchNorm that can't be part of its layer; a sum with what comes from no layer; an output whose
             following layer can't be found, that something else reads, too, or that is read before and after a ReLU6.
     """
-    return _Finder(analysis).find()
+    return _Finder(analysis, all_runs).find()
 
 
 class _Finder:
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis, self.flow = analysis, analysis.flow
+    def __init__(self, analysis: Analysis, all_runs: Analysis) -> None:
+        self.analysis, self.all_runs, self.flow = analysis, all_runs, analysis.flow
         self.links = Links(analysis)
         self.absorbed: dict[CallIndex, CallIndex] = {}
 
@@ -176,7 +176,7 @@ class _Finder:
                 continue
             if type(module) not in _LAYER_TYPES:
                 raise ValueError(f"the layer {name!r} is a {type(module).__name__}, which has no fixed-point form")
-            layer, obstacle = find_layer(name, type(module), self.analysis, _SWAPPED)
+            layer, obstacle = find_layer_in_eval(name, type(module), self.all_runs, _SWAPPED, len(self.flow.calls))
             if layer.batch_norm is not None and self.analysis.modules[layer.batch_norm].weight is None:
                 obstacle = "it has affine=False"
             if obstacle is not None or layer.remainder:

@@ -6,7 +6,7 @@ A *frozen norm* is a module that normalises each channel with fixed numbers.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import cast
 
@@ -136,6 +136,18 @@ def find_layer(
         frozen=None if norm is None else norm.frozen,
     )
     return layer, obstacle
+
+
+def find_layer_in_eval(
+    name: str, kind: type[nn.Module], all_runs: Analysis, swapped: Container[type[nn.Module]], eval_calls: int
+) -> tuple[Layer, str | None]:
+    """Return what :func:`find_layer` returns of a module for all runs, but with the layer's calls in eval mode alone.
+
+    The record begins with the ``eval_calls`` calls of the run in eval mode.
+    """
+    layer, obstacle = find_layer(name, kind, all_runs, swapped)
+    held = {part: tuple(i for i in getattr(layer, part) if i < eval_calls) for part in ("calls", "ends", "relus")}
+    return replace(layer, **held), obstacle
 
 
 def _channels(function: CalledLayer) -> int:
