@@ -146,8 +146,8 @@ def find_layer_in_eval(
     The record begins with the ``eval_calls`` calls of the run in eval mode.
     """
     layer, obstacle = find_layer(name, kind, all_runs, swapped)
-    held = {part: tuple(i for i in getattr(layer, part) if i < eval_calls) for part in ("calls", "ends", "relus")}
-    return replace(layer, **held), obstacle
+    calls, ends, relus = (tuple(i for i in part if i < eval_calls) for part in (layer.calls, layer.ends, layer.relus))
+    return replace(layer, calls=calls, ends=ends, relus=relus), obstacle
 
 
 def _channels(function: CalledLayer) -> int:
