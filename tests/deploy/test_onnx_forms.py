@@ -1,5 +1,7 @@
 """Forms of ONNX files for other readers: plain pairs, opset 17, and transposed convolutions for TensorRT."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from qat_models import after_one_batch
 from tritonq.deploy.onnx_opset17 import lower_opset
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -163,3 +165,39 @@ def test_parts_of_a_concatenation_for_tensorrt_lie_on_its_grid(tmp_path):
     (concatenation,) = [node for node in graph.node if node.op_type == "Concat"]
     assert [makers[name].op_type for name in concatenation.input] == ["Conv", "Mul"]
     assert tritonq.verify(qat, tmp_path / "m.onnx", X).agrees(0.01, 1)
+
+
+class Difference(nn.Module):
+    """A layer, a difference and an output, each of whose quantizers may have a grid per channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.a(x) - self.b(x))
+
+
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers only where")  # those beside such grids
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("name", ["a", "b", "head", ""])
+def test_activations_with_a_grid_per_channel_run(name, target, tmp_path):
+    torch.manual_seed(0)
+    qconfig = tritonq.get_qconfig(target)
+    per_channel = tritonq.FakeQuantize.with_args(observer=tritonq.PerChannelMinMaxObserver, ch_axis=1)
+    own = tritonq.QConfig(activation=per_channel, weight=qconfig.weight)
+    mapping = tritonq.QConfigMapping().set_global(qconfig if name else own)
+    for layer in ("a", "b", "head"):
+        mapping = mapping.set_module_name(layer, own if layer == name else qconfig)
+    model = tritonq.prepare_qat(Difference(), qconfig=mapping, example_inputs=X)
+    model(X)
+    path = tmp_path / "m.onnx"
+    tritonq.export_onnx(model.eval(), path, X, target=target)
+    # Where codes are subtracted for TensorRT, its own arithmetic decides ties.
+    found = {layer.name: layer for layer in tritonq.verify(model, path, X).layers}
+    assert all(layer.is_within(0.0, 0) for layer in found.values() if (layer.name, target) != ("sub", "tensorrt"))
+    session = onnxruntime.InferenceSession(path)
+    session.run(None, {"x": X.numpy()})
+    entries = json.loads(session.get_modelmeta().custom_metadata_map["tritonq.codes"])
+    grids = {entry["quantizer"]: entry["axis"] for entry in entries}
+    assert grids[f"{name or 'sub'}.activation_post_process"] == 1

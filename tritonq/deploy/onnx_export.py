@@ -82,6 +82,9 @@ def export_onnx(
       Functions, pools and sums stand in float between pairs, so that an engine's own arithmetic decides ties: expect
       single codes to differ by one. Activations may have 16 bits; ONNX Runtime computes in float beside these.
 
+    Activations with a grid per channel are float arithmetic in the first two forms, since these engines take such grids
+    for weights alone. In ``"qdq"`` they are pairs, which ONNX Runtime (1.31) runs only without graph optimizations.
+
     Grids that round ties away from zero (MegEngine's) round them to even in the file; ties are rare behind a
     convolution. Fixed-point networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of
     the options below but ``metadata``.
@@ -340,7 +343,11 @@ def _name_codes(model: Any) -> None:
             zero_point = reader.inputs[2].const_value.numpy()
             zero, axis = zero_point.tolist(), reader.attributes["axis"].as_int() if zero_point.ndim else None
         else:  # codes in float, from which the exporter subtracts a zero point unless that is 0
-            zero, axis = float(reader.inputs[1].const_value.numpy()) if reader.op_type == "Sub" else 0, None
+            zero, axis = 0, None
+            if reader.op_type == "Sub":
+                zero_point = reader.inputs[1].const_value.numpy()
+                axis = next((axis for axis, size in enumerate(zero_point.shape) if size > 1), None)
+                zero = zero_point.item() if axis is None else zero_point.flatten().tolist()
         found.append({"quantizer": quantizer, "tensor": codes.name, "zero_point": zero, "axis": axis})
     model.metadata_props[CODES_KEY] = json.dumps(found)
 

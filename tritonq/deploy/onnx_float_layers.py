@@ -102,8 +102,9 @@ def tell_float_convolutions(proto: Any) -> None:
     names = float_convolutions(proto)
     if names:
         warnings.warn(
-            "ONNX Runtime convolves in integers only where all calls of a layer read one grid, packed weights and "
-            "transposed or 3-d convolutions of some kinds never; it will run in float: "
+            "ONNX Runtime convolves in integers only where all calls of a layer read one grid, packed weights, "
+            "activations with a grid per channel and transposed or 3-d convolutions of some kinds never; it will run "
+            "in float: "
             f'{", ".join(names)}. Other presets leave such quantizers out; get_qconfig("onnxruntime") has them',
             stacklevel=4,
         )

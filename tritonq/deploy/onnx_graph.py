@@ -226,12 +226,13 @@ def _traced_quantizer(
         forms: the traced form of each quantizer.
 
     Returns:
-        The form that the module has now, whose codes may be bounded by a clip; else that in ``forms``; or None.
+        The form that the module has now, whose codes may be bounded by a clip; else that in ``forms``. None if there
+        is none, or one of float arithmetic.
     """
     now = quantizer_of(producer)
-    if isinstance(now, TracedQuantizer):
-        return now
-    return forms.get(quantizer) if isinstance(quantizer, Quantizer) else None
+    if not isinstance(now, TracedQuantizer):
+        now = forms.get(quantizer) if isinstance(quantizer, Quantizer) else None
+    return now if _has_one_grid(now) else None
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:
@@ -247,8 +248,11 @@ def _behind_integers(model: nn.Module) -> set[nn.Module]:
     }
 
 
-# Output quantizers of converted models, before and after they are rewritten for ONNX.
-_GRIDS = (Quantizer, TracedQuantizer)
+def _has_one_grid(quantizer: nn.Module | None) -> bool:
+    """Whether a quantizer, rewritten for ONNX or not yet, gives codes that integer kernels of ONNX Runtime take."""
+    if isinstance(quantizer, TracedQuantizer):
+        return not quantizer.is_float
+    return isinstance(quantizer, Quantizer) and quantizer.qtype.axis is None
 
 
 def _runs_in_integers(module: nn.Module) -> bool:
@@ -257,7 +261,7 @@ def _runs_in_integers(module: nn.Module) -> bool:
         return is_plain or phases_of(module) is not None
     if isinstance(module, Joint):
         # Where an operand is not rounded, eval mode joins floats, and rounds them as any other value.
-        known = [quantizer for quantizer in module.input_quantizers if isinstance(quantizer, _GRIDS)]
+        known = [quantizer for quantizer in module.input_quantizers if _has_one_grid(quantizer)]
         return len(known) == len(module.producers) or module.producers.count(None) == len(module.producers)
     return True
 

@@ -36,8 +36,8 @@ def quantize_dequantize(
     Args:
         x: float32.
         scale: float32, 0-d or (x.shape[axis],).
-        zero_point: int8, uint8, int16 or uint16, as ``scale``; its dtype is that of the codes. float32, 0-d: the file
-            computes with floating-point operators.
+        zero_point: int8, uint8, int16 or uint16, as ``scale``; its dtype is that of the codes. float32: the file
+            computes with floating-point operators, and both may have as many axes as ``x``, with which they broadcast.
         quant_min: smallest code, in the dtype's range.
         quant_max: largest code.
         axis: axis of ``x`` with the scales, if there are several.
@@ -249,4 +249,4 @@ def _scalar(value: int, dtype: Any) -> Any:
 def _along(values: Tensor, x: Tensor, axis: int, block_size: int | None = None) -> Tensor:
     if block_size is not None:
         return values.repeat_interleave(block_size, axis)
-    return values if values.dim() == 0 else Granularity(axis).align(values, x.dim())
+    return values if values.dim() in (0, x.dim()) else Granularity(axis).align(values, x.dim())

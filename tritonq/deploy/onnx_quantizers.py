@@ -15,6 +15,7 @@ from tritonq.deploy.modules import QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, FLOATS_OPSET
 from tritonq.deploy.onnx_ops import quantize_dequantize, round_half_away
 from tritonq.deploy.onnx_packed import PACKED_OPSET
+from tritonq.granularity import Granularity
 from tritonq.nn.unary import UnaryLayer
 from tritonq.reference.fake_quant import quantize
 
@@ -29,8 +30,9 @@ class TracedQuantizer(nn.Module):
             floating-point operators, without QuantizeLinear.
         quant_min: smallest code.
         quant_max: largest code.
-        exact: whether the quotient is computed as in training, before a QuantizeLinear of scale 1. Per channel it never
-            is. Otherwise the operator divides, and ties round to the even code, whatever the rounding of ``source``.
+        exact: whether the quotient is computed as in training, before a QuantizeLinear of scale 1. Per channel it is
+            only by floating-point operators. Otherwise the operator divides, and ties round to the even code, whatever
+            the rounding of ``source``.
 
     Attributes:
         clamp: smallest and largest value, to which values are limited before they are rounded; None, as at first: no
@@ -48,7 +50,8 @@ class TracedQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.exact = exact and source.qtype.axis is None
+        self.is_float = zero_point.is_floating_point()
+        self.exact = exact and (source.qtype.axis is None or self.is_float)
         self.rounding = source.qtype.rounding
         self.quant_min, self.quant_max = quant_min, quant_max
         self.axis = 0 if source.qtype.axis is None else source.qtype.axis
@@ -68,12 +71,27 @@ class TracedQuantizer(nn.Module):
         """
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
+        scale, zero_point, inverse = self.scale, self.zero_point, self.inverse if x.dim() else self.inverse.reshape(())
+        if self.is_float and scale.dim():
+            # Operators broadcast them; QuantizeLinear is told the axis.
+            scale, zero_point, inverse = (
+                Granularity(self.axis).align(t, x.dim()) for t in (scale, zero_point, inverse)
+            )
         if self.exact and not in_steps:
-            inverse = self.inverse if x.dim() else self.inverse.reshape(())
-            x = x * inverse if self.rounding == "half_even" else round_half_away(x / self.scale)
+            x = x * inverse if self.rounding == "half_even" else round_half_away(x / scale)
         bounds, divided = (self.quant_min, self.quant_max), self.exact or in_steps
-        y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, divided, self.name)
+        y: Tensor = quantize_dequantize(x, scale, zero_point, *bounds, self.axis, divided, self.name)
         return y
+
+
+def float_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
+    """Return a traced quantizer that the file has as floating-point operators, which give the trained codes and values.
+
+    It holds what an engine's integers can't: there is no QuantizeLinear, and what reads the values computes in float.
+    ``name`` is the name of ``source``.
+    """
+    bounds = source.qtype.quant_min, source.qtype.quant_max
+    return TracedQuantizer(source, name, source.zero_point.float(), *bounds, exact=True)
 
 
 def uint8_quantizer(
@@ -86,6 +104,7 @@ def uint8_quantizer(
 ) -> TracedQuantizer:
     """Return a traced quantizer with uint8 codes, counted from 0, for ONNX Runtime.
 
+    If there is a grid per channel, it is one of float arithmetic with the trained codes (:func:`float_quantizer`).
     Code 0 of the file is the type's smallest code. Behind a ReLU, if the type fixes the zero point, it is the code of
     the value 0, as in the converted model: the roundings of a sum depend on where codes begin.
 
@@ -100,6 +119,8 @@ def uint8_quantizer(
     Raises:
         ValueError: a code of the file would be above 255.
     """
+    if source.qtype.axis is not None:  # integer kernels take one grid per tensor
+        return float_quantizer(source, name)
     grid = source.qtype
     lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else end_codes(source, bounds)
     is_relu = bounds is not None and bounds[0] == 0 if from_zero is None else from_zero

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tritonq.deploy.modules import QuantizedLayer, QuantizedTransposed, Quantizer
-from tritonq.deploy.onnx_quantizers import TracedQuantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, float_quantizer
 from tritonq.quantized_type import QuantizedType
 
 _REMEDY = 'train with get_qconfig("tensorrt")'
@@ -22,23 +22,16 @@ _LOW, _HIGH = -128, 127
 def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
     """Return a traced quantizer with int8 codes; one of float arithmetic if TensorRT's can't hold the trained codes.
 
-    They must lie in -128..127 with zero points of 0. A narrower range becomes a clamp before QuantizeLinear.
+    They must lie in -128..127 with a zero point of 0, on one grid for the tensor: TensorRT takes scales per channel for
+    weights alone. A narrower range becomes a clamp before QuantizeLinear.
 
     Args:
         source: the converted model's quantizer.
         name: its name in the model.
-
-    Raises:
-        ValueError: a grid per channel, unless its codes are exactly -128..127 and all its zero points are 0.
     """
     low, high = source.qtype.quant_min, source.qtype.quant_max
-    fits = _fits(source.qtype, source.zero_point)
-    if source.qtype.axis is not None and (not fits or (low, high) != (_LOW, _HIGH)):
-        raise ValueError(
-            f"TensorRT has no form for the quantizer {name!r}, one grid per channel with codes {low}..{high}: {_REMEDY}"
-        )
-    if not fits:
-        return TracedQuantizer(source, name, source.zero_point.float(), low, high, exact=True)
+    if source.qtype.axis is not None or not _fits(source.qtype, source.zero_point):
+        return float_quantizer(source, name)
     traced = TracedQuantizer(source, name, source.zero_point.to(torch.int8), _LOW, _HIGH)
     if (low, high) != (_LOW, _HIGH):
         scale = float(source.scale)
