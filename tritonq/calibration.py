@@ -18,6 +18,7 @@ from tritonq.learned_base import LearnedFakeQuantize
 from tritonq.nn.call_arguments import by_position
 from tritonq.nn.qat import QATLayer
 from tritonq.observers import PassiveObserver
+from tritonq.prepare.record.structure import tensors_in
 from tritonq.qparams import QParams
 from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import silence
@@ -44,7 +45,7 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
 
     Raises:
         ValueError: the model has no fake quantizer, or ones of fixed point, whose formats are found in training alone;
-            ``data`` has no batch; or a quantizer has seen no finite value, and the message names each such. Switches
+            ``data`` has no sample; or a quantizer has seen no finite value, and the message names each such. Switches
             are as before then.
 
     Source: MegEngine's calibration flow; docs/calibration.md.
@@ -162,19 +163,24 @@ def refine_scales(
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
     """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``, as :func:`model_calls` does.
 
+    Batches whose tensors are all empty are left out.
+
     Args:
         model: the model; it is not run.
         data: one tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or a
             tuple or list, of which the first items are taken, as many as the forward requires.
 
     Raises:
-        ValueError: ``data`` is neither a tensor nor iterable, or has no batch.
+        ValueError: ``data`` is neither a tensor nor iterable, or has no batch with a sample.
     """
-    batch = None
-    for batch in model_calls(model, data):
-        yield batch
-    if batch is None:
-        raise ValueError("data has no batch")
+    has_sample = False
+    for call in model_calls(model, data):
+        sizes = [tensor.numel() for _, tensor in tensors_in(call)]
+        if any(sizes) or not sizes:
+            has_sample = True
+            yield call
+    if not has_sample:
+        raise ValueError("data has no batch that holds a sample")
 
 
 def model_calls(model: nn.Module, data: Any, inputs: int = 0) -> Iterator[Batch]:
@@ -309,7 +315,7 @@ def _layer_examples(
         data: one input tensor, or an iterable of batches, as :func:`calibrate` takes them.
 
     Raises:
-        ValueError: ``data`` has no batch.
+        ValueError: ``data`` has no sample.
     """
     examples: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {name: [] for name in layers}
 

@@ -262,9 +262,33 @@ def test_what_can_not_be_done_is_said():
     with pytest.raises(ValueError, match=r"inputs of one size, layer 'first.0' reads \(3, 8, 8\) and \(3, 9, 9\)"):
         tritonq.adaptive_round(model, [X, torch.rand(4, 3, 9, 9)])
     for function in (tritonq.equalize, tritonq.correct_bias, tritonq.adaptive_round):
-        with pytest.raises(ValueError, match="no batch"):
-            function(model, [])
+        for empty in ([], X[:0], [X[:0]]):
+            with pytest.raises(ValueError, match="data has no batch that holds a sample"):
+                function(model, empty)
         with pytest.raises(ValueError, match="call prepare_qat"):
             function(nn.Linear(2, 2), torch.randn(4, 2))
     with pytest.raises(ValueError, match="must be positive"):
         tritonq.adaptive_round(model, X, steps=0)
+
+
+class Chooses(nn.Module):
+    """A head for the rows that exceed a bound, which may be none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, bound):
+        x = self.first(x)
+        return self.head(x[x[:, 0] > bound])
+
+
+@pytest.mark.parametrize("method", [tritonq.correct_bias, partial(tritonq.adaptive_round, steps=2)])
+def test_a_layer_that_reads_no_sample_stays_as_it_is(method):
+    x, none, all_ = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(9e9), torch.tensor(-9e9)
+    example = {"x": x, "bound": all_}
+    model = tritonq.calibrate(tritonq.prepare_qat(Chooses(), example_inputs=example), example)
+    before = copy.deepcopy(model.head.state_dict())
+    found = method(model, [{"x": x, "bound": none}, {"x": x, "bound": none}])
+    assert list(found) == ["first", "head"]
+    assert all(torch.equal(value, before[name]) for name, value in model.head.state_dict().items())

@@ -142,7 +142,8 @@ def adaptive_round(
                 _check_sizes(name, read)
                 targets = torch.cat([_result(layer, x, rows, bias) for x in read])
                 inputs = torch.cat(inputs_of(model, layer, batches))
-            ratios[name] = _round(layer, inputs, targets, steps, batch_size, generator)
+            has_sample = targets.numel() > 0
+            ratios[name] = _round(layer, inputs, targets, steps, batch_size, generator) if has_sample else 1.0
     return ratios
 
 

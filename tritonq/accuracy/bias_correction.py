@@ -72,7 +72,8 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
 def _mean(layer: QATLayer, inputs: Sequence[Tensor], rounded: bool) -> Tensor:
     """Return the mean of the layer's results per out channel, before its activation: float64 (out,).
 
-    ``inputs`` are what the layer reads; ``rounded`` says whether its weight is rounded.
+    ``inputs`` are what the layer reads; ``rounded`` says whether its weight is rounded. Without a sample in them the
+    mean is 0.
     """
     weight, bias = layer.folded_parameters()
     weight = layer.quantized_folded_weight(weight) if rounded else weight
@@ -80,4 +81,4 @@ def _mean(layer: QATLayer, inputs: Sequence[Tensor], rounded: bool) -> Tensor:
     for x in inputs:
         y = op(x, weight, bias).movedim(op.output_axis, 0).flatten(1)
         total, count = total + y.sum(1, dtype=torch.float64), count + y.shape[1]
-    return total / count
+    return total / max(1, count)
