@@ -10,7 +10,7 @@ from test_fixed_point_prepare import F8NET, Residual
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritonq import get_qconfig
+from qat_models import after_one_batch
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert
 from tritonq.deploy.fixed_point_modules import FixedPointFormat, IntegerLayer, overflow_report
@@ -258,10 +258,8 @@ def test_what_cannot_be_converted_is_refused_and_left_as_it_was():
 
 
 def test_inplace_copies_and_modes():
-    model = prepare_qat(Residual(), qconfig=get_qconfig("f8net"), example_inputs=torch.randn(2, 2, 12, 12))
     x = torch.randn(4, 2, 12, 12)
-    model(x)
-    model.eval()
+    model = after_one_batch(Residual(), x, qconfig=F8NET)
     with torch.no_grad():
         expected = model(x)
     integers = convert(model)
@@ -277,8 +275,7 @@ def test_inplace_copies_and_modes():
 def test_linear_layers_take_any_leading_axes_and_no_rows():
     torch.manual_seed(0)
     x = torch.rand(2, 3, 6)
-    model = prepare_qat(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), qconfig=F8NET, example_inputs=x)
-    model.train()(x)
-    converted = convert(model)
+    model = after_one_batch(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), x, qconfig=F8NET)
+    converted = convert(model.train())
     assert torch.equal(converted(x), model.eval()(x).float())
     assert converted(x[:0]).shape == (0, 3, 3)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prepared_nets import Net
 from qat_models import Named
 from tolerances import SUMS, assert_close
 from tritonq import convert, export_onnx, get_qconfig, set_fixed_point_phase, summary, verify
@@ -113,15 +114,8 @@ def test_parameters_mode_and_the_float_model_stay():
 
 
 def test_hooks_move_to_what_takes_a_modules_place():
-    parts = [
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.ReLU6(),
-        nn.MaxPool2d(2),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(36, 3),
-    ]
-    model, seen = nn.Sequential(*parts), []
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Flatten()
+    model, seen = nn.Sequential(*layers, nn.Linear(36, 3)), []
     for name, part in model.named_children():
         part.register_forward_hook(lambda module, given, result, name=name: seen.append(name))
     quantized = prepare_qat(model, qconfig=F8NET, example_inputs=torch.randn(2, 2, 12, 12))
@@ -186,17 +180,6 @@ def test_training_moves_everything_and_runs_in_eval():
     assert torch.equal(other.eval()(x), out)
 
 
-class Wrap(nn.Module):
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def gate(m, x):
     y = m.one(x)
     return m.two(y * torch.sigmoid(y))
@@ -226,8 +209,7 @@ def both_sides(m, x):
 
 
 CONVS = {"one": lambda: nn.Conv2d(2, 2, 3, padding=1), "two": lambda: nn.Conv2d(2, 2, 3, padding=1)}
-
-
+GROUPED = {"one": lambda: nn.Conv2d(2, 4, 1), "two": lambda: nn.Conv2d(4, 4, 1, groups=2)}
 GELU = "the output of layers 'one' and 'one_more' goes through gelu"
 
 
@@ -242,7 +224,7 @@ GELU = "the output of layers 'one' and 'one_more' goes through gelu"
         (returned_twice, {}, "'one' is read by the model's caller"),
         (shared, {}, "'two' is called 2 times"),
         (both_sides, {"three": lambda: nn.Conv2d(2, 2, 1)}, "'one' is read both before and after relu6"),
-        (lambda m, x: m.two(m.one(x)), {"two": lambda: nn.Conv2d(2, 4, 1, groups=2)}, "BatchNorm|groups"),
+        (lambda m, x: m.two(m.one(x)), GROUPED, "BatchNorm|groups"),
         (lambda m, x: m.two(m.one(x)), {"one": lambda: nn.Conv2d(2, 2, 3, padding_mode="reflect")}, "'one'.*zeros"),
         (lambda m, x: m.two(m.one(x)), {"one": lambda: nn.ConvTranspose2d(2, 2, 3)}, None),
         (lambda m, x: m.two(m.norm(m.one(x))), {"norm": lambda: nn.GroupNorm(1, 2)}, "'one' goes through GroupNorm"),
@@ -251,10 +233,7 @@ GELU = "the output of layers 'one' and 'one_more' goes through gelu"
 )
 def test_what_has_no_fixed_point_form_is_refused_and_left_as_it_was(function, replace, message):
     torch.manual_seed(0)
-    model = Wrap(function, **{name: make() for name, make in {**CONVS, **replace}.items()})
-    if message is not None and "BatchNorm" in message:
-        model.two = nn.Conv2d(4, 4, 1, groups=2)
-        model.one = nn.Conv2d(2, 4, 1)
+    model = Net(function, **{name: make() for name, make in {**CONVS, **replace}.items()})
     before = {name: type(part) for name, part in model.named_modules()}
     if message is None:  # a layer before the first fixed-point one stays in float
         assert isinstance(
@@ -279,7 +258,7 @@ def test_concatenation_shares_a_format():
         y = F.relu(m.one(x))
         return m.three(torch.cat([y, F.relu(m.two(y))], 1))
 
-    model = Wrap(forward, **{name: make() for name, make in CONVS.items()}, three=nn.Conv2d(4, 3, 1))
+    model = Net(forward, **{name: make() for name, make in CONVS.items()}, three=nn.Conv2d(4, 3, 1))
     quantized = prepare_qat(model, qconfig=F8NET, example_inputs=torch.ones(1, 2, 6, 6))
     assert quantized.two.input_format is quantized.three.input_format
     assert not quantized.three.input_format.signed

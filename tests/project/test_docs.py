@@ -5,13 +5,12 @@ import doctest
 import importlib
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
 import tritonq
+from pages import ROOT, described, python_blocks
 
-ROOT = Path(__file__).parent.parent.parent
 # Variables that other programs define: the C++ compiler, and where caches are.
 STANDARD_VARIABLES = {"CXX", "XDG_CACHE_HOME"}
 MODULES = [
@@ -32,24 +31,14 @@ def test_docstring_examples(name):
     assert not results.failed
 
 
-def reference_names():
-    """Each name that docs/api describes from its docstring."""
-    for path in (ROOT / "docs" / "api").glob("*.rst"):
-        package = ""
-        for directive, name in re.findall(r"^\.\. ([\w]+):: *(\S*)$", path.read_text(), re.MULTILINE):
-            if directive == "currentmodule":
-                package = name
-            elif directive in ("autoclass", "autofunction"):
-                yield name if name.startswith("tritonq.") else f"{package}.{name}"
-
-
 def public_objects():
     """Each name that is public or described, and what it stands for.
 
     Modules and plain data are left out, whose examples are in docs/api.
     """
     listed = (ROOT / "tests" / "public_names.txt").read_text().split()
-    for name in sorted({*listed, *reference_names()}):
+    from_docstrings = {name for directive, name in described() if directive in ("autoclass", "autofunction")}
+    for name in sorted({*listed, *from_docstrings}):
         module, _, attribute = name.rpartition(".")
         # A function may have the name of its module, which it then hides from attribute access.
         found = getattr(importlib.import_module(module), attribute)
@@ -67,14 +56,10 @@ def test_public_names_have_examples():
     assert {thing.__module__ for thing in found.values()} <= set(MODULES)
 
 
-def python_blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
 def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks((ROOT / "README.md").read_text())
-    exec(compile(block, "README.md", "exec"), {})  # a reader would paste it into a file
+    (block,) = python_blocks(ROOT / "README.md")
+    exec(compile(block.code, "README.md", "exec"), {})  # a reader would paste it into a file
     assert "no code differs" in capsys.readouterr().out
     assert (tmp_path / "model.onnx").exists()
     assert (tmp_path / "model.int8.pt").exists()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import tritonq
+from image_folders import image_folder
 from vision_models import timm_model, torchvision_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,15 +39,6 @@ def run(example, *words, cwd, launcher=()):
         raise
     assert process.returncode == 0, errors[-3000:]
     return output
-
-
-def image_folder(root, count=8):
-    for label, name in enumerate(("ants", "bees")):
-        (root / name).mkdir(parents=True)
-        for k in range(count):
-            pixels = torch.randint(0, 120, (36, 40, 3), dtype=torch.uint8) + 100 * label
-            Image.fromarray(pixels.numpy()).save(root / name / f"{k}.png")
-    return root
 
 
 # Long, since they make their data and measure the deployed model too; and for minutes, or libraries that are not here.
@@ -98,7 +89,7 @@ def test_coming_from_torch_ao(tmp_path):
 
 
 def test_fine_tuning_timm(tmp_path):
-    image_folder(tmp_path / "photos")
+    image_folder(tmp_path / "photos", count=8)
     words = ["photos", "--model", "resnet10t", "--size", 32, "--epochs", 2, "--batch-size", 8, "--workers", 0, "--amp"]
     printed = run("finetune_timm.py", *words, cwd=tmp_path)
     assert "no code differs" in printed

@@ -132,7 +132,10 @@ def test_torch_ao_is_not_imported(module):
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    """Return what the code prints in a process of its own."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 BLOCK = """
@@ -160,33 +163,30 @@ def test_everything_on_pytorch_works_without_triton():
         "else:\n"
         "    raise AssertionError('the missing kernels were not reported')\n"
     )
-    result = run(code)
-    assert result.returncode == 0, result.stderr
+    run(code)
 
 
 def test_no_extra_is_needed_to_import_and_train():
     extras = {"onnx", "onnxscript", "onnxruntime", "matplotlib", "tqdm", "sklearn", "PIL", "timm", "transformers"}
-    result = run(
+    run(
         BLOCK.format(names=extras) + "import torch, tritonq\n"
         "layer = tritonq.nn.Conv2d(3, 4, 3, qconfig=tritonq.get_qconfig())\n"
         "layer(torch.randn(2, 3, 8, 8)).sum().backward()\n"
     )
-    assert result.returncode == 0, result.stderr
 
 
 def test_importing_touches_no_device_and_no_kernel():
-    result = run(
+    run(
         "import sys, torch\n"
         "torch.cuda.init = torch.cuda._lazy_init = lambda: (_ for _ in ()).throw(AssertionError('CUDA touched'))\n"
         "import tritonq\n"
         "assert not [name for name in sys.modules if name.startswith('tritonq.kernels')]\n"
     )
-    assert result.returncode == 0, result.stderr
 
 
 def test_importing_loads_what_every_script_needs_and_no_more():
     """Modules are counted, since time depends on the machine; the others come with the first name that needs them."""
-    result = run(
+    printed = run(
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import tritonq\n"
@@ -195,8 +195,7 @@ def test_importing_loads_what_every_script_needs_and_no_more():
         "assert callable(tritonq.testing.check_quantizer) and tritonq.deploy.load_metadata\n"
         "assert not hasattr(tritonq, 'no_such_name') and {*tritonq.__all__, 'deploy'} <= set(dir(tritonq))\n"
     )
-    assert result.returncode == 0, result.stderr
-    loaded = set(result.stdout.split())
+    loaded = set(printed.split())
     assert len(loaded) <= 129, sorted(loaded)
     assert {name.split(".")[0] for name in loaded} == {"tritonq"}
     later = ("accuracy", "acceleration", "cli", "compiled", "deploy", "perf", "prepare", "report", "testing")

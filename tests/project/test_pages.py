@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tritonq
-from pages import DOCUMENTS, PAGES, ROOT, commands, links, python_blocks
+from pages import DOCUMENTS, PAGES, ROOT, commands, described, links, python_blocks
 from tritonq.__main__ import COMMANDS, build_parser
 
 # Programs that pages speak of and that the tests cannot run.
@@ -90,14 +90,7 @@ def test_links_of_a_page_exist(path):
 
 
 def test_every_public_name_is_in_the_reference():
-    documented = []
-    for path in (ROOT / "docs" / "api").glob("*.rst"):
-        package = ""
-        for directive, name in re.findall(r"^\.\. ([\w]+):: *(\S*)$", path.read_text(), re.MULTILINE):
-            if directive == "currentmodule":
-                package = name
-            else:
-                documented.append(name if name.startswith("tritonq.") else f"{package}.{name}")
+    documented = [name for _, name in described()]
     assert len(documented) == len(set(documented)), "described twice"
     things = {id(pydoc.locate(name)) for name in documented}
     names = (ROOT / "tests" / "public_names.txt").read_text().split()

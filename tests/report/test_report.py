@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
+import digits_runs
 import tritonq
+from image_folders import image_folder
 from qat_models import FloatResidual, assert_same_state, images, state_of, without_ranges
 from tritonq.__main__ import main
 from tritonq.cli import folder
-from tritonq.cli.checkpoints import ModelRecipe, save_training
+from tritonq.cli.checkpoints import save_training
 from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits
 from tritonq.cli.models import find_qconfig, prepare
-from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.drawing import histogram
@@ -28,9 +29,8 @@ from tritonq.report.page import render
 from tritonq.report.run import DEMO_FILE, DEMO_MODEL
 from tritonq.report.tally import BINS, MARGIN, FixedPointTally
 
-ARGUMENTS = ("in_channels=1", "classes=10", "width=4")
-QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
-RECIPE = ModelRecipe(DEMO_MODEL, ARGUMENTS, QCONFIG, Preprocessing(8, 8, channels=1))
+RECIPE = replace(digits_runs.RECIPE, qconfig=mapping_to_data(find_qconfig("tensorrt")))
+ARGUMENTS = [f"--model-arg={word}" for word in RECIPE.model_arguments]
 
 
 def calibrated():
@@ -212,7 +212,7 @@ def test_clipped_values_are_drawn_apart(measured):
     assert histogram(tensor.__class__(**{**vars(tensor), "counts": tuple(counts)})).count('class="clip"') == 1
 
 
-FIXED = ModelRecipe(DEMO_MODEL, ARGUMENTS, mapping_to_data(find_qconfig("f8net")), Preprocessing(8, 8, channels=1))
+FIXED = replace(RECIPE, qconfig=mapping_to_data(find_qconfig("f8net")))
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +283,7 @@ def test_the_page_of_a_fixed_point_network(fixed_point, tmp_path):
 
 
 def test_fixed_point_without_training_has_no_formats_to_show(tmp_path, capsys):
-    words = [f"--model-arg={word}" for word in ARGUMENTS]
-    assert report(DEMO_MODEL, "digits", *words, "--qconfig", "f8net", "--output", tmp_path / "r.html") == 1
+    assert report(DEMO_MODEL, "digits", *ARGUMENTS, "--qconfig", "f8net", "--output", tmp_path / "r.html") == 1
     assert "is of fixed point: train the network" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
 
@@ -311,17 +310,13 @@ def test_the_demos_output_and_a_checkpoint_give_one_page(checkpoint, tmp_path, c
 
 
 def test_a_factory_alone_is_calibrated(tmp_path):
-    words = [f"--model-arg={word}" for word in ARGUMENTS]
-    assert report(DEMO_MODEL, "digits", *words, "--images", 40, "--output", tmp_path / "r.html") == 0
+    assert report(DEMO_MODEL, "digits", *ARGUMENTS, "--images", 40, "--output", tmp_path / "r.html") == 0
     assert "calibrated" in (tmp_path / "r.html").read_text()
 
 
 def test_a_folder_s_pixels_are_read_as_they_are_needed(tmp_path, monkeypatch):
     """All files once for mean and deviation; then those alone that are calibrated with and measured."""
-    for label, name in enumerate(("ants", "bees")):
-        (tmp_path / name).mkdir()
-        for k in range(8):
-            Image.new("RGB", (9, 9), (30 * k, 100 * label, 7)).save(tmp_path / name / f"{k}.png")
+    image_folder(tmp_path, count=8)
     read, original = [], folder.decode
     monkeypatch.setattr(folder, "decode", lambda path, *content: read.append(path) or original(path, *content))
     words = ["--model-arg=in_channels=3", "--model-arg=classes=2", "--image-size=8", "--images=3"]
@@ -335,7 +330,7 @@ def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):
     state = tritonq.prepare_qat(SmallResNet(1, 10, 8), example_inputs=torch.zeros(2, 1, 8, 8)).state_dict()
     save_training(foreign, RECIPE, {"state_dict": state})
     code = tmp_path / "code.pt"
-    save_training(code, ModelRecipe("os:getcwd", (), QCONFIG, Preprocessing(8, 8, channels=1)), {"state_dict": state})
+    save_training(code, replace(RECIPE, model="os:getcwd", model_arguments=()), {"state_dict": state})
     for words, message in (
         ([tmp_path, "digits"], "is no output of the demo"),
         ([tmp_path, "digits", "--checkpoint", foreign], "with a checkpoint of its own: leave the other out"),
@@ -373,9 +368,8 @@ def test_a_layer_whose_quantizer_stands_behind_its_clip_keeps_its_place():
 
 
 def test_weights_of_a_float_model(tmp_path):
-    words = [f"--model-arg={word}" for word in ARGUMENTS]
     torch.manual_seed(3)
     torch.save(SmallResNet(1, 10, 4).state_dict(), tmp_path / "float.pt")
-    words += ["--weights", tmp_path / "float.pt", "--images", 40, "--output", tmp_path / "r.html"]
+    words = [*ARGUMENTS, "--weights", tmp_path / "float.pt", "--images", 40, "--output", tmp_path / "r.html"]
     assert report(DEMO_MODEL, "digits", *words) == 0
     assert "with float.pt, calibrated" in (tmp_path / "r.html").read_text()

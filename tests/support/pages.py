@@ -65,6 +65,19 @@ def commands(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def described() -> list[tuple[str, str]]:
+    """Return each name that a page of docs/api describes, behind the directive that names it."""
+    found = []
+    for path in (ROOT / "docs" / "api").glob("*.rst"):
+        package = ""
+        for directive, name in re.findall(r"^\.\. ([\w]+):: *(\S*)$", path.read_text(), re.MULTILINE):
+            if directive == "currentmodule":
+                package = name
+            else:
+                found.append((directive, name if name.startswith("tritonq.") else f"{package}.{name}"))
+    return found
+
+
 def links(path: Path) -> list[str]:
     """Return the targets of a page's links and pictures, code left out."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
