@@ -133,7 +133,7 @@ def test_no_quantizer_feeds_another_through_a_clip(name):
     for layer, module in prepared.named_modules():
         if isinstance(module, FakeQuantizeBase) and not layer.endswith("weight_fake_quant"):
             module.register_forward_hook(note)
-        elif type(module) in (nn.ReLU, nn.ReLU6):
+        elif isinstance(module, (nn.ReLU, nn.ReLU6)):
             module.register_forward_hook(check(layer))
     prepared(torch.randn(2, 3, 32, 32))
     assert rounded
