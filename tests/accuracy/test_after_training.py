@@ -216,8 +216,8 @@ def test_soft_rounding_is_the_formula():
 
 
 @torch.no_grad()
-def first_error(model):
-    """How far the results of the first layer, which reads the same in all models, are from those without rounding."""
+def first_results(model):
+    """Return the results of the first layer, which reads the same in all models, with its weight rounded."""
     layer = model.first[0]
     weight, bias = layer.folded_parameters()
     return F.conv2d(layer.input_fake_quant(X), layer.quantized_folded_weight(weight), bias, padding=1).relu()
@@ -229,12 +229,12 @@ def test_adaptive_rounding_is_better_than_the_nearest_code(folding):
     weights, scales = model.point.weight.detach().clone(), model.point.weight_fake_quant.scale.clone()
     layer = model.first[0]
     wanted = F.conv2d(X, *(part.detach() for part in layer.folded_parameters()), padding=1).relu()
-    before = (first_error(model) - wanted).square().mean()
+    before = (first_results(model) - wanted).square().mean()
     ratios = tritonq.adaptive_round(model, X, steps=200, batch_size=16)
     assert set(ratios) == {"first.0", "depth.0", "point", "last", "head"}
     assert max(ratios.values()) <= 1
     assert min(ratios.values()) < 0.75
-    after = (first_error(model) - wanted).square().mean()
+    after = (first_results(model) - wanted).square().mean()
     assert float(after / before) == pytest.approx(ratios["first.0"], rel=TRAINED.rtol)
     # each weight is on its grid now, one code from where it was at most
     assert torch.equal(model.point.weight_fake_quant.scale, scales)
