@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qat_models import after_one_batch
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert
-from tritonq.deploy.fixed_point_modules import FixedPointFormat, IntegerLayer, overflow_report
+from tritonq.deploy.fixed_point_modules import (
+    FixedPointFormat,
+    IntegerAdd,
+    IntegerAvgPool2d,
+    IntegerLayer,
+    PoolingWindow,
+    overflow_report,
+)
 from tritonq.nn import FixedPointAvgPool2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.prepare import prepare_qat
@@ -186,6 +195,45 @@ def test_overflow_saturates_and_is_reported():
         assert torch.equal(outputs, model(x))
     assert outputs[0, 0] == (2**31 - 1) / 2.0 ** int(head.frac_len[0])
     assert overflow_report(integers)["3"] == 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_additions_count_what_they_clamp(compiled):
+    lengths = torch.zeros(1, dtype=torch.int32), torch.full((1,), 2, dtype=torch.int32)
+    add = IntegerAdd(lengths, (2**31 - 1, 127), None)
+    model, add.name = nn.Sequential(OrderedDict(joined=add)), "joined"
+    a = torch.tensor([2**30, -(2**30), 2**29, 2**29 - 1, 3]).to(torch.int32).view(1, 1, 5)
+    b = torch.tensor([0, 0, -1, 3, 1], dtype=torch.int8).view(1, 1, 5)
+    largest = 2**31 - 1
+    torch._dynamo.reset()
+    run = torch.compile(add, backend="aot_eager", fullgraph=True) if compiled else add
+    with nullcontext() if compiled else pytest.warns(RuntimeWarning, match="2 accumulators of 'joined' passed 32 bits"):
+        assert run(a, b).tolist() == [[[largest, -largest, largest, largest, 13]]]
+    assert overflow_report(model) == {"joined": 2}
+    run(a, b)
+    assert overflow_report(model) == {"joined": 4}
+    assert not [name for name in model.state_dict() if "saturated" in name]
+    restored = copy.deepcopy(model)
+    state = dict(restored.joined.__dict__, _buffers=dict(restored.joined._buffers))
+    del state["_buffers"]["saturated"]  # as version 0.2.0 pickled it
+    restored.joined.__setstate__(state)
+    assert overflow_report(restored) == {}
+
+
+@pytest.mark.parametrize("window", [None, (2904, 2904)])
+def test_averages_of_more_values_than_32_bits_sum_count_what_they_clamp(window):
+    area, stride = 2904**2, None if window is None else (1, 1)
+    pool = IntegerAvgPool2d(
+        PoolingWindow(window, stride, (0, 0), area, keepdim=False),
+        torch.zeros(1, dtype=torch.int32),
+        FixedPointFormat(0, 0, 255),
+        None,
+    )
+    x = torch.full((1, 2, 2904, 2904), 255, dtype=torch.uint8)
+    x[:, 1] = 1
+    with pytest.warns(RuntimeWarning, match="1 accumulators of '' passed 32 bits and were clamped"):
+        assert pool(x).flatten().tolist() == [2**31 - 1, area]
+    assert overflow_report(pool) == {"": 1}
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -61,12 +61,26 @@ class IntegerModule(DeployedModule):
     Attributes:
         output: format of the codes that it returns; None: it returns int32 accumulators.
         frac_len: int32 buffer (channels,) or (1,): fractional lengths of its accumulators.
+        saturated: int64 buffer (1,): how many accumulators were clamped to ±(2^31 - 1) so far. Convolutions and linear
+            layers have it in their state dict, others don't.
         name: path of the module in the network, for messages.
     """
 
     frac_len: Tensor
+    saturated: Tensor
     output: FixedPointFormat | None
     name: str = ""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled module; additions and averages of version 0.2.0 lack ``saturated``, which is added."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "saturated" not in self._buffers:
+            self._start_count()
+
+    def _start_count(self) -> None:
+        """Register the buffer ``saturated``, 0, outside of the state dict."""
+        device = self.frac_len.device
+        self.register_buffer("saturated", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
 
     @property
     def shift(self) -> Tensor | None:
@@ -81,14 +95,31 @@ class IntegerModule(DeployedModule):
 
         ``shift`` is the fractional length of the accumulators, per channel, minus that of the output. Codes are clamped
         to the output's ``quant_min`` and ``quant_max``. Without an output format the accumulators are returned as
-        int32, clamped to ±(2^31 - 1). ``total`` is int32 or int64, and ``channel_axis`` its axis of the channels.
+        int32, clamped to ±(2^31 - 1); ``saturated`` counts those that were, and a RuntimeWarning tells of them, once
+        per module. ``total`` is int32 or int64, and ``channel_axis`` its axis of the channels.
         """
         if self.output is None or self.shift is None:
+            if total.dtype == torch.int64:
+                self.saturated.add_((total.abs() > ACCUMULATOR_MAX).sum())
+                self.warn_if_saturated()
             return total.clamp(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
         shape = [1] * total.dim()
         shape[channel_axis] = -1
         output = self.output
         return requantize(total, self.shift.view(shape), output.quant_min, output.quant_max).to(output.dtype)
+
+    def warn_if_saturated(self) -> None:
+        """Warn (RuntimeWarning), once per module, if accumulators were clamped.
+
+        Nothing is done while ``torch.compile`` traces, and where the count lies on a GPU, which is not read here.
+        """
+        if is_readable(self.saturated) and int(self.saturated):
+            warn_once(
+                self,
+                f"{int(self.saturated)} accumulators of {self.name!r} passed 32 bits and were clamped to ±(2^31 - 1)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def extra_repr(self) -> str:
         """Return the text for ``repr``: the format of the output."""
@@ -110,7 +141,6 @@ class IntegerLayer(IntegerModule):
     Attributes:
         weight: int8 buffer, (out, in/groups, kh, kw); for a linear layer (out, in, 1, 1).
         bias: int32 buffer (out,).
-        saturated: int64 buffer (1,): how many accumulators were clamped to ±(2^31 - 1) so far.
         input: format of the input's codes.
         encodes: whether the input is real and becomes codes here: the network's first layer.
         decodes: whether it returns real values ``float32(acc) · 2^-frac_len``: the network's last layer.
@@ -119,7 +149,6 @@ class IntegerLayer(IntegerModule):
 
     weight: Tensor
     bias: Tensor
-    saturated: Tensor
 
     def __init__(
         self,
@@ -170,8 +199,8 @@ class IntegerLayer(IntegerModule):
             saturated=saturated,
         )
         # In a compiled graph the operator warns by itself.
-        if saturated is not None and is_readable(saturated):
-            self._report()
+        if saturated is not None:
+            self.warn_if_saturated()
         return result
 
     def forward(self, input: Tensor) -> Tensor:
@@ -196,15 +225,6 @@ class IntegerLayer(IntegerModule):
         shape = [1] * accumulators.dim()
         shape[-1 if self.linear else 1] = -1
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
-
-    def _report(self) -> None:
-        if int(self.saturated):
-            warn_once(
-                self,
-                f"{int(self.saturated)} accumulators of {self.name!r} passed 32 bits and were clamped to ±(2^31 - 1)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
     def extra_repr(self) -> str:
         """Return the text for ``repr``: "linear" or the geometry, the weight's shape, and the formats of both ends.
@@ -247,6 +267,7 @@ class IntegerAdd(IntegerModule):
         lefts = (int(self.left0.max()), int(self.left1.max()))
         self.bound = sum(bound << left for bound, left in zip(bounds, lefts, strict=True))
         self.wide = self.bound > ACCUMULATOR_MAX
+        self._start_count()
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -296,6 +317,7 @@ class IntegerAvgPool2d(IntegerModule):
         self.window, self.input, self.output = window, input, output
         self.keep(frac_len=frac_len)
         self.bound = window.area * input.largest
+        self._start_count()
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -306,23 +328,24 @@ class IntegerAvgPool2d(IntegerModule):
         Raises:
             ValueError: the window is the whole image, and the image has another number of pixels than at conversion.
         """
-        window = self.window
+        window, dtype = self.window, torch.int64 if self.bound > ACCUMULATOR_MAX else torch.int32
         if window.kernel_size is None:
             if input.shape[-1] * input.shape[-2] != window.area:
                 raise ValueError(
                     f"this average was converted for images of {window.area} values, got {tuple(input.shape)}"
                 )
-            return self.rounded(input.sum((2, 3), keepdim=window.keepdim, dtype=torch.int32))
+            return self.rounded(input.sum((2, 3), keepdim=window.keepdim, dtype=dtype))
         (down, right), (height, width) = cast("tuple[int, int]", window.stride), window.kernel_size
         (above, left) = window.padding
         windows = nn.functional.pad(input, (left, left, above, above)).unfold(2, height, down).unfold(3, width, right)
-        return self.rounded(windows.sum((4, 5), dtype=torch.int32))
+        return self.rounded(windows.sum((4, 5), dtype=dtype))
 
 
 def overflow_report(model: nn.Module) -> dict[str, int]:
-    """Return how many accumulators of each convolution and linear layer were clamped so far, by the layer's name.
+    """Return how many accumulators were clamped to ±(2^31 - 1) so far, by the name of the module that summed them.
 
-    Layers without clamped accumulators are left out. Additions and poolings do not count theirs.
+    Modules without clamped accumulators are left out. Convolutions and linear layers count them across a state dict,
+    additions and average poolings from zero on.
     """
-    counts = {name: int(part.saturated) for name, part in model.named_modules() if isinstance(part, IntegerLayer)}
+    counts = {name: int(part.saturated) for name, part in model.named_modules() if isinstance(part, IntegerModule)}
     return {name: count for name, count in counts.items() if count}
