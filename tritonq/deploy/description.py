@@ -161,7 +161,7 @@ def _describe(module: nn.Module) -> Description:
             "type": module.float_type.__name__,
             "geometry": module.geometry,
             "weights": {name: _grid_to_data(grid) for name, grid in module.types.items()},
-            "tensors": list(module.tensor_names),
+            "tensors": [name for name in module.tensor_names if module.held(name) is not None],
             "target": module.target,
         }
     if isinstance(module, (Quantizer, FloatQuantizer)):

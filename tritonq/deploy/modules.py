@@ -104,7 +104,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     target: str | None = None
     tensor_names = TENSOR_NAMES
     parameter_names = ("weight", "weight_scale", "bias")
-
+    zero_points: ClassVar[dict[str, tuple[str, str]]] = {"weight_zero_point": ("weight", "weight_scale")}
     # Whether the layer was a function in a forward, which may go on giving it a weight.
     takes_weight: bool = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -32,10 +32,13 @@ class DeployedModule(FixedDtypeBuffers):
         tensor_names: names of the module's tensors, in the order of the state dict.
         parameter_names: names of those that are parameters where they hold floats, and buffers where they hold codes;
             all others are buffers.
+        zero_points: names of zero points that may be None for all 0, which the state dict then lacks; each with the
+            names of its codes and of its scale. A state dict with codes is loaded whether it has them or not.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ()
     parameter_names: ClassVar[tuple[str, ...]] = ()
+    zero_points: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     # The dtype that the model was given last, by ``half()`` and the like, which the module's own tensors don't take.
     float_dtype: torch.dtype = torch.float32
@@ -96,8 +99,15 @@ class DeployedModule(FixedDtypeBuffers):
         for key in (prefix + name for name in self.tensor_names if prefix + name in destination):
             destination[key] = destination.pop(key)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load parameters and buffers; a zero point becomes None, or a tensor, as the state dict has it."""
+        for name, (codes, scale) in self.zero_points.items():
+            held, scales, is_saved = self._buffers.get(name), getattr(self, scale, None), prefix + name in state_dict
+            if held is not None and not is_saved and prefix + codes in state_dict:
+                self.keep(**{name: None})
+            elif held is None and is_saved and scales is not None:
+                self.keep(**{name: torch.zeros_like(scales, dtype=torch.int32)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.read_tensors()
 
 

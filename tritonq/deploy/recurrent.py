@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.quantizer import DeployedModule
-from tritonq.deploy.values import check_shape, stored
+from tritonq.deploy.values import check_shape
 from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_weight, weight_type
 from tritonq.functional.coded_tensor import CodedTensor
 from tritonq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell
@@ -65,9 +65,13 @@ class QuantizedRecurrent(DeployedModule):
             # Not by `del`: torch's class would look for it among its flat weights.
             self._parameters.pop(name)
         self.types = dict(types)
-        self.tensor_names = tuple(tensors)  # type: ignore[misc]
+        integers = [name for name, qtype in types.items() if qtype is not None and qtype.float_format is None]
+        self.zero_points = {name + _ZERO_POINT: (name, name + _SCALE) for name in integers}  # type: ignore[misc]
+        following = {scale: zero for zero, (_, scale) in self.zero_points.items()}
+        names = [each for name in tensors for each in (name, following.get(name)) if each is not None]
+        self.tensor_names = tuple(dict.fromkeys(names))  # type: ignore[misc]
         self.parameter_names = self.tensor_names  # type: ignore[misc]
-        self.keep(**tensors)
+        self.keep(**{name: tensors.get(name) for name in self.tensor_names})
         if isinstance(self, RecurrentForward):
             self.add_quantizers_between([nn.Identity() for _ in range(self.num_layers - 1)])
         self.activation_post_process = nn.Identity()
@@ -89,7 +93,8 @@ class QuantizedRecurrent(DeployedModule):
 
     def held(self, name: str) -> Tensor | None:
         """Return the tensor that the state dict has under ``name``; None if it has none."""
-        return stored(self, name) if name in self.tensor_names else None
+        held = self._buffers.get(name)
+        return self._parameters.get(name) if held is None else held
 
     def centred_weight(self, name: str) -> Tensor:
         """Return the codes of the weight ``name`` minus zero points, int32.
