@@ -262,3 +262,32 @@ def test_accuracy_of_averages_after_200_steps():
     assert 0.5 < expected < 0.99
     for kind, average in averages.items():
         assert accuracy(average) >= expected - 0.01, kind
+
+
+class Gated(nn.Module):
+    """A residual addition and a gate, which keep grids from one evaluation to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.second, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        return self.last((nn.functional.silu(self.second(x)) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "tensorrt"])
+@torch.no_grad()
+def test_an_average_in_eval_mode_follows_what_is_written_through_data(preset):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(Gated(), qconfig=tritonq.get_qconfig(preset), example_inputs=IMAGES).train()
+    model(IMAGES)
+    average = copy.deepcopy(model).eval()
+    for round in range(3):
+        average(IMAGES)
+        model(IMAGES * (round + 2))
+        for mine, its in zip(average.buffers(), model.buffers(), strict=True):
+            mine.data.copy_(its.data)
+        assert torch.equal(average(IMAGES), copy.deepcopy(average)(IMAGES))
+        assert torch.equal(average(IMAGES), tritonq.convert(average)(IMAGES))

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+# Address, values and their bytes of a tensor.
+_Content = tuple[int, "np.ndarray[Any, Any]", bytes]
+_CPU = torch.device("cpu")
+# By size in bytes: the type as which NumPy reads floats that it has no type for.
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16}
 
 
 class Memo(Generic[T]):
     """One value, with the tensors and the key that it was made from.
 
-    The value is made again when a tensor is another object or has been changed in place, or when the key differs. A
-    change through ``tensor.data`` does not change the tensor's version: to notice it, the caller puts something into
+    The value is made again when a tensor is another object or has been changed in place, or when the key differs.
+    Averages of models often write through ``tensor.data``, which does not change the tensor's version. The contents of
+    vectors and numbers on the CPU are therefore compared, too; for tensors of more axes the caller puts something into
     the key that differs. ``copy.deepcopy`` and ``pickle`` give an empty Memo, so that a copy derives its own value.
 
     Examples:
@@ -27,7 +36,7 @@ class Memo(Generic[T]):
         6.0
     """
 
-    __slots__ = ("_key", "_tensors", "_value", "_versions")
+    __slots__ = ("_contents", "_key", "_tensors", "_value", "_versions")
 
     def __init__(self) -> None:
         self.clear()
@@ -36,6 +45,7 @@ class Memo(Generic[T]):
         """Forget the value."""
         self._tensors: tuple[Tensor | None, ...] | None = None
         self._versions: list[int] = []
+        self._contents: list[_Content | None] = []
         self._key: Any = None
         self._value: T | None = None
 
@@ -49,9 +59,10 @@ class Memo(Generic[T]):
             key: whatever else the value depends on; compared with ``==``.
         """
         held = self._tensors
-        if held is None or key != self._key or not _unchanged(tensors, held, self._versions):
+        if held is None or key != self._key or not _unchanged(tensors, held, self._versions, self._contents):
             self._value = make()
             self._tensors, self._versions, self._key = tensors, _versions(tensors), key
+            self._contents = [_content_of(tensor) for tensor in tensors] if self._versions else []
         return self._value  # type: ignore[return-value]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -70,13 +81,34 @@ def held_tensors(module: nn.Module) -> list[Tensor | None]:
     return found
 
 
-def _unchanged(tensors: tuple[Tensor | None, ...], held: tuple[Tensor | None, ...], versions: list[int]) -> bool:
+def _unchanged(
+    tensors: tuple[Tensor | None, ...],
+    held: tuple[Tensor | None, ...],
+    versions: list[int],
+    contents: list[_Content | None],
+) -> bool:
     if len(tensors) != len(held) or not versions:
         return False
-    for index, tensor in enumerate(tensors):
-        if tensor is not held[index] or (tensor is not None and tensor._version != versions[index]):
+    for tensor, before, version, content in zip(tensors, held, versions, contents, strict=True):
+        if tensor is not before or (tensor is not None and tensor._version != version):
             return False
+        if content is not None and tensor is not None:
+            address, values, recorded = content
+            if tensor.data_ptr() != address or values.tobytes() != recorded:
+                return False
     return True
+
+
+def _content_of(tensor: Tensor | None) -> _Content | None:
+    """Return ``(address, values, bytes)`` of a vector or number on the CPU; None for any other tensor.
+
+    ``values`` is a NumPy array that shares the tensor's memory, and ``bytes`` are what it holds now.
+    """
+    if tensor is None or tensor.dim() > 1 or type(tensor) not in (Tensor, nn.Parameter) or tensor.device != _CPU:
+        return None
+    small = _SAME_SIZE.get(tensor.dtype.itemsize) if tensor.is_floating_point() else None
+    values = (tensor.detach() if small is None else tensor.detach().view(small)).numpy()
+    return tensor.data_ptr(), values, values.tobytes()
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
