@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -170,3 +171,21 @@ def test_what_cannot_be_exported_says_so_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"has no form in a program of torch\.export"):
         export_program(fixed, tmp_path / "m.pt2", images(2))
     assert not list(tmp_path.iterdir())
+
+
+class Scores(NamedTuple):
+    scores: torch.Tensor
+
+
+class Named(nn.Sequential):
+    def forward(self, x):
+        return Scores(super().forward(x))
+
+
+def test_a_result_that_torch_cannot_save_is_refused_in_one_line(tmp_path):
+    model = tritonq.prepare_qat(Named(nn.Linear(4, 2)), example_inputs=torch.randn(2, 4)).train()
+    model(torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"the program of Named can't be saved: .*Scores"):
+        tritonq.export_program(model.eval(), tmp_path / "model.pt2", torch.randn(2, 4))
+    assert not list(tmp_path.iterdir())
+    assert tritonq.export_program(model, None, torch.randn(2, 4)).module()(torch.ones(1, 4)).scores.shape == (1, 2)

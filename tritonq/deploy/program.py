@@ -62,7 +62,8 @@ def export_program(
     Raises:
         ValueError: an unknown form; a model of fixed point, with recurrent layers or with results rounded to floats; in
             the form of PT2E also codes of more than 16 bits, weights rounded to floats or with a scale per group; a
-            model that torch.export can't trace; or what :func:`tritonq.convert` raises.
+            model that torch.export can't trace; arguments or results of a type that it can't save, such as named
+            tuples that are not registered; or what :func:`tritonq.convert` raises.
         OSError: the file can't be written.
 
     Examples:
@@ -100,8 +101,11 @@ def export_program(
         complete_pairs(program)
     _forget_source(program)
     if path is not None:
-        with atomic_file(path) as file:
-            torch.export.save(program, cast(Any, file))
+        try:
+            with atomic_file(path) as file:
+                torch.export.save(program, cast(Any, file))
+        except NotImplementedError as error:  # a type of arguments or results that torch can run, but not write
+            raise ValueError(f"the program of {type(model).__name__} can't be saved: {error}") from error
     return program
 
 
