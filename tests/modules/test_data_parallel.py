@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tritonq
 from qat_models import FloatResidual, images
+from ranks import in_processes, needs_distributed
 from tolerances import HALF, LONG_SUMS, TRAINED, assert_close
 from tritonq.distributed import broadcast_statistics
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.observers import RangeObserver
 from tritonq.process_group import GroupReference
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = needs_distributed
 
-TIMEOUT = datetime.timedelta(seconds=60)
 WORLD, STEPS, BATCH = 2, 20, 8
 
 
@@ -192,44 +188,10 @@ OF_REPLICAS = (ddp_by_default, ddp_other_quantizers, ddp_plain, ddp_batch_norm, 
 FUNCTIONS = (*OF_REPLICAS, fsdp_plain, fsdp_batch_norm, fsdp_broadcast)
 
 
-def process(rank, store, functions, folder):
-    """Each result is written as soon as it is there, so that what happens at exit can't take it away."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=TIMEOUT)
-    for function in functions:
-        try:
-            result = function(rank)
-        except Exception:
-            result = traceback.format_exc()
-        torch.save(result, folder / f"{function.__name__}.{rank}")
-    dist.destroy_process_group()
-
-
-def in_processes(functions, folder):
-    """What each ``function(rank)`` returned on each rank, by its name."""
-    context = mp.get_context("spawn")
-    arguments = (folder / "store", functions, folder)
-    children = [context.Process(target=process, args=(rank, *arguments), daemon=True) for rank in range(WORLD)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    hanging = [rank for rank, child in enumerate(children) if child.is_alive()]
-    for child in children:
-        child.kill()
-    assert not hanging
-    found = {}
-    for function in functions:
-        found[function.__name__] = [
-            torch.load(folder / f"{function.__name__}.{rank}", weights_only=False) for rank in range(WORLD)
-        ]
-    return found
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Starting a process takes seconds: one pair runs everything."""
-    return in_processes(FUNCTIONS, tmp_path_factory.mktemp("ranks"))
+    return in_processes(WORLD, tmp_path_factory.mktemp("ranks"), *FUNCTIONS)
 
 
 def is_own(key: str, name: str) -> bool:

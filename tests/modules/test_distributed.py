@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import os
-import traceback
 from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tritonq
+from ranks import in_processes, needs_distributed
 from tolerances import TRAINED, assert_close
 from tritonq.distributed import sync_observers
 from tritonq.observers import (
@@ -26,43 +24,9 @@ from tritonq.observers import (
     PerChannelMinMaxObserver,
 )
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = needs_distributed
 
-# Longer than any step here takes, shorter than anyone would wait.
-TIMEOUT = datetime.timedelta(seconds=20)
 PER_CHANNEL = {"qscheme": torch.per_channel_affine, "ch_axis": 1, "num_channels": 3}
-
-
-def process(rank, world, store, functions, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
-    for function in functions:
-        try:
-            results[function.__name__, rank] = function(rank)
-        except Exception:
-            results[function.__name__, rank] = traceback.format_exc()
-    dist.destroy_process_group()
-
-
-def in_processes(world, folder, *functions):
-    """What each ``function(rank)`` returns on each rank, by its name; the text of its error where it raises one."""
-    context = mp.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        store = folder / "store"
-        processes = [
-            context.Process(target=process, args=(rank, world, store, functions, results), daemon=True)
-            for rank in range(world)
-        ]
-        for child in processes:
-            child.start()
-        for child in processes:
-            child.join(90)
-        hanging = [rank for rank, child in enumerate(processes) if child.is_alive()]
-        for child in processes:
-            child.kill()
-        assert not hanging
-        return {f.__name__: [results.get((f.__name__, rank)) for rank in range(world)] for f in functions}
 
 
 def batches(rank, world=3):
