@@ -75,7 +75,7 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
     ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. u, v are the operands' codes, counted
     from 0 (the smallest code of their type), and z zero points counted likewise; the output's type says how ties are
     rounded. If one summand is broadcast to the other's shape, it counts as the second; of two summands with one element
-    the first does.
+    the first does; :func:`is_second` has the rule.
 
     Args:
         a: float tensor of values on ``grid_a``.
@@ -238,12 +238,19 @@ def divided(x: Tensor, output: Grid) -> Tensor:
 def is_second(a: Tensor, b: Tensor) -> bool:
     """Whether a runtime adds ``a`` as the second summand of ``a + b``.
 
-    That is so if ``a`` is broadcast to the shape of ``b``, or if both have one shape of one element.
+    That is so if ``a`` is broadcast to the shape of ``b``, or if both have one shape of one element. If both are
+    broadcast, the runtime's innermost loop decides: along the last axis of more than one element, a summand that has
+    one element counts as the second.
     """
     if a.shape == b.shape:
         return a.numel() == 1
-    shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
-    return tuple(a.shape) != shape == tuple(b.shape)
+    shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)
+    if shape in (a.shape, b.shape):
+        return shape == b.shape
+    for size_a, size_b in zip(reversed(a.shape), reversed(b.shape), strict=False):
+        if max(size_a, size_b) > 1:
+            return size_a == 1
+    return False
 
 
 _IN_FLOAT: Mapping[str, Callable[..., Tensor]] = {
