@@ -4,54 +4,14 @@ import copy
 import math
 import pickle
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import nn
 
 import tritonq
+from runtime_nodes import run_node
 from tritonq.deploy.modules import Quantizer
-from tritonq.functional.integer_joins import integer_add
-from tritonq.grid import Grid
-from tritonq.quantized_type import QINT8, QuantizedType
-
-
-def runtime_sum(codes, scales, zeros):
-    """ONNX Runtime's quantized addition of two uint8 tensors."""
-    names = [("A", 0), ("B", 1), ("C", 2)]
-    constants = [helper.make_tensor(f"s{name}", TensorProto.FLOAT, [], [scales[k]]) for name, k in names]
-    constants += [helper.make_tensor(f"z{name}", TensorProto.UINT8, [], [zeros[k]]) for name, k in names]
-    node = helper.make_node("QLinearAdd", ["A", "sA", "zA", "B", "sB", "zB", "sC", "zC"], ["C"], domain="com.microsoft")
-    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, [None]) for name, _ in names]
-    graph = helper.make_graph([node], "sum", values[:2], values[2:], constants)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    onnx.checker.check_model(model)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"A": codes[0].numpy(), "B": codes[1].numpy()})[0])
-
-
-@pytest.mark.parametrize("zeros", [(0, 0, 0), (128, 128, 128), (128, 128, 0), (3, 77, 17)])
-def test_every_pair_of_codes_as_onnx_runtime_adds_them(zeros):
-    generator = torch.Generator().manual_seed(1)
-    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
-    codes = [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
-    qtype = QuantizedType(0, 255, symmetric=False)
-    for trial in range(20):
-        s = [float(v) for v in torch.rand(2, generator=generator) * 0.04 + 0.01]
-        # Scales in whole ratios make many ties.
-        scales = [*s, s[0] * (1 + trial % 3) if trial % 2 else 1.1 * (s[0] + s[1])]
-        grids = [
-            Grid(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32), qtype)
-            for scale, zero in zip(scales, zeros, strict=True)
-        ]
-        a, b = ((code.float() - grid.zero_point) * grid.scale for code, grid in zip(codes, grids, strict=False))
-        steps = integer_add(a, b, *grids) / grids[2].scale
-        ours = (steps.round() + zeros[2]).clamp(0, 255).to(torch.uint8)
-        expected = runtime_sum(codes, [float(grid.scale) for grid in grids], zeros)
-        assert torch.equal(ours, expected), trial
+from tritonq.quantized_type import QINT8
 
 
 def test_summands_behind_a_relu_as_onnx_runtime_adds_them():
@@ -68,7 +28,8 @@ def test_summands_behind_a_relu_as_onnx_runtime_adds_them():
         relu = nn.ReLU()
         relu.activation_post_process = a
         values = (u * a.scale, (v - 128) * b.scale)
-        expected = runtime_sum([u.to(torch.uint8), v.to(torch.uint8)], scales, (0, 128, 0)).clamp(max=127).int()
+        summed = run_node("QLinearAdd", [u.to(torch.uint8), v.to(torch.uint8)], scales, (0, 128, 0))
+        expected = summed.clamp(max=127).int()
         codes = []
         for producer in (a, relu):
             add.set_producers(producer, b)

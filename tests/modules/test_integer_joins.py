@@ -1,14 +1,13 @@
 """Products, differences, concatenations and gates: one arithmetic in eval mode, deployed and in ONNX Runtime."""
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from runtime_nodes import run_node
 from tolerances import SUMS, assert_close
 from tritonq.functional.integer_joins import integer_add, integer_concatenation, integer_multiply, integer_subtract
 from tritonq.grid import Grid
@@ -16,31 +15,7 @@ from tritonq.quantized_type import QuantizedType
 
 UNSIGNED = QuantizedType(0, 255, symmetric=False)
 # Zero points of two operands and the result.
-ZEROS = [(0, 0, 0), (128, 128, 128), (3, 77, 17)]
-
-
-def runtime(kind, codes, scales, zeros):
-    """What a node of ONNX Runtime makes of two uint8 tensors."""
-    parameters = [(f"s{name}", f"z{name}") for name in "ABC"]
-    constants = [
-        helper.make_tensor(s, TensorProto.FLOAT, [], [v]) for (s, _), v in zip(parameters, scales, strict=True)
-    ]
-    constants += [
-        helper.make_tensor(z, TensorProto.UINT8, [], [v]) for (_, z), v in zip(parameters, zeros, strict=True)
-    ]
-    operands = ["A", *parameters[0], "B", *parameters[1]]
-    result, attributes = list(parameters[2]), {"axis": 0} if kind == "QLinearConcat" else {}
-    inputs = [*result, *operands] if kind == "QLinearConcat" else [*operands, *result]
-    node = helper.make_node(kind, inputs, ["C"], domain="com.microsoft", **attributes)
-    shapes = [*(code.shape for code in codes), None]
-    values = [
-        helper.make_tensor_value_info(n, TensorProto.UINT8, shape) for n, shape in zip("ABC", shapes, strict=True)
-    ]
-    graph = helper.make_graph([node], "join", values[:2], values[2:], constants)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {n: c.numpy() for n, c in zip("AB", codes, strict=True)})[0])
+ZEROS = [(0, 0, 0), (128, 128, 128), (3, 77, 17), (128, 128, 0)]
 
 
 def grids(scales, zeros):
@@ -58,35 +33,36 @@ def codes_of(y, grid):
     return ((y / grid.scale).round() + grid.zero_point).clamp(0, 255).to(torch.uint8)
 
 
-def some_scales(count, trial):
-    """Random scales; in every other trial the result's makes many ties."""
-    generator = torch.Generator().manual_seed(trial)
-    a, b = (torch.rand(2, generator=generator) * 0.04 + 0.01).tolist()
-    whole = [2**-5, 2**-7, 2**-7 * (1 + trial % 3)]
-    return whole if trial % 2 else [a, b, (a * b * 100.5 if count == "mul" else 1.1 * (a + b))]
+def some_scales(kind):
+    """Scales of two operands and the result: random ones, and by turns such as make many ties."""
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(20):
+        a, b = (torch.rand(2, generator=generator) * 0.04 + 0.01).tolist()
+        factor = 1 + trial % 3
+        if kind == "mul":
+            yield [2**-5, 2**-7, 2**-7 * factor] if trial % 2 else [a, b, a * b * 100.5]
+        else:
+            yield [a, b, a * factor if trial % 2 else 1.1 * (a + b)]
 
 
 @pytest.mark.parametrize("zeros", ZEROS)
-def test_every_pair_of_codes_as_onnx_runtime_multiplies_them(zeros):
+@pytest.mark.parametrize(
+    ("kind", "join", "node", "sign"),
+    [
+        ("add", integer_add, "QLinearAdd", 1),
+        ("sub", integer_subtract, "QLinearAdd", -1),
+        ("mul", integer_multiply, "QLinearMul", 1),
+    ],
+)
+def test_every_pair_of_codes_as_onnx_runtime_joins_them(kind, join, node, sign, zeros):
     pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
     codes = [column.contiguous() for column in pairs.unbind(1)]
-    for trial in range(8):
-        a, b, output = grids(some_scales("mul", trial), zeros)
-        ours = codes_of(integer_multiply(values(codes[0], a), values(codes[1], b), a, b, output), output)
-        scales = [float(grid.scale) for grid in (a, b, output)]
-        assert torch.equal(ours, runtime("QLinearMul", codes, scales, zeros)), trial
-
-
-@pytest.mark.parametrize("zeros", ZEROS)
-def test_every_pair_of_codes_as_onnx_runtime_subtracts_them(zeros):
-    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
-    codes = [column.contiguous() for column in pairs.unbind(1)]
-    for trial in range(8):
-        a, b, output = grids(some_scales("sub", trial), zeros)
-        ours = codes_of(integer_subtract(values(codes[0], a), values(codes[1], b), a, b, output), output)
-        scales = [float(a.scale), -float(b.scale), float(output.scale)]
-        assert torch.equal(ours, runtime("QLinearAdd", codes, scales, zeros)), trial
-        exact = (values(codes[0], a) - values(codes[1], b)) / output.scale + output.zero_point
+    for scales in some_scales(kind):
+        a, b, output = grids(scales, zeros)
+        x, y = values(codes[0], a), values(codes[1], b)
+        ours = codes_of(join(x, y, a, b, output), output)
+        assert torch.equal(ours, run_node(node, codes, [a.scale, sign * b.scale, output.scale], zeros)), scales
+        exact = getattr(torch, kind)(x, y) / output.scale + output.zero_point
         assert (ours - exact.clamp(0, 255)).abs().max() < 0.501
 
 
@@ -97,25 +73,23 @@ def test_broadcast_sums_as_onnx_runtime_adds_them(shapes):
     """The one that is broadcast counts as the second: so the file has it, in either layout."""
     generator = torch.Generator().manual_seed(0)
     codes = [torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for shape in shapes]
-    for trial in range(8):
-        (a, b, output), zeros = grids(some_scales("add", trial), ZEROS[2]), ZEROS[2]
+    for given in some_scales("add"):
+        (a, b, output), zeros = grids(given, ZEROS[2]), ZEROS[2]
         ours = codes_of(integer_add(values(codes[0], a), values(codes[1], b), a, b, output), output)
-        scales = [float(grid.scale) for grid in (a, b, output)]
-        both = codes, scales, zeros
+        both = codes, [a.scale, b.scale, output.scale], zeros
         if shapes[0] == (256,):
             both = tuple([item[1], item[0], *item[2:]] for item in both)
-        assert torch.equal(ours, runtime("QLinearAdd", *both)), trial
+        assert torch.equal(ours, run_node("QLinearAdd", *both)), given
 
 
 def test_every_code_as_onnx_runtime_concatenates_it():
     codes = [torch.arange(256).to(torch.uint8)] * 2
-    for trial in range(20):
-        zeros, scales = ZEROS[trial % 3], some_scales("cat", trial)
+    for trial, scales in enumerate(some_scales("cat")):
+        zeros = ZEROS[trial % 4]
         scales[2] = scales[trial % 2] * (1 + trial % 5) / 2
         a, b, output = grids(scales, zeros)
         ours = codes_of(integer_concatenation((values(codes[0], a), values(codes[1], b)), 0, output), output)
-        exact_scales = [float(grid.scale) for grid in (a, b, output)]
-        assert torch.equal(ours, runtime("QLinearConcat", codes, exact_scales, zeros)), trial
+        assert torch.equal(ours, run_node("QLinearConcat", codes, [a.scale, b.scale, output.scale], zeros)), trial
 
 
 def gate(x):
@@ -132,6 +106,7 @@ JOINS = {
     "difference": (lambda a, b: a - b, 8, "QLinearAdd"),
     "difference and ReLU": (lambda a, b: F.relu(F.relu(a).sub(F.relu(b))), 8, "QLinearAdd"),
     "broadcast sum": (lambda a, b: b.mean((2, 3), keepdim=True) + a, 8, "QLinearAdd"),
+    "both broadcast": (lambda a, b: a.mean(3, keepdim=True) + b.mean(2, keepdim=True), 8, "QLinearAdd"),
     "broadcast difference": (lambda a, b: b.mean((2, 3), keepdim=True) - F.relu(a), 8, "QLinearAdd"),
     "concatenation": (lambda a, b: torch.concat((F.relu(a), b), dim=1), 16, "QLinearConcat"),
 }

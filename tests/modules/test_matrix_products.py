@@ -1,14 +1,13 @@
 """Matrix products of two activations, alone, as einsum and as attention: trained, converted, in ONNX Runtime."""
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from runtime_nodes import run_node
 from tritonq.functional.integer_joins import integer_matmul
 from tritonq.grid import Grid
 from tritonq.nn import Einsum, MatMul, ScaledDotProductAttention
@@ -27,24 +26,6 @@ def codes_of(y, output):
     return ((y / output.scale).round() + output.zero_point).clamp(0, 255).to(torch.uint8)
 
 
-def in_onnx_runtime(codes, grids):
-    """Run one QLinearMatMul."""
-    tensors = [
-        helper.make_tensor(f"{part}{name}", kind, [], [value])
-        for name, of in zip("ABC", grids, strict=True)
-        for part, kind, value in (
-            ("s", TensorProto.FLOAT, float(of.scale)),
-            ("z", TensorProto.UINT8, int(of.zero_point)),
-        )
-    ]
-    node = helper.make_node("QLinearMatMul", ["A", "sA", "zA", "B", "sB", "zB", "sC", "zC"], ["C"])
-    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in "ABC"]
-    graph = helper.make_graph([node], "product", values[:2], values[2:], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {n: c.numpy() for n, c in zip("AB", codes, strict=True)})[0])
-
-
 @pytest.mark.parametrize(
     "shapes", [((7, 64), (64, 5)), ((2, 3, 4, 300), (2, 3, 300, 5)), ((3, 6, 16), (16, 2))], ids=str
 )
@@ -57,7 +38,8 @@ def test_codes_as_onnx_runtime_multiplies_matrices(shapes, zeros):
         grids = [grid(scale, zero) for scale, zero in zip(scales, zeros, strict=True)]
         x, y = ((codes.float() - of.zero_point) * of.scale for codes, of in zip((a, b), grids, strict=False))
         ours = codes_of(integer_matmul(x, y, *grids), grids[2])
-        assert torch.equal(ours, in_onnx_runtime((a, b), grids))
+        found = run_node("QLinearMatMul", (a, b), [of.scale for of in grids], zeros)
+        assert torch.equal(ours, found)
         sums = (a.double() - zeros[0]) @ (b.double() - zeros[1])
         exact = sums * (float(grids[0].scale) * float(grids[1].scale) / float(grids[2].scale)) + zeros[2]
         assert (ours - exact.clamp(0, 255)).abs().max() < 0.501
