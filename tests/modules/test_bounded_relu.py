@@ -6,6 +6,7 @@ import collections
 import copy
 import math
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ import tritonq
 from optimised_graph import optimised_kinds
 from prepared_nets import assert_same_when_not_rounding, quantizers
 from tritonq import nn as qnn
+from tritonq.deploy.description import build_module
 from tritonq.nn import intrinsic
 from tritonq.nn.clip import Clip
 from tritonq.prepare import fuse_modules_qat, prepare_qat
@@ -94,13 +96,13 @@ def widened(model: nn.Module) -> nn.Module:
     return model
 
 
-def assert_prepared(model: nn.Module, count: int) -> nn.Module:
+def assert_prepared(model: nn.Module, count: int, x: torch.Tensor = X) -> nn.Module:
     """``model`` prepared, with so many activation quantizers, and trained two steps; it computes and deploys alike."""
-    prepared = prepare_qat(model, example_inputs=X)
+    prepared = prepare_qat(model, example_inputs=x)
     assert len(quantizers(prepared)) == count
-    assert_same_when_not_rounding(model, prepared, X)
-    prepared = trained(prepared)
-    assert tritonq.verify(prepared, tritonq.convert(prepared), X).agrees()
+    assert_same_when_not_rounding(model, prepared, x)
+    prepared = trained(prepared, x)
+    assert tritonq.verify(prepared, tritonq.convert(prepared), x).agrees()
     return prepared
 
 
@@ -149,14 +151,9 @@ def test_additions_take_it(act, ceiling):
 @pytest.mark.parametrize(("act", "ceiling"), [(nn.ReLU(), math.inf), (nn.ReLU6(), 6.0), (nn.Hardtanh(0, 0.5), 0.5)])
 def test_rows(parts, shape, kind, act, ceiling):
     torch.manual_seed(0)
-    model, x = nn.Sequential(*copy.deepcopy(parts), act), torch.randn(shape)
-    prepared = prepare_qat(model, example_inputs=x)
+    prepared = assert_prepared(nn.Sequential(*copy.deepcopy(parts), act), 2, torch.randn(shape))
     assert type(prepared[0]) is kind
     assert prepared[0].ceiling == ceiling
-    assert len(quantizers(prepared)) == 2
-    assert_same_when_not_rounding(model, prepared, x)
-    prepared = trained(prepared, x)
-    assert tritonq.verify(prepared, tritonq.convert(prepared), x).agrees()
 
 
 def test_the_eager_flow_takes_it_too():
@@ -167,8 +164,8 @@ def test_the_eager_flow_takes_it_too():
     assert "relu up to 6" in str(prepared[0])
 
 
-@pytest.mark.parametrize("made", [intrinsic.ConvReLU2d(nn.Conv2d(1, 1, 1), nn.SiLU())])
-def test_a_row_that_ends_in_something_else_is_refused(made):
+def test_a_row_that_ends_in_something_else_is_refused():
+    made = intrinsic.ConvReLU2d(nn.Conv2d(1, 1, 1), nn.SiLU())
     made.qconfig = tritonq.get_qconfig("tensorrt")
     with pytest.raises(TypeError, match=r"takes a ReLU, ReLU6 or Hardtanh\(0, b\), got SiLU"):
         qnn.ConvReLU2d.from_float(made)
@@ -243,17 +240,14 @@ def test_converted_files_hold_the_bound(block, tmp_path):
 
 
 def test_files_of_version_1_say_whether_there_is_a_relu():
-    from tritonq.deploy.description import build_module
-
     assert build_module({"kind": "add", "relu": True, "name": "add"}, {}).ceiling == math.inf
     assert build_module({"kind": "add", "relu": False, "name": "add"}, {}).ceiling is None
 
 
 def kinds_in(path, optimise: bool) -> collections.Counter:
-    onnx = pytest.importorskip("onnx")
-    return (
-        optimised_kinds(path) if optimise else collections.Counter(node.op_type for node in onnx.load(path).graph.node)
-    )
+    if optimise:
+        return optimised_kinds(path)
+    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
 # qnnpack's 256 codes end at the largest observed value: at the bound or below. Symmetric types have 128 of them.
@@ -263,7 +257,6 @@ def kinds_in(path, optimise: bool) -> collections.Counter:
 )
 @pytest.mark.parametrize("make", [Net, Block])
 def test_onnx_runtime_has_no_clip_where_the_codes_end_first(make, act, preset, clips, tmp_path):
-    pytest.importorskip("onnxruntime")
     symmetric = tritonq.get_qconfig("tensorrt")
     symmetric = tritonq.QConfig(symmetric.activation, symmetric.weight, "onnxruntime")
     qconfig = symmetric if preset == "symmetric" else tritonq.get_default_qat_qconfig("qnnpack")
@@ -281,7 +274,6 @@ def test_onnx_runtime_has_no_clip_where_the_codes_end_first(make, act, preset, c
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("make", [Net, Block])
 def test_a_bound_below_the_last_code_is_exported(make, target, tmp_path):
-    pytest.importorskip("onnxruntime")
     qconfig = tritonq.get_qconfig(target)
     prepared = widened(trained(prepare_qat(make(nn.Hardtanh(0.0, 1.5)), qconfig=qconfig, example_inputs=X)))
     tritonq.export_onnx(prepared, tmp_path / "m.onnx", X, target=target)
@@ -290,8 +282,6 @@ def test_a_bound_below_the_last_code_is_exported(make, target, tmp_path):
 
 @pytest.mark.parametrize(("bound", "kind"), [(40.0, "Relu"), (1.5, "Clip")])
 def test_tensorrt_gets_a_clip_only_where_the_quantizer_ends_above_it(bound, kind, tmp_path):
-    pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
     qconfig = tritonq.get_qconfig("tensorrt")
     prepared = widened(trained(prepare_qat(Net(nn.Hardtanh(0.0, bound)), qconfig=qconfig, example_inputs=X)))
     path = tmp_path / "m.onnx"
@@ -303,7 +293,6 @@ def test_tensorrt_gets_a_clip_only_where_the_quantizer_ends_above_it(bound, kind
 
 @pytest.mark.parametrize("act", [nn.ReLU6(), nn.ReLU()])
 def test_a_batch_norm_without_affine_is_fused(act, tmp_path):
-    pytest.importorskip("onnxruntime")
     model = Net(act, affine=False)
     prepared = assert_prepared(model, 3)
     assert type(prepared.first) is qnn.ConvBnReLU2d

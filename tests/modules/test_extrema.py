@@ -30,28 +30,18 @@ def on_grid(scale, zero_point=0):
 
 @pytest.mark.parametrize("kind", [qnn.Minimum, qnn.Maximum])
 def test_every_pair_of_codes(kind):
-    sources = on_grid(0.5, 100), on_grid(0.25, 30)
+    sources, output = (on_grid(0.5, 100), on_grid(0.25, 30)), on_grid(1.0, 60)
     join = kind(qconfig=tritonq.get_qconfig("onnxruntime")).eval()
-    join.activation_post_process = on_grid(1.0, 60)
-    codes = torch.arange(256)
-    a, b = (((codes - s.zero_point) * s.scale) for s in sources)
+    join.activation_post_process = output
+    a, b = (((torch.arange(256) - s.zero_point) * s.scale) for s in sources)
     pick = min if kind is qnn.Minimum else max
     y = join(a.view(-1, 1), b.view(1, -1))
     for i in range(0, 256, 5):
         for j in range(256):
             exact = pick(Fraction(float(a[i])), Fraction(float(b[j])))
             assert float(y[i, j]) == min(max(round(exact), -60), 195)  # to even, as QuantizeLinear does
-
-
-@pytest.mark.parametrize("kind", [qnn.Minimum, qnn.Maximum])
-def test_the_join_of_grids_is_the_modules(kind):
-    sources, output = (on_grid(0.5, 100), on_grid(0.25, 30)), on_grid(1.0, 60)
-    join = kind(qconfig=tritonq.get_qconfig("onnxruntime")).eval()
-    join.activation_post_process = output
-    a, b = (((torch.arange(256) - s.zero_point) * s.scale) for s in sources)
-    a, b = a.view(-1, 1), b.view(1, -1)
     grids = [quantizer.grid() for quantizer in (*sources, output)]
-    assert torch.equal(output(integer_join(kind.kind, a, b, *grids)), join(a, b))
+    assert torch.equal(output(integer_join(kind.kind, a.view(-1, 1), b.view(1, -1), *grids)), y)
 
 
 class Net(nn.Module):
@@ -67,7 +57,6 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("extremum", SPELLINGS.values(), ids=SPELLINGS)
 def test_preparation_finds_it(extremum, tmp_path):
-    pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     model = tritonq.prepare_qat(Net(extremum), example_inputs=X, strict=True).train()
     assert {row.status for row in tritonq.summary(model).layers} == {"quantized"}

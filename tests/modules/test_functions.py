@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,6 @@ def all_functions(request, tmp_path_factory):
     model.eval()
     path = tmp_path_factory.mktemp("functions") / "m.onnx"
     x = every_code(model.input)
-    pytest.importorskip("onnxruntime")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ONNX Runtime convolves in integers")
         tritonq.export_onnx(model, path, x, dynamic_batch=False)
@@ -200,7 +200,6 @@ def test_preparation_finds_it(act, tmp_path):
 
 @pytest.mark.parametrize(("act", "name"), ARITHMETIC.values(), ids=ARITHMETIC)
 def test_arithmetic_with_numbers_is_one_function(act, name, tmp_path):
-    pytest.importorskip("onnxruntime")
     model = prepared(net(act)).train()
     assert [row.name for row in tritonq.summary(model).layers if row.status == "float"] == []
     (layer,) = (module for module in model.modules() if isinstance(module, FunctionLayer))
@@ -276,7 +275,6 @@ def test_tensorrt_rounds_after_the_function_alone():
 
 
 def test_onnx_runtime_sums_a_layer_without_rounding_in_integers(tmp_path):
-    pytest.importorskip("onnxruntime")
     for preset, islands in (("tensorrt", {("Sigmoid",)}), ("onnxruntime", set())):
         model = prepared(net(nn.SiLU()), preset).train()
         model(X)
@@ -353,8 +351,6 @@ def test_compiled_models_give_the_same_codes():
 
 
 def test_a_code_that_the_engine_rounds_otherwise_is_read_from_a_table(tmp_path, monkeypatch):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     model = prepared(net(nn.Tanh())).train()
     model(X)
     model.eval()

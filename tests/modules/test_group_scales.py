@@ -1,6 +1,7 @@
 """Weights with a scale per group of input channels: training, eval, the converted model, files, ONNX Runtime."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -114,8 +115,6 @@ def test_what_was_trained_is_what_is_deployed(maker, kind, folding, tmp_path):
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("kind", TYPES)
 def test_files_have_blocks(kind, pack, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     qat, path = trained(qconfig_of(RANGES, kind), steps=1).eval(), tmp_path / "model.onnx"
     tritonq.export_onnx(qat, path, X, pack=pack)
     file = onnx.load(path)

@@ -1,4 +1,4 @@
-"""Additions in eval mode: ONNX Runtime's own, over all pairs of codes, and the links that prepared models keep."""
+"""Additions in eval mode: of summands behind a ReLU, and the links that prepared models keep."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Products, differences, concatenations and gates: one arithmetic in eval mode, deployed and in ONNX Runtime."""
+"""Sums, products, differences, concatenations and gates: one arithmetic in eval mode, deployed and in ONNX Runtime."""
 
 import pytest
 import torch

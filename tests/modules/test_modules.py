@@ -19,61 +19,37 @@ from tritonq.nn import DEFAULT_QAT_MAPPING, intrinsic
 TORCH_QCONFIG = ao.get_default_qat_qconfig("onednn", version=0)
 QCONFIG = tritonq.get_default_qat_qconfig("onednn", version=0)
 
-# Name, float layer, its fused torch.ao and tritonq forms, quantization-aware classes of both, input shape.
-CASES = [
-    ("Conv1d", lambda: nn.Conv1d(4, 6, 3, groups=2), None, None, nnqat.Conv1d, tritonq.nn.Conv1d, (2, 4, 9)),
-    (
-        "Conv2d",
-        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", stride=2),
-        None,
-        None,
-        nnqat.Conv2d,
-        tritonq.nn.Conv2d,
-        (2, 4, 7, 6),
-    ),
-    ("Conv3d", lambda: nn.Conv3d(2, 3, 2, bias=False), None, None, nnqat.Conv3d, tritonq.nn.Conv3d, (2, 2, 4, 3, 5)),
-    ("Linear", lambda: nn.Linear(5, 7), None, None, nnqat.Linear, tritonq.nn.Linear, (2, 3, 5)),
-    (
-        "ConvReLU2d",
-        lambda: nn.Conv2d(4, 6, 3),
-        nni.ConvReLU2d,
-        intrinsic.ConvReLU2d,
-        nniqat.ConvReLU2d,
-        tritonq.nn.ConvReLU2d,
-        (2, 4, 7, 6),
-    ),
-    (
-        "LinearReLU",
-        lambda: nn.Linear(5, 7),
-        nni.LinearReLU,
-        intrinsic.LinearReLU,
-        nniqat.LinearReLU,
-        tritonq.nn.LinearReLU,
-        (3, 5),
-    ),
-]
+# By the name of the quantization-aware class in both libraries: the float layer in it, and the input's shape.
+CASES = {
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", stride=2), (2, 4, 7, 6)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2, bias=False), (2, 2, 4, 3, 5)),
+    "Linear": (lambda: nn.Linear(5, 7), (2, 3, 5)),
+    "ConvReLU2d": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 6)),
+    "LinearReLU": (lambda: nn.Linear(5, 7), (3, 5)),
+}
 
 
-def pair(case):
+def pair(name):
     """The torch.ao layer and tritonq's, made from two copies of one float layer."""
-    _, make, torch_fused, fused, torch_class, ours_class, _ = case
     torch.manual_seed(0)
-    layer = make()
-    twin = copy.deepcopy(layer)
-    if torch_fused is not None:
-        layer.qconfig = TORCH_QCONFIG
-        layer, twin = torch_fused(layer, nn.ReLU()), fused(twin, nn.ReLU())
-    layer.qconfig, twin.qconfig = TORCH_QCONFIG, QCONFIG
-    return torch_class.from_float(layer), ours_class.from_float(twin)
+    theirs = CASES[name][0]()
+    ours, classes = copy.deepcopy(theirs), nnqat
+    if "ReLU" in name:
+        theirs.qconfig = TORCH_QCONFIG
+        theirs, ours = getattr(nni, name)(theirs, nn.ReLU()), getattr(intrinsic, name)(ours, nn.ReLU())
+        classes = nniqat
+    theirs.qconfig, ours.qconfig = TORCH_QCONFIG, QCONFIG
+    return getattr(classes, name).from_float(theirs), getattr(tritonq.nn, name).from_float(ours)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-def test_training_equals_torch_ao(case):
-    theirs, ours = pair(case)
+@pytest.mark.parametrize("name", CASES)
+def test_training_equals_torch_ao(name):
+    theirs, ours = pair(name)
     ours.activation_post_process = nn.Identity()
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
-        x = torch.randn(case[-1], generator=generator)
+        x = torch.randn(CASES[name][1], generator=generator)
         p, q = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, z = ours(p), theirs(q)
         assert_close(y, z, SUMS)
@@ -86,13 +62,12 @@ def test_training_equals_torch_ao(case):
             assert_close(ours.bias.grad, theirs.bias.grad, SUMS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-def test_from_float_shares_parameters_and_keeps_mode(case):
-    _, make, _, fused, _, ours_class, _ = case
-    layer = make().eval()
-    source = layer if fused is None else fused(layer, nn.ReLU()).eval()
+@pytest.mark.parametrize("name", CASES)
+def test_from_float_shares_parameters_and_keeps_mode(name):
+    layer = CASES[name][0]().eval()
+    source = getattr(intrinsic, name)(layer, nn.ReLU()).eval() if "ReLU" in name else layer
     source.qconfig = QCONFIG
-    ours = ours_class.from_float(source)
+    ours = getattr(tritonq.nn, name).from_float(source)
     assert ours.weight is layer.weight
     assert ours.bias is layer.bias
     assert not ours.training

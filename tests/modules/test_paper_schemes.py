@@ -114,7 +114,6 @@ def test_what_was_trained_is_what_is_deployed(name, folding, tmp_path):
     fresh.load_state_dict(qat.state_dict())
     assert torch.equal(fresh(X), qat(X))
     if folding == "scale":
-        pytest.importorskip("onnxruntime")
         tritonq.export_onnx(converted, tmp_path / "model.onnx", X)
         assert tritonq.verify(qat, tmp_path / "model.onnx", X).agrees()
 

@@ -4,6 +4,7 @@ import collections
 import copy
 import io
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from torch import nn
 import tritonq
 from tritonq.targets import TARGETS, onnx_form_of
 
-onnx = pytest.importorskip("onnx")
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
