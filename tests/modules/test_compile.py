@@ -12,21 +12,15 @@ import torch
 from torch import nn
 
 import tritonq
-from qat_models import FloatPair, FloatResidual, images, trained_float_form
+from qat_models import FloatPair, FloatResidual, images, set_mode, trained_float_form
 from tolerances import LONG_SUMS, SUMS, TRAINED, assert_close
 from tritonq import nn as qnn
 from tritonq.functional.traced import parts
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.quantized_type import QUANTIZED_TYPES
 from vision_models import torchvision_model, torchvision_residual_network
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def prepared(preset: str = "tensorrt", kind: type[nn.Module] = FloatResidual) -> nn.Module:
@@ -82,9 +76,7 @@ def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, ob
 @pytest.mark.parametrize(("mode", "bfloat16"), [("approximate", True), ("corrected", False), ("exact", False)])
 def test_mixed_precision_and_other_modes_equal_eager(mode, bfloat16):
     model = prepared(kind=FloatPair)
-    for layer in model.modules():
-        if isinstance(layer, QATBatchNormLayer):
-            layer.mode = mode
+    set_mode(model, mode)
     model(images(8, seed=9))
     eager = copy.deepcopy(model)
     for called in (eager, torch.compile(model, fullgraph=True, backend="aot_eager")):

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonq
-from qat_models import PRESETS, FloatPair, FloatResidual, images, train, without_ranges
+from qat_models import PRESETS, FloatPair, FloatResidual, images, set_mode, train, without_ranges
 from tolerances import FLOAT32, SUMS, assert_close
 from tritonq import nn as qnn
 from tritonq.functional.integer import integer_affine, to_integers
@@ -21,17 +21,11 @@ from tritonq.functional.integer_joins import integer_add
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode, parts
 from tritonq.grid import Grid
-from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.quantized_type import QUANTIZED_TYPES
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 QCONFIG = tritonq.get_qconfig("tensorrt")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def prepared(qconfig: tritonq.QConfig = QCONFIG, kind: type[nn.Module] = FloatResidual) -> nn.Module:
@@ -137,9 +131,7 @@ def test_evaluation_in_the_middle_of_training():
 @pytest.mark.parametrize("mode", ["approximate", "exact", "corrected"])
 def test_frozen_statistics_in_training_and_all_modes_in_eval(mode, observed):
     model = prepared(kind=FloatPair)
-    for layer in model.modules():
-        if isinstance(layer, QATBatchNormLayer):
-            layer.mode = mode
+    set_mode(model, mode)
     if observed:
         train(model).train()
     model.apply(tritonq.freeze_bn_stats)

@@ -15,15 +15,10 @@ from saved_bytes import saved_bytes
 from tolerances import SUMS, assert_close
 from tritonq import nn as qnn
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 # What stays one call: copies of buffers, and the fold of a running variance as the forward finds it.
 OPAQUE = {"tritonq.remember.default", "tritonq.fold_remembered.default"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Block(nn.Module):

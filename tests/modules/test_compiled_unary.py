@@ -12,6 +12,8 @@ from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.reference.average_pool import AxesAverage
 from tritonq.reference.functions import Function
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 QCONFIG = tritonq.get_qconfig()
 LAYERS = {
     "silu": lambda: FunctionLayer(Function("silu"), qconfig=QCONFIG),
@@ -21,13 +23,6 @@ LAYERS = {
     "clip": lambda: Clip(Clipping(-1.0, 1.5), qconfig=QCONFIG),
     "mean": lambda: Average(AxesAverage((2, 3), True), qconfig=QCONFIG),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:bfloat16 merges neighbouring codes")

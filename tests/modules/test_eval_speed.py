@@ -70,10 +70,6 @@ def test_a_gradient_takes_the_formula(monkeypatch):
     assert all(layer.packed._value is None for layer in qat_layers(model))
 
 
-def biases(model):
-    return [(name, tensor) for name, tensor in model.state_dict().items() if name.endswith("bias")]
-
-
 # What changes the result; each must be seen although the weight was packed before.
 CHANGES = {
     "weight": lambda model: qat_layers(model)[0].weight.data.neg_(),

@@ -199,7 +199,7 @@ def test_attention_shares_heads_of_keys_as_torch_does():
 
 
 class Attention(nn.Module):
-    """Self-attention in the spelling of timm, of einsum, of bmm or of torch's function: its forward becomes a graph."""
+    """Self-attention in the spelling of timm, of einsum, of bmm or of torch's function; a graph can stand for it."""
 
     def __init__(self, spelling):
         super().__init__()

@@ -18,12 +18,11 @@ from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
 import tritonq
 from grids import presets_for_any_width
-from qat_models import FloatResidual, images
+from qat_models import FloatResidual, images, set_mode
 from tritonq import backend
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional import traced
 from tritonq.learned_bits import LearnedBitsFakeQuantize
-from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 WEIGHT = tritonq.get_qconfig("tensorrt").weight
 LEARNED = tritonq.LearnedStepFakeQuantize.with_args
@@ -81,9 +80,7 @@ def _fake_kernels(monkeypatch):
 def test_a_training_step_reads_nothing_back(name, mode):
     torch.manual_seed(0)
     model = tritonq.prepare_qat(FloatResidual(), qconfig=QCONFIGS[name], example_inputs=images(2)).train()
-    for layer in model.modules():
-        if isinstance(layer, QATBatchNormLayer):
-            layer.mode = mode
+    set_mode(model, mode)
     model = warmed_up(model)
     train(model)
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)

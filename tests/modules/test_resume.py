@@ -31,12 +31,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-def nothing(model):
-    pass
-
-
 PHASES = {
-    "training": nothing,
+    "training": lambda model: None,
     "frozen statistics": freeze_bn_stats,
     "frozen ranges": disable_observer,
     "rounding off": disable_fake_quant,

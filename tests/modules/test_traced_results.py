@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 import tritonq
 from qat_models import PRESETS, FloatPair, FloatResidual, images, train
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 class Joins(nn.Module):
     """Additions, products and functions of several kinds."""
@@ -27,13 +29,6 @@ class Joins(nn.Module):
         y = torch.relu(a - b) * torch.sigmoid(self.gate(a))
         y = torch.cat([nn.functional.silu(y + b), nn.functional.avg_pool2d(y, 3, 1, 1)])
         return self.head(torch.maximum(y, b.repeat(2, 1, 1, 1)).mean((2, 3)))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from torch import nn
 
 import tritonq
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), (4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding="same", groups=2), (4, 7, 8)),
@@ -27,11 +29,9 @@ def test_one_example_gives_its_codes_in_a_batch(name, relu):
     model = tritonq.prepare_qat(model, example_inputs=x).train()
     model(x)
     forms = {"eval": model.eval(), "converted": tritonq.convert(model)}
-    torch._dynamo.reset()
     forms["compiled"] = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = model(x)[2]
         for form, called in forms.items():
             assert torch.equal(called(x[2]), expected), form
     assert len(expected.unique()) > 3
-    torch._dynamo.reset()

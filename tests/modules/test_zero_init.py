@@ -61,18 +61,13 @@ def final_loss(model: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]) -> f
     return sum(losses[-LAST:]) / LAST
 
 
-def averaging_only() -> tritonq.QConfig:
-    """The default preset, whose activation observer averages whatever comes."""
-    default = tritonq.get_qconfig("tensorrt")
-    return tritonq.QConfig(default.activation.with_args(copy_above=None), default.weight)
-
-
 def test_the_default_preset_follows_float_training(digits):
     torch.manual_seed(0)
-    net = Net()
+    net, default = Net(), tritonq.get_qconfig("tensorrt")
+    averaging = default._replace(activation=default.activation.with_args(copy_above=None))
     prepared = {
         name: tritonq.prepare_qat(copy.deepcopy(net), qconfig=qconfig, example_inputs=digits[0][:2])
-        for name, qconfig in (("default", tritonq.get_qconfig("tensorrt")), ("averaging", averaging_only()))
+        for name, qconfig in (("default", default), ("averaging", averaging))
     }
     expected = final_loss(net, digits)
     losses = {name: final_loss(model, digits) for name, model in prepared.items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tritonq
 from grids import presets_for_any_width
 from op_tester import clear_plans
+from qat_models import set_mode
 from quantizer_states import quantizer_state
 from tritonq import nn as qnn
 from tritonq.backend import implementation
@@ -23,7 +24,6 @@ from tritonq.bins import FloatPrefixBins
 from tritonq.grid import Grid
 from tritonq.kernels import conv2d, layout
 from tritonq.kernels.conv_tile import ConvTile
-from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.functions import FunctionLayer
 from tritonq.qconfig import PRESETS
 from tritonq.quantized_type import QINT8, QUINT8
@@ -129,9 +129,7 @@ def autocast(channels_last: bool) -> None:
 
 def in_mode(mode: str) -> None:
     model = prepared(PRESETS["tensorrt"])
-    for layer in model.modules():
-        if isinstance(layer, QATBatchNormLayer):
-            layer.mode = mode
+    set_mode(model, mode)
     train(model, image())
 
 

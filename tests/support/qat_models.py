@@ -10,6 +10,8 @@ from torch import nn
 
 import tritonq
 from tritonq import nn as qnn
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.qconfig import Folding
 
 TORCH_PRESETS = {
     f"{engine}_v{version}": tritonq.get_default_qat_qconfig(engine, version)
@@ -139,6 +141,13 @@ def assert_same_state(before: dict[str, object], after: dict[str, object]) -> No
     tensors, others = before["tensors"], after["tensors"]
     assert list(tensors) == list(others)
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def set_mode(model: nn.Module, mode: Folding) -> None:
+    """Set how every BatchNorm of a model is folded in training."""
+    for layer in model.modules():
+        if isinstance(layer, QATBatchNormLayer):
+            layer.mode = mode
 
 
 def without_ranges(model: nn.Module) -> nn.Module:
