@@ -30,6 +30,13 @@ INPUTS = {
 }
 
 
+def with_axis(name: str, axis: int | None) -> torch.Tensor:
+    x = INPUTS[name]
+    if axis is not None and axis >= x.dim():
+        pytest.skip("no such axis")
+    return x
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
@@ -37,9 +44,7 @@ def test_fake_quant(name: str, axis: int | None, sanitize: Sanitize) -> None:
     from tritonq.kernels import fake_quant
 
     sanitize(fake_quant)
-    x = INPUTS[name]
-    if axis is not None and axis >= x.dim():
-        return
+    x = with_axis(name, axis)
     channels = 1 if axis is None else x.shape[axis]
     qparams = (torch.ones(channels), torch.ones(channels, dtype=torch.int32))
     grid = grid_of(*qparams, -8, 7, axis, enabled=torch.ones(1, dtype=torch.uint8))
@@ -58,9 +63,7 @@ def test_float_blocks(name: str, axis: int, sanitize: Sanitize) -> None:
     from tritonq.quantized_type import QuantizedType
 
     sanitize(float_blocks, fake_quant)
-    x = INPUTS[name]
-    if axis >= x.dim():
-        return
+    x = with_axis(name, axis)
     float_blocks.fake_quantize_blocks(x, BLOCK_FORMATS["mxfp8"], axis)
     float_blocks.fake_quantize_blocks(x, BLOCK_FORMATS["nvfp4"], axis, torch.ones(()))
     grid = Grid(torch.ones(x.shape[axis]), None, QuantizedType.of_floats("e4m3", axis))
@@ -77,9 +80,7 @@ def test_min_max(name: str, axis: int | None, rule: str, sanitize: Sanitize) -> 
     from tritonq.quantized_type import QUINT8
 
     sanitize(min_max)
-    x = INPUTS[name]
-    if axis is not None and axis >= x.dim():
-        return
+    x = with_axis(name, axis)
     channels = () if axis is None else (x.shape[axis],)
     state = (torch.zeros(channels), torch.zeros(channels), torch.zeros((), dtype=torch.int64))
     qparams = (torch.zeros(channels), torch.zeros(channels, dtype=torch.int32))
@@ -89,9 +90,21 @@ def test_min_max(name: str, axis: int | None, rule: str, sanitize: Sanitize) -> 
     min_max.observe(x, statistics, Grid(*qparams, qtype))
 
 
-def _claims_one_column_more(view: Any) -> Any:
-    outer, rows, cols = view.sizes
-    return view._replace(sizes=(outer, rows, cols + 1))
+def claim_one_column_more(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Let views claim one column too many: those of reductions, and those that a module finds for several tensors."""
+    from tritonq.kernels import reduction
+
+    def wider(view: Any) -> Any:
+        outer, rows, cols = view.sizes
+        return view._replace(sizes=(outer, rows, cols + 1))
+
+    def dishonest(*arguments: Any) -> Any:
+        inputs, view = honest_common(*arguments)
+        return inputs, wider(view)
+
+    honest, honest_common = reduction.view, module.common_view
+    monkeypatch.setattr(reduction, "view", lambda *arguments: wider(honest(*arguments)))
+    monkeypatch.setattr(module, "common_view", dishonest)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -99,7 +112,7 @@ def test_finds_a_planted_access_out_of_bounds(
     sanitize: Sanitize, sanitize_loops: Sanitize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A view that claims one column too many must be caught, or the tests above prove nothing."""
-    from tritonq.kernels import fake_quant, min_max, reduction
+    from tritonq.kernels import fake_quant, min_max
 
     sanitize(fake_quant)
     sanitize_loops(min_max)
@@ -107,25 +120,11 @@ def test_finds_a_planted_access_out_of_bounds(
     fake_quant.fake_quantize(x, grid_of(torch.ones(1), None, -8, 7))
     min_max.min_max(x)
 
-    honest, view = fake_quant.common_view, reduction.view
-    monkeypatch.setattr(reduction, "view", lambda *arguments: _claims_one_column_more(view(*arguments)))
+    claim_one_column_more(monkeypatch, fake_quant)
     with pytest.raises(SystemExit):
         min_max.min_max(x)
-
-    def dishonest(*arguments: Any) -> Any:
-        inputs, seen = honest(*arguments)
-        return inputs, _claims_one_column_more(seen)
-
-    monkeypatch.setattr(fake_quant, "common_view", dishonest)
     with pytest.raises(SystemExit):
         fake_quant.fake_quantize(x, grid_of(torch.ones(1), None, -8, 7))
-
-
-def with_axis(name: str, axis: int | None) -> torch.Tensor:
-    x = INPUTS[name]
-    if axis is not None and axis >= x.dim():
-        pytest.skip("no such axis")
-    return x
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -211,23 +210,11 @@ def test_finds_planted_accesses_of_reductions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Views that claim one column too many, and a weight with more channels than the image."""
-    from tritonq.kernels import fixed_point, histogram, int8_conv, learned_scale, reduction
+    from tritonq.kernels import fixed_point, histogram, int8_conv, learned_scale
 
     sanitize_loops(fixed_point, histogram, int8_conv, learned_scale)
 
-    def wider(seen: Any) -> Any:
-        outer, rows, cols = seen.sizes
-        return seen._replace(sizes=(outer, rows, cols + 1))
-
-    honest_view = reduction.view
-    monkeypatch.setattr(reduction, "view", lambda *arguments: wider(honest_view(*arguments)))
-    honest_common = learned_scale.common_view
-
-    def dishonest(*arguments: Any) -> Any:
-        inputs, seen = honest_common(*arguments)
-        return inputs, wider(seen)
-
-    monkeypatch.setattr(learned_scale, "common_view", dishonest)
+    claim_one_column_more(monkeypatch, learned_scale)
     x = torch.randn(65)
     with pytest.raises(SystemExit):
         fixed_point.frac_len_errors(x, QINT8_NARROW, 8)
