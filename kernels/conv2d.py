@@ -23,7 +23,7 @@ from .activation import load_quantizer, quantize_value
 from .cached_launch import Launcher
 from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last, output_shape, reach
 from .layout import is_wide
-from .quantized import Grid, grid_pointers
+from .quantized import Grid, grid_constants, grid_pointers
 from .rounding import round_half_away, round_half_even_any
 
 # Below this most of each step is padding, whatever the kernel's size: a class of its own.
@@ -92,6 +92,7 @@ def conv2d_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
+    ONTO_ROUNDING: tl.constexpr,  # of ties before the ReLU, with grid_scale_ptr
     PRECISION: tl.constexpr,  # of matrix units: "ieee" or "tf32"
     WIDE: tl.constexpr,  # whether offsets take 64 bits
     FLUSH: tl.constexpr,  # steps after which sums of codes go on in int32; 0: float32 holds the whole sum
@@ -155,7 +156,7 @@ def conv2d_kernel(
                 part = tl.dot(x, weight, part, input_precision=PRECISION)
         total += part.to(total.dtype)
     if multiplier_ptr is not None:
-        y = requantize(total, bias_ptr, multiplier_ptr, grid_scale_ptr, out, exists, ROUNDING)
+        y = requantize(total, bias_ptr, multiplier_ptr, grid_scale_ptr, out, exists, ONTO_ROUNDING)
     else:
         y = total
         if bias_ptr is not None:
@@ -216,7 +217,7 @@ def integer_conv2d(
     """Return ``FQ(relu?(v))`` in ``dtype`` with ``v = fl(conv(codes, weight) + bias) · multiplier`` and an exact sum.
 
     With ``onto``, of scale s, ``multiplier`` gives v in steps of s, and ``round(v) · s``, not clipped, takes its place
-    before the ReLU; FQ then rounds ties as ``onto`` does; fl rounds to float32. ``codes`` and ``weight``, shaped as in
+    before the ReLU, ties as its type says; fl rounds to float32. ``codes`` and ``weight``, shaped as in
     :func:`conv2d`, are integers minus their zero points in any float dtype, bias int32 and multiplier float32 (out,).
     Stride, padding (zeros) and dilation are (vertical, horizontal), ``ceiling`` the ReLU's bound (None: no ReLU),
     ``grid`` that of FQ (None: no FQ), ``tile`` the launch size (None: a default; a ValueError if sums of one step may
@@ -246,7 +247,7 @@ def _launch(
     """Launch the kernel, which writes ``y``: values convolved as by :func:`conv2d`, codes as by :func:`integer_conv2d`.
 
     For values ``multiplier``, ``onto`` and ``exact_products`` are None; the latter is how many products of codes
-    float32 adds up exactly. An empty ``y`` launches nothing.
+    float32 adds up exactly. An empty ``y`` launches nothing. Grids of float codes: NotImplementedError.
     """
     if y.numel() == 0:
         return
@@ -262,8 +263,6 @@ def _launch(
     out_tiles = triton.cdiv(outs // groups, tile.outs)
     flush = _steps_to_flush(exact_products, channels * kernel_h * kernel_w, 1 if depthwise else tile.channels)
     (stride, padding, dilation, _) = geometry
-    qtype = None if grid is None else grid.qtype
-    rounds = grid if onto is None else onto
     with launch_sizes.device_guard(x):
         conv2d_kernel[(triton.cdiv(pixels, tile.pixels), groups * out_tiles)](
             x,
@@ -292,9 +291,8 @@ def _launch(
             MULTIPLIER=outs // geometry.groups,
             # The ReLU works on values of the output's dtype, and so does its bound.
             CEILING=None if ceiling is None else float(torch.tensor(ceiling, dtype=y.dtype)),
-            QUANT_MIN=0 if qtype is None else qtype.quant_min,
-            QUANT_MAX=1 if qtype is None else qtype.quant_max,
-            ROUNDING="half_even" if rounds is None else rounds.qtype.rounding,
+            **grid_constants(grid),
+            ONTO_ROUNDING=grid_constants(onto)["ROUNDING"],
             PRECISION=input_precision(x, is_codes=multiplier is not None),
             WIDE=is_wide(max(map(reach, (x, weight, y)))),
             FLUSH=flush,

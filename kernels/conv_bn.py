@@ -304,14 +304,14 @@ def forward(
     BN takes the batch's statistics. The vectors, (channels,) float32, are mean of c, 1/std, |γ|, slope, shift and ``eps
     ratio² / std²``: ``std² = var + eps ratio²``, var is c's biased variance. Before the ReLU: ``slope · c + shift``.
     """
+    grid_constants(grid)  # refuses float codes before statistics are updated
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     vectors, extremes = _statistics(c, seen, ratio, gamma, beta, bias, norm)
     snapshot = None
     if grid is not None:
         with device_guard(c):
-            low, high = extremes
-            snapshot = merge_range(low, high, c.numel() // c.shape[1], grid, statistics, ceiling)
+            snapshot = merge_range(*extremes, c.numel() // c.shape[1], grid, statistics, ceiling)
     _apply(c, y, seen, vectors[3], vectors[4], snapshot, ceiling)
     return y, vectors.unbind(0), snapshot
 

@@ -162,16 +162,16 @@ def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device
     size_class = "large" if view.numel >= LARGE else "small"
     index = device.index if device.type == "cuda" else None
     override = overridden(kernel)
-    if isinstance(override, Parameters):
-        return override
-    return _parameters(kernel, dtype, shape_class(view), size_class, index)
+    if override is None:
+        return _parameters(kernel, dtype, shape_class(view), size_class, index)
+    return override if isinstance(override, Parameters) else default_parameters(shape_class(view), size_class)
 
 
 @cache
 def _parameters(
     kernel: str, dtype: torch.dtype, shape_class: str, size_class: str, device_index: int | None
 ) -> Parameters:
-    entry = tuned(kernel, f"{str(dtype).removeprefix('torch.')}/{shape_class}/{size_class}", device_index)
+    entry = _in_table(kernel, f"{str(dtype).removeprefix('torch.')}/{shape_class}/{size_class}", device_index)
     return entry if isinstance(entry, Parameters) else default_parameters(shape_class, size_class)
 
 
@@ -184,8 +184,10 @@ def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
         device_index: of the GPU; None: there is none, and no table.
     """
     override = overridden(kernel)
-    if override is not None:
-        return override
+    return _in_table(kernel, key, device_index) if override is None else override
+
+
+def _in_table(kernel: str, key: str, device_index: int | None) -> Entry | None:
     if device_index is None:
         return None
     table = load_table(TABLES / f"{gpu_file_stem(torch.cuda.get_device_name(device_index))}.json")

@@ -17,7 +17,7 @@ from .cached_launch import Launcher
 from .channel_tiles import partial_tile, share_bounds, share_channels, share_offsets, share_tile, sum_per_channel
 from .fake_quant import common_view, fake_quantize
 from .launch_sizes import device_guard, plan
-from .quantized import Grid, grid_pointers
+from .quantized import Grid, grid_constants, grid_pointers
 from .reduction import plan_reduction
 from .rounding import divide_by_scale, is_inside, round_half_away, round_to_steps
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
@@ -273,8 +273,7 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
     of_parameter, of_shift = (torch.zeros_like(grid.scale, dtype=torch.float32) for _ in range(2))
     if dx.numel() == 0:
         return dx, of_parameter, of_shift
-    qtype = grid.qtype
-    (dy, x), seen = common_view((dy, x), dx, qtype.axis)
+    (dy, x), seen = common_view((dy, x), dx, grid.qtype.axis)
     shares = plan_reduction(x, seen)
     partial = shares.partial(2, x.device)
     parameter, zero_point, enabled = grid_pointers(grid)
@@ -289,9 +288,7 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
             enabled,
             *seen.strides,
             *shares.arguments,
-            QUANT_MIN=qtype.quant_min,
-            QUANT_MAX=qtype.quant_max,
-            ROUNDING=qtype.rounding,
+            **grid_constants(grid),
             METHOD=method,
             **shares.constants,
         )

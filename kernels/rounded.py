@@ -201,8 +201,9 @@ def write_rounded(
         ceiling: upper bound of the ReLU between operation and quantizer; infinity for a plain one, None without a ReLU.
 
     Raises:
-        NotImplementedError: the grid has float codes.
+        NotImplementedError: the grid has float codes; nothing is updated.
     """
+    constants = grid_constants(grid)
     n, plane = y.numel(), plane_length(y.numel())
     chosen = flat_parameters("rounded", y, _ROUNDED)
     columns = max(1, chosen.elements // PLANES)
@@ -219,7 +220,7 @@ def write_rounded(
             plane,
             **operation_constants(operation, arguments),
             CEILING=ceiling,
-            **grid_constants(snapshot),
+            **constants,
             ROWS=PLANES,
             COLS=columns,
             WIDE=is_wide(n),

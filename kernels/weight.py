@@ -206,6 +206,7 @@ def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: Range
     """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
+    grid_constants(grid)  # refuses float codes before the range is updated
     min_max.observe(fold_rows(rows, fold), statistics, grid)
     return True
 
@@ -253,7 +254,7 @@ def quantize(
     codes = torch.empty_like(rows, dtype=dtype)
     vectors = torch.empty((4, channels), dtype=torch.float32, device=rows.device)
     zero_point = torch.empty_like(fold, dtype=torch.int32)
-    qtype, switch = grid.qtype, switch_of(grid)
+    codes_range, switch = grid_constants(grid), switch_of(grid)
     range_tensors: tuple[Tensor | None, ...] = (None, None, None)
     if statistics is not None:
         range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
@@ -283,9 +284,9 @@ def quantize(
             int(grid.scale.numel() > 1),
             KNOWN=has_data(statistics),
             **range_constants(grid, statistics if observes else None),
-            CODE_MIN=qtype.quant_min,
-            CODE_MAX=qtype.quant_max,
-            ROUNDING=qtype.rounding,
+            CODE_MIN=codes_range["QUANT_MIN"],
+            CODE_MAX=codes_range["QUANT_MAX"],
+            ROUNDING=codes_range["ROUNDING"],
             ROWS=row_block,
             COLS=col_block,
             WHOLE=length <= col_block,
@@ -391,8 +392,7 @@ def _tile(length: int, most: int) -> tuple[int, int]:
 
 
 def _lanes(elements: int) -> int:
-    least, most = _LANES
-    return max(least, min(most, elements // _ELEMENTS_PER_LANE))
+    return max(_LANES[0], min(_LANES[1], elements // _ELEMENTS_PER_LANE))
 
 
 def fold_rows(rows: Tensor, fold: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .cached_launch import Launcher
 from .launch_sizes import device_guard, warp_size
-from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants
+from .quantized import Grid, RangeStatistics, grid_constants, has_data, observing_switch, range_constants, switch_of
 from .weight import dense_rows
 from .weight_rows import quantize_rows
 
@@ -148,9 +148,8 @@ def quantize_all(
     Args:
         rows: the weights, (out, ...) each, float32, all on one device.
         fold: the factors of all rows of all weights, one behind the other, float32.
-        grids: one per weight, with one scale per row and a switch (not None).
-        statistics: per weight the running range of its grid, one per row, with a switch (not None); or None in its
-            place to observe nothing for that weight.
+        grids: one per weight, with one scale per row.
+        statistics: per weight the running range of its grid, one per row; None: nothing is observed for that weight.
     """
     rows = [dense_rows(weight) for weight in rows]
     total, device = len(fold), fold.device
@@ -159,9 +158,12 @@ def quantize_all(
     zero_points = torch.empty(total, dtype=torch.int32, device=device)
     kinds: dict[_Kind, list[tuple[int, ...]]] = {}
     first = at = 0
+    held = []  # a switch that was made here must outlive the launch, which reads it by its address
     for weight, grid, running in zip(rows, grids, statistics, strict=True):
         entries = kinds.setdefault(_kind(grid, running), [])
-        entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, grid, running)))
+        held.append(_tensors(weight, grid, running))
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in held[-1])
+        entries.append((len(weight), first, weight[0].numel(), at, *addresses))
         first, at = first + len(weight), at + weight.numel()
     for kind, entries in kinds.items():
         _launch(kind, entries, fold, codes, vectors, zero_points)
@@ -187,27 +189,26 @@ def quantize_all(
 
 def _kind(grid: Grid, statistics: RangeStatistics | None) -> _Kind:
     """Return what the kernel takes of a quantizer beside its tensors: weights with equal results share a launch."""
+    codes_range = grid_constants(grid)
     constants = {
         "OBSERVES": observing_switch(statistics) is not None,
         "HAS_ZERO_POINT": grid.zero_point is not None,
         "KNOWN": has_data(statistics),
         **range_constants(grid, statistics),
-        "CODE_MIN": grid.qtype.quant_min,
-        "CODE_MAX": grid.qtype.quant_max,
-        "ROUNDING": grid.qtype.rounding,
+        "CODE_MIN": codes_range["QUANT_MIN"],
+        "CODE_MAX": codes_range["QUANT_MAX"],
+        "ROUNDING": codes_range["ROUNDING"],
     }
     averaging, eps = (None, 0.0) if statistics is None else (statistics.averaging_constant, statistics.eps)
     return averaging, eps, tuple(constants.items())
 
 
-def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -> tuple[int, ...]:
-    """Return the addresses of a weight and its quantizer's tensors, in the order of the table's columns; 0 for None."""
+def _tensors(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -> tuple[Tensor | None, ...]:
+    """Return a weight and its quantizer's tensors, in the order of the table's columns that hold addresses."""
     range_tensors: tuple[Tensor | None, ...] = (None, None, None)
     if statistics is not None:
         range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
-    switches = (grid.enabled, None if statistics is None or statistics.frozen else statistics.enabled)
-    tensors = (weight, *switches, *range_tensors, grid.scale, grid.zero_point)
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return weight, switch_of(grid), observing_switch(statistics), *range_tensors, grid.scale, grid.zero_point
 
 
 @lru_cache(maxsize=64)

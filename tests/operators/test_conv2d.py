@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from grids import grid_of
 from op_tester import OpTester, operators
 from tolerances import assert_matches
 from tritonq.grid import Grid
-from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType, Rounding
 from tritonq.reference import conv2d as reference
 from tritonq.reference.fake_quant import fake_quantize
 
@@ -143,6 +144,22 @@ class TestKernel(OpTester):
             end = (torch.float32, (1, 2), (1, 1), (1, 1), groups, 40.3 if index == 1 else None)
             y = ops.integer_conv2d(*given, here, *end)
             assert torch.equal(y.cpu(), reference.integer_conv2d(*arguments, there, *end))
+
+    @pytest.mark.parametrize(("onto", "last"), [("half_even", "half_away"), ("half_away", "half_even")])
+    def test_each_grid_rounds_ties_as_its_own_type_says(
+        self, onto: Rounding, last: Rounding, use: str, device: str
+    ) -> None:
+        codes, weight = torch.arange(-9.0, 9).view(1, 1, 3, 6), torch.ones(1, 1, 1, 1)
+        halves = torch.tensor([0.5])
+
+        def arguments(where: str) -> tuple[Any, ...]:
+            one = torch.ones(1, device=where)
+            grids = (grid_of(one, None, -8, 7, rounding=onto), grid_of(2 * one, None, -8, 7, rounding=last))
+            given = (codes.to(where), weight.to(where), None, halves.to(where), grids[0], torch.float32)
+            return *given, (1, 1), (0, 0), (1, 1), 1, None, grids[1]
+
+        y = operators("conv2d", use).integer_conv2d(*arguments(device))
+        assert torch.equal(y.cpu(), reference.integer_conv2d(*arguments("cpu")))
 
     @pytest.mark.parametrize(("channels", "groups", "kernel"), [(600, 1, (1, 1)), (90, 1, (3, 3)), (3, 3, (24, 25))])
     def test_sums_that_float32_does_not_hold_are_exact(

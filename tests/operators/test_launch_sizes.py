@@ -94,8 +94,10 @@ def test_table_overrides_the_function(tmp_path: Path, monkeypatch: pytest.Monkey
     seen = view((64,), ((1,), (1,)), None)
     assert seen is not None
     device = torch.device("cuda", 0)
-    assert launch_sizes.parameters("fake_quantize", torch.float32, seen, device) == launch_sizes.Parameters(**GOOD)
     default = launch_sizes.default_parameters("flat", "small")
+    with launch_sizes.override("fake_quantize", "torch"):  # no launch size
+        assert launch_sizes.parameters("fake_quantize", torch.float32, seen, device) == default
+    assert launch_sizes.parameters("fake_quantize", torch.float32, seen, device) == launch_sizes.Parameters(**GOOD)
     assert launch_sizes.parameters("fake_quantize", torch.float16, seen, device) == default
     assert launch_sizes.parameters("other", torch.float32, seen, device) == default
     assert launch_sizes.parameters("fake_quantize", torch.float32, seen, torch.device("cpu")) == default

@@ -79,6 +79,22 @@ class TestWeightsTogether(OpTester):
             assert torch.equal(unit.cpu(), expected.unit)
             assert_same_state(own, other)
 
+    def test_without_switches_everything_is_on(self, use: str, device: str) -> None:
+        mine, others = states([QINT8_NARROW] * 5, device=device), states([QINT8_NARROW] * 5)
+        mine, others = (
+            [of.with_range(enabled=None).with_grid(enabled=None) for of in every] for every in (mine, others)
+        )
+        rows, fold = problem(device)
+        found = operators("weights_together", use).quantize_all(
+            [weight.to(device) for weight in rows], fold.to(device), *zip(*mine, strict=True)
+        )
+        folds = fold.split([len(weight) for weight in rows])
+        for weight, of_one, own, other, (codes, unit, _, _) in zip(rows, folds, mine, others, found, strict=True):
+            expected = reference.quantize_folded(weight, of_one, *other)
+            assert torch.equal(codes.cpu(), expected.codes)
+            assert torch.equal(unit.cpu(), expected.unit)
+            assert_same_state(own, other)
+
     def test_grids_that_do_not_observe(self, use: str, device: str) -> None:
         fixed = [
             state.with_range(frozen=True, has_data=True)
