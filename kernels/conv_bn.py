@@ -311,7 +311,7 @@ def forward(
     snapshot = None
     if grid is not None:
         with device_guard(c):
-            snapshot = merge_range(*extremes, c.numel() // c.shape[1], grid, statistics, ceiling)
+            snapshot = merge_range(extremes[0], extremes[1], c.numel() // c.shape[1], grid, statistics, ceiling)
     _apply(c, y, seen, vectors[3], vectors[4], snapshot, ceiling)
     return y, vectors.unbind(0), snapshot
 

@@ -6,12 +6,12 @@ import errno
 import os
 import resource
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from digits_runs import DIGITS, train
+from full_disk import growing_no_further_than
 from tritonq.cli.training_log import Epoch, TensorBoard
 
 pytest.importorskip("tensorboard")
@@ -33,17 +33,6 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
         for value in event.summary.value:
             curves.setdefault(value.tag, []).append((event.step, value.simple_value))
     return curves
-
-
-@contextmanager
-def growing_no_further_than(size: int):
-    """Let no file of this process grow beyond ``size`` bytes, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_it_reads_what_was_logged(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tritonq
+from full_disk import growing_no_further_than
 from qat_models import (
     PRESETS,
     FloatResidual,
@@ -285,6 +286,15 @@ def test_foreign_files_are_refused(tmp_path):
 def test_a_folder_that_is_not_there_is_named(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.pt can't be written: .*absent is not a folder"):
         save_converted(saved[0], tmp_path / "absent" / "model.pt")
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_an_error_of_the_system(saved):
+    model, path = saved
+    before = path.read_bytes()
+    with growing_no_further_than(1000), pytest.raises(OSError, match=rf"{path} can't be written: File too large"):
+        save_converted(model, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_newer_versions_are_refused(saved):

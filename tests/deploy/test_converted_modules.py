@@ -8,6 +8,7 @@ from torch import nn
 
 import tritonq
 from tolerances import HALF, SUMS, assert_close
+from tritonq.deploy.computed import stand_in, stand_ins
 from tritonq.prepare.forwards.edited import forward_source
 
 
@@ -166,3 +167,13 @@ def test_merging_batch_norms_works_before_preparation_and_names_the_reason_after
         with pytest.raises(AttributeError, match=r"BatchNorm2d part of the layer 'projection'.*before prepare_qat"):
             fuse(model)
         model(x)
+
+
+def test_a_stand_in_takes_the_place_of_what_is_there_alone():
+    module = nn.BatchNorm2d(3, affine=False)
+    stand_in(module, "weight")
+    assert module._parameters == {"weight": None, "bias": None}
+    assert stand_ins(module) == []
+    stand_in(module, "running_mean")
+    assert "running_mean" not in module._buffers
+    assert stand_ins(module) == ["running_mean"]

@@ -192,7 +192,8 @@ def test_onnx_files_hold_the_caller_s_metadata(tmp_path):
     tritonq.export_onnx(qat, tmp_path / "model.onnx", images[:2], metadata={"classes": "ant bee"})
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert session.get_modelmeta().custom_metadata_map["classes"] == "ant bee"
-    for metadata, message in (({"size": 3}, "'size': 3"), ({"tritonq.codes": ""}, "choose another name")):
+    own = [({f"tritonq.{name}": ""}, "choose another name") for name in ("codes", "ends", "target")]
+    for metadata, message in (({"size": 3}, "'size': 3"), *own):
         with pytest.raises(ValueError, match=message):
             tritonq.export_onnx(qat, tmp_path / "other.onnx", images[:2], metadata=metadata)
     assert not (tmp_path / "other.onnx").exists()

@@ -6,6 +6,7 @@ from torch import nn
 
 import tritonq
 from qat_models import after_one_batch
+from tritonq.deploy.onnx_ends import PixelNormalization, take_pixels
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -127,11 +128,34 @@ def test_argmax_of_16_bit_codes_runs_and_of_an_output_without_classes_is_refused
         tritonq.export_onnx(flat, tmp_path / "flat.onnx", x, returns="argmax")
 
 
+def test_pixels_need_an_axis_of_channels(tmp_path):
+    x = torch.randn(6)
+    model = after_one_batch(nn.Sequential(nn.Linear(6, 5)), x)
+    with pytest.raises(ValueError, match="this model's has no axis of channels"):
+        tritonq.export_onnx(model, tmp_path / "m.onnx", x, pixels=(0, 1), dynamic_batch=False)
+
+
+def test_pixels_and_models_may_lie_on_any_device(tmp_path):
+    pixels = PixelNormalization(MEAN, STD)
+    assert pixels(PIXELS.to("meta")).is_meta
+    model, x = tritonq.convert(trained()), values(MEAN, STD)[:2]
+    tritonq.export_onnx(model, tmp_path / "m.onnx", x)
+    # The codes are computed there; what a meta device has not is their bytes.
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        take_pixels(onnx.load(tmp_path / "m.onnx"), pixels, model.to("meta"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"pixels": (MEAN, STD[:2])}, "as many deviations as means"),
-        ({"pixels": (0, 0)}, "all positive"),
+        ({"pixels": (0, 0)}, "all deviations positive"),
+        ({"pixels": (float("nan"), 1)}, "finite numbers"),
+        ({"pixels": (0, float("inf"))}, "finite numbers"),
+        ({"pixels": (1e39, 1)}, "finite numbers"),  # not in float32
+        ({"pixels": (10**400, 1)}, "each a number or one per channel"),
+        ({"pixels": ((), ())}, "at least one"),
+        ({"pixels": ("12", "34")}, "each a number or one per channel"),
         ({"pixels": 3}, "each a number or one per channel"),
         ({"pixels": (MEAN[:2], STD[:2])}, "2 means, and the input has 3 channels"),
         ({"returns": "logits"}, "unknown returns 'logits'; known: values, codes, argmax"),

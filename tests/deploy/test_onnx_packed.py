@@ -70,3 +70,16 @@ def test_small_codes_are_packed_where_their_zero_point_is_small_too(zero_point, 
     onnx.checker.check_model(model, full_check=True)
     assert model.graph.initializer[0].data_type == kind
     assert (onnx.reference.ReferenceEvaluator(model).run(None, {})[0] == before).all()
+
+
+def test_packed_floats_of_four_bits_are_not_told_as_integers(tmp_path, recwarn):
+    weight = tritonq.FakeQuantize.with_args(
+        observer=tritonq.PerChannelMinMaxObserver, dtype=tritonq.QuantizedType.of_floats("e2m1", axis=0)
+    )
+    qconfig = tritonq.get_qconfig()._replace(weight=weight)
+    images = torch.randn(4, 1, 6, 6)
+    qat = after_one_batch(nn.Sequential(nn.Conv2d(1, 4, 3)), images, qconfig=qconfig)
+    tritonq.export_onnx(qat, tmp_path / "m.onnx", images, pack=True)
+    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT4E2M1 in kinds
+    assert not [str(warning.message) for warning in recwarn if "run in float" in str(warning.message)]

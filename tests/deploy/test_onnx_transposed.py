@@ -106,6 +106,25 @@ def test_one_that_pads_by_more_than_its_kernel_keeps_its_form_and_is_told(tmp_pa
     assert tritonq.verify(qat, tmp_path / "m.onnx", x).agrees(0.001, 1)
 
 
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(3, 8, 1), layer
+
+    def forward(self, x):
+        return self.layer(self.layer(self.stem(x)))
+
+
+def test_a_layer_that_is_called_twice_is_told_once(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    qat = after_one_batch(Twice(nn.ConvTranspose2d(8, 8, 1, padding=1)), x)
+    with pytest.warns(UserWarning, match=r"it will run in float: layer\."):
+        tritonq.export_onnx(qat, tmp_path / "m.onnx", x)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "padding", "output_padding"), [(1, 4, 0, 3), (7, 3, 2, 1), (5, 5, 4, 0)])
 def test_phases_are_as_long_as_the_result(kernel, stride, padding, output_padding):
     found = Phases.of(kernel, stride, padding, output_padding)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tritonq
+from full_disk import growing_no_further_than
 from qat_models import PRESETS, FloatResidual, after_one_batch, images, trained_float_form, trained_residual
 from tritonq.deploy import export_program
 from vision_models import transformers_resnet
@@ -46,6 +47,12 @@ def test_a_list_is_positional_arguments_as_it_is_to_prepare_qat():
     converted, x = tritonq.convert(trained_residual()), images(2)
     program = export_program(converted, None, [x], dynamic_batch=False)
     assert torch.equal(program.module()(x), converted(x))
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    with growing_no_further_than(1000), pytest.raises(OSError, match="File too large"):
+        export_program(tritonq.convert(trained_residual()), tmp_path / "m.pt2", images(2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_process_needs_neither_tritonq_nor_the_model(tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tritonq.cli.earlier_fields import with_defaults
 from tritonq.cli.preprocessing import Preprocessing, preprocessing_from_data, preprocessing_to_data
-from tritonq.deploy.files import atomic_file, why_unread
+from tritonq.deploy.files import save_atomically, why_unread
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 FORMAT = "tritonq.training"
@@ -106,12 +106,7 @@ def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
     """
     content = {"format": FORMAT, "version": VERSION, "recipe": recipe_to_data(made), **state}
     content["sha256"] = _digest(content)
-    try:
-        with atomic_file(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch's writer hides the reason
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path} can't be written: {_first_line(reason)}") from error
+    save_atomically(path, content)
 
 
 def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
@@ -271,10 +266,3 @@ def _digest(content: Any) -> str:
         else:
             digest.update(f"{type(item).__name__} {item!r}".encode())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

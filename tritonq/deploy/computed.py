@@ -41,14 +41,15 @@ def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) 
 def stand_in(module: nn.Module, name: str) -> None:
     """Replace a parameter or buffer of a module by a meta tensor (without memory) of the same shape and dtype.
 
-    That is a plain attribute, in no state dict. Nothing is done if the module has no such parameter or buffer.
+    That is a plain attribute, in no state dict. Nothing is done if the module has no such parameter or buffer, or has
+    None registered in its place.
     """
-    tensor: Tensor | None = module._parameters.pop(name, None)
-    if tensor is None:
-        tensor = module._buffers.pop(name, None)
-        module._non_persistent_buffers_set.discard(name)
-    if tensor is not None:
-        module.__dict__[name] = torch.empty_like(tensor, device="meta", requires_grad=False)
+    for registry in (module._parameters, module._buffers):
+        tensor: Tensor | None = registry.get(name)
+        if tensor is not None:
+            del registry[name]
+            module._non_persistent_buffers_set.discard(name)
+            module.__dict__[name] = torch.empty_like(tensor, device="meta", requires_grad=False)
 
 
 def stand_ins(module: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from tritonq.deploy.description import (
     link_operands,
 )
 from tritonq.deploy.description_difference import difference
-from tritonq.deploy.files import atomic_file
+from tritonq.deploy.files import save_atomically
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.packing import pack_weights, unpack_weights
 from tritonq.functional.codes import carry_codes
@@ -93,8 +93,7 @@ def save_converted(
     }
     if noted is not None:
         content["metadata"] = noted
-    with atomic_file(path) as file:
-        torch.save(content, file)
+    save_atomically(path, content)
 
 
 def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

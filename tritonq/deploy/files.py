@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import torch
 
 
 @contextmanager
@@ -62,6 +64,20 @@ def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
         raise
 
 
+def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
+    """Write ``content`` to the file ``path`` by ``torch.save``, whole or not at all; an older file is else as it was.
+
+    Raises:
+        OSError: the file can't be written; the error names it.
+    """
+    try:
+        with atomic_file(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's writer hides the reason
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{os.fspath(path)} can't be written: {_first_line(reason)}") from error
+
+
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Delete the unfinished files that killed writers of ``path`` left beside it.
 
@@ -100,3 +116,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -46,7 +46,7 @@ def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantize
             continue
         layer, bounds = layers.get(output), clip.clipping
         if layer is not None and layer.ceiling is not None:
-            bounds = Clipping(*(min(max(bound, 0.0), layer.ceiling) for bound in (bounds.low, bounds.high)))
+            bounds = Clipping(0.0, layer.ceiling).then(bounds)
             layer.ceiling = None
         runs_in_integers = clip.input_quantizer is not None or (layer is not None and layer.multiplier is not None)
         form = forms[output] = uint8_quantizer(

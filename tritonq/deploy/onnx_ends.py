@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
-from tritonq.deploy.onnx_files import code_entries, drop_unread
+from tritonq.deploy.onnx_files import ENDS_KEY, code_entries, drop_unread
 from tritonq.prepare.record.structure import replace_tensors
 
-ENDS_KEY = "tritonq.ends"
 Returned = Literal["values", "codes", "argmax"]
 _PIXELS = 256
 # Of what a quantizer consists in a file.
@@ -47,7 +46,7 @@ class PixelNormalization:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the values of ``pixels`` (n, channels, …), float32."""
         shape = (1, -1, *[1] * (pixels.dim() - 2))
-        mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=pixels.device).view(shape) for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
 
@@ -114,20 +113,30 @@ def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
         returned: what the file returns: ``"values"``, ``"codes"`` or ``"argmax"``.
 
     Raises:
-        ValueError: ``pixels`` are something else, or have another number of means than of deviations; a deviation is
-            not positive; or ``returned`` is unknown.
+        ValueError: ``pixels`` are something else, or have another number of means than of deviations, or none; a number
+            is not finite in float32, or a deviation not positive; or ``returned`` is unknown.
     """
     if returned not in get_args(Returned):
         raise ValueError(f"unknown returns {returned!r}; known: {', '.join(get_args(Returned))}")
     if pixels is None:
         return None
     try:
-        mean, std = ((float(v),) if isinstance(v, (int, float)) else tuple(map(float, v)) for v in pixels)
-    except (TypeError, ValueError) as error:
+        mean, std = map(_numbers, pixels)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"pixels must be (mean, std), each a number or one per channel, got {pixels!r}") from error
-    if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"pixels must hold as many deviations as means, all positive, got {pixels!r}")
+    if not mean or len(mean) != len(std):
+        raise ValueError(f"pixels must hold as many deviations as means, at least one, got {pixels!r}")
+    held = torch.tensor([mean, std])  # in float32, in which they are applied
+    if not (held.isfinite().all() and (held[1] > 0).all()):
+        raise ValueError(f"pixels must hold finite numbers, all deviations positive, got {pixels!r}")
     return PixelNormalization(mean, std)
+
+
+def _numbers(given: Any) -> tuple[float, ...]:
+    """Return a number, or each of a sequence, as float; TypeError, ValueError or OverflowError for anything else."""
+    if isinstance(given, (str, bytes)):
+        raise TypeError(f"text is no number: {given!r}")
+    return (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
 
 
 def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module) -> None:
@@ -139,8 +148,8 @@ def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module)
         model: the converted model, in which the file's quantizers are found by name.
 
     Raises:
-        ValueError: several inputs; means for another number of channels; an input that anything but a quantizer reads,
-            or one whose quantizer has a grid per channel or a float format.
+        ValueError: several inputs; an input without an axis of channels; means for another number of channels; an input
+            that anything but a quantizer reads, or one whose quantizer has a grid per channel or a float format.
     """
     import onnx
 
@@ -148,13 +157,15 @@ def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module)
     if len(graph.input) != 1:
         raise ValueError(f"pixels are for models with one input, and this one has {len(graph.input)}")
     (source,) = graph.input
-    channels = source.type.tensor_type.shape.dim[1].dim_value
+    axes = source.type.tensor_type.shape.dim
+    if len(axes) < 2:
+        raise ValueError("pixels are for inputs (n, channels, …), and this model's has no axis of channels")
+    channels = axes[1].dim_value
     if len(normalization.mean) not in (1, channels):
         raise ValueError(f"pixels has {len(normalization.mean)} means, and the input has {channels} channels")
     quantizers = {entry["tensor"]: entry for entry in code_entries(proto)}
     between, made = _nodes_up_to_codes(graph, source.name, set(quantizers))
     pixels = torch.arange(_PIXELS).view(1, 1, _PIXELS).expand(1, channels, _PIXELS)
-    values = normalization(pixels)
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     for node in between:
         graph.node.remove(node)
@@ -164,9 +175,10 @@ def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module)
         quantizer = model.get_submodule(entry["quantizer"])
         if not isinstance(quantizer, Quantizer) or entry["axis"] is not None:
             raise ValueError(f"pixels need one grid for the input, and {entry['quantizer']!r} has one per channel")
-        codes = (quantizer(values) / quantizer.scale).round() + entry["zero_point"]
+        values = quantizer(normalization(pixels.to(quantizer.scale.device)))
+        codes = (values / quantizer.scale).round() + entry["zero_point"]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds[name])
-        new += _look_up(graph, source.name, name, codes[0].numpy().astype(dtype))
+        new += _look_up(graph, source.name, name, codes[0].cpu().numpy().astype(dtype))
     for index, node in enumerate(new):
         graph.node.insert(index, node)
     source.type.tensor_type.elem_type = onnx.TensorProto.UINT8

@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Under these keys a file says, for `verify`, where its codes are and for which target it was written.
+# Under these keys a file says, for `verify`, where its codes are, for which target it was written, and what integers it
+# takes and returns.
 CODES_KEY = "tritonq.codes"
 TARGET_KEY = "tritonq.target"
+ENDS_KEY = "tritonq.ends"
+_OWN_KEYS = frozenset({CODES_KEY, TARGET_KEY, ENDS_KEY})
 # What may stand between int8 weights and the operator that computes with them.
 _BEFORE_WEIGHTS = ("DequantizeLinear", "Transpose", "Reshape")
 # Of operators that read weights as codes: which input these are, and which one is their zero point.
@@ -105,7 +108,7 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
         ValueError: a key or value that is not text, or a key that the file has already or that tritonq's own metadata
             have. Then nothing is added.
     """
-    taken = {entry.key for entry in proto.metadata_props} | {CODES_KEY, TARGET_KEY}
+    taken = {entry.key for entry in proto.metadata_props} | _OWN_KEYS
     entries = list((metadata or {}).items())
     for key, value in entries:
         if not isinstance(key, str) or not isinstance(value, str):

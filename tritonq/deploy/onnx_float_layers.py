@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
-
+_WEIGHT = re.compile(r"\.weight_*$")
 
 # What ONNX Runtime runs in integers between DequantizeLinear and QuantizeLinear.
 _LAYERS = ("Conv", "Gemm")
@@ -57,11 +58,12 @@ def float_convolutions(proto: Any) -> list[str]:
 
     Those are all ConvTranspose nodes, and the Conv nodes whose result is an output of the graph or is read by anything
     but QuantizeLinear: ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and
-    nothing less. What `onnx_exact_sums` wrote by ConvInteger is no Conv any more. Weights with a scale per block are
-    left out, and packed ones (``pack=True``) before QuantizeLinear: they run in float by choice.
+    nothing less. What `onnx_exact_sums` wrote by ConvInteger is no Conv any more. Weights that are floats or have a
+    scale per block are left out, and packed ones (``pack=True``) before QuantizeLinear: they run in float by choice.
 
-    A convolution's name is that of its weight's codes in the file without ``.weight``; each name is returned once, in
-    the order of the nodes. ``proto`` is the file's ``onnx.ModelProto``.
+    A convolution's name is that of its weight's codes in the file without ``.weight``, and without the underscores that
+    `separate_weights` puts behind it for further calls; each name is returned once, in the order of the nodes.
+    ``proto`` is the file's ``onnx.ModelProto``.
     """
     graph = proto.graph
     producers = {name: node for node in graph.node for name in node.output}
@@ -70,7 +72,7 @@ def float_convolutions(proto: Any) -> list[str]:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
     outputs = {value.name for value in graph.output}
-    floats = {tensor.name for tensor in graph.initializer if tensor.data_type in _float8_types()}
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type in _float_types()}
     found = []
     for node in graph.node:
         weight = producers.get(node.input[1]) if node.op_type in _CONVOLUTIONS else None
@@ -79,14 +81,15 @@ def float_convolutions(proto: Any) -> list[str]:
         result = node.output[0]
         is_transposed = node.op_type == "ConvTranspose"
         if is_transposed or result in outputs or set(readers.get(result, ())) != {"QuantizeLinear"}:
-            found.append(weight.input[0].removesuffix(".weight"))
+            found.append(_WEIGHT.sub("", weight.input[0]))
     return list(dict.fromkeys(found))
 
 
-def _float8_types() -> tuple[int, int]:
+def _float_types() -> set[int]:
+    """Return the types of initialisers that hold codes of floats, as far as this onnx knows them."""
     import onnx
 
-    return onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2
+    return {kind for name, kind in onnx.TensorProto.DataType.items() if name.startswith(("FLOAT8", "FLOAT4"))}
 
 
 def _has_blocks(node: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -101,11 +102,13 @@ def export_program(
         complete_pairs(program)
     _forget_source(program)
     if path is not None:
+        content = io.BytesIO()  # where a write fails, torch's own writer ends the process
         try:
-            with atomic_file(path) as file:
-                torch.export.save(program, cast(Any, file))
+            torch.export.save(program, content)
         except NotImplementedError as error:  # a type of arguments or results that torch can run, but not write
             raise ValueError(f"the program of {type(model).__name__} can't be saved: {error}") from error
+        with atomic_file(path) as file:
+            file.write(content.getbuffer())
     return program
 
 
