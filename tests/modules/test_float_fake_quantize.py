@@ -130,8 +130,8 @@ def test_blocks_of_activations_have_no_deployed_form(trained: nn.Module) -> None
 
 def test_more_bits_are_closer() -> None:
     x = normal(64, 64)
-    errors = [float((fake_quantize_float(x, name) - x).norm()) for name in ("mxfp4", "nvfp4", "mxfp6_e2m3", "mxfp8")]
-    assert all(worse > better for worse, better in pairwise(errors[:3]))
+    errors = [float((fake_quantize_float(x, name) - x).norm()) for name in ("mxfp4", "nvfp4", "mxfp6_e2m3")]
+    assert all(worse > better for worse, better in pairwise(errors))
 
 
 def test_bad_arguments() -> None:
