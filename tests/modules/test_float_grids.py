@@ -10,16 +10,15 @@ from tritonq.nn.folding_modes import bias_on_grid
 from tritonq.observers import MovingAverageMinMaxObserver
 from tritonq.quantized_type import QuantizedType
 
+FLOATS = QuantizedType.of_floats("e4m3")
+MAKE = tritonq.FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=FLOATS)
+
 
 @pytest.mark.parametrize("kind", ["activation", "weight"])
 @pytest.mark.parametrize("training", [True, False])
 def test_results_are_numbers_of_the_format(kind, training):
-    float_type = QuantizedType.of_floats("e4m3")
-    types = {"activation": QuantizedType.of(8), "weight": QuantizedType.of(8), kind: float_type}
-    quantizers = {
-        name: tritonq.FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=qtype)
-        for name, qtype in types.items()
-    }
+    integers = MAKE.with_args(dtype=QuantizedType.of(8))
+    quantizers = {"activation": integers, "weight": integers, kind: MAKE}
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     x = torch.randn(2, 3, 8, 8)
@@ -48,10 +47,9 @@ class TwoInputs(nn.Module):
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_graphs_compute_in_float_as_eval_mode_does(joins):
-    make = tritonq.FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QuantizedType.of_floats("e4m3"))
     torch.manual_seed(0)
     inputs = torch.randn(4, 8), torch.randn(4, 8)
-    qat = tritonq.prepare_qat(TwoInputs(joins), qconfig=tritonq.QConfig(make, make), example_inputs=inputs)
+    qat = tritonq.prepare_qat(TwoInputs(joins), qconfig=tritonq.QConfig(MAKE, MAKE), example_inputs=inputs)
     qat.train()(*inputs)
     with torch.no_grad():
         expected = qat.eval()(*inputs)
@@ -60,10 +58,9 @@ def test_graphs_compute_in_float_as_eval_mode_does(joins):
 
 
 def test_a_bias_behind_float_codes_is_not_rounded():
-    make = tritonq.FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QuantizedType.of_floats("e4m3"))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    qat = tritonq.prepare_qat(net, qconfig=tritonq.QConfig(make, make), example_inputs=torch.randn(2, 1, 8, 8))
+    qat = tritonq.prepare_qat(net, qconfig=tritonq.QConfig(MAKE, MAKE), example_inputs=torch.randn(2, 1, 8, 8))
     bias = torch.randn(4)
     assert torch.equal(bias_on_grid(qat[2], bias), bias)
 
@@ -71,7 +68,7 @@ def test_a_bias_behind_float_codes_is_not_rounded():
 @pytest.mark.parametrize("producer", ["float codes", "floats", "integers"])
 def test_a_quantizer_is_its_own_output_quantizer(producer):
     quantizer = {
-        "float codes": lambda: tritonq.FakeQuantize(dtype=QuantizedType.of_floats("e4m3")),
+        "float codes": lambda: tritonq.FakeQuantize(dtype=FLOATS),
         "floats": lambda: tritonq.FloatFakeQuantize("fp8_e4m3"),
         "integers": tritonq.FakeQuantize,
     }[producer]()

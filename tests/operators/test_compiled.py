@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import tritonq
+from op_tester import memory_formats
 from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
 from tolerances import EXACT, FLOAT32, LONG_SUMS, TRAINED, assert_close
 from tritonq import backend
@@ -31,11 +32,6 @@ ENDS: list[tuple[QuantizedType | None, float | None]] = [
 def both(family: str) -> tuple[ModuleType, ModuleType]:
     """The compiled module and the reference."""
     return importlib.import_module(f"tritonq.compiled.{family}"), importlib.import_module(f"tritonq.reference.{family}")
-
-
-def layouts(shape: tuple[int, ...]) -> list[torch.memory_format]:
-    last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
-    return [torch.contiguous_format, *last.get(len(shape), [])]
 
 
 def whole_numbers(shape: tuple[int, ...]) -> Tensor:
@@ -66,7 +62,7 @@ def quantizer(qtype: QuantizedType | None) -> Any:
 @pytest.mark.parametrize(("qtype", "ceiling"), ENDS)
 def test_a_tail_has_the_bits_of_the_reference_where_sums_are_exact(shape, qtype, ceiling):
     ours, theirs = both("conv_bn")
-    for memory_format in layouts(shape):
+    for memory_format in memory_formats(shape):
         c = whole_numbers(shape).to(memory_format=memory_format)
         mine, other, found = quantizer(qtype), quantizer(qtype), []
         for module, state in ((ours, mine), (theirs, other)):
@@ -94,7 +90,7 @@ def test_a_tail_has_the_bits_of_the_reference_where_sums_are_exact(shape, qtype,
 @pytest.mark.parametrize(("qtype", "ceiling"), ENDS)
 def test_gradients_of_a_tail(shape, qtype, ceiling):
     ours, theirs = both("conv_bn")
-    for memory_format in layouts(shape):
+    for memory_format in memory_formats(shape):
         torch.manual_seed(0)
         c = torch.randn(shape).to(memory_format=memory_format)
         _, normalization, grid = theirs.forward(c, *vectors(shape[1]), *quantizer(qtype), ceiling)
@@ -110,7 +106,7 @@ def test_gradients_of_a_tail(shape, qtype, ceiling):
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (7, 1, 3, 3), (3, 1100), (40, 64, 5, 5)], ids=str)
 def test_weights_have_the_bits_of_the_reference(qtype, averaging, shape):
     ours, theirs = both("weight")
-    for memory_format in layouts(shape):
+    for memory_format in memory_formats(shape):
         torch.manual_seed(0)
         mine, other = (quantizer_state(qtype, shape[0], averaging=averaging) for _ in range(2))
         fold = torch.rand(shape[0]) + 0.5
@@ -188,7 +184,7 @@ def test_ranges_of_weights_forget_an_outlier():
 def test_a_weight_of_a_step_has_the_bits_of_the_reference(shape, qtype, observing):
     ours, theirs = both("batch_norm_weight")
     count = shape[0]
-    for memory_format in layouts(shape):
+    for memory_format in memory_formats(shape):
         torch.manual_seed(0)
         gamma = torch.randn(count)
         gamma[0], running_var, unused = 0.0, torch.rand(count), torch.randn(count)

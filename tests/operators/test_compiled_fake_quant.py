@@ -138,7 +138,6 @@ def test_an_observer_counts_the_same(monkeypatch):
         with use_backend(backend):
             for x in batches:
                 observer(x)
-            observer.disable_observer() if hasattr(observer, "disable_observer") else None
         observers.append(observer)
         monkeypatch.delattr(counted, "prefix_histogram", raising=False)
     ours, theirs = (observer.state_dict() for observer in observers)

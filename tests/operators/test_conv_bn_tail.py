@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from op_tester import OpTester, few_programs, operators
+from op_tester import OpTester, few_programs, memory_formats, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
 from tolerances import AFFINE_SUMS, FLOAT32, HALF, LONG_SUMS, SUMS, assert_close
 from tritonq.grid import Grid
@@ -26,11 +26,6 @@ QTYPES = {"float": None, "int8": QINT8, "uint8": QUINT8, "int4": QINT4}
 # A grid, and the upper bound of the ReLU before it: none, a plain one, and bounds below and beyond the last code.
 ENDS = [("float", math.inf), ("float", 1.5), ("int8", None), ("int8", 2.5), ("uint8", math.inf)]
 ENDS += [("int4", None), ("int4", 9.0)]
-
-
-def layouts(shape: tuple[int, ...]) -> list[torch.memory_format]:
-    last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
-    return [torch.contiguous_format, *last.get(len(shape), [])]
 
 
 def exact_input(shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
@@ -84,7 +79,7 @@ class TestForward(OpTester):
         self, shape: tuple[int, ...], grid: str, ceiling: float | None, use: str, device: str
     ) -> None:
         """Slopes and shifts are short binary fractions, so that one rounding and two are the same; ties and rails."""
-        for memory_format in layouts(shape):
+        for memory_format in memory_formats(shape):
             c = exact_input(shape, 1000.0).to(memory_format=memory_format)
             slope = torch.tensor([0.25, 0.5, 2.0]).repeat(shape[1])[: shape[1]]
             shift = -slope * (torch.arange(float(shape[1])) + 1000) + 0.5
@@ -128,7 +123,7 @@ class TestForward(OpTester):
     @pytest.mark.parametrize("offset", [0.0, 1000.0])
     def test_known_statistics(self, shape: tuple[int, ...], offset: float, use: str, device: str) -> None:
         """Mean and variance are whole numbers, at an offset too, where squares of float32 sums would lose them."""
-        for memory_format in layouts(shape):
+        for memory_format in memory_formats(shape):
             c = exact_input(shape, offset).to(device=device, memory_format=memory_format)
             ours, theirs = (Problem(shape[1], exact=True, device=device) for _ in range(2))
             mine, other = quantizer_state(QUINT8, device=device), quantizer_state(QUINT8, device=device)
@@ -151,7 +146,7 @@ class TestForward(OpTester):
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_random_numbers(self, shape: tuple[int, ...], dtype: torch.dtype, use: str, device: str) -> None:
-        for memory_format in layouts(shape):
+        for memory_format in memory_formats(shape):
             c = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 5
             c = c.to(dtype=dtype, memory_format=memory_format)
             for affine, ceiling in ((True, math.inf), (False, 1.5)):
@@ -286,7 +281,7 @@ class TestBackward(OpTester):
     def test_equals_the_pytorch_path(
         self, shape: tuple[int, ...], grid: str, ceiling: float | None, stretch: float, use: str, device: str
     ) -> None:
-        for memory_format in layouts(shape):
+        for memory_format in memory_formats(shape):
             c = exact_input(shape, 2.0).to(memory_format=memory_format)
             dy = torch.randn(shape, generator=torch.Generator().manual_seed(5))
             qtype = QTYPES[grid]
@@ -372,7 +367,7 @@ class TestSpecification:
     """Forms of the PyTorch path that are chosen by where it runs."""
 
     def test_into_given_memory(self, shape: tuple[int, ...], ceiling: float | None) -> None:
-        for memory_format in layouts(shape):
+        for memory_format in memory_formats(shape):
             c = exact_input(shape, 2.0).to(memory_format=memory_format)
             dy = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(memory_format=memory_format)
             problem = Problem(shape[1], exact=True, device="cpu")

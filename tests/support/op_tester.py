@@ -138,6 +138,12 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+def memory_formats(shape: tuple[int, ...]) -> list[torch.memory_format]:
+    """Return the formats that a tensor of this shape may have."""
+    last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
+    return [torch.contiguous_format, *last.get(len(shape), [])]
+
+
 def axes(x: Tensor) -> list[int | None]:
     """Per tensor, every axis, and the last one counted from the end."""
     return [None, *range(x.dim()), *([-1] if x.dim() else [])]
