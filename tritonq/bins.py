@@ -23,17 +23,18 @@ class FloatPrefixBins:
     """A value's bin is its sign, its exponent and the top bits of its mantissa: a bit cast and a shift.
 
     Bins ascend by value: ``per_side`` negative ones from ``-2^max_exponent`` up, one bin for zero and every
-    ``|x| < 2^min_exponent``, and ``per_side`` positive ones. Values from ``2^max_exponent`` on count in the outermost
-    bin, so that nothing finite is out of range. A positive edge belongs to the bin above it, a negative one to the bin
-    below it.
+    ``|x| < 2^min_exponent``, and ``per_side`` positive ones. Finite values of magnitude ``2^max_exponent`` or more
+    count in the outermost bin of their sign; NaN and infinities have no bin. A positive edge belongs to the bin above
+    it, a negative one to the bin below it.
 
     Attributes:
-        mantissa_bits: each octave is cut into ``2^mantissa_bits`` equal bins; 0..8.
+        mantissa_bits: each octave (2^e to 2^(e+1)) is cut into ``2^mantissa_bits`` bins of equal width; 0..8.
         min_exponent: exponent of the smallest value that is told from zero.
         max_exponent: exponent at which the bins end.
 
     Raises:
-        ValueError: mantissa bits out of range, or an empty window or one beyond float32's exponents (-126..128).
+        ValueError: mantissa bits out of range, ``min_exponent`` not below ``max_exponent``, or one of these outside
+            -126..128, float32's exponents.
 
     Source: docs/numbers.md, "Histograms".
 
@@ -58,9 +59,9 @@ class FloatPrefixBins:
 
     @classmethod
     def of_size(cls, bins: int) -> FloatPrefixBins:
-        """Return bins whose number on both sides of zero together is ``bins``; 2048 gives four mantissa bits.
+        """Return bins with ``bins / 2`` of them on each side of zero; 2048 gives four mantissa bits.
 
-        On each side they reach from 2^-32 to 2^32 in magnitude, as the default exponents say.
+        The one at zero comes on top, so that :attr:`count` is ``bins + 1``. Magnitudes reach from 2^-32 to 2^32.
 
         Raises:
             ValueError: ``bins`` is not a power of two in 128..32768.
@@ -89,14 +90,17 @@ class FloatPrefixBins:
 
     @property
     def first_prefix(self) -> int:
-        """The upper bits of ``2^min_exponent``, the lower edge of the innermost positive bin.
+        """The upper bits of ``2^min_exponent``, the lower edge of the innermost positive bin, as an integer.
 
-        These are its float32 bits shifted right by :attr:`shift`, that is ``23 - mantissa_bits``.
+        These are its float32 bits shifted right by :attr:`shift`.
         """
         return (self.min_exponent + _EXPONENT_BIAS) << self.mantissa_bits
 
     def edges(self, device: torch.device | str) -> Tensor:
-        """Return the edges of all bins on ``device``, ascending: float64 (count + 1,); cached: do not write to it."""
+        """Return the edges of all bins on ``device``, ascending: float64 (count + 1,).
+
+        Calls with equal bins and the same device share the tensor: do not write to it.
+        """
         return _edges(self, torch.device(device))
 
 

@@ -30,23 +30,23 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 def calibrate(model: nn.Module, data: Any) -> nn.Module:
     """Run every observer over ``data`` without fake quantization, then fix the ranges and switch rounding on.
 
-    The model runs in eval mode (BatchNorm keeps its statistics, weights are observed as they will be deployed); its
-    mode is restored. Afterwards observers are off and fake quantizers on; :func:`tritonq.convert` can follow.
-    Quantizers with trained scales take their first values from what was observed.
+    The model runs in eval mode (BatchNorm keeps its statistics, weights are observed as they will be deployed); the
+    modes of all its modules are restored. Afterwards observers are off and fake quantizers on;
+    :func:`tritonq.convert` can follow. Quantizers with trained scales take these from what was observed.
 
     Args:
-        model: a prepared model (:func:`tritonq.prepare_qat`).
-        data: one input tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or
-            a tuple, of which as many items are used as the model's forward requires (a data loader's labels are not; of
-            a ``forward(*args)``, all are).
+        model: a prepared model (:func:`tritonq.prepare_qat`), changed in place.
+        data: one input tensor, one dict of keyword arguments, or an iterable of batches on the model's device: each a
+            tensor, a dict of keyword arguments, or a tuple or list, of which as many items are used as the model's
+            forward requires (a data loader's labels are not; of a ``forward(*args)``, all are).
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: the model has no fake quantizer, or ones of fixed point, whose formats are found in training alone;
-            ``data`` has no sample; or a quantizer has seen no finite value, and the message names each such. Switches
-            are as before then.
+            ``data`` has no sample, or is neither a tensor nor iterable; or a quantizer has seen no finite value, and
+            the message names each such. Switches are as before then; running ranges may have changed.
 
     Source: MegEngine's calibration flow; docs/calibration.md.
 
@@ -67,12 +67,12 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     """Let a prepared model observe what the caller runs in the block, and fix its ranges afterwards.
 
     Inside, the model is in eval mode and without gradients, its observers are on and its fake quantizers off.
-    Afterwards scales and zero points are set from what was seen, observers are off and fake quantizers on, and the
-    training mode is as before.
+    Afterwards scales and zero points, trained ones too, are set from what was seen, observers are off and fake
+    quantizers on, and each module's training mode is as before.
 
     Raises:
-        ValueError: the model has no fake quantizer, or ones of fixed point; or a quantizer has seen no finite value.
-            The switches are as before then, and so they are if the block raises.
+        ValueError: the model has no fake quantizer, or ones of fixed point; or, at the block's end, a quantizer has
+            seen no finite value. Switches are as before then, and also if the block raises; running ranges may not be.
     """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchedQuantizer)}
     if not quantizers:
@@ -104,7 +104,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 def refine_scales(
     model: nn.Module, data: Any, *, candidates: int = 40, span: tuple[float, float] = (0.8, 1.2)
 ) -> dict[str, Tensor]:
-    """Try other scales around each layer's and keep those whose output is most like the float layer's (EasyQuant).
+    """Try other scales for each layer's weight and output; keep those whose output is most like the float layer's.
 
     Weights first, one choice per scale, or for all groups of an out channel; then activations. The measure is the
     cosine similarity of the layer's output with and without quantization, for the inputs that the float model gives the
@@ -114,17 +114,18 @@ def refine_scales(
     Args:
         model: a calibrated model; its scales change in place. A PassiveObserver, which holds a scale given by hand,
             gets the new one as ``scale``, and keeps the given one as ``original_scale``.
-        data: one input tensor, or an iterable of batches, as :func:`tritonq.calibrate` takes them; a few batches are
-            enough, and all layers' inputs are kept while this runs.
+        data: one input tensor, one dict of keyword arguments, or an iterable of batches, as :func:`tritonq.calibrate`
+            takes them; a few are enough, and all layers' inputs and outputs are kept in memory while this runs.
         candidates: scales tried, equally spaced over ``span``.
         span: smallest and largest candidate, as a multiple of the scale.
 
     Returns:
-        Quantizer name to the factors chosen, float32, one per scale: one element, (channels,), or (groups,).
+        By the quantizer's qualified name the factors by which its scales were multiplied, 1 where one stays: float32,
+        on its device, (1,), (channels,) or (groups of all channels,). Quantizers that were not tried are left out.
 
     Raises:
-        ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, none whose
-            quantizers to integers have a range, or no batch.
+        ValueError: fewer than one candidate, a span that does not ascend or is not above 0, no quantized layer, none
+            with a scale to try, or ``data`` that has no batch or is neither a tensor nor iterable.
 
     Source: Wu et al., "EasyQuant" (2020); docs/numbers.md, "Scales by similarity".
 
@@ -161,14 +162,14 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``, as :func:`model_calls` does.
+    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``; refuse data without a batch.
 
     Batches whose tensors are all empty are left out.
 
     Args:
         model: the model; it is not run.
-        data: one tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or a
-            tuple or list, of which the first items are taken, as many as the forward requires.
+        data: one tensor, one dict of keyword arguments, or an iterable of batches: each a tensor, a dict of keyword
+            arguments, or a tuple or list, of which as many first items are taken as the forward requires.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable, or has no batch with a sample.
@@ -188,13 +189,13 @@ def model_calls(model: nn.Module, data: Any, inputs: int = 0) -> Iterator[Batch]
 
     A batch that is a dict gives ``((), batch)``. Of a tuple or list the first items are taken, as many as
     ``model.forward`` has positional parameters without default, at least one: ``((x,), {})`` of ``(x, labels)``. Of a
-    ``forward(*args)`` all are. Anything else is the one argument.
+    ``forward(*args)`` all are. Anything else is the one argument. Tensors are neither copied nor moved.
 
     Args:
         model: the model; it is not run.
-        data: one tensor, one dict of arguments, or an iterable of batches.
-        inputs: take as many items of a tuple or list, but at most as many as the forward has positional parameters,
-            and at least those without default; 0: just these.
+        data: one tensor, one dict of keyword arguments, or an iterable of batches.
+        inputs: how many items of a tuple or list to take, but at most as many as the forward has positional parameters,
+            and at least as many as it has without default; 0: as many as it has without default.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable.
@@ -234,7 +235,7 @@ def _is_unset(quantizer: SwitchedQuantizer) -> bool:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the training mode of each module of ``model`` when the block ends."""
+    """Restore the training mode of each module of ``model`` when the block ends, also by an error."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -276,7 +277,7 @@ def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Ite
 def everything_float(model: nn.Module) -> Iterator[None]:
     """Let ``model`` compute in float in the block: in eval mode, with all fake quantizers switched off.
 
-    Modes and switches of all its modules are restored when the block ends.
+    Training modes and rounding switches are restored when the block ends, also by an error. Nothing is observed.
     """
     quantizers = [module for module in model.modules() if isinstance(module, SwitchedQuantizer)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
@@ -293,7 +294,7 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def rounding(*quantizers: nn.Module) -> Iterator[None]:
-    """Switch rounding on inside the block, and off afterwards, for those ``quantizers`` that have a switch."""
+    """Switch rounding on inside the block, for those ``quantizers`` that have a switch; afterwards off in any case."""
     switched = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
     for quantizer in switched:
         quantizer.enable_fake_quant()

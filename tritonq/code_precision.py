@@ -20,7 +20,7 @@ def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
     """Whether each value of a grid of type ``qtype``, rounded to ``dtype``, is still nearest to its own code.
 
     True for float32, float64 and float formats. For bfloat16 (p = 8) and float16 (p = 11) the codes may lie up to
-    ``2^(p - 1)`` from the zero point; where that is not fixed, from any code to any other.
+    ``2^(p - 1)`` from the zero point, or, if the type leaves the zero point open, from each other.
 
     Examples:
         >>> from tritonq.quantized_type import QINT8, QUINT8

@@ -28,13 +28,13 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 class Augmentation:
     """A list of random changes of an image, in the order in which they are made; :meth:`pixels` makes them.
 
-    It is False as a bool if there is none. :meth:`named` makes one from a text and refuses unknown names; the
-    constructor takes ``names`` and does not check them.
+    It is False as a bool if ``names`` is empty. :meth:`named` makes one from a text and refuses unknown names; the
+    constructor does not check ``names``.
 
     Attributes:
         names: a tuple of names. ``"flip"``: left and right exchanged, half of the time; ``"crop"``: a random part of
-            8 to 100 % of the area, scaled (torchvision's RandomResizedCrop); ``"trivial"``, ``"rand"``, ``"auto"``,
-            ``"mix"``: torchvision's TrivialAugmentWide, RandAugment, AutoAugment and AugMix.
+            8 to 100 % of the area, scaled to the model's input (as torchvision's RandomResizedCrop); ``"trivial"``,
+            ``"rand"``, ``"auto"``, ``"mix"``: torchvision's TrivialAugmentWide, RandAugment, AutoAugment and AugMix.
     """
 
     names: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Augmentation:
 
     @classmethod
     def named(cls, text: str) -> Augmentation:
-        """Return the augmentation for an option's text, such as ``"flip,crop"``; ``"none"`` gives one without changes.
+        """Return the augmentation for the text of ``--augment``, such as ``"flip,crop"``; ``"none"`` or "": no changes.
 
         Raises:
             ValueError: an unknown name, or one that needs torchvision where it can't be imported.
@@ -62,15 +62,15 @@ class Augmentation:
         return cls(names)
 
     def pixels(self, image: Image, preprocessing: Preprocessing, seed: tuple[int, int]) -> Tensor:
-        """Return the changed and scaled image: uint8 (channels, size, size).
+        """Return the changed and scaled image, on the CPU, without mean and deviation: uint8 (channels, size, size).
 
         Args:
             image: the image, in any of Pillow's modes of 8 bits.
             preprocessing: size and channels of the result, and how the changed image is scaled and cut to that size;
                 with ``"crop"`` among the changes, which cuts to the size itself, only size, channels and interpolation
                 count.
-            seed: a pair: the seed of the data set, another one in each epoch, and the index of the image. Random
-                numbers follow from it alone, and no other random generator is used or changed.
+            seed: ``(seed of the data set in this epoch, index of the image in it)``. Only from this pair random numbers
+                follow; torch's generator of the CPU is afterwards as it was.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1)

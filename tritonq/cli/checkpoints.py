@@ -34,11 +34,11 @@ class ModelRecipe:
     """How to make a prepared model and its inputs: plain data, so that a checkpoint can hold it.
 
     Attributes:
-        model: ``"module:factory"``.
-        model_arguments: ``KEY=VALUE``, values as Python literals.
+        model: module and name of the function or class that returns the float model: ``"torchvision.models:resnet18"``.
+        model_arguments: its keyword arguments, values as Python literals, such as ``("num_classes=10",)``.
         qconfig: a qconfig mapping as :func:`~tritonq.qconfig_files.mapping_to_data` gives it.
         preprocessing: how images are scaled.
-        classes: names by label.
+        classes: class names; the index is the label. Empty: unknown.
     """
 
     model: str
@@ -56,10 +56,10 @@ def recipe_to_data(made: ModelRecipe) -> dict[str, Any]:
 def recipe_from_data(data: Any) -> ModelRecipe:
     """Return the model recipe that :func:`recipe_to_data` turned into ``data``, also one of version 1 of the format.
 
-    A field that the version which wrote ``data`` did not have yet gets its default.
+    A field with a default that ``data`` lacks gets it.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: ``data`` is no dict, lacks another field, has a key that is none, or a field of a wrong type.
     """
     if isinstance(data, Mapping) and "size" in data:
         size, channels = data["size"], data["channels"]
@@ -82,7 +82,8 @@ def check_names(data: Any) -> None:
     missing is no fault.
 
     Raises:
-        ValueError: one of them is something else, or ``data`` is no dict.
+        ValueError: one of them is something else, or ``data`` is no dict. The text begins with "its" or "what it says":
+            the caller puts the file's name before it.
     """
     if not isinstance(data, Mapping):
         raise ValueError("what it says of its model is no dict")
@@ -94,12 +95,13 @@ def check_names(data: Any) -> None:
 
 
 def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
-    """Write a checkpoint with a SHA-256 of its content.
+    """Write a checkpoint with a SHA-256 of its content as the entry ``"sha256"``.
 
     Args:
-        path: the file.
+        path: the file, in a folder that exists; an older one is replaced.
         made: how the model was made; the entry ``"recipe"`` holds it.
-        state: all other entries by name, such as ``"state_dict"``.
+        state: all other entries by name, tensors and plain data. :func:`read_training` needs ``"state_dict"``. Not
+            ``"format"``, ``"version"``, ``"recipe"`` or ``"sha256"``, which are written here.
 
     Raises:
         OSError: the file can't be written; an older one is then as it was.
@@ -112,7 +114,7 @@ def save_training(path: Path, made: ModelRecipe, state: dict[str, Any]) -> None:
 def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
     """Return the model recipe and all entries (weights, optimizer and so on) of a checkpoint of :func:`save_training`.
 
-    Tensors are on the CPU.
+    Entries are by name, ``"recipe"`` among them and without the checksum. Tensors are on the CPU.
 
     Raises:
         ValueError: no such file, a damaged one, one of another kind or of a later version, or one without weights.
@@ -135,10 +137,12 @@ def read_training(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
 
 
 def check_entries(content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Check that a checkpoint has every entry in ``expected``, of the type or one of the types given there.
+    """Check that a checkpoint's ``content`` has every entry in ``expected``, such as ``{"state_dict": Mapping}``.
+
+    A value of ``expected`` is the type that the entry must have, or a tuple of types of which it must have one.
 
     Raises:
-        ValueError: the first that is missing or of another type.
+        ValueError: an entry is missing or of another type. The text names the first, such as "it has no state dict".
     """
     for name, kind in expected.items():
         if not isinstance(content.get(name), kind):
@@ -146,12 +150,18 @@ def check_entries(content: Mapping[str, Any], expected: Mapping[str, Any]) -> No
 
 
 def is_training_file(content: Mapping[str, Any]) -> bool:
-    """Whether ``content``, which :func:`read_tensors` read, is a checkpoint of :func:`save_training`."""
+    """Whether ``content``, which :func:`read_tensors` read, says that it is a checkpoint of :func:`save_training`.
+
+    Only its entry ``"format"`` is looked at, whatever the version.
+    """
     return content.get("format") == FORMAT
 
 
 def has_format(path: Path, name: str) -> bool:
-    """Whether the file at ``path`` is a dict of ``torch.save`` with the entry ``"format"`` ``name``; else False."""
+    """Whether the file at ``path`` is a dict of ``torch.save`` whose entry ``"format"`` equals ``name``.
+
+    False also if there is no such file, or it can't be read.
+    """
     try:
         return bool(read_tensors(path).get("format") == name)
     except ValueError:
@@ -178,12 +188,14 @@ def read_tensors(path: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights into a float model, in place, from a file with a state dict or with one under a key.
 
-    Keys are ``"state_dict"``, ``"model_state_dict"``, ``"state_dict_ema"`` and ``"model"``. Only tensors are read.
-    Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's modules give them.
+    Keys are ``"state_dict"``, ``"model_state_dict"``, ``"state_dict_ema"`` and ``"model"``, tried in this order. Code
+    in the file is not run. Names may all have one prefix, such as ``"module."`` of DistributedDataParallel,
+    ``"_orig_mod."`` of torch.compile or ``"model."`` of a Lightning module; entries without it are then left out.
 
     Raises:
-        ValueError: a file that can't be read or holds something else, parameters that are not finite (buffers may be
-            so), or weights of another architecture; the message names the first tensor.
+        ValueError: a file that can't be read or holds something else, such as a checkpoint of `train` or a converted
+            model; parameters that are not finite (buffers need not be), or weights of another architecture, where the
+            message names the first tensor. The model is as it was.
     """
     content = read_tensors(path)
     if str(content.get("format")).startswith("tritonq."):
@@ -216,10 +228,11 @@ def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load a state dict into a model of the same architecture; ``where`` names the file in the error's text.
+    """Load a state dict into a model of the same architecture, in place; ``where`` names the file in errors.
 
-    Keys of the model's layers that end in ``.freeze_bn`` may be there besides. A tensor that has no elements in the
-    model takes any shape here.
+    ``state`` may also have the key ``freeze_bn`` of each layer with a BatchNorm, such as ``"layer1.freeze_bn"``, which
+    the model's own state dict has only while the layer is frozen. The shape of a tensor that has no elements in the
+    model, such as an observer's before the first batch, is not checked here.
 
     Raises:
         ValueError: the state dict lacks a tensor, has it in another shape or something else in its place, or has a key

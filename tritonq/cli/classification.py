@@ -18,7 +18,7 @@ BATCH_OF_EVALUATION = 256
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the tensor in a model's output: itself, or the first one in a tuple, dict or dataclass.
+    """Return the tensor in a model's output: itself, or the first one in nested tuples, lists, dicts or dataclasses.
 
     Raises:
         ValueError: there is none.
@@ -30,14 +30,17 @@ def first_tensor(output: Any) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATION) -> Tensor:
-    """Return the model's outputs for ``images`` on the CPU; of several outputs the first tensor.
+    """Return the model's outputs for ``images`` on the CPU, without gradients; of several outputs the first tensor.
 
     The model is switched to eval mode and stays in it. Batches are moved to its device.
 
     Args:
         model: the model.
         images: float32 (n, channels, height, width).
-        batch_size: images in each call.
+        batch_size: most images in one call.
+
+    Raises:
+        ValueError: the model returns no tensor.
     """
     model.eval()
     device = device_of(model)
@@ -46,15 +49,18 @@ def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATI
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Return the fraction of rows in ``outputs`` (n, classes) whose largest entry is at the label."""
+    """Return the fraction of rows in ``outputs`` (n, classes) whose largest entry is at the label; NaN without rows.
+
+    ``labels`` are int64 (n,), on the device of ``outputs``.
+    """
     return float((outputs.argmax(1) == labels).float().mean())
 
 
 def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> tuple[int, int]:
-    """Return how many images get their label as the largest output, and how many there are.
+    """Return for how many images the label's output is the largest, and how many images there are.
 
     Args:
-        answer: from images to outputs (n, classes).
+        answer: from a batch of images to outputs (n, classes), on the labels' device.
         batches: pairs of images and labels.
     """
     right = count = 0
@@ -67,8 +73,11 @@ def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> t
 def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
     """Return the fraction of images in ``batches`` (pairs of images and labels) whose largest output is the label's.
 
-    The model is switched to eval mode and stays in it; of several outputs the first tensor counts. There must be at
-    least one image.
+    The model is switched to eval mode and stays in it; of several outputs the first tensor counts. Labels must be on
+    the CPU; images may be on any device. There must be at least one image.
+
+    Raises:
+        ValueError: the model returns no tensor.
     """
     right, count = count_right(lambda images: logits(model, images), batches)
     return right / count
@@ -107,16 +116,17 @@ def batches_of(
     workers: int,
     device: torch.device | None = None,
 ) -> Batches:
-    """Return the images with these indices and their labels, one pair (images, labels) for each list, on the CPU.
+    """Return the images with the indices in ``batches``, one pair (images, labels) for each list, on the CPU.
 
     Images are float32 (n, channels, height, width), labels int64 (n,). The loader that reads them has a random
     generator of its own, so that the training's is not used.
 
     Args:
-        images: all images.
-        batches: lists of indices.
+        images: the data set.
+        batches: lists of indices into ``images``; a batch has the order of its list.
         workers: processes that read images; 0: this one.
-        device: where the caller will move the batches; for a CUDA device they are in pinned memory.
+        device: where the caller will move the batches; for a CUDA device they are in pinned memory, else (None: not
+            known) they are not.
     """
     loader = DataLoader(
         images,
@@ -132,13 +142,13 @@ def batches_of(
 def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> Batches:
     """Return batches of all images in order, with their labels: pairs of at most 256 images and 256 labels.
 
-    With several ``ranks`` the batches hold the images with the indices ``rank``, ``rank + ranks``, ``rank + 2 · ranks``
-    and so on. ``workers`` processes read the images; 0: this one.
+    Where ``ranks`` processes share the images, number ``rank`` (from 0) gets those with the indices ``rank``,
+    ``rank + ranks``, ``rank + 2 · ranks`` and so on. ``workers`` processes read the images; 0: this one.
     """
     chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
     return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter or buffer; the CPU for a model without tensors."""
+    """Return the device of a model's first parameter, or else of its first buffer; the CPU for one without either."""
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))

@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def script(shell: str) -> str:
-    """Return the completion script for ``shell`` ("bash" or "zsh").
+    """Return the completion script for ``shell`` ("bash" or "zsh"), lines for ``~/.bashrc`` or ``~/.zshrc``.
 
     Of commands that need packages which are not installed only the name is completed.
     """

@@ -30,13 +30,13 @@ class Examples:
     """The images with which a model is trained and measured; they may be read from files when they are asked for.
 
     Attributes:
-        name: where they come from: scikit-learn's digits, or the name of the folder.
-        classes: class names by label.
+        name: where they come from: ``"scikit-learn's digits"``, or the folder's name without its parents.
+        classes: class names; the index is the label.
         preprocessing: how they are scaled, mean and deviation included.
         train: images to train with.
         test: images held out.
-        fingerprint: a hash of the contents of all images, their labels and their order, wherever the files lie; of the
-            digits a text with the number held out.
+        fingerprint: SHA-256, as hexadecimal digits, of class names and of the bytes, labels and order of the files in
+            ``train`` and ``test``, wherever they lie; of the digits a text: ``"scikit-learn's digits, 899 held out"``.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TensorImages(LabelledImages):
     """Images that are held in memory.
 
     Attributes:
-        images: float32 (n, channels, height, width), as the model reads them.
+        images: float32 (n, channels, height, width), as the model reads them: ``(x - mean) / std``, x from 0 to 1.
         labels: int64 (n,).
     """
 
@@ -71,10 +71,10 @@ class Images:
     """The images of :class:`Examples`, all of them in memory.
 
     Attributes:
-        name: where they come from.
-        classes: class names by label.
-        preprocessing: how they were scaled.
-        train_images: float32 (n, channels, height, width).
+        name: as that of :class:`Examples`.
+        classes: class names; the index is the label.
+        preprocessing: how they were scaled, mean and deviation included.
+        train_images: float32 (n, channels, height, width), as the model reads them.
         train_labels: int64 (n,).
         test_images: as ``train_images``.
         test_labels: as ``train_labels``.
@@ -92,7 +92,8 @@ class Images:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the argument ``DATA``, which names the images, and ``--validation``: a folder of those held out, or a share.
 
-    Both are texts, which are not checked here. The share is that of DATA which is held out; by default it is "0.5".
+    The parser returns them as ``data`` and ``validation``: texts, which are not checked here. The share is that of DATA
+    which is held out; by default it is "0.5".
     """
     parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
@@ -119,19 +120,21 @@ _DATA_HELP = (
 
 
 def class_names(source: str, validation: str = "0.5", *, trains: bool = True) -> tuple[str, ...]:
-    """Return the names of the classes of a data set, by label; no image is read.
+    """Return the names of the classes of a data set, the label as the index; no image is read.
 
     Args:
-        source: ``"digits"``, or a folder with one sub-folder per class, whose sorted names are the classes, or a folder
-            with ``train``, of this form, and ``val``.
-        validation: a folder of the same classes, used instead of ``val``, or the share that is held out, between 0 and
-            1, which does not change the names.
-        trains: whether a model is trained with some of them, for which there must be two classes.
+        source: ``"digits"`` (classes ``"0"`` to ``"9"``), or a folder with one sub-folder per class, whose sorted names
+            are the classes, or a folder with two such folders: ``train``, and ``val``, ``valid``, ``validation`` or
+            ``test``, of which the first that is there counts, called ``val`` below.
+        validation: a folder of the same classes, used instead of ``val``, or the share that is held out, above 0 and
+            below 1; a share does not change the names.
+        trains: whether a model is trained with the images, for which there must be two classes; else one is enough.
 
     Raises:
         ValueError: no such folder, too few classes, a class without image files, validation classes that training has
             not, a validation folder for the digits or without images, other folders beside ``train`` and ``val``, or a
-            share that is not between 0 and 1.
+            share that is not above 0 and below 1.
+        OSError: a folder can't be read.
     """
     folder, _ = _validation(validation, source)
     return _CLASSES_OF_DIGITS if source == DIGITS else find_layout(Path(source), folder, _least(trains)).classes
@@ -148,22 +151,25 @@ def open_examples(
 ) -> Examples:
     """Return scikit-learn's digits, or the images of a folder, whose pixels are read when they are asked for.
 
-    Each file is read once, to see whether it can be read, for its checksum, and for mean and deviation.
+    Each file is read once here, for its checksum, and for mean and deviation. Those that can't be read are left out and
+    named on stderr.
 
     Args:
-        source: ``"digits"`` or a folder with one sub-folder per class, or with ``train`` and ``val`` that have such.
-        preprocessing: how they are scaled; without a mean it takes the training images' own.
-        validation: a folder of the same classes, or the share that is held out, between 0 and 1. A share is ignored
+        source: ``"digits"`` or a folder, as :func:`class_names` takes it.
+        preprocessing: how they are scaled; without a mean it takes the training images' own mean and deviation.
+        validation: a folder of the same classes, or the share that is held out, above 0 and below 1. A share is ignored
             if the source has ``train`` and ``val``; a folder is used instead of ``val``.
-        workers: threads that read files; 0: one per processor.
-        quiet: print nothing, because another process does.
-        trains: whether a model is trained with some of them, for which there must be two classes, an image of each to
+        workers: threads that read files here; 0: one per processor.
+        quiet: print neither progress nor the files left out, because another process does.
+        trains: whether a model is trained with the images, for which there must be two classes, an image of each to
             train with, and one held out in all. Otherwise one class with one image is enough.
 
     Raises:
-        ValueError: no such folder, too few classes, a class with too few readable images, validation classes that
-            training has not, a validation folder for the digits or without images, other folders beside ``train`` and
-            ``val``, another share, or less than no workers.
+        ValueError: no such folder, too few classes, a class with too few readable images, none held out, validation
+            classes that training has not, a validation folder for the digits or without images, other folders beside
+            ``train`` and ``val``, a share that is not above 0 and below 1, or less than no workers.
+        OSError: a folder can't be read.
+        ImportError: scikit-learn, which has the digits, or Pillow, which reads files, is not installed.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
@@ -195,22 +201,32 @@ def load_digits(preprocessing: Preprocessing | None = None) -> Images:
     """Return scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded.
 
     Grey levels are divided by 16, to x from 0 to 1, and become ``(x - mean) / std``. Mean, std, size and channels are
-    those of ``preprocessing``, whose crop and interpolation are not used; None: 8×8 pixels in one channel. Without a
-    mean in it, mean and std are those of the training images.
+    those of ``preprocessing``; None: 8×8 pixels in one channel. Another size is reached by bilinear interpolation:
+    crop, ``resize`` and interpolation in it are not used. Without a mean, mean and std are the training images' own.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
     """
     return in_memory(_digits(Preprocessing(8, 8, channels=1) if preprocessing is None else preprocessing, 0.5))
 
 
 def in_memory(examples: Examples) -> Images:
-    """Return ``examples`` with all images read into memory."""
+    """Return ``examples`` with all images read into memory, of which there must be one in each part.
+
+    Raises:
+        UnreadableImageError: a file can't be read any more.
+    """
     parts = (*stacked(examples.train), *stacked(examples.test))
     return Images(examples.name, examples.classes, examples.preprocessing, *parts)
 
 
 def stacked(images: LabelledImages, chosen: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Return the images with the ``chosen`` indices (None: all) and their labels, in memory.
+    """Return copies of the images with the ``chosen`` indices (None: all) in that order, and their labels.
 
-    float32 (n, channels, height, width), and int64 (n,).
+    They are float32 (n, channels, height, width), and int64 (n,); there must be at least one.
+
+    Raises:
+        UnreadableImageError: a file can't be read any more.
     """
     read = [images[index] for index in (range(len(images)) if chosen is None else chosen)]
     return torch.stack([image for image, _ in read]), torch.tensor([label for _, label in read])

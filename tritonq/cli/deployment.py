@@ -1,4 +1,4 @@
-"""The files that `train` writes at its end, with preprocessing and class names, and the accuracy of each form."""
+"""The files that `train` writes at its end, with preprocessing and class names, and the accuracy of what they hold."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ _BYTE = 8
 
 
 def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, workers: int, onnx: bool = True) -> int:
-    """Convert the trained model, write its files, compare and print the accuracy of each form; return the exit status.
+    """Convert the trained model, write its files, print the accuracy before and after; return the exit status.
+
+    It is that of the trained model, of the converted one, and of the ONNX file in ONNX Runtime.
 
     Args:
-        model: the trained model.
+        model: the trained model, on the CPU; it is switched to eval mode and stays in it.
         made: how it was made, which the files hold.
-        data: images to measure with.
+        data: whose held-out images are measured.
         output: the folder for ``model.int8.pt`` and ``model.onnx``; it must exist.
-        workers: processes that read images.
-        onnx: whether to write an ONNX file; if that fails, a printed line says why.
+        workers: processes that read images; 0: this one.
+        onnx: whether to write an ONNX file; if writing it fails, a printed line says why, and the status is the same.
 
     Returns:
-        0 if the converted model agrees with the trained one, else 1.
+        0 if all codes of the converted model are those of the trained one (behind islands they may differ by one),
+        else 1.
+
+    Raises:
+        ValueError: what :func:`tritonq.convert` refuses, or an image that can't be read any more.
+        OSError: a file can't be written.
     """
     held_out = in_order(data.test, workers)
     trained = share_right(model, held_out)
@@ -80,7 +87,8 @@ def _widest_codes(converted: nn.Module) -> str:
 def metadata(made: ModelRecipe) -> dict[str, Any]:
     """Return what is needed to use the model, as plain data for its files.
 
-    Keys are ``"model"`` (the factory), ``"model_arguments"``, ``"preprocessing"`` and ``"classes"`` (names by label).
+    Keys are ``"model"``, ``"model_arguments"``, ``"preprocessing"`` and ``"classes"``, as in :class:`ModelRecipe`;
+    tuples are lists, and the preprocessing is a dict.
     """
     return {
         "model": made.model,
@@ -91,26 +99,27 @@ def metadata(made: ModelRecipe) -> dict[str, Any]:
 
 
 def write_onnx(model: nn.Module, made: ModelRecipe, path: Path, **options: Any) -> None:
-    """Write a converted model as ONNX, with :func:`metadata` in the file.
+    """Write a converted model as ONNX, with :func:`metadata` as JSON in the file's property ``"tritonq.metadata"``.
 
     Args:
         model: the converted model.
         made: how it was made: the file's metadata tells it, and its preprocessing gives the size of the example input.
         path: the file to write.
-        **options: further arguments of ``export_onnx``.
+        **options: further arguments of :func:`tritonq.export_onnx`, but not ``metadata``; such as ``target="qdq"``.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: what ``export_onnx`` refuses: a model that has no form in ONNX, or an option.
+        ValueError: what ``export_onnx`` refuses: a model that can't be written as ONNX, or an option.
     """
     text = {METADATA_KEY: json.dumps(metadata(made))}
     export_onnx(model, path, made.preprocessing.example(), metadata=text, **options)
 
 
 def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
-    """Return a function from images to logits that ONNX Runtime computes from a file, and the file's metadata.
+    """Return a function from images to logits that ONNX Runtime computes from a file, and the file's properties.
 
-    The images are a tensor on the CPU, and the logits are the file's first output.
+    The images are the file's first input, a tensor on the CPU, and the logits its first output. Properties are texts by
+    name; ``"tritonq.metadata"`` is there in a file of :func:`write_onnx`.
 
     Raises:
         ImportError: ONNX Runtime is not installed.

@@ -22,7 +22,11 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class DivergenceError(ValueError):
-    """A loss, a gradient or a weight that is not finite; the message names the step and where it began."""
+    """A loss, a gradient, a weight or a BatchNorm statistic that is not finite.
+
+    The message names the step and, where it was found, the layer or tensor: "step 3: the loss is inf: the first layer
+    whose output is not finite is 'conv1'".
+    """
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,17 @@ class _Noted:
 class DivergenceWatch:
     """Watches whether all steps so far had a finite loss and finite gradients; :meth:`check` raises if not.
 
-    ``failed`` is 1 from the first bad step on. Given to a fused optimizer as ``found_inf``, it keeps the weights as
-    they were before that step, without the host. The host reads the outcome of a GPU's step while the next one runs.
+    ``failed`` is 1 from the first bad step on. If the caller sets it as ``found_inf`` of a fused optimizer, that step
+    and later ones leave the weights as they are, without the host. The host reads the outcome of a GPU's step while the
+    next one runs.
 
     Args:
         device: where the model is.
         gradients_may_overflow: True if gradients are scaled for float16, so that infinite ones are no fault.
-        shared: whether processes train together; if one fails, all stop.
+        shared: whether processes train together, in torch's default process group; if one fails, all stop.
 
     Attributes:
-        failed: float32 (1,), on the device.
+        failed: float32 (1,), on the device; 0 or 1. It is changed in place.
     """
 
     def __init__(self, device: torch.device, gradients_may_overflow: bool = False, shared: bool = False) -> None:
@@ -71,18 +76,18 @@ class DivergenceWatch:
         self._noted: list[_Noted] = []
 
     def note(self, step: int, images: Tensor, labels: Tensor, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-        """Remember the outcome of a step, before the optimizer changes anything. The host reads nothing.
+        """Remember the outcome of a step: call it between backward and the optimizer's step. The host reads nothing.
 
         If the loss or a gradient is not finite, ``failed`` becomes 1 on the device; with ``gradients_may_overflow``
         only the loss counts. With ``shared`` it becomes so in all processes; each of them must call this once per step,
         or the others wait.
 
         Args:
-            step: its number, from 1.
-            images: the batch that it trained with, which is kept until the outcome is read.
-            labels: of the batch.
+            step: the step's number, from 1, for messages.
+            images: the batch that it trained with, which is kept, not copied, until :meth:`check` reads the outcome.
+            labels: of the batch; kept likewise.
             loss: 0-d, not scaled.
-            parameters: those whose gradients are looked at.
+            parameters: those whose gradients are looked at; one without a gradient is left out.
         """
         norm = loss.detach().float()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -102,18 +107,19 @@ class DivergenceWatch:
         self._noted.append(_Noted(step, images, labels, outcome, arrived))
 
     def check(self, model: nn.Module, loss: Loss, late: bool = True) -> None:
-        """Raise an error if a step failed among those that :meth:`note` noted since the last call.
+        """Raise an error if a step failed among those that :meth:`note` noted and no earlier call has read.
 
-        If one failed, its batch is run once more to find the cause. That overwrites gradients and resets the BatchNorm
-        statistics that are not finite.
+        If one failed, its batch is run once more to find the cause, unless its images are not finite. That overwrites
+        gradients. BatchNorm statistics that are not finite are reset in any case: means to 0, variances to 1.
 
         Args:
             model: the model that is trained; the message names its layers.
-            loss: called as ``loss(model, images, labels)`` with the batch that was noted; returns the loss.
+            loss: called as ``loss(model, images, labels)`` with the batch that was noted; returns the loss, 0-d.
             late: on a GPU, leave the newest step to the next call, because it may still run. On a CPU it has no effect.
 
         Raises:
-            DivergenceError: names the first step that failed, and where its first value that is not finite comes from.
+            DivergenceError: names the first step that failed, its loss, and where its first value that is not finite
+                comes from, if the second run has one; with ``shared`` it may be in another process.
         """
         while len(self._noted) > int(late and self.failed.is_cuda):
             noted = self._noted.pop(0)
@@ -123,12 +129,12 @@ class DivergenceWatch:
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Raise an error if a parameter or a BatchNorm statistic is not finite. It synchronises with the device.
+    """Raise an error if a parameter or a BatchNorm's running statistic is not finite. The host waits for the device.
 
     ``step`` is the number of steps done, for the message.
 
     Raises:
-        DivergenceError: names the first such tensor.
+        DivergenceError: names the first such tensor by its qualified name, such as "conv1.weight".
     """
     names, sums = [], []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -40,10 +40,10 @@ class Finding:
     """One line of what `doctor` prints.
 
     Attributes:
-        topic: heading that it stands under.
-        name: what was looked at.
-        value: what was found.
-        problem: why that is wrong, or "".
+        topic: heading that it stands under, such as "versions".
+        name: what was looked at, such as "torch".
+        value: what was found, such as "2.13.0+cpu".
+        problem: why that is wrong, such as "at least 2.11 is needed"; "" if it is not.
     """
 
     topic: str
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the findings under their topics, then how many are problems; return 1 if one is, else 0."""
+    """Print the findings under their topics, then how many are problems; return the exit status: 1 if any, else 0."""
     findings = list(examine())
     width = max(len(finding.name) for finding in findings)
     topic = ""

@@ -8,14 +8,14 @@ from typing import Any
 
 
 def required_fields(cls: type) -> list[str]:
-    """Return the names of the fields of a dataclass that have no default; these come first in it."""
+    """Return the names of the fields of the dataclass ``cls`` that have no default, in the order of the class."""
     return [field.name for field in fields(cls) if _default(field) is MISSING]
 
 
 def with_defaults(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``data``, the fields of a dataclass by name, and beside them the default of each field that it lacks.
+    """Return a new dict: ``data``, values by field name of a dataclass, and the default of each field missing in it.
 
-    A field without a default that ``data`` lacks is lacking in the result, too; names that are no fields stay.
+    A field that is missing in ``data`` and has no default is missing in the result, too; names that are no fields stay.
     """
     defaults = {field.name: _default(field) for field in fields(cls)}
     return {**{name: value for name, value in defaults.items() if value is not MISSING}, **data}

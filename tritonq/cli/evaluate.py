@@ -17,7 +17,7 @@ _CLASSES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq evaluate``: model and file, images, and which part of these.
+    """Add the options of ``python -m tritonq evaluate``: model and file, images, ``--part`` of these, ``--workers``.
 
     An example becomes the parser's epilog.
     """
@@ -34,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print the accuracy of all classes together, then of the 20 worst classes, worst first; return the exit status 0.
 
+    The first line is ``TITLE: 91.20% of 500 images right``, with the model's title; that of a class is ``60.00% of 20
+    images of NAME``. Classes without images are left out. If there are more than 20, a last line counts the others.
+
     Raises:
         ValueError: a model or images that can't be opened, or a class that the model does not know.
+        ImportError: an ONNX file without ONNX Runtime.
+        OSError: a folder of images that can't be read.
     """
     trains = arguments.part != "all"
     names = class_names(arguments.data, arguments.validation, trains=trains)

@@ -26,7 +26,10 @@ _CALIBRATION_BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq export``: model, output file, target, and images to calibrate with."""
+    """Add the options of ``python -m tritonq export``: model, output file, qconfig, target, images to calibrate with.
+
+    An example becomes the parser's epilog.
+    """
     parser.epilog = (
         "Example: python -m tritonq export torchvision.models:resnet18 model.onnx --checkpoint train-output/best.pt "
         "--target tensorrt. The ending says the format: .onnx, .pt (int8, for tritonq.load_converted), .pt2 (for "
@@ -45,14 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Write the file and print its path and size; return the exit status 0.
 
-    Its ending says the format: ``.onnx``, ``.pt`` (as ``save_converted``) or ``.pt2`` (as ``export_program``). A float
-    model is prepared by ``--qconfig`` first, and calibrated on up to ``--images`` of the images of ``--calibrate`` that
-    are for training.
+    The file's ending says the format: ``.onnx``, ``.pt`` (as ``save_converted``) or ``.pt2`` (as ``export_program``).
+    A float model needs ``--calibrate``: it is prepared by ``--qconfig``, and calibrated on up to ``--images`` of those
+    of ``--calibrate`` that are for training, drawn with a fixed seed. Any other model refuses ``--calibrate``.
 
     Raises:
-        ValueError: an argument that makes no sense, or a model that can't be exported; the command shows the message.
-        OSError: the file can't be written.
-        ImportError: a package that writing ONNX needs is not installed.
+        ValueError: an argument that makes no sense, such as an ONNX file as model or a ``.pt`` file to write that
+            exists and is no converted file, or a model that can't be exported; the command shows the message.
+        OSError: the file can't be written, or a folder of images not read.
+        ImportError: a package that reading or writing ONNX needs is not installed.
+        RuntimeError: with rounding off the prepared model would not compute what the float model does.
     """
     path = arguments.output
     if path.suffix not in _SUFFIXES:

@@ -30,9 +30,9 @@ _FILES_AT_A_TIME = 256
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Base class of data sets of images, float32 (channels, height, width), each with its label.
+    """Base class of data sets of images, float32 (channels, height, width) as a model reads them, each with its label.
 
-    Subclasses define ``__getitem__``, which returns ``(image, label)``, with the label as an int.
+    Subclasses define ``__len__``, and ``__getitem__``, which returns ``(image, label)``, the label an int from 0.
     """
 
     @abstractmethod
@@ -47,7 +47,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
         Args:
             augmentation: the changes, in the order in which they are made.
-            seed: of the changes; another one for each epoch.
+            seed: where random numbers start; the caller passes another one in each epoch.
 
         Raises:
             ValueError: the class can't change its images, and ``augmentation`` is not empty.
@@ -62,10 +62,10 @@ class FileImages(LabelledImages):
 
     Attributes:
         paths: the files.
-        labels: the label of each file.
-        preprocessing: how they are scaled.
-        augmentation: random changes that are made before scaling; None: none.
-        seed: of the changes; the same seed changes an image in the same way.
+        labels: for each file the index of its class.
+        preprocessing: how they are scaled; with mean and deviation.
+        augmentation: random changes that are made as an image is read; None: none.
+        seed: of the changes; the same seed changes the image at an index in the same way each time.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class FileImages(LabelledImages):
         return self.preprocessing.normalised(pixels), self.labels[index]
 
     def augmented(self, augmentation: Augmentation, seed: int) -> FileImages:
-        """Return a data set of the same files, whose images are changed by ``augmentation`` before they are scaled.
+        """Return a new data set of the same files, whose images are changed by ``augmentation`` as they are read.
 
-        Random numbers follow from ``seed`` and the index of the image.
+        It replaces the changes of this data set. Random numbers follow from ``seed`` and the index of the image.
         """
         return FileImages(self.paths, self.labels, self.preprocessing, augmentation, seed)
 
@@ -113,8 +113,8 @@ class ImageFile:
 
     Attributes:
         path: the file.
-        label: index of its class.
-        digest: SHA-256 of its bytes.
+        label: index of its class in the names that `readable_images` was given.
+        digest: SHA-256 of its bytes, as hexadecimal text.
         count: how many values it has after scaling and cropping, pixels times channels.
         total: the sum of these values, each from 0 to 255.
         squares: the sum of their squares.
@@ -134,8 +134,9 @@ class FolderLayout:
 
     Attributes:
         train: folder with one sub-folder per class, of images to train with.
-        validation: another such folder, of images that are held out; None: they are held out from ``train``.
-        classes: names of the sub-folders, sorted.
+        validation: another such folder, of images that are held out, which may lack some of the classes; None: images
+            are to be held out from ``train``.
+        classes: names of the sub-folders of ``train``, sorted; a label is an index of them.
     """
 
     train: Path
@@ -147,7 +148,8 @@ def find_layout(folder: Path, validation: Path | None = None, least: int = 2) ->
     """Return where the images are: in sub-folders of ``folder``, or of its ``train`` and ``val``. No image is read.
 
     Of ``val``, ``valid``, ``validation`` and ``test`` the first that is there is taken for ``val``. The others of these
-    four are ignored, such as a ``test`` beside ``val``. Without one of the four beside it, ``train`` is a class.
+    four are ignored, such as a ``test`` beside ``val``. ``train`` is a class if none of the four is beside it, or if it
+    has no sub-folders and folders of other names are beside it.
 
     Args:
         folder: holds one sub-folder per class, or ``train`` and ``val`` that do. Hidden folders are no classes.
@@ -156,8 +158,10 @@ def find_layout(folder: Path, validation: Path | None = None, least: int = 2) ->
         least: how many classes there must be.
 
     Raises:
-        ValueError: no such folder, folders of other names beside ``train`` and these four, fewer classes, a class
-            without image files, or a validation folder without images or with classes that training has not.
+        ValueError: no such folder, folders of other names beside these four and a ``train`` that is no class, fewer
+            classes, a class without image files, or a validation folder without images or with classes that training
+            has not.
+        OSError: a folder can't be read.
     """
     names = _folders(folder)
     held_out = [name for name in _VALIDATION if name in names]
@@ -198,19 +202,20 @@ def readable_images(
 ) -> list[ImageFile]:
     """Read every image in ``folder/<class>/``, at any depth; return an `ImageFile` for each that can be read.
 
-    They come class by class, sorted by path; pixels are not kept. Files with an image's ending that can't be read are
-    named on stderr, counted and skipped.
+    They come class by class, within each sorted by path; pixels are not kept. Files with an image's ending that can't
+    be read are skipped; stderr names and counts them.
 
     Args:
         folder: the folder.
-        classes: names of its sub-folders; a file's label is the index of its class.
+        classes: names of its sub-folders; a file's label is the index of its class. One that is missing has no images.
         preprocessing: scales and crops an image before its values are summed up (``total``, ``squares``).
         workers: threads that read; 0: one per processor.
         least: how many images a class must have.
-        quiet: print nothing; another process does.
+        quiet: print nothing, because another process prints the same.
 
     Raises:
         ValueError: a class with fewer readable images.
+        OSError: a folder that can't be read.
     """
     paths = [(path, label) for label, name in enumerate(classes) for path in image_paths(folder / name)]
     found: list[ImageFile] = []
@@ -244,9 +249,10 @@ def readable_images(
 
 
 def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
-    """Return mean and standard deviation of all pixels of all files, divided by 255, as two numbers.
+    """Return mean and standard deviation, both divided by 255, of the values of all files, channels taken together.
 
-    The variance is that over n - 1 pixels; the deviation is above 0 also where all pixels are the same.
+    The variance is that over n - 1 values; the deviation is above 0 also where all values are the same. There must be
+    at least one file.
     """
     count = sum(file.count for file in files)
     mean = sum(file.total for file in files) / count
@@ -255,12 +261,12 @@ def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
 
 
 def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Return indices to train with and to hold out: int64 tensors, sorted by class and shuffled within each.
+    """Return indices of ``labels`` to train with, and those to hold out: int64, sorted by class, shuffled within each.
 
     Args:
-        labels: int64 (n,).
+        labels: the label of each image, int64 (n,), on the CPU.
         seed: of the order; the same gives the same indices.
-        share: the fraction of each class that is held out. The number of images differs from it by less than one.
+        share: the fraction, from 0 to 1, of each class that is held out: rounded up or down to whole images.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]
@@ -289,7 +295,7 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 
 def image_paths(folder: Path) -> Iterator[Path]:
-    """Yield the files in ``folder`` and its sub-folders whose endings are images', sorted by path.
+    """Yield the files in ``folder`` and below it with an image's ending, such as ``.png`` or ``.JPG``, sorted by path.
 
     Files and sub-folders whose names begin with a dot are left out, the latter with all that they hold. If ``folder``
     is missing or no folder, nothing is yielded. Links are followed, except those to a folder that they lie in.

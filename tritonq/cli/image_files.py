@@ -36,11 +36,11 @@ def decode(path: Path, content: bytes | None = None) -> Image:
 
     Args:
         path: the file.
-        content: its bytes, where they were read already.
+        content: its bytes, where they were read already; None: they are read from ``path``.
 
     Raises:
-        UnreadableImageError: the file is gone, damaged, too large, or holds floating-point values or integers outside
-            0 … 65535.
+        UnreadableImageError: the file is gone, damaged, too large or of a kind that Pillow does not read, or holds
+            floating-point values or integers outside 0 … 65535. The message does not name the file.
     """
     from PIL import Image, UnidentifiedImageError
 

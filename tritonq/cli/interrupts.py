@@ -17,7 +17,7 @@ class Interrupted(KeyboardInterrupt):
         number: number of the signal, such as 15 for SIGTERM.
 
     Attributes:
-        status: the exit status that shells expect of a process that this signal ended.
+        status: the exit status that shells expect of a process that this signal ended, such as 143 for SIGTERM.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -26,14 +26,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptions:
-    """A context manager: the first SIGINT, SIGTERM or SIGHUP is noted, a second one raises KeyboardInterrupt.
+    """A context manager: ``received`` notes the first SIGINT, SIGTERM or SIGHUP; a second one raises KeyboardInterrupt.
+
+    ``with`` gives the object itself, whose ``received`` the block looks at. Earlier handlers are back behind the block.
 
     SIGHUP, which a terminal sends as it closes, is left alone where ``nohup`` said that it is ignored.
 
     In another thread than the main one, where Python has no signals, nothing is noted.
 
     Attributes:
-        received: number of the first signal in the block; None as long as there was none.
+        received: number of the first signal in the block, such as 2 for SIGINT; None as long as there was none.
     """
 
     def __init__(self) -> None:

@@ -18,8 +18,8 @@ def reason_of(error: BaseException) -> str:
 def in_one_line(error: BaseException) -> str:
     """Return an error as one line: ``FILE: reason`` for an OSError that names a file, else what it says.
 
-    Another OSError gives its reason alone. A message of several lines becomes one line, with a space for each run of
-    white space. An error without a message gives the name of its class.
+    Another OSError gives just its reason, such as ``No space left on device``. A message of several lines becomes one
+    line, with a space for each run of white space. An error without a message gives the name of its class.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -27,9 +27,9 @@ def in_one_line(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return what was raised, and why: ``KeyError: 'width'``. For errors of code that is not tritonq's.
+    """Return the class of an error and its message: ``KeyError: 'width'``. For errors of code that is not tritonq's.
 
-    A message of several lines stays so.
+    A message of several lines stays so; an error without a message gives the name of its class.
     """
     name = type(error).__name__
     return f"{name}: {str(error).rstrip()}".removesuffix(": ")

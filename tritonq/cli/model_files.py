@@ -40,17 +40,19 @@ ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in any form, with everything that is needed to classify images with it.
+    """A model from a file of `train` or from a factory, with everything that is needed to classify images with it.
 
     Attributes:
-        title: what it is, in words.
-        answer: from images float32 (n, channels, size, size) to logits (n, classes).
+        title: what it is, in words, such as ``"torchvision.models:resnet18, int8, from model.int8.pt"``.
+        answer: from images float32 (n, channels, size, size) on the CPU to logits (n, classes) on the CPU.
         preprocessing: how images are scaled. Mean and deviation are both empty if neither file, options nor model give
             them. Whoever reads images must then find them, as `tritonq.cli.data.open_examples` does.
         classes: names by label; empty if no file tells them.
-        recipe: how the model was made.
+        recipe: how the model was made. Its ``qconfig`` is ``{}`` unless ``form`` is ``"qat"``; ``model``, the factory,
+            is ``""`` for an ONNX file that does not tell it.
         model: the module, in eval mode; None for an ONNX file.
-        form: ``"qat"`` (a checkpoint of `train`), ``"int8"`` (converted), ``"float"`` or ``"onnx"``.
+        form: what was opened: ``"qat"`` (a checkpoint of `train`), ``"int8"`` (a converted file), ``"float"`` (a
+            factory, with a file of weights or without) or ``"onnx"``.
     """
 
     title: str
@@ -62,7 +64,7 @@ class Trained:
     form: str
 
     def name_of(self, label: int) -> str:
-        """Return the name of the class with this label, or the label as text if names are unknown."""
+        """Return the name of the class with this label, or the label as text, such as ``"3"``, if it has no name."""
         return self.classes[label] if label < len(self.classes) else str(label)
 
 
@@ -89,15 +91,19 @@ def add_trained_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
 def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trained:
     """Return the model that the options name, as a `Trained`: with its function from images to logits.
 
-    A file never chooses which code runs: the user always names the factory.
+    A file never chooses which code runs: the user names the factory, or an ONNX file, which needs none.
 
     Args:
         arguments: the parsed command line, with the options of :func:`add_trained_arguments`.
-        data: the images that it is to classify, if they are known: digits are scaled in their own way.
+        data: the images that it is to classify: ``"digits"``, which are scaled in their own way, or a folder; None:
+            they are not known, and taken for those of a folder.
 
     Raises:
-        ValueError: files that can't be read or don't fit the factory, or preprocessing that is given twice.
+        ValueError: a file that can't be read, is for torch.export.load, or was made with another factory, other
+            ``--model-arg`` or for another architecture; a factory that can't be called; options for preprocessing that
+            contradict each other, or that of the file.
         ImportError: an ONNX file without ONNX Runtime.
+        RuntimeError: of a checkpoint, with rounding off the prepared model would not compute what the float one does.
     """
     spec, checkpoint, digits = arguments.model, arguments.checkpoint, data == DIGITS
     if spec.endswith(ONNX_SUFFIX):

@@ -60,12 +60,12 @@ def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> N
 def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     """Return the model that ``"module:factory"`` makes with the given ``KEY=VALUE`` arguments.
 
-    Each ``VALUE`` is read as a Python literal, such as ``5`` or ``None``; what is no literal stays text. Modules of the
-    working directory are found as well. What modules and factories print goes to stderr.
+    Each ``VALUE`` is read as a Python literal, such as ``5`` or ``None``; what is no literal stays text. The working
+    directory is put first on ``sys.path`` if it is not there yet. What modules and factories print goes to stderr.
 
     Raises:
-        ValueError: no such module or factory, an argument that is not written ``KEY=VALUE`` or that the factory
-            refuses, an error of its own, or a result that is no module.
+        ValueError: ``spec`` is not ``"module:factory"``, such as a path; no such module or factory, or one that raises
+            an error; an argument that is not written ``KEY=VALUE``, or a result that is no ``nn.Module``.
     """
     module_name, _, factory_name = spec.partition(":")
     if not module_name or not factory_name:
@@ -121,7 +121,8 @@ def prepare(made: ModelRecipe, model: nn.Module | None = None) -> nn.Module:
     ``model`` is its float model, which is changed in place; None: the model recipe's factory makes it.
 
     Raises:
-        ValueError: a model that can't be made or prepared.
+        ValueError: a model that can't be made or prepared, or a qconfig of the model recipe that can't be read.
+        RuntimeError: with rounding off the prepared model would not compute what the float model does.
     """
     model = make_model(made.model, made.model_arguments) if model is None else model
     qconfig = mapping_from_data(made.qconfig)
@@ -133,7 +134,7 @@ def check_trains(model: nn.Module, preset: str) -> None:
 
     Args:
         model: the prepared model.
-        preset: name of the preset that it was prepared with, for the error's text.
+        preset: the ``--qconfig`` that it was prepared with, a preset or a JSON file, for the error's text.
 
     Raises:
         ValueError: no parameter of the model requires a gradient; or a fake quantizer of it is switched off, as presets
@@ -153,10 +154,11 @@ def check_trains(model: nn.Module, preset: str) -> None:
 def find_qconfig(name: str) -> QConfigMapping:
     """Return the mapping that ``--qconfig`` names: by a preset, an engine of torch.ao, or a JSON file.
 
-    torch.ao's engines ("fbgemm", "x86", "qnnpack", "onednn") give its presets; with "-v0" those of its version 0.
+    A name that ends in ".json" is a file. torch.ao's engines ("fbgemm", "x86", "qnnpack", "onednn") give torch.ao's
+    presets of version 1, and with "-v0", as in "fbgemm-v0", of version 0.
 
     Raises:
-        ValueError: an unknown preset, a file that can't be read or that holds no mapping.
+        ValueError: an unknown preset, or a file that can't be read or that holds no mapping.
     """
     if name.endswith(".json"):
         try:
@@ -174,10 +176,10 @@ def find_qconfig(name: str) -> QConfigMapping:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device that ``--device`` names; None: the GPU if there is one, else the CPU.
+    """Return the device that ``--device`` names, such as "cuda:1"; None: "cuda" if torch can use a GPU, else "cpu".
 
     Raises:
-        ValueError: torch knows no such device, or this machine has none.
+        ValueError: torch knows no such device, or can't use it on this machine.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

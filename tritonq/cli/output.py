@@ -11,13 +11,14 @@ from typing import TextIO
 
 @contextmanager
 def printed_whole() -> Iterator[None]:
-    """Print whatever the block prints, to the last letter, before the block ends.
+    """Write all that the block of ``with`` prints to standard output, to the last letter, before the block ends.
 
-    Letters that standard output has no code for, and bytes in names of files that are no letters, become escapes.
+    Letters that standard output has no code for, and bytes in names of files that are no letters, become Python's
+    escapes with a backslash. Where a shell closed standard output, nothing is done.
 
     Raises:
         BrokenPipeError: the program that reads the output ended.
-        OSError: the output can't be written.
+        OSError: the output can't be written, as on a full disk.
     """
     stdout: TextIO | None = sys.stdout  # None where a shell closed it
     wrapper = stdout if isinstance(stdout, io.TextIOWrapper) else None

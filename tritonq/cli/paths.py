@@ -21,10 +21,10 @@ _held: set[int] = set()
 
 
 def writable_folder(folder: Path) -> Path:
-    """Return ``folder``; make it if it does not exist.
+    """Return ``folder``; make it, and the folders above it, if it does not exist.
 
     Raises:
-        OSError: it is a file, or nothing can be written there.
+        OSError: it is a file, can't be made, or nothing can be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -42,11 +42,11 @@ def writable_folder(folder: Path) -> Path:
 
 
 def writable_file(path: Path) -> Path:
-    """Return ``path`` if a file can be written there.
+    """Return ``path`` if a file can be written there; one that exists stays as it is.
 
     Raises:
         ValueError: it is a folder, or its folder does not exist.
-        OSError: nothing can be written there.
+        OSError: nothing can be written in its folder.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file")
@@ -58,15 +58,15 @@ def writable_file(path: Path) -> Path:
 
 @contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder while the block runs, so that no other run writes there.
+    """Hold a folder while the block of ``with`` runs, so that no other run can hold it, and write there.
 
-    It is free again when the block or the process ends, however that ends.
+    It is free again when the block or the process ends, also if the process is killed.
 
     Where folders can't be locked, on Windows and some network file systems, nothing is held.
 
     Raises:
         ValueError: the folder is held already, by another process or by this one.
-        OSError: there is no such folder.
+        OSError: there is no such folder, or it can't be opened.
     """
     if fcntl is None:
         yield

@@ -20,8 +20,8 @@ _BATCH = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m tritonq predict``, and an example to its help.
 
-    They are those of :func:`add_trained_arguments` (model, its file and arguments, scaling of images), the images,
-    ``--top`` and ``--json``.
+    The options are those of :func:`add_trained_arguments` (model, its file and arguments, scaling of images), the
+    images (files, or folders of them), ``--top`` and ``--json``.
     """
     parser.epilog = (
         "Example: python -m tritonq predict train-output/model.onnx photos/new. With a checkpoint: python -m tritonq "
@@ -35,15 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the classes of each image; return 0 if all could be read, else 1.
+    """Print the most probable classes of each image; return 0 if all images could be read, else 1.
 
-    A line is ``PATH: NAME 97.1%, NAME 2.0%``, with ``--top`` classes, the most probable first. With ``--json`` it is
-    ``{"image": PATH, "classes": [{"class": NAME, "probability": 0.971}, ...]}``. Files that can't be read are told on
-    stderr.
+    A line is ``PATH: NAME 97.1%, NAME 2.0%``, with at most ``--top`` classes, the most probable first; a class without
+    a name is given by its label. With ``--json`` it is ``{"image": PATH, "classes": [{"class": NAME, "probability":
+    0.971}, ...]}``. Files that can't be read are told on stderr and skipped.
 
     Raises:
-        ValueError: an argument that makes no sense, or nothing says how images are scaled; the command shows the
-            message.
+        ValueError: an argument that makes no sense, a path that does not exist, a folder without images, a model that
+            can't be opened, or nothing says how images are scaled; the command shows the message.
+        ImportError: an ONNX file without ONNX Runtime.
+        OSError: a folder that can't be read.
     """
     if arguments.top < 1:
         raise ValueError(f"at least one class is shown, got --top {arguments.top}")

@@ -37,11 +37,13 @@ class Preprocessing:
     An image is scaled, its centre is cut out, and ``(pixels / 255 - mean) / std`` is what the model reads.
 
     Attributes:
-        size: side of the model's input.
+        size: side of the model's input, in pixels.
         resize: side that the image is scaled to before the central ``size`` × ``size`` is cut out.
-        crop: ``"stretch"`` scales to ``resize`` × ``resize``; ``"center"`` scales the shorter side and keeps the ratio.
-        interpolation: Pillow's filter.
-        mean: per channel, of pixels from 0 to 1; as many as the model has channels. Empty: the training images' own.
+        crop: ``"stretch"`` scales to ``resize`` × ``resize``; ``"center"`` scales the shorter side to ``resize`` and
+            keeps the ratio.
+        interpolation: name of Pillow's filter, in small letters.
+        mean: per channel, of pixels from 0 to 1. Empty: not known yet; :meth:`with_moments` fills in that of the
+            training images.
         std: deviation per channel, as ``mean``.
         channels: 3 for colours, 1 for grey.
 
@@ -78,13 +80,16 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def with_moments(self, mean: float, std: float) -> Preprocessing:
-        """Return a copy with this mean and deviation in all channels, or the object itself if it has a mean already."""
+        """Return a copy with this mean and deviation in all channels, or the object itself if it has a mean already.
+
+        Both are those of pixels from 0 to 1.
+        """
         if self.mean:
             return self
         return replace(self, mean=(mean,) * self.channels, std=(std,) * self.channels)
 
     def pixels(self, image: Image) -> Tensor:
-        """Scale and crop an image; return uint8 (channels, size, size)."""
+        """Turn an image to colours or grey, scale and crop it; return uint8 (channels, size, size), 0..255."""
         from PIL.Image import Resampling
 
         image = image.convert("RGB" if self.channels == COLOURS else "L")
@@ -110,7 +115,7 @@ class Preprocessing:
         return flat.view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Return ``(x - mean) / std`` as float32, for ``pixels`` of shape (..., channels, height, width).
+        """Return ``(x - mean) / std`` as float32, for ``pixels`` (..., channels, height, width) on the CPU.
 
         ``x`` is ``pixels / 255`` for uint8 pixels, and ``pixels`` itself for float32 from 0 to 1. ``mean`` and ``std``
         must not be empty; :meth:`with_moments` returns a copy that has them.
@@ -150,7 +155,8 @@ def preprocessing_from_data(data: Any) -> Preprocessing:
     A field that ``data`` lacks gets its default.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: ``data`` is no dict, lacks ``"size"`` or ``"resize"``, or has a key that is no field, or a value
+            that :class:`Preprocessing` refuses.
     """
     data = with_defaults(Preprocessing, data) if isinstance(data, Mapping) else {}
     if set(data) != {field.name for field in fields(Preprocessing)}:
@@ -166,8 +172,8 @@ def preprocessing_from_data(data: Any) -> Preprocessing:
 def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for scaling images: ``--preprocessing``, ``--image-size``, ``--channels``, ``--crop`` and others.
 
-    The others are ``--resize``, ``--interpolation``, ``--mean`` and ``--std``. What is not given is None, but
-    ``--preprocessing`` is ``"auto"``.
+    The others are ``--resize``, ``--interpolation``, ``--mean`` and ``--std``; the last two become tuples of floats.
+    An option that is not given is None, but ``--preprocessing`` is ``"auto"``.
     """
     group = parser.add_argument_group("preprocessing of images")
     group.add_argument(
@@ -188,7 +194,7 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the names of those preprocessing options that the user gave, such as ``["--mean", "--std"]``.
+    """Return which options of :func:`add_preprocessing_arguments` the user gave, such as ``["--mean", "--std"]``.
 
     ``--preprocessing auto`` counts as not given.
     """
@@ -200,19 +206,24 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
     """Return the preprocessing that the options ask for; without mean and deviation if the images' own are to be taken.
 
-    ``--preprocessing auto`` takes the config of the model, or of torchvision's weights that ``--model-arg`` names; if
-    there is none, or for digits, that of ``--preprocessing data``: stretched to 32 × 32 in colours (digits: 8 × 8
-    in grey), and the images' own mean and deviation. Single options win over it; a new size or crop gets the
-    ``resize`` that belongs to it.
+    ``--preprocessing auto`` takes timm's config in the model, or that of torchvision's weights which ``--model-arg
+    weights=NAME`` names; if there is none, or for digits, that of ``data``. ``model`` takes the same configs, for
+    digits too, and of a factory of torchvision without named weights that of its default weights. ``data`` is stretched
+    to 32 × 32 in colours (digits: 8 × 8 in grey), with the images' own mean and deviation. ``torchvision`` and ``timm``
+    are these libraries' conventions for ImageNet: shorter side 256, the central 224 × 224.
+
+    Other options, such as ``--crop``, win over ``--preprocessing``. One number in ``--mean`` or ``--std`` counts for
+    all channels. Without ``--resize`` a new size or crop sets it: to the size, or for ``"center"`` to size / 0.875.
 
     Args:
-        arguments: the parsed command line, with the options of :func:`add_preprocessing_arguments`.
+        arguments: the parsed command line, with the options of :func:`add_preprocessing_arguments`, ``model_arg``, and
+            ``model``, the factory or file as text.
         model: whose config is read with ``--preprocessing auto`` or ``model``.
         digits: whether the images are scikit-learn's digits.
 
     Raises:
-        ValueError: options that contradict each other, a config whose images are not square, or with
-            ``--preprocessing model`` a model without a config.
+        ValueError: options that contradict each other or that :class:`Preprocessing` refuses, a config of timm whose
+            images are not square, or with ``--preprocessing model`` a model without a config.
     """
     named = _named(arguments.preprocessing, arguments, model, digits)
     channels = arguments.channels or named.channels

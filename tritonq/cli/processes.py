@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """This process among those that train together; :func:`joined` gives it.
 
     Attributes:
-        rank: its number, from 0.
+        rank: its number, from 0, over all machines.
         count: how many there are.
     """
 
@@ -34,7 +34,10 @@ class Processes:
         return self.count > 1
 
     def gathered(self, item: Any) -> list[Any]:
-        """Return the ``item`` of every process, in the order of ranks. Every process must call it."""
+        """Return the ``item`` of every process, in the order of ranks. Every process must call it.
+
+        Items have to be such as pickle takes, where there are several processes.
+        """
         if not self.together:
             return [item]
         items: list[Any] = [None] * self.count
@@ -42,7 +45,7 @@ class Processes:
         return items
 
     def summed(self, *numbers: int) -> list[int]:
-        """Return the sum of each number over all processes. Every process must call it."""
+        """Return the sum of each of ``numbers`` over all processes, in their order. Every process must call it."""
         return [sum(column) for column in zip(*self.gathered(numbers), strict=True)]
 
     def wait(self) -> None:
@@ -53,10 +56,14 @@ class Processes:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that torchrun started, and leave them at the end; give this one, and its device.
+    """Join the processes that torchrun started, and leave them when the block of ``with`` ends.
 
-    The device is a GPU of its own if ``device`` is "cuda". Without torchrun nothing happens, and ``device`` is given.
-    A process group that the process was in before is used, and stays.
+    It gives this process among them, and its device: if ``device`` is "cuda" without an index, a GPU of its own, such
+    as "cuda:1", which becomes torch's current one; else ``device``. Without torchrun nothing happens, and it gives
+    ``Processes()``, one process, and ``device``. A process group that was there before is used, and stays.
+
+    Raises:
+        RuntimeError: the processes can't connect, or there are more on a machine than it has GPUs.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield Processes(), device

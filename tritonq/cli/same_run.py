@@ -25,9 +25,11 @@ _OF_A_RUN = {"settings": Mapping, "step": int, "optimizer": Mapping, "scaler": M
 def read_run(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
     """Return the model recipe and all entries of a checkpoint from which a run can go on, such as ``last.pt``.
 
+    Entries are by name, such as ``"step"``; tensors are on the CPU.
+
     Raises:
-        ValueError: no such file, a damaged one, one that is no checkpoint, or a checkpoint of weights alone, such as
-            ``best.pt``.
+        ValueError: no such file, a damaged one, one that is no checkpoint or of a later version, or a checkpoint with
+            weights only, such as ``best.pt``.
     """
     made, content = read_training(path)
     try:
@@ -44,11 +46,12 @@ def read_run(path: Path) -> tuple[ModelRecipe, dict[str, Any]]:
 def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | None = None) -> bool:
     """Whether the run of a checkpoint was finished, and more epochs are asked for now.
 
-    It was if its last epoch in the history is the last of its settings.
+    It was finished if the last epoch in its history has the number ``epochs`` of its settings; a run that ``patience``
+    ended earlier was not.
 
     Args:
-        content: the checkpoint.
-        epochs: how many are asked for.
+        content: entries of the checkpoint, from :func:`read_run`.
+        epochs: how many are asked for in all, those of the checkpoint included.
         steps_per_epoch: steps in an epoch of the checkpoint's run. It is read only without a history, as in checkpoints
             of version 0.1.0: the run was finished if it did so many steps for each epoch of its settings. None: a run
             without a history counts as unfinished.
@@ -61,13 +64,16 @@ def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | 
 
 
 def saved_settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in the checkpoint ``content``, by name; ``{}`` if it has none."""
+    """Return the settings in the checkpoint ``content`` by the names of :class:`Settings`' fields; ``{}`` without any.
+
+    It is the checkpoint's own dict; one of an earlier version may lack fields.
+    """
     saved = content.get("settings")
     return saved if isinstance(saved, dict) else {}
 
 
 def processes_of(content: Mapping[str, Any]) -> int:
-    """Return how many processes wrote the checkpoint ``content`` together."""
+    """Return how many processes trained together when the checkpoint ``content`` was written."""
     random = content["random"]
     return len(random) if isinstance(random, list) else 1
 
@@ -85,6 +91,10 @@ def step_among(step: int, steps_per_epoch: int, now: int) -> int:
 
     Raises:
         ValueError: the step that comes next is one that is left out now.
+
+    Examples:
+        >>> step_among(13, steps_per_epoch=5, now=4)  # two epochs and three steps
+        11
     """
     epoch, within = divmod(step, steps_per_epoch)
     if within >= now:
@@ -97,9 +107,10 @@ def check_before_images(
 ) -> None:
     """Compare a checkpoint with the run that is to be resumed, before images are read: model, qconfig, settings.
 
-    What depends on images (their fingerprint, preprocessing) is left to :func:`check_same_run`, and everything in a
-    checkpoint of version 1 of the format. If the checkpoint's run was finished and this one has more epochs
-    (:func:`is_extended`), epochs, frozen epochs and learning rate may differ.
+    The names of classes are compared, too. What depends on images (their fingerprint, preprocessing), the setting
+    ``begin``, and everything in a checkpoint of version 1 of the format is left to :func:`check_same_run`. If the
+    checkpoint's run was finished and this one has more epochs (:func:`is_extended`), epochs, frozen epochs and learning
+    rate may differ.
 
     Args:
         path: of the checkpoint, for the error's text.
@@ -109,7 +120,7 @@ def check_before_images(
         content: the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another run.
+        ValueError: the checkpoint is of another run; everything that differs is named.
     """
     if content["version"] > 1:
         ignored = _OF_IMAGES | (_OF_THE_SCHEDULE if is_extended(content, settings.epochs) else {"begin"})

@@ -106,10 +106,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train, convert, verify, and print the accuracy of each form; return the exit status.
+    """Train, convert, verify, and print the accuracy of trained, converted and ONNX model; return the exit status.
 
     It is 1 if the converted model does not agree with the trained one, else 0. It is also 0 if the model can't be
     deployed, and in all processes but the first.
+
+    Raises:
+        ValueError: an option that makes no sense, a file that can't be read or used, or a training that diverges; the
+            command shows the message.
+        OSError: a file that is needed can't be written.
+        Interrupted: a signal such as Ctrl-C ended the training after a whole step.
     """
     with ExitStack() as held:
         return _main(arguments, held)

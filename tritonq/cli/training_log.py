@@ -22,9 +22,9 @@ class Epoch:
 
     Attributes:
         epoch: its number, from 1.
-        step: how many steps were done at its end.
+        step: how many steps of the run were done at its end.
         learning_rate: of its last step.
-        loss: mean over its images.
+        loss: mean over the images that it trained with.
         accuracy: share of the held-out images, 0 to 1, that the model in eval mode classifies rightly.
     """
 
@@ -41,7 +41,10 @@ class Epoch:
 def write_csv(path: Path, history: Sequence[Epoch]) -> None:
     """Write all epochs as CSV, one per row under a row of :class:`Epoch`'s fields, as a whole file or not at all.
 
-    So a resumed run repeats none.
+    An older file at ``path`` is replaced, so that a resumed run repeats no epoch.
+
+    Raises:
+        OSError: the file can't be written; an older one is then as it was.
     """
     text = StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
@@ -52,7 +55,11 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def is_own_log(path: Path) -> bool:
-    """Whether there is no file at ``path``, or it begins as those of :func:`write_csv` do, also in earlier versions."""
+    """Whether there is no file at ``path``, or one with the first row of :func:`write_csv`, also of earlier versions.
+
+    Raises:
+        OSError: what is there can't be read, such as a folder.
+    """
     header = ",".join(required_fields(Epoch)).encode()
     if not path.exists():
         return True
@@ -61,12 +68,12 @@ def is_own_log(path: Path) -> bool:
 
 
 def history_from_data(data: Any) -> list[Epoch]:
-    """Return the epochs that a checkpoint holds, from ``data``, a list of dicts of their fields.
+    """Return the epochs that a checkpoint holds, from ``data``, a list with a dict of :class:`Epoch`'s fields for each.
 
-    A field that an epoch lacks gets its default.
+    A field that an epoch lacks gets its default. The types of values are not checked.
 
     Raises:
-        ValueError: it is no list of dicts, or a dict lacks a field without default or has an unknown one.
+        ValueError: ``data`` is no list of dicts, or a dict lacks a field without default or has an unknown one.
     """
     names = {field.name for field in fields(Epoch)}
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
@@ -107,8 +114,10 @@ class TensorBoard:
     def add(self, epoch: Epoch) -> None:
         """Write loss, accuracy and learning rate of one epoch, and what could not be written of earlier ones.
 
+        They are the curves ``loss``, ``accuracy`` and ``learning_rate`` over the epoch's number.
+
         Raises:
-            OSError: the file can't be written; the error names it.
+            OSError: the file can't be written; the error names it, or the folder that can't be made.
         """
         values = [{"tag": name, "simple_value": getattr(epoch, name)} for name in ("loss", "accuracy", "learning_rate")]
         self._append(step=epoch.epoch, summary={"value": values})

@@ -40,19 +40,19 @@ class Run:
     """One training run, with everything that a checkpoint must hold so that it goes on as if it had not stopped.
 
     :meth:`train` trains the steps that are left, by SGD with momentum on the model's device, and writes the files.
-    :meth:`resume`, called before, takes up a run that was interrupted.
+    :meth:`resume`, called before :meth:`train`, takes up a run that was interrupted, or extends a finished one.
 
     Args:
         made: how the model was made.
         model: the prepared model, on the device of the run.
         settings: the numbers that decide the run's results.
-        data: images.
-        folder: where ``last.pt``, ``best.pt`` and ``log.csv`` are written.
+        data: images to train with, and images held out to measure the accuracy.
+        folder: an existing folder, where ``last.pt``, ``best.pt`` and ``log.csv`` are written.
         workers: number of processes that read images; 0: this one reads them.
         patience: stop after so many epochs without a better accuracy; None: never.
         processes: those that train together; None: this one alone.
         board: a log for TensorBoard; None: none.
-        float_accuracy: share of images that the model classified correctly before it was prepared; checkpoints keep it.
+        float_accuracy: share of held-out images that the float model has right, for checkpoints; None: not measured.
 
     Raises:
         ValueError: a batch has fewer than two images for each process, or an augmentation is unknown or not possible.
@@ -100,24 +100,24 @@ class Run:
         """Number of optimizer steps of the whole run, those before a resume included, epochs · steps per epoch.
 
         An epoch has a step for each full batch of all processes together, and one more for the rest if that gives each
-        process two images. ``patience`` may end the run earlier.
+        process at least two images or is all there is. ``patience`` may end the run earlier.
         """
         return self.settings.epochs * self.steps_per_epoch
 
     @property
     def best(self) -> Epoch | None:
-        """The epoch with the best accuracy, the last one of several; None before the first."""
+        """The epoch with the best accuracy, of equally good ones the last; None before the first epoch has ended."""
         return max(self.history, key=lambda epoch: (epoch.accuracy, epoch.epoch), default=None)
 
     def train(self, checkpoint_every: int) -> None:
-        """Train the steps that are left, and write a checkpoint every ``checkpoint_every`` steps and after each epoch.
+        """Train the steps that are left; write a checkpoint every ``checkpoint_every`` ≥ 1 steps and after each epoch.
 
         Raises:
-            DivergenceError: a loss, gradient or weight is not finite; the last checkpoint is from before.
-            Interrupted: by a signal, after a step and its checkpoint, if this process trains alone.
-            UnreadableImageError: a file vanished. The checkpoint holds all steps before; if the image is held out, or
-                several processes train, only those up to the checkpoint before.
-            OSError: the last checkpoint can't be written. Other files that can't be written cause a printed line only.
+            DivergenceError: a loss, parameter, BatchNorm statistic or (float16 excepted) gradient is not finite.
+            Interrupted: by SIGINT, SIGTERM or SIGHUP, after a step and its checkpoint, if no other process trains.
+            UnreadableImageError: a file can't be read any more. The checkpoint holds all steps before; if the image is
+                held out, or several processes train, only those up to the checkpoint before.
+            OSError: the checkpoint with which training ends can't be written. For other files a line is printed.
         """
         if self.processes.is_first:
             remove_leftovers(self.path)
@@ -271,12 +271,12 @@ class Run:
     def save(self, last: bool = False) -> None:
         """Write all that :meth:`resume` needs to ``last.pt``; ``last`` tells that no later one will be written.
 
-        That is settings, step, history, and the states of model, optimizer, scaler and random generators. Every process
-        must call it; the first one writes.
+        That is model recipe, settings, step, history, and the states of model, optimizer, gradient scaler and random
+        generators. Every process must call it; the first one writes.
 
         Raises:
-            DivergenceError: loss, gradients, parameters or BatchNorm statistics are not finite; the file before stays.
-            OSError: the last one can't be written. An earlier one that can't be written causes a printed line only.
+            DivergenceError: loss, gradients, parameters or BatchNorm statistics are not finite; an older file stays.
+            OSError: the file can't be written, and ``last`` is True; if it is False, a line is printed instead.
         """
         self.watch.check(self.model, self._loss, late=False)
         check_finite(self.model, self.step)
@@ -316,13 +316,14 @@ class Run:
         return True
 
     def resume(self) -> int:
-        """Load the state of ``last.pt``; return the step to go on from, counted in the present steps per epoch.
+        """Load the state of ``last.pt``, in place; return how many of this run's :attr:`steps` are done.
 
-        A finished run may be given more epochs, in which ranges and BatchNorm statistics are updated again.
+        A finished run may be given more epochs, in which ranges and BatchNorm statistics are updated again. With
+        another number of processes than before, random generators are seeded anew.
 
         Raises:
             ValueError: no checkpoint, a damaged one, one of another run or architecture, or one whose next batch is too
-                small to be shared among the processes; or more of the epochs are to be frozen than are left.
+                small to be shared among the processes; or a finished run gets more frozen epochs than new ones.
         """
         made, content = read_run(self.path)
         saved = saved_settings(content)
@@ -374,10 +375,9 @@ class Run:
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = False) -> torch.optim.Optimizer:
-    """Return SGD for ``model`` with Nesterov momentum 0.9 and weight decay 1e-4, in the groups of `parameter_groups`.
+    """Return fused SGD with Nesterov momentum 0.9, and weight decay 1e-4 except for normalizations and quantizers.
 
-    It is fused, because a fused optimizer can skip a step on the device. ``one_group``: all parameters decay, as in
-    version 0.1.0, whose runs are resumed so.
+    ``one_group``: these decay, too, in one group of all parameters, as in version 0.1.0, whose runs are resumed so.
     """
     groups = parameter_groups(model, learning_rate, _WEIGHT_DECAY)
     if one_group:

@@ -23,9 +23,9 @@ _PLAIN = (Tensor, nn.Parameter)
 class Tail(ctypes.Structure):
     """The ReLU and the grid of a result, as ``common.h`` declares them in C++.
 
-    If ``rounds``, a result is ``clamp(round(y · inverse), lowest, highest) · scale``, with ``inverse`` 1 / scale and
-    ends that count from the zero point and allow for the ReLU; else it is y, clipped to ``floor .. ceiling``, the ends
-    of the ReLU (infinite without one).
+    With y a value before the ReLU: if ``rounds``, the result is ``clamp(round(y · inverse), lowest, highest) · scale``,
+    with ``inverse`` 1 / scale, and as ends the smallest and largest code that the ReLU leaves, minus the zero point;
+    else it is y, clipped to ``floor .. ceiling``, the ends of the ReLU (infinite without one).
     """
 
     _fields_ = (
@@ -40,9 +40,9 @@ class Rule(ctypes.Structure):
     Fields:
 
     - ``constant``: weight of a batch in the average, -1: no average, but the extremes of all batches.
-    - ``copy_above``: with an average, a batch whose magnitude is more than this times the range's replaces it; -1: only
-      the first batch does, and ``fall`` does not count. ``fall``: so does a batch that is smaller by more than this
-      factor and not all zeros.
+    - ``copy_above``: with an average, a batch whose largest magnitude is more than this times the range's replaces the
+      range; -1: only the first batch does, and ``fall`` does not count. ``fall``: so does a batch whose largest
+      magnitude is smaller by more than this factor and not 0.
     - ``reach``: if ``fixed``, the scale is the range's largest magnitude divided by this number; else the range is
       widened to hold 0, and the scale is ``(max - min) / (quant_max - quant_min)``. ``eps``: smallest scale.
     - ``fixed``: whether the range is symmetric, so that every zero point is ``zero_point``; else it is
@@ -72,9 +72,9 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def are_vectors(*tensors: Tensor | None) -> bool:
-    """Whether each is None or a contiguous float32 tensor on the CPU, of no subclass, whose memory can be accessed.
+    """Whether each is None or a contiguous tensor of any shape, float32, on the CPU, of no subclass but nn.Parameter.
 
-    It can't be while a dispatch mode or a transform such as ``vmap`` is active.
+    False while a dispatch mode or a transform such as ``vmap`` is active.
     """
     for tensor in tensors:
         if tensor is None:
@@ -120,14 +120,14 @@ def rounds_to_even_integers(grid: Grid) -> bool:
 
 
 def observes(statistics: RangeStatistics | None) -> bool:
-    """Whether a batch changes the running range: it is not None, not frozen, and switched on."""
+    """Whether a batch changes the running range: ``statistics`` is not None, not frozen, and switched on."""
     if statistics is None or statistics.frozen:
         return False
     return statistics.enabled is None or bool(statistics.enabled)
 
 
 def rests_on_data(statistics: RangeStatistics | None, changes: bool) -> bool:
-    """Whether a running range holds data, in any channel, once this batch is observed; True for None, no range.
+    """Whether a running range holds data in at least one channel once this batch is observed; True for None, no range.
 
     A grid is rounded to only if this is True. ``changes``: whether the batch changes the range (:func:`observes`).
     """
@@ -144,12 +144,13 @@ class GridArguments(NamedTuple):
             :func:`rule_of` keeps it alive. None without a grid.
         observes: whether the batch changes the running range.
         rounds: whether the result is rounded: the grid is switched on, and its range has data (with this batch), or
-            there is no range.
+            there is no range. False without a grid.
         ceiling: upper bound of the ReLU, infinity for a plain one; NaN without one.
-        min_val: address of the running minimum, as the others are; None without a range.
-        max_val: of the running maximum.
-        scale: of the grid's scale; None without a grid.
-        zero_point: of the grid's zero point; None for zero.
+        min_val: address of the running minimum; None without a range. The caller keeps alive the tensors to which this
+            and the other addresses point.
+        max_val: address of the running maximum; None without a range.
+        scale: address of the grid's scale; None without a grid.
+        zero_point: address of the grid's zero point; None for zero, or without a grid.
     """
 
     rule: int | None
@@ -196,7 +197,7 @@ def range_arguments(grid: Grid, statistics: RangeStatistics | None) -> tuple[int
 def note_observed(grid: Grid | None, statistics: RangeStatistics | None) -> None:
     """Count up the versions, torch's counters of in-place changes, of running range, scale and zero point.
 
-    C++ changed these without torch. Nothing is done if ``grid`` or ``statistics`` are None.
+    Call it after C++ has changed these. Nothing is done if ``grid`` or ``statistics`` is None.
     """
     if grid is not None and statistics is not None:
         changed = (statistics.min_val, statistics.max_val, grid.scale)
@@ -211,15 +212,15 @@ def rule_of(
     averaging_constant: float | None = None,
     copy_above: float | None = None,
 ) -> Rule:
-    """Return the :class:`Rule` with these values, always the same object, so that its address stays valid.
+    """Return the :class:`Rule` with these values, the same object for equal ones, whose address stays valid.
 
     Args:
         qtype: the codes; integers.
         rule: how a range becomes scale and zero point: "torch" or "megengine".
         eps: smallest scale.
         averaging_constant: weight of a batch in a moving average; None: the extremes of all batches.
-        copy_above: a batch whose magnitude is more than this times the running one's, or less than 1/100 of it,
-            replaces the range; None: only the first batch does.
+        copy_above: a batch whose largest magnitude is more than this times that of the range of a moving average, or
+            below 1/100 of it and not 0, replaces the range; None: only the first batch does.
     """
     fixed = fixed_zero_point(qtype, rule)
     constants = (-1.0 if number is None else number for number in (averaging_constant, copy_above))

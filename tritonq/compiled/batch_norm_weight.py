@@ -51,9 +51,9 @@ def quantize(
 
     Returns:
         A :class:`~tritonq.reference.batch_norm_weight.StepWeight`: ``codes`` (in float16 times a power of two)
-        times ``unit`` is the rounded folded weight. With them come ``ratio`` (``(γ/σ) / unit``), γ/σ, ``1/σ``,
-        ``clips`` (whether a value may lie outside the codes) and a copy of the grid as this step used it, for the
-        backward.
+        times ``unit`` is the folded weight, rounded if the grid is switched on and its range has data. With them come
+        ``ratio`` (``(γ/σ) / unit``), γ/σ and ``1/σ``, as ``unit`` (out,) in ``dtype``, ``clips`` (whether a value may
+        lie outside the codes) and a copy of the grid as this step used it, for the backward.
     """
     if known is None and grid is not None and grid.is_enabled_on_host() and code_dtype is dtype is torch.float32:
         made = _in_one_call(rows, running_var, gamma, eps, grid, statistics, out)
@@ -74,9 +74,10 @@ def codes_again(
     Args:
         rows: the weight, (out, ...).
         fold: (out,), γ/σ as :func:`quantize` returned it.
-        grid: the copy of the grid that :func:`quantize` returned; None: the weight was folded only.
+        grid: the copy of the grid that :func:`quantize` returned; None: the result is ``rows · fold``.
         code_dtype: dtype of the convolution.
-        out: memory for the codes before they are converted to ``code_dtype``; None: new memory.
+        out: memory for the codes before they are converted to ``code_dtype``: shaped as ``rows``, in the dtype of
+            ``fold``; None: new memory.
     """
     codes, unit, *_ = weights.folded_codes(rows, fold, grid, out)
     return fit_codes(codes, unit, code_dtype)[0]
@@ -101,7 +102,7 @@ def gradients(
     ``|γ/σ| < 1e-12``.
 
     Args:
-        dcodes: gradient of the codes, shaped as ``rows``; may be overwritten.
+        dcodes: gradient of the codes, shaped as ``rows``; may be overwritten with the weight's and returned.
         rows: the weight, (out, ...), not folded.
         gamma: (out,), as all vectors here; None for 1.
         fold: γ/σ, or ``1/σ`` where that is nearly 0, as :func:`quantize` returned it.

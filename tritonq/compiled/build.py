@@ -34,14 +34,18 @@ _lock = threading.Lock()
 def compiler() -> str | None:
     """Return the path of the C++ compiler: ``CXX`` of the environment, without that c++, g++ or clang++ on the path.
 
-    None if it is not found. The answer is kept for the process.
+    ``CXX`` is a name or path without options. None if it is not found, or if none of the three is. The answer is kept
+    for the process.
     """
     named = os.environ.get("CXX")
     return next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
 
 
 def obstacle() -> str | None:
-    """Return why compiled code can't run here, as a sentence; None on Linux with a compiler. Compiles nothing."""
+    """Return why compiled code can't run here, such as "it needs a C++ compiler: …"; None on Linux with a compiler.
+
+    Nothing is compiled, so that a compiler that fails is not found out.
+    """
     if sys.platform != "linux":
         return f"compiled code runs on Linux, this is {sys.platform}"
     if compiler() is None:
@@ -51,11 +55,13 @@ def obstacle() -> str | None:
 
 @cache
 def library() -> Any:
-    """Return the compiled functions as attributes of a ctypes library; compiles them if the cache does not have them.
+    """Return the compiled functions as attributes of a ctypes library, the same one in each call.
+
+    They are compiled if the user's cache folder (``~/.cache/tritonq``) lacks them.
 
     Raises:
-        RuntimeError: they can't run here (:func:`obstacle`), can't be compiled (the message has the compiler's), or no
-            folder can be written to.
+        RuntimeError: they can't run here (not Linux, or no compiler), can't be compiled (the message has the
+            compiler's), or neither the cache folder nor one for temporary files can be written to.
     """
     with _lock:
         return _load()

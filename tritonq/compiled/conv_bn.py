@@ -42,19 +42,20 @@ def forward(
     mean``, where mean and biased variance are those of c.
 
     Args:
-        c: (batch, channels, ...), any float dtype, contiguous or channels last.
+        c: (batch, channels, ...), any float dtype, contiguous or channels last, with two or more values per channel.
         ratio: (channels,), what ``c`` is divided by; that gives the convolution with the unfolded weight. Not zero; it
             has the sign of γ, and is positive where γ is zero.
         gamma: (channels,); None for 1.
         beta: (channels,); None for 0.
         bias: of the convolution, (channels,), which changes the running mean only; None for 0.
         norm: the BatchNorm, whose running statistics are updated in place.
-        grid: per tensor, updated in place; None leaves the result in float.
+        grid: per tensor, updated in place. The result stays in float if it is None or switched off, or the running
+            range has no data.
         statistics: the running range of the grid, updated in place; None observes nothing.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None without one.
 
     Returns:
-        The result, in the dtype and memory format of ``c``; a `Normalization` of six vectors (channels,): mean,
+        The result, in the dtype and memory format of ``c``; a `Normalization` of six vectors like ``ratio``: mean of c,
         ``1/std``, |γ|, slope, shift and ``eps · ratio² / std²``, with ``std² = var + eps · ratio²``; and a copy of the
         grid as this step used it, or None.
     """
@@ -84,7 +85,7 @@ def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: f
         c: (batch, channels, ...), the convolution's output.
         slope: (channels,).
         shift: (channels,).
-        grid: per tensor, as one step used it; None leaves the result in float.
+        grid: per tensor, as one step used it; None, or one that is switched off, leaves the result in float.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
     """
     c = dense(c)
@@ -104,7 +105,7 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """Return the gradient of ``c``, and ``Σ g`` and ``Σ g n`` per channel, with ``n = (c - mean) / std``.
+    """Return the gradients of ``c`` and of β (``Σ g`` per channel), and ``Σ g n``, with ``n = (c - mean) / std``.
 
     g is the part of ``dy`` that ReLU and quantizer let pass; ``dc = slope (g - mean(g) - n · mean(g n))``.
 
@@ -114,7 +115,8 @@ def backward(
         result: the vectors of the forward, mean, ``1/std``, slope and shift among them.
         grid: the copy of the grid that :func:`forward` returned; None without a quantizer.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without one.
-        out: memory for the gradient of ``c``, laid out as ``c``; None: new memory.
+        out: memory for the gradient of ``c``, laid out as ``c``, in the dtype of ``result``'s vectors. If that is not
+            the dtype of ``c``, the gradient is converted into new memory. None: new memory.
     """
     c = dense(c)
     vectors = (result.mean, result.inverse_std, result.slope, result.shift)

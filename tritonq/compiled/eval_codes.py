@@ -33,7 +33,7 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
     """Return ``clip(round(sums * factors) + zero, low, high)``, uint8; None if a sum reaches ``reach``.
 
     Args:
-        sums: float32 whole numbers; may be overwritten.
+        sums: float32 whole numbers, not empty if ``reach`` is given; may be overwritten.
         factors: for each channel, how many steps of the result's scale a sum of 1 is: in ``by_channel``, a tensor that
             broadcasts against the sums, and in ``row``, a vector; `tritonq.reference.eval_codes.repeated` makes both.
         to: zero, ends and ties.
@@ -75,7 +75,7 @@ def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_f
     """Return ``(code - zero) * scale`` as float32.
 
     Args:
-        codes: uint8, in any order.
+        codes: uint8, of any memory format.
         scale: the float32 scale.
         zero: the code of the value 0.
         form: memory format of the result.
@@ -96,8 +96,8 @@ def codes_of_sum(
     Args:
         a: uint8 codes.
         b: uint8 codes of the same shape.
-        starts: the code that is subtracted from each operand's codes.
-        ratios: each operand's scale over that of the result; negative to subtract.
+        starts: ``(start_a, start_b)``: the code that is subtracted from each operand's codes.
+        ratios: ``(ratio_a, ratio_b)``: each operand's scale over that of the result; negative to subtract the operand.
         fixed: the constant term, float32, 0-d.
         to: zero, ends and ties of the result.
     """
@@ -122,7 +122,7 @@ def codes_of_product(
     Args:
         a: uint8 codes.
         b: uint8 codes; one of both may broadcast to the shape of the other.
-        zeros: the code of the value 0 of each operand.
+        zeros: ``(zero_a, zero_b)``: the code of the value 0 of each operand.
         ratio: the product of both scales over that of the result.
         fixed: the constant term, float32, 0-d.
         to: zero, ends and ties of the result.
@@ -146,8 +146,8 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
     """Return ``table[code]`` for each code, uint8, in the order of ``codes``.
 
     Args:
-        codes: uint8, dense.
-        table: uint8, one entry per code.
+        codes: uint8, without gaps in memory, such as contiguous or channels last.
+        table: uint8, contiguous, with an entry for each code up to the largest in ``codes``, which is not checked.
     """
     results = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.uint8)
     library().eval_look_up(codes.data_ptr(), codes.numel(), table.data_ptr(), results.data_ptr())

@@ -74,7 +74,9 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Return ``dy`` where the rounded, unclipped code is a code, else 0; 0 at NaN. While the grid is off return ``dy``.
+    """Return ``dy``, in ``x``'s dtype, where the rounded, unclipped code lies in the codes' range, else 0; 0 at NaN.
+
+    While the grid is switched off, ``dy`` itself is returned.
 
     Args:
         dy: gradient of the result, shaped as ``x``.

@@ -46,7 +46,8 @@ def gamma_gradient(
         fold: ``s`` of :func:`nonzero_fold`: ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: ``1/σ`` of :func:`nonzero_fold`.
         eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the unfolded convolution.
-        sum_gn: ``Σ g (c - mean) / std``: g is the gradient behind the BatchNorm, c the folded convolution's output.
+        sum_gn: ``Σ g (c - mean) / std``: g is the gradient of what the BatchNorm returns, c the output of the
+            convolution with the folded weight.
         dfold: gradient of ``s``.
     """
     vectors = (gamma, fold, inverse_std, eps_share, sum_gn, dfold)
