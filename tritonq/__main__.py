@@ -42,6 +42,8 @@ class Command:
     extra: str
 
 
+# What the extras of pyproject.toml install, by the names of imports.
+_PACKAGES = frozenset({"PIL", "jinja2", "matplotlib", "onnx", "onnxruntime", "onnxscript", "sklearn", "tqdm"})
 COMMANDS = {
     "demo": Command(
         "tritonq.demo.run", "train a CNN, fine-tune it with QAT, deploy it, and compare all of them", "demo"
@@ -151,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(getattr(error, "status", _INTERRUPTED))
         except BrokenPipeError:
             return _OUTPUT_CLOSED
+        except ModuleNotFoundError as error:  # of a package that a command imports when it needs it
+            print(_what_is_missing(name, error), file=sys.stderr)
+            return 1
         except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
             print(f"{program}: {_in_one_line(error)}", file=sys.stderr)
             return 1
@@ -182,10 +187,24 @@ def _import(name: str, command: Command) -> ModuleType:
     try:
         return importlib.import_module(command.module)
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.startswith("tritonq"):
-            raise
-        message = f"tritonq {name} needs {error.name}: pip install 'tritonq[{command.extra}]'"
-        raise SystemExit(message) from error
+        raise SystemExit(_what_is_missing(name, error)) from error
+
+
+def _what_is_missing(name: str, error: ModuleNotFoundError) -> str:
+    """Return the line that names a missing package, with the ``pip install`` that helps if it is one of the extras'.
+
+    An error of tritonq's own modules is raised.
+
+    Args:
+        name: of the command.
+        error: what importing the package raised.
+    """
+    if name not in COMMANDS or error.name is None or error.name.startswith("tritonq"):
+        raise error
+    is_ours = error.name.partition(".")[0] in _PACKAGES
+    return f"tritonq {name} needs {error.name}" + (
+        f": pip install 'tritonq[{COMMANDS[name].extra}]'" if is_ours else ", which is not installed"
+    )
 
 
 if __name__ == "__main__":

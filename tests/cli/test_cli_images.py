@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 
 import numpy as np
@@ -278,14 +279,16 @@ def test_preprocessing_as_plain_data():
     chosen = choose_preprocessing(options("--mean=0.5", "--std=0.25,0.5,1", "--crop=center"), nn.Identity())
     assert (chosen.mean, chosen.std, chosen.resize) == ((0.5,) * 3, (0.25, 0.5, 1.0), 36)
     assert preprocessing_from_data(preprocessing_to_data(chosen)) == chosen
-    for broken in ({}, {**preprocessing_to_data(chosen), "std": [0, 0, 0]}, [1], {"size": 3}):
+    whole = preprocessing_to_data(chosen)
+    for broken in ({}, {**whole, "std": [0, 0, 0]}, [1], {"size": 3}, {**whole, "size": math.inf}):
         with pytest.raises(ValueError, match=r"preprocessing|std"):
             preprocessing_from_data(broken)
     with pytest.raises(ValueError, match="in 1 or 3 channels, got 4"):
         preprocessing_from_data({**preprocessing_to_data(SMALL), "channels": 4})
 
 
-def test_augmentation_is_a_function_of_seed_and_image(tmp_path):
+def test_augmentation_is_a_function_of_seed_and_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("it seeded the GPUs' generators"))
     data = open_examples(str(image_folder(tmp_path / "insects")), SMALL)
     augmentation = Augmentation.named("flip,crop")
     before = torch.get_rng_state()

@@ -60,6 +60,22 @@ def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("package", "line"),
+    [
+        ("sklearn", "tritonq train needs sklearn: pip install 'tritonq[demo]'"),
+        ("torchvision", "tritonq train needs torchvision, which is not installed"),
+    ],
+)
+def test_a_package_that_is_imported_late(package, line, tmp_path, monkeypatch, capsys):
+    def open_examples(*args, **kwargs):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("tritonq.cli.train.open_examples", open_examples)
+    assert train(*DIGITS, "--output", tmp_path / "out") == 1
+    assert one_line(capsys) == line
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nowhere:f", "digits"], "the module 'nowhere' can't be imported"),

@@ -177,6 +177,9 @@ def test_fields_that_a_file_does_not_know_yet_get_their_defaults():
     data = recipe_to_data(replace(RECIPE, classes=("a", "b")))
     del data["classes"], data["preprocessing"]["interpolation"]
     assert recipe_from_data(data) == replace(RECIPE, classes=())
+    for broken in ({"size": 8}, {"size": "x", "channels": 1}):
+        with pytest.raises(ValueError, match=r"preprocessing|invalid literal"):
+            recipe_from_data(broken)
 
 
 def test_a_finished_run_can_be_extended(whole, tmp_path):

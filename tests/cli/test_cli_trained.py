@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 
 import onnx
 import onnxruntime
@@ -14,7 +15,10 @@ import torch
 import tritonq
 from image_folders import FOLDER_MODEL, image_folder
 from tritonq.__main__ import main
-from tritonq.cli.checkpoints import read_training
+from tritonq.cli.checkpoints import load_state, read_training
+from tritonq.cli.data import open_examples
+from tritonq.cli.deployment import deploy
+from tritonq.cli.models import prepare
 from tritonq.demo.model import SmallResNet
 
 FACTORY = FOLDER_MODEL[0]
@@ -229,3 +233,14 @@ def test_a_full_disk_leaves_no_onnx_file_without_its_preprocessing(trained, tmp_
     assert run("export", FACTORY, tmp_path / "other.onnx", "--checkpoint", trained / "out" / "best.pt") == 1
     assert "other.onnx: No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_onnx_runtime_the_file_is_written_and_not_tried(trained, tmp_path, monkeypatch, capsys):
+    made, content = read_training(trained / "out" / "best.pt")
+    model = prepare(made)
+    load_state(model, content["state_dict"], "best.pt")
+    data = open_examples(str(trained / "insects"), made.preprocessing)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert deploy(model.eval(), made, data, tmp_path, workers=0) == 0
+    assert "ONNX Runtime      model.onnx not tried: " in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").exists()

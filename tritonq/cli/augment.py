@@ -73,7 +73,10 @@ class Augmentation:
                 follow; torch's generator of the CPU is afterwards as it was.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1)
+            # `torch.manual_seed` would seed the generators of GPUs, too.
+            torch.default_generator.manual_seed(
+                int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1
+            )
             image = image.convert("RGB")
             for name in self.names:
                 image = _change(name, image, preprocessing)

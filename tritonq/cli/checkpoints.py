@@ -62,10 +62,10 @@ def recipe_from_data(data: Any) -> ModelRecipe:
         ValueError: ``data`` is no dict, lacks another field, has a key that is none, or a field of a wrong type.
     """
     if isinstance(data, Mapping) and "size" in data:
-        size, channels = data["size"], data["channels"]
+        size, channels = data["size"], data.get("channels")
         others = {key: value for key, value in data.items() if key not in ("size", "channels")}
-        data = {**others, "preprocessing": preprocessing_to_data(Preprocessing(size, size, channels=channels))}
-        data["classes"] = ()
+        images = preprocessing_from_data({"size": size, "resize": size, "channels": channels})
+        data = {**others, "preprocessing": preprocessing_to_data(images), "classes": ()}
     check_names(data)
     data = with_defaults(ModelRecipe, data)
     if set(data) != {field.name for field in fields(ModelRecipe)} or not isinstance(data["qconfig"], Mapping):

@@ -64,13 +64,14 @@ def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, wo
         try:
             # Whatever the preset's target: ONNX Runtime runs the file here and in `predict`, 16 bits between pairs.
             write_onnx(converted, made, onnx_path, target="qdq" if codes == "int16" else "onnxruntime")
+            written.append(onnx_path)
+            right, count = count_right(onnx_session(onnx_path)[0], held_out)
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0]
-            print(f"ONNX Runtime      no {onnx_path.name}: {reason}", flush=True)
+            missing = f"{onnx_path.name} not tried" if onnx_path in written else f"no {onnx_path.name}"
+            print(f"ONNX Runtime      {missing}: {reason}", flush=True)
         else:
-            right, count = count_right(onnx_session(onnx_path)[0], held_out)
             print(f"ONNX Runtime      {right / count:.2%}", flush=True)
-            written.append(onnx_path)
     sizes = ", ".join(f"{file} ({file.stat().st_size / 1000:.1f} kB)" for file in written)
     print(f"written: {sizes}, {output / 'last.pt'}, {output / 'best.pt'}, {output / 'log.csv'}")
     return 0 if report.agrees() else 1

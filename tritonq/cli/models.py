@@ -181,8 +181,9 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ValueError: torch knows no such device, or can't use it on this machine.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is no device that torch knows: cpu, cuda, cuda:1, mps …") from error
     try:

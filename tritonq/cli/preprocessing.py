@@ -165,7 +165,7 @@ def preprocessing_from_data(data: Any) -> Preprocessing:
         moments = {name: tuple(float(value) for value in data[name]) for name in ("mean", "std")}
         sizes = {name: int(data[name]) for name in ("size", "resize", "channels")}
         return Preprocessing(**{**data, **moments, **sizes})
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:  # None, and JSON's Infinity
         raise ValueError(f"its preprocessing is not one: {error}") from error
 
 
