@@ -29,9 +29,10 @@ _OTHERS = {
 def why_not_deployable(model: nn.Module) -> str | None:
     """Return why ``convert`` refuses a prepared model, however it is trained, as a sentence; None: no such reason.
 
-    The sentence names a quantizer that rounds activations in blocks of floats (``"mxfp8"``, ``"nvfp4"``), whose blocks
-    find their scales while the model runs, or a layer whose weight such blocks don't divide. For other reasons, such as
-    missing training, ``convert`` may refuse too.
+    The sentence names a quantizer that rounds activations in blocks of floats (``"mxfp8"``, ``"nvfp4"``), such as
+    ``"the quantizer '0.input_fake_quant' rounds to mxfp8, which has no deployed form: …"``, or a layer whose weight has
+    such blocks along another axis than its input channels, or of a size that doesn't divide these. For other reasons,
+    such as missing training, ``convert`` may refuse too.
     """
     for name, module in model.named_modules():
         if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
@@ -52,13 +53,14 @@ def check_convertible(model: nn.Module, allow_unquantized: bool) -> None:
     """Check that a model is prepared, not converted yet, and rounds wherever it has a quantizer.
 
     Args:
-        model: the model.
-        allow_unquantized: whether quantizers may be switched off or have observed nothing.
+        model: the model, which is not changed.
+        allow_unquantized: whether the rounding of quantizers may be switched off, or they may have observed nothing.
 
     Raises:
-        ValueError: the model is not prepared, was prepared by another library, or is converted already; or a quantizer
-            is switched off, has observed nothing or has no deployed form; or a quantized layer has a float64 weight.
-            For a quantizer or a weight the message has the module's name.
+        ValueError: the model is not prepared, was prepared by another library, or is converted already; or, without
+            ``allow_unquantized``, a quantizer's rounding is switched off or it has observed nothing; or the activations
+            of a quantizer or a weight have no deployed form (:func:`why_not_deployable`); or a quantized layer has a
+            float64 weight. For a quantizer or a weight the message has the module's name.
     """
     kinds = (*WEIGHTED, SwitchedQuantizer)
     if any(isinstance(module, DeployedModule) for module in model.modules()):
@@ -99,11 +101,11 @@ def _other_library(model: nn.Module) -> str | None:
 
 
 def warn_if_untrained(model: nn.Module, stacklevel: int) -> None:
-    """Warn (UserWarning) of quantizers whose ranges are still those of the example inputs of ``prepare_qat``.
+    """Warn (one UserWarning) of quantizers whose ranges are still those of the example inputs of ``prepare_qat``.
 
     Args:
         model: the prepared model.
-        stacklevel: of the warning, counted from the caller: 2 is the caller's own caller.
+        stacklevel: to whose line the warning points: 1 is the function that calls this one, 2 the caller of that.
     """
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase))
     untrained = [name for name, quantizer in named if quantizer.rests_on_examples()]
@@ -125,7 +127,8 @@ def _weight_dtype(layer: QATLayer | QATRecurrent | Embedding | EmbeddingBag) -> 
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError, with the tensor's name, unless parameters, BatchNorm statistics and scales are finite.
 
-    Scales of quantizers whose rounding is switched off are not looked at.
+    Not looked at are scales of quantizers that don't round, because they are switched off or have observed nothing, and
+    of those that round to floats (:class:`FloatFakeQuantize`).
     """
     for name, module in model.named_modules():
         held: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))

@@ -73,11 +73,12 @@ def describe_modules(model: nn.Module) -> list[Description]:
     A module with several names has one description, and entries of kind ``"alias"`` whose ``"of"`` is its first name.
     Besides what its kind needs a description has:
 
-    - ``"forward"``: the edited forward as data, or None.
+    - ``"forward"``: the edited forward as plain data; None if the forward is the class's own.
     - ``"keeps_class"``, True: only if the module is also of the class of the user's module that it replaced
       (:func:`~tritonq.nn.kept_class.keep_class`).
     - ``"operands"``: for a join that is no concatenation the names of the quantizers of the two tensors that it joins;
-      for a function, clip or average those of the quantizers of input and output. None stands for an unknown one.
+      for a function, PReLU, clip, mean or pool those of the quantizers of input and output. None stands for an unknown
+      one.
     - ``"quantizer_behind_clip"``: for a layer the name of the quantizer of the clip behind it; only if there is one.
 
     Raises:
@@ -110,12 +111,16 @@ def describe_modules(model: nn.Module) -> list[Description]:
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
     """Give rebuilt modules their references to quantizers, which a file holds by name.
 
-    ``"operands"`` of a description is a pair of names of quantizers, None for one that is unknown: of a join that is no
-    concatenation those of its two operands, of a mean, function or clip those of its input and its result. The module
-    then returns these quantizers as ``linked_quantizers``. A layer's ``"quantizer_behind_clip"``, if there, is one
-    name, for its property. Other descriptions are passed over.
+    Modules with ``"operands"`` then return the quantizers of these names as ``linked_quantizers``, None for an unknown
+    one; layers with ``"quantizer_behind_clip"`` return that quantizer as their property ``quantizer_behind_clip``.
+    Other descriptions are passed over.
 
-    ``modules`` has the modules of the rebuilt model by name, and they are changed; ``entries`` are their descriptions.
+    Args:
+        modules: the modules of the rebuilt model by name, changed in place.
+        entries: their descriptions, from :func:`describe_modules`.
+
+    Raises:
+        KeyError: ``modules`` lacks a name, or a description of such a module has no ``"operands"``.
     """
     for entry in entries:
         if entry["kind"] in _JOINTS:
@@ -225,11 +230,12 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 
     Args:
         entry: a description.
-        tensors: the file's tensors, by name.
+        tensors: the file's tensors, by their names in the model, such as ``"features.0.weight"``. The module may share
+            their memory.
 
     Raises:
         ValueError: an unknown kind or type, or a tensor that is missing or has the wrong shape.
-        KeyError, TypeError: a description that lacks something.
+        KeyError, TypeError: a description that lacks something, or has something unknown.
     """
     kind, name = entry["kind"], entry["name"]
     made_of_integers = build_integer(entry, lambda key: _tensor(tensors, _join(name, key)))
@@ -308,12 +314,12 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
     """Return the edited forward of a module, as plain data that ``apply_forward`` takes; None if it is the class's own.
 
-    In files of versions 1 to 3 of the format an entry may name hooks, which quantized arguments or the result. The
-    forward that is returned for such an entry does what the hooks did.
+    In files of versions 1 to 3 of the format an entry may name hooks (``"hooks"``, such as ``["quantize_output"]``),
+    which quantized arguments or the result. The forward that is returned for such an entry does what the hooks did.
 
     Args:
         entry: the module's description.
-        entries: those of all modules; they tell at which places hooks quantized the model's inputs.
+        entries: those of all modules; the one of kind ``"inputs"`` tells which arguments a hook quantized.
 
     Raises:
         ValueError: an unknown hook.

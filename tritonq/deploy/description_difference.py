@@ -28,11 +28,18 @@ _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES, *RECURRENT_TYPES)
 def difference(entry: Description, module: nn.Module) -> str | None:
     """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
 
-    Layers, tables, pools and recurrent layers fit if they are of the class, or one derived from it, and constructor
-    arguments (without ``bias``) are equal; of a fused row the first module is compared. Layers of integers in fixed
-    point: :func:`integer_difference`. Functions fit if class, name and numbers are equal, clips if the bounds are,
-    ``"prelu"`` if it is an ``nn.PReLU``, and other modules if the class's name is equal. Kinds without a counterpart in
-    the float model, such as ``"quantizer"``, always fit. Weights are not compared.
+    The text is such as ``"Conv2d with stride=(1, 1) in the file, stride=(2, 2) in the model"``. Weights are not
+    compared. A module fits, by the kind of the description,
+
+    - as a layer, table, pool or recurrent layer if it is of the class, or one derived from it, and the constructor's
+      arguments (without ``bias``) are equal; of a fused row the first module is compared, of a RepVGG block ``conv3``;
+    - as a layer or maximum pool of integers in fixed point, by :func:`integer_difference`;
+    - as a function if its class's name, what it computes and its numbers are equal; as a clip if the bounds are;
+    - as ``"prelu"`` if it is an ``nn.PReLU``; as ``"module"`` if its class's name is equal;
+    - as any other kind, such as ``"quantizer"``, always.
+
+    Raises:
+        ValueError, KeyError: a damaged description, such as one of an unknown type of layer.
     """
     kind, here = entry["kind"], class_name(module)
     if kind in ("integer_layer", "integer_maximum"):
@@ -68,9 +75,10 @@ def _function_here(module: nn.Module) -> Function | None:
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the name of a module's class: the user's where the class was replaced to edit the forward.
+    """Return the ``__name__`` of a module's class: the user's where the class was replaced to edit the forward.
 
-    All modules traced by torch.fx count as "GraphModule", and by torch.jit as "ScriptModule": their own names vary.
+    All modules traced by torch.fx count as "GraphModule", and traced or scripted by torch.jit as "ScriptModule": their
+    own names vary.
     """
     if isinstance(module, ScriptModule):  # a copy of what was traced has another class
         return ScriptModule.__name__
@@ -78,10 +86,10 @@ def class_name(module: nn.Module) -> str:
 
 
 def by_name(types: Mapping[type[nn.Module], T], name: str) -> T:
-    """Return the entry of ``types`` whose key, a class, has this name.
+    """Return the value in ``types`` of the first class whose ``__name__`` is ``name``, such as ``"Conv2d"``.
 
     Raises:
-        ValueError: no key has it.
+        ValueError: no class has this name.
     """
     for float_type, made in types.items():
         if float_type.__name__ == name:

@@ -29,16 +29,16 @@ class QuantizedTable(DeployedModule):
     Args:
         geometry: arguments of the float layer's constructor, by name.
         qtype: the quantized type of the codes.
-        tensors: ``weight`` (the codes), ``weight_scale`` and ``weight_zero_point``.
+        tensors: ``weight`` (the codes), ``weight_scale`` and ``weight_zero_point``, by name; their memory is shared.
 
     Attributes:
-        weight: the float32 values of the codes, (rows, embedding_dim), computed when something reads them.
-        stored_weight: the codes, which the state dict has as ``weight``.
+        weight: the float32 values of the codes, (rows, embedding_dim), read-only, computed when something reads them.
+        stored_weight: the codes, (rows, embedding_dim), in the smallest integer dtype that holds them.
         weight_scale: float32 (rows,).
         weight_zero_point: int32 (rows,).
         qtype: the quantized type of the codes.
         target: name of the engine that the model was prepared for, one of :data:`tritonq.targets.TARGETS`; None:
-            unknown.
+            unknown, or not set yet.
 
     Raises:
         ValueError: a tensor whose shape doesn't fit the geometry.
@@ -85,7 +85,10 @@ class QuantizedTable(DeployedModule):
     weight: Tensor = property(_float_weight)  # type: ignore[assignment]
 
     def dequantized_weight(self) -> Tensor:
-        """Return the whole table as float32 values: ``(codes - zero_point) · scale``."""
+        """Return the whole table as float32 values (rows, embedding_dim): ``(codes - zero_point) · scale``.
+
+        ``stored_weight`` must hold codes, not values of an export.
+        """
         return (self.stored_weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
 
 
@@ -117,11 +120,13 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return float32 (bags, embedding_dim): the sum, mean or maximum (``mode``) of each bag's rows.
 
+        Rows of index ``padding_idx`` are left out; a bag without rows gives 0.
+
         Args:
             input: integer indices: (n,) with ``offsets``, else (bags, indices per bag).
             offsets: where each bag begins in ``input``, with ``include_last_offset`` also the end of the last bag; None
                 if ``input`` is a matrix.
-            per_sample_weights: float factors of the rows, shaped as ``input``, for mode "sum" only; None for 1.
+            per_sample_weights: float32 factors of the rows, shaped as ``input``, for mode "sum" only; None for 1.
         """
         return embedding_bag(self, self.dequantized_weight(), input, offsets, per_sample_weights)
 
@@ -133,9 +138,13 @@ TABLE_TYPES: dict[type[nn.Module], type[QuantizedTable]] = {
 
 
 def deployed_table(table: Embedding | EmbeddingBag) -> nn.Module:
-    """Return the deployed form of an embedding: integer codes, or a module of ``torch.nn`` if nothing rounds the table.
+    """Return the deployed form of an embedding: a table of integers, or of ``torch.nn`` if nothing rounds the weight.
 
-    A table of floats of few bits becomes a module of ``torch.nn``, too, which holds the rounded values.
+    A table of floats of few bits becomes a module of ``torch.nn``, too, which holds the rounded values. Nothing is
+    shared with ``table``.
+
+    Raises:
+        ValueError: the weight's quantizer has scales per column or per group.
     """
     kind = nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag
     target: Any = TABLE_TYPES[kind]

@@ -42,36 +42,40 @@ def export_encodings(
 ) -> dict[str, Any]:
     """Write a float ONNX file, and beside it the grids of its tensors as AIMET's ``.encodings``.
 
-    Qualcomm's converters read both (``qairt-converter --quantization_overrides model.encodings``). The file holds float
-    operators only. Weights and biases lie on their grids, so that rounding gives the trained codes. The names in the
-    encodings are those of the file's tensors.
+    Qualcomm's converters read both (``qairt-converter --quantization_overrides model.encodings``). The ONNX file holds
+    float operators only. Weights and biases lie on their grids, so that rounding gives the trained codes. The names in
+    the encodings are those of the ONNX file's tensors.
 
     ``value = (code + offset) * scale`` with unsigned codes ``0 .. 2^bw - 1`` in version 1.0.0: the offset is
     ``-zero_point``, and for signed codes ``-zero_point - 2^(bw-1)``. ``value = (code - y_zero_point) * y_scale`` in
     version 2.0.0, where activations are unsigned and parameters as they were trained.
 
-    A tensor without an encoding was not quantized; ``--float_fallback`` computes what reads it in float. An operation
-    that only moves values has the encoding of its input. A tensor that is read on two grids is read through an
-    Identity. Ties are rounded by the engine's rule, a narrow range (-127..127) becomes the whole one, and devices
-    requantize by fixed point: expect single codes to differ by one.
+    A tensor without an encoding, other than a bias, was not quantized; ``--float_fallback`` computes what reads it in
+    float. The result of an operation that only moves values has the encoding of its input. A tensor that is read on two
+    grids is read through an Identity. Ties are rounded by the engine's rule, a narrow range (-127..127) becomes the
+    whole one, and devices requantize by fixed point: expect single codes to differ by one. Embedding tables stay in
+    float, with a UserWarning.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns; float32. Preset ``"qnn"`` suits these engines.
-        path: the ONNX file to write; the encodings stand beside it, with the suffix ``.encodings``.
-        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes are those of the file.
+        path: the ONNX file to write; the encodings stand beside it, with ``.encodings`` in place of its suffix.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. The file takes their sizes.
         version: ``"1.0.0"``, AIMET's default, or ``"2.0.0"``.
         int32_bias: whether to list biases, as 32-bit codes in units of input scale times weight scale; None: in version
             2.0.0 only, as AIMET does.
         dynamic_batch: leave the size of axis 0 of the inputs open.
-        opset: at least 17.
+        opset: version of the ONNX operators, at least 17.
 
     Returns:
-        The encodings, as the file has them.
+        The content of the file of encodings: one dict per tensor, in the lists "activation_encodings" and
+        "param_encodings" in version 1.0.0, in the list "encodings" in version 2.0.0.
 
     Raises:
         ValueError: an unknown version, an old opset, a path that ends in ``.encodings``, a grid that encodings can't
             describe or a recurrent layer (the message names it), a fixed-point network, parameters or inputs other than
-            float32, a model that torch can't export, or what :func:`tritonq.convert` raises.
+            float32, a model that torch can't export or that raises an error on the example inputs, or what
+            :func:`tritonq.convert` raises.
+        TypeError: with ``dynamic_batch`` the forward does not take the example inputs.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
         OSError: a file can't be written.
 
@@ -141,7 +145,11 @@ def encodings_json(found: dict[str, Encoding], parameters: set[str], version: En
 
     Its keys are "producer" and "version", and for version 1.0.0 "activation_encodings", "param_encodings" and
     "excluded_layers" (empty); for version 2.0.0 "encodings". Each of the two lists of 1.0.0, and the one of 2.0.0, has
-    an entry per tensor: :func:`_older` and :func:`_newer` say its keys.
+    an entry per tensor, in the order of ``found``, such as
+
+    - in 1.0.0: ``{"name": "x", "dtype": "INT", "enc_type": "PER_TENSOR", "bw": 8, "is_sym": False, "scale": [0.1],
+      "offset": [-3]}``;
+    - in 2.0.0: ``{"name": "x", "output_dtype": "uint8", "y_scale": 0.1, "y_zero_point": 3}``.
 
     Args:
         found: the grids by the names of the file's tensors.

@@ -37,7 +37,7 @@ class Encoding:
 
     Attributes:
         scale: one number per channel, or one.
-        zero_point: as ``scale``.
+        zero_point: as many codes as there are scales.
         qtype: range of codes and the axis that the scales lie along; axis None for one scale.
     """
 
@@ -47,9 +47,9 @@ class Encoding:
 
 
 def marked(x: Tensor, name: str) -> Tensor:
-    """Return ``x`` with a mark in the traced graph which says that it lies on the grid ``name``.
+    """Return ``x`` with a mark called ``name`` in the traced graph; :func:`encodings_form` tells the mark's grid.
 
-    For tracing only: called outside of a trace it returns zeros.
+    For tracing only: called outside of a trace it returns zeros, in the shape and dtype of ``x``.
     """
     return torch.onnx.ops.symbolic(_MARK, (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1)
 
@@ -66,19 +66,19 @@ class _Mark(nn.Module):
 
 
 def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]]:
-    """Return a copy of a converted model that traces to marks and float operators, and a dict from marks to grids.
+    """Return a copy of a converted model that traces to marks and float operators, and the grids by the marks' names.
 
     In the copy quantizers mark their input and return it; layers multiply by the float values of their codes and mark
-    weight and bias, which lie on their grids. Marks have the names of quantizers, or ``"layer.weight"``,
-    ``"layer.bias"``.
+    weight and bias, which lie on their grids, if these are quantized. A mark is called as its quantizer, such as
+    ``"0.activation_post_process"``, or as its parameter, such as ``"0.weight"``.
 
     Warns:
         UserWarning: embedding tables, whose rows have a scale each: they get no encoding.
 
     Raises:
-        ValueError: a grid that an :class:`Encoding` can't hold: float codes, a code range of no whole number of bits,
-            scales per group, or several of a grouped transposed convolution; or a recurrent or fixed-point layer. The
-            message names it.
+        ValueError: a grid that an :class:`Encoding` can't hold: float codes, a code range of no whole number of bits
+            (-127..127 counts as 8), scales per group, or several scales of a grouped transposed convolution; or a
+            recurrent or fixed-point layer. The message names it.
     """
     model = copy.deepcopy(converted)
     encodings: dict[str, Encoding] = {}
@@ -185,11 +185,12 @@ def _layer_forward(layer: QuantizedLayer, name: str, marks: frozenset[str], x: T
 def take_marks(graph: Any, encodings: dict[str, Encoding]) -> dict[str, Encoding]:
     """Remove the marks from a traced graph; return the grids by the names of its tensors, in order of execution.
 
-    If a tensor has two grids, or is also read unrounded, readers of a grid read it through an Identity, whose result
-    gets the grid. A marked initializer gets the name of its mark, if no tensor has that name. Tensors without a mark
-    get a grid with one scale in two cases: the result of a ReLU, or of an operation that only moves values, that of its
-    input (of a concatenation, if all inputs have the same); the input of an operation that moves values that of the
-    result, if another node computes the input and nothing else reads it (not for Split and Resize).
+    If a tensor has two grids, those that read it on the second one read it through an Identity, whose result gets that
+    grid; so do those that read it on its only grid, if others read it unrounded. A marked initializer gets the name of
+    its mark, if no tensor has that name. Tensors without a mark get a grid, if it has one scale, in two cases: the
+    result of a ReLU, or of an operation that only moves values, gets that of its input (of a concatenation, if all
+    inputs have the same); the input of an operation that moves values gets that of the result, if another node computes
+    the input and nothing else reads it (not for Split and Resize).
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

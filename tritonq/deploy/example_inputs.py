@@ -27,19 +27,21 @@ _RANKS = range(3, 6)
 def open_axes(
     forward: Callable[..., Any], arguments: Arguments, batch: bool, sizes: bool
 ) -> tuple[Arguments, dict[str, Any] | None]:
-    """Return arguments to trace with, and ``dynamic_shapes`` of torch.export.
+    """Return arguments to trace with, and ``dynamic_shapes`` of torch.export, such as ``{"x": {0: Dim("batch")}}``.
 
-    If ``batch`` and ``sizes`` are both False, the arguments are returned unchecked, and None for the shapes.
-    To leave the batch open, a batch of one is doubled: torch.export takes an example of size 1 for a constant.
+    If ``batch`` and ``sizes`` are both False, the arguments are returned unchecked, and None for the shapes. In the
+    shapes None stands for a tensor, or another value, without an open axis.
+    To leave the batch open, a batch of one is doubled in the arguments that are returned: torch.export takes an example
+    of size 1 for a constant.
 
     Args:
         forward: what is traced; the names of its parameters are the keys of the shapes.
         arguments: the example: positional and named arguments.
-        batch: whether axis 0 is open, in all tensors that share its size with the first.
+        batch: whether axis 0 is open, in all tensors where it has the same size as in the first one with axes.
         sizes: whether the axes behind the first two are open, in tensors with 3 to 5 axes.
 
     Raises:
-        ValueError: ``batch`` or ``sizes`` is True, and no tensor has a batch axis.
+        ValueError: ``batch`` or ``sizes`` is True, and no tensor has an axis.
         TypeError: ``batch`` or ``sizes`` is True, and the forward does not take the arguments.
     """
     if not batch and not sizes:
@@ -77,7 +79,8 @@ def name_sizes(graph: Any) -> None:
 
     If an input has one such axis, open or fixed, its size is called ``length``; two are ``height`` and ``width``; three
     ``depth``, ``height`` and ``width``. If an earlier input has taken the name for another size, the input's own name
-    stands before it, such as ``mask_height``. Inputs with more axes keep their names.
+    stands before it, such as ``mask_height``. Sizes of inputs with more axes keep their names. The new names replace
+    the old ones in the sizes of outputs and inner tensors, too: ``s77//2`` becomes ``height//2``.
 
     Args:
         graph: an ``onnx.GraphProto`` whose open sizes have names such as ``s77``; changed in place.
@@ -100,12 +103,12 @@ def name_sizes(graph: Any) -> None:
 
 
 def tell_fixed_batch(name: str, graph: Any) -> None:
-    """Warn (UserWarning) if axis 0 of a traced graph's first input with a shape is fixed.
+    """Warn (UserWarning) if axis 0 of a traced graph's first input that has axes is fixed.
 
     Called for graphs whose batch was to be open (``dynamic_batch``): the forward then made a number of it.
 
     Args:
-        name: of the model's class, for the message.
+        name: that of the model's class, for the message.
         graph: an ``onnx_ir.Graph``.
     """
     first = next((value for value in graph.inputs if value.shape is not None and len(value.shape)), None)
@@ -124,7 +127,8 @@ def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
 
     Args:
         traced: the model that torch.export will trace; the attribute ``forward`` of this object is replaced.
-        names: of the named arguments that it is called with; those that parameters take already are left out.
+        names: those of the named arguments that the model is called with; a name that a parameter has already is left
+            out.
     """
     forward = traced.forward
     signature = inspect.signature(forward)
@@ -147,10 +151,11 @@ def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
 def check_sizes(model: nn.Module, arguments: Arguments) -> None:
     """Run a model, without gradient, on its example inputs with the axes behind the first two doubled.
 
-    Random state is as before. Tensors of other than 3 to 5 axes stay as they are.
+    All these axes are doubled at once, in copies. The random state is put back, the mode stays. Tensors of other than 3
+    to 5 axes stay as they are.
 
     Raises:
-        ValueError: it does not run on them.
+        ValueError: the forward raises an error on them, whichever.
     """
     args, kwargs = replace_tensors(arguments, _doubled)
     try:

@@ -16,13 +16,14 @@ import torch
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a binary file that gets the name ``path`` when the block ends, and is removed if the block raises.
+    """Open a new binary file for the block; when it ends the file is named ``path``, and if it raises it is removed.
 
-    A process that is killed in between leaves the old file as it was, and beside it one that :func:`remove_leftovers`
-    deletes.
+    A file that has this name is replaced. A process that is killed in between leaves it as it was, and beside it one
+    that :func:`remove_leftovers` deletes.
 
     Raises:
-        OSError: the file can't be written; the error names it.
+        OSError: the file can't be written; the error names it or its unfinished file (FileNotFoundError: its folder is
+            missing).
     """
     with atomic_files(path) as (file,):
         yield file
@@ -32,10 +33,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
     """Open binary files for the block; when it ends they get the names ``paths``, and if it raises they are removed.
 
-    No file gets its name before all are written. Files that have these names are replaced.
+    The block gets them in the order of ``paths``. No file gets its name before all are written. Files that have these
+    names are replaced. If one can't be named, those named before it stay.
 
     Raises:
-        OSError: a file can't be written; the error names it (FileNotFoundError: its folder is missing).
+        OSError: a file can't be written; the error names it or its unfinished file (FileNotFoundError: its folder is
+            missing).
     """
     targets = [Path(path) for path in paths]
     for target in targets:
@@ -82,7 +85,11 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Delete the unfinished files that killed writers of ``path`` left beside it.
 
     They are known by the names that :func:`atomic_files` gives: a dot, the name of ``path``, a dot and eight characters
-    of a-z, 0-9 and ``_``. The file of a writer that still runs is deleted, too: call this while none runs.
+    of a-z, 0-9 and ``_``. ``path`` itself stays. The unfinished file of a writer that still runs is deleted, too: call
+    this while none runs.
+
+    Raises:
+        OSError: a file can't be deleted.
     """
     target = Path(path)
     temporary = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # as tempfile.mkstemp names them
@@ -92,9 +99,10 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def why_unread(error: BaseException) -> str:
-    """Return in one line why ``torch.load(..., weights_only=True)`` refused a file.
+    """Return in one line why ``torch.load(..., weights_only=True)`` refused a file, by the ``error`` that it raised.
 
-    torch's own text advises to load the file without ``weights_only``, which would run the code in it.
+    The line is such as ``"Permission denied"`` or ``"it is damaged, or no file that torch.save wrote"``. torch's own
+    text advises to load the file without ``weights_only``, which would run the code in it.
     """
     # A position outside of the file, for which a cut file asks, is no fault of the system.
     if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:

@@ -33,7 +33,7 @@ _WORD_LEN = 8
 
 
 def has_fixed_point(model: nn.Module) -> bool:
-    """Whether a model holds fixed-point layers of training; False once it is converted."""
+    """Whether a model holds fixed-point layers that can be trained; False once it is converted."""
     return any(isinstance(module, FixedPointLayer) for module in model.modules())
 
 
@@ -45,9 +45,10 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
     mode, or with ``inplace`` the model itself, changed (another module if the model is a single layer).
 
     Raises:
-        ValueError: layers in another phase than "fixed", formats that never observed anything, are switched off, or
-            wider than 8 bits, float biases, or a model that was changed after preparation; the message names the
-            module. Also a model that is converted already. ``model`` is then as it was.
+        ValueError: layers in another phase than "fixed", layers whose formats never observed anything, are switched off
+            or wider than 8 bits, float biases, a module put into the model after preparation, or an addition or average
+            pooling that ``prepare_qat`` did not make; the message names the module. Also a model that is converted
+            already. ``model`` is then as it was.
     """
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")

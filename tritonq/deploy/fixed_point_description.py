@@ -30,14 +30,15 @@ _POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 def has_integers(model: nn.Module) -> bool:
-    """Whether a model is a converted fixed-point network, with layers of integers."""
+    """Whether a model is a converted fixed-point network: whether it holds any :class:`IntegerModule`."""
     return any(isinstance(module, IntegerModule) for module in model.modules())
 
 
 def describe_integer(module: nn.Module) -> Description | None:
-    """Return a module of a converted fixed-point network as plain data; None if it is any other module.
+    """Return the description of a module of a converted fixed-point network; None if it is any other module.
 
-    A plain ``nn.ReLU`` of such a network is described, too: it may stand for a function or for another clipping.
+    It is such as ``{"kind": "integer_maximum", "geometry": {"kernel_size": 2, …}}``, without the module's name. A plain
+    ``nn.ReLU`` is described, too: in such a network it may stand for ``F.relu`` or for a ReLU6.
     """
     if isinstance(module, IntegerLayer):
         return {
@@ -64,11 +65,13 @@ def build_integer(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Mod
     """Return the module that ``entry`` describes; None for kinds of other networks.
 
     Args:
-        entry: a description of :func:`describe_integer`, with the module's name.
-        tensor: returns a tensor of the file by its name in the module.
+        entry: a description of :func:`describe_integer`, with the module's path as ``"name"``.
+        tensor: returns a tensor of the file by its name in the module, such as ``"weight"``. The module may share its
+            memory.
 
     Raises:
-        ValueError, KeyError, TypeError: a description or a tensor that is damaged.
+        ValueError, KeyError, TypeError: a description that lacks something or has something unknown, or what ``tensor``
+            raises for one that is missing.
     """
     made = _build(entry, tensor)
     if isinstance(made, IntegerModule):
@@ -104,9 +107,10 @@ def _build(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | N
 def integer_difference(entry: Description, module: nn.Module) -> str | None:
     """Return how a module of the float model differs from the description ``entry``, as text; None if it fits.
 
-    It fits if it is the Conv2d, Linear or MaxPool2d that the entry stands for, with equal channels, kernel size,
-    strides and the like. Padding given as text, such as ``"same"``, is not compared. The entry must be of kind
-    ``"integer_layer"`` or ``"integer_maximum"``.
+    It fits if it is the Conv2d, Linear or MaxPool2d that the entry stands for, or of a class derived from it, and has
+    the attributes in the entry's ``"geometry"``, such as ``kernel_size``; else the text is such as ``"Conv2d with
+    stride=(1, 1) in the file, stride=(2, 2) in the model"``. Padding given as text, such as ``"same"``, is not
+    compared. The entry must be of kind ``"integer_layer"`` or ``"integer_maximum"``.
     """
     kinds: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
     expected = kinds[entry["type"]] if entry["kind"] == "integer_layer" else nn.MaxPool2d

@@ -43,7 +43,7 @@ class FixedPointFormat:
 
     @property
     def largest(self) -> int:
-        """Largest magnitude of a code, ``max(-quant_min, quant_max)``: 128 for int8."""
+        """Largest magnitude of a code, ``max(-quant_min, quant_max)``: 127 for codes -127..127."""
         return max(-self.quant_min, self.quant_max)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class IntegerModule(DeployedModule):
         frac_len: int32 buffer (channels,) or (1,): fractional lengths of its accumulators.
         saturated: int64 buffer (1,): how many accumulators were clamped to ±(2^31 - 1) so far. Convolutions and linear
             layers have it in their state dict, others don't.
-        name: path of the module in the network, for messages.
+        name: path of the module in the network, for messages; ``""`` at first.
+        bound: int, upper bound of the magnitude of its accumulators, before they are clamped.
     """
 
     frac_len: Tensor
@@ -86,17 +87,17 @@ class IntegerModule(DeployedModule):
     def shift(self) -> Tensor | None:
         """How many bits accumulators are shifted right to become codes, ``frac_len - output.frac_len``.
 
-        int32, shaped as ``frac_len``; None: they stay accumulators.
+        int32, shaped as ``frac_len``; a negative number shifts left. None: ``output`` is None, they stay accumulators.
         """
         return None if self.output is None else self.frac_len - self.output.frac_len
 
     def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:
         """Return accumulators as codes of the output: ``clamp(round_half_even(total · 2^-shift))``, int8 or uint8.
 
-        ``shift`` is the fractional length of the accumulators, per channel, minus that of the output. Codes are clamped
-        to the output's ``quant_min`` and ``quant_max``. Without an output format the accumulators are returned as
-        int32, clamped to ±(2^31 - 1); ``saturated`` counts those that were, and a RuntimeWarning tells of them, once
-        per module. ``total`` is int32 or int64, and ``channel_axis`` its axis of the channels.
+        The codes, shaped as ``total``, are clamped to the output's ``quant_min`` and ``quant_max``. Without an output
+        format the accumulators are returned as int32, clamped to ±(2^31 - 1); ``saturated`` counts those that were, and
+        a RuntimeWarning tells of them, once per module. ``total`` is int32 or int64, and ``channel_axis`` its axis of
+        the channels.
         """
         if self.output is None or self.shift is None:
             if total.dtype == torch.int64:
@@ -122,7 +123,7 @@ class IntegerModule(DeployedModule):
             )
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: the format of the output."""
+        """Return the text for ``repr``: the format of the output, or ``"to int32 accumulators"``."""
         return "to int32 accumulators" if self.output is None else f"to {self.output}"
 
 
@@ -130,7 +131,7 @@ class IntegerLayer(IntegerModule):
     """A convolution or product of 8-bit codes: ``clamp(round_half_even((Σ x w + bias) · 2^-shift), lo, hi)``.
 
     Args:
-        tensors: ``weight``, ``bias`` and ``frac_len`` (int32, (out,): fractional lengths of the accumulators).
+        tensors: ``weight``, ``bias`` and ``frac_len`` (int32, (out,)) by name; they become buffers and are not copied.
         geometry: ``stride``, ``padding`` and ``dilation``, each (vertical, horizontal), and ``groups``.
         input: format of the input's codes.
         output: format of the codes that it returns; None: it returns int32 accumulators.
@@ -140,11 +141,10 @@ class IntegerLayer(IntegerModule):
 
     Attributes:
         weight: int8 buffer, (out, in/groups, kh, kw); for a linear layer (out, in, 1, 1).
-        bias: int32 buffer (out,).
+        bias: int32 buffer (out,); zeros for a layer without a bias.
         input: format of the input's codes.
-        encodes: whether the input is real and becomes codes here: the network's first layer.
-        decodes: whether it returns real values ``float32(acc) · 2^-frac_len``: the network's last layer.
-        bound: upper bound of the magnitude of accumulators.
+        encodes: whether the input is real and becomes codes here: a layer that reads the network's input.
+        decodes: whether it returns real values ``float32(acc) · 2^-frac_len``: one that makes the network's output.
     """
 
     weight: Tensor
@@ -169,9 +169,9 @@ class IntegerLayer(IntegerModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Set ``bound``, the most that an accumulator can be; called after each load.
+        """Set ``bound``, the largest magnitude that an accumulator can have; called after each load.
 
-        It is the largest ``Σ |w| · largest input code + |bias|`` of a channel.
+        It is the largest ``Σ |w| · input.largest + |bias|`` of an out channel.
         """
         rows = self.weight.to(torch.int64).abs().flatten(1).sum(1) * self.input.largest
         self.bound = int((rows + self.bias.to(torch.int64).abs()).max())
@@ -179,8 +179,9 @@ class IntegerLayer(IntegerModule):
     def accumulate(self, codes: Tensor) -> Tensor:
         """Return the result for input codes (n, c, h, w): codes if ``output`` is a format, else int32 accumulators.
 
-        It is (n, out, h', w'). Codes are int8, or uint8 if their format has no negative codes. If ``bound`` is above
-        2^31 - 1, clamped accumulators are counted in ``saturated``, and a RuntimeWarning tells of them, once per layer.
+        The result is (n, out, h', w'). Codes are int8, or uint8 if their format has no negative codes. Accumulators are
+        clamped to ±(2^31 - 1). If ``bound`` is above that, those clamped are counted in ``saturated``, and a
+        RuntimeWarning tells of them, once per layer. A linear layer takes and returns h, w = 1, 1 here.
         """
         ops = implementation("int8_conv", codes)
         low, high, dtype = 0, 0, torch.int32
@@ -206,8 +207,9 @@ class IntegerLayer(IntegerModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return codes, or accumulators, for input codes; the first layer takes, and the last returns, real values.
 
-        ``input`` is (n, c, h, w) for a convolution, (..., in) for a linear layer. Codes are int8 or uint8, as their
-        format says (:attr:`FixedPointFormat.dtype`); accumulators are int32, and returned real values float32.
+        ``input`` is (n, c, h, w) for a convolution, and the result (n, out, h', w'); for a linear layer (..., in) and
+        (..., out). Codes are int8 or uint8, as their format says (:attr:`FixedPointFormat.dtype`); accumulators
+        are int32, and returned real values float32.
         """
         codes = self.input.encode(input) if self.encodes else input
         if self.linear:
@@ -227,7 +229,7 @@ class IntegerLayer(IntegerModule):
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: "linear" or the geometry, the weight's shape, and the formats of both ends.
+        """Return the text for ``repr``: "linear" or the geometry, the weight's shape, formats of input and output.
 
         "encodes" and "decodes" follow where these are true.
         """
@@ -245,11 +247,11 @@ class IntegerAdd(IntegerModule):
 
     Args:
         frac_lens: fractional lengths of the two summands, int32 (channels,) or (1,) each.
-        bounds: upper bounds of the magnitudes of both summands.
+        bounds: upper bounds of the magnitudes of both summands' integers, before they are shifted.
         output: format of the codes that it returns; None: it returns int32 accumulators.
 
     Attributes:
-        bounds: upper bounds of the magnitudes of both summands, two ints.
+        bounds: as the argument.
         left0: int32 buffer (channels,) or (1,): how many bits the first summand is shifted; ``left1`` for the second.
         wide: whether the aligned sum may pass 32 bits, by ``bounds`` and shifts, so that it is computed in 64.
     """
@@ -271,7 +273,10 @@ class IntegerAdd(IntegerModule):
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sum of two integer tensors (n, c, ...) of one shape: codes, or int32 without an output format."""
+        """Return the sum of two integer tensors (n, c, ...) of one shape, in this shape.
+
+        It is codes, int8 or uint8, or int32 accumulators without an output format.
+        """
         dtype = torch.int64 if self.wide else torch.int32
         shape = [1, -1, *[1] * (a.dim() - 2)]
         total = (a.to(dtype) << self.left0.view(shape)) + (b.to(dtype) << self.left1.view(shape))
@@ -285,8 +290,8 @@ class PoolingWindow:
     Attributes:
         kernel_size: (height, width); None: the whole image.
         stride: (vertical, horizontal); None with the whole image.
-        padding: zeros on each side, (vertical, horizontal).
-        area: number of values in the window.
+        padding: zeros on each side, (vertical, horizontal), which count as values.
+        area: number of values in the window; of the whole image its pixels.
         keepdim: whether the average of a whole image keeps its two axes, with size 1.
     """
 
@@ -300,8 +305,9 @@ class PoolingWindow:
 class IntegerAvgPool2d(IntegerModule):
     """The average of windows of codes: their sum, whose fractional length includes the division by a power of two.
 
-    A sum S stands for the average ``S · 2^-frac_len``; with an output format it becomes a code by
-    ``clamp(round_half_even(S · 2^-shift))``.
+    A sum S stands for ``S · 2^-frac_len``: the average, if the window's area is a power of two; else what is missing,
+    the nearest power of two over the area, is a factor of the next layer's weights. With an output format S becomes a
+    code by ``clamp(round_half_even(S · 2^-shift))``.
 
     Args:
         window: size, stride and padding of the windows.
@@ -323,10 +329,10 @@ class IntegerAvgPool2d(IntegerModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return the averages of codes (n, c, h, w), as codes, or as int32 sums without an output format.
 
-        The result is (n, c, h', w'); that of a window of the whole image without ``keepdim`` is (n, c).
+        The result is (n, c, h', w'); that of a window of the whole image is (n, c, 1, 1), without ``keepdim`` (n, c).
 
         Raises:
-            ValueError: the window is the whole image, and the image has another number of pixels than at conversion.
+            ValueError: the window is the whole image, and the image has not ``window.area`` pixels.
         """
         window, dtype = self.window, torch.int64 if self.bound > ACCUMULATOR_MAX else torch.int32
         if window.kernel_size is None:
@@ -345,7 +351,7 @@ def overflow_report(model: nn.Module) -> dict[str, int]:
     """Return how many accumulators were clamped to ±(2^31 - 1) so far, by the name of the module that summed them.
 
     Modules without clamped accumulators are left out. Convolutions and linear layers count them across a state dict,
-    additions and average poolings from zero on.
+    additions and average poolings from zero on. ``{}`` for a model that is no converted fixed-point network.
     """
     counts = {name: int(part.saturated) for name, part in model.named_modules() if isinstance(part, IntegerModule)}
     return {name: count for name, count in counts.items() if count}

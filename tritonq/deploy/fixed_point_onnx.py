@@ -42,19 +42,24 @@ def export_fixed_point_onnx(
     """Write a fixed-point network, trained or converted, as an ONNX file that ONNX Runtime runs with equal codes.
 
     Convolutions are ConvInteger, products MatMulInteger, both of unsigned bytes with zero points; accumulators int32.
-    Requantization is ``Clip(Round(float(acc) * 2^-shift))``: the product is exact, Round goes to even, and what float32
-    cannot hold of an accumulator is clipped. Axis 0 of the input stays open.
+    Requantization is ``Clip(Round(float(acc) * 2^-shift))``: the product is exact, Round takes ties to even, and
+    accumulators of layers that float32 rounds lie outside of the codes, and are clipped. Axis 0 of the input stays
+    open.
 
     Args:
         model: a network of :func:`tritonq.prepare.prepare_qat` with preset ``"f8net"``, or what ``convert`` made of it.
         path: file to write (under a temporary name, then renamed).
         example_input: the network's one input, for the sizes of the other axes.
-        metadata: texts by name that the file's metadata hold besides; None: none.
+        metadata: texts by name that the file's metadata hold besides ``"tritonq.codes"`` and ``"tritonq.target"``;
+            None: none.
 
     Raises:
-        ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits,
-            metadata that are not text or have a name of the file's own, or what ``convert`` raises.
+        ValueError: a module or function that has no ONNX form here (the message names it), a forward that torch.fx
+            can't trace, a result other than one float tensor, accumulators that may pass 32 bits, metadata that are not
+            text or have one of these two names, or what ``convert`` raises.
+        RuntimeError: the network does not run on ``example_input``.
         ImportError: onnx is not installed (the extra ``tritonq[onnx]``).
+        OSError: the file can't be written.
 
     Examples:
         >>> import tempfile, tritonq

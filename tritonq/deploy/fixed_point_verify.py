@@ -13,7 +13,7 @@ from tritonq.reference.fixed_point import power_of_two
 
 
 def fixed_point_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the convolutions and linear layers of a fixed-point network, by qualified name; ``{}`` for other models.
+    """Return the convolutions and linear layers of a fixed-point network, by path; ``{}`` for other models.
 
     They are instances of :class:`FixedPointLayer` in a trained model and of :class:`IntegerLayer` in a converted one.
     Additions and poolings are not among them.
@@ -52,7 +52,7 @@ def value_of_codes(layer: Any, codes: Tensor) -> Tensor:
         codes: whole numbers as float32, any shape.
 
     Returns:
-        A tensor shaped as ``codes``, float32 unless it holds codes.
+        A tensor shaped as ``codes``: float32, but in the last case int8 or uint8.
     """
     if isinstance(layer, IntegerLayer):
         return codes * 2.0**-layer.input.frac_len if layer.encodes else codes.to(layer.input.dtype)
