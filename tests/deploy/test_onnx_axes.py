@@ -109,6 +109,8 @@ def test_a_forward_that_fixes_the_batch_is_told(tmp_path):
     ):
         tritonq.export_onnx(model, tmp_path / "model.onnx", X)
     tritonq.export_onnx(model, tmp_path / "model.onnx", X, dynamic_batch=False)
+    with pytest.warns(UserWarning, match="FixesTheBatch fixes the batch"):
+        tritonq.deploy.export_encodings(model, tmp_path / "model.onnx", X, dynamic_batch=True)
 
 
 class WithTable(nn.Module):

@@ -16,6 +16,8 @@ from torch import nn
 import tritonq
 from qat_models import after_one_batch
 
+X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
 
 class Block(nn.Module):
     """Attends, behind a mask where it is given one; its forward becomes a graph without."""
@@ -167,3 +169,41 @@ def test_arguments_called_as_the_parameters_for_all_others(tmp_path):
     assert [value.name for value in onnx.load(tmp_path / "m.onnx").graph.input] == ["kwargs", "args"]
     assert tritonq.verify(qat, tmp_path / "m.onnx", example).agrees()
     assert tritonq.verify(qat, tritonq.deploy.export_program(qat, None, example), example).agrees()
+
+
+class _KeepsActivations(nn.Module):
+    """Keeps results of its layers, as many models do to look at them later; torch refuses to copy such tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        self.hidden = torch.relu(self.first(x))
+        self.all = [self.hidden]
+        return self.second(self.hidden)
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        lambda model, path: tritonq.export_onnx(model, path / "model.onnx", X),
+        lambda model, path: tritonq.deploy.export_encodings(model, path / "model.onnx", X),
+        lambda model, path: tritonq.deploy.export_program(model, path / "model.pt2", X),
+    ],
+    ids=["onnx", "encodings", "program"],
+)
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # torch.export's own
+def test_models_that_keep_activations(export, tmp_path):
+    model = tritonq.prepare_qat(_KeepsActivations(), example_inputs=X).train()
+    model(X)
+    converted = tritonq.convert(model.eval())
+    converted.hidden = model(X)  # as it is after a run with layers in float
+    export(converted, tmp_path)
+
+
+def test_fixed_point_networks_that_keep_activations():
+    model = tritonq.prepare_qat(_KeepsActivations(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=X).train()
+    model(X)
+    expected = model.eval()(X)
+    assert torch.equal(tritonq.convert(model)(X), expected)

@@ -327,3 +327,11 @@ def test_linear_layers_take_any_leading_axes_and_no_rows():
     converted = convert(model.train())
     assert torch.equal(converted(x), model.eval()(x).float())
     assert converted(x[:0]).shape == (0, 3, 3)
+
+
+def test_a_linear_layer_takes_one_sample_without_a_batch():
+    x = torch.rand(6, 4)
+    model = prepare_qat(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), qconfig=F8NET, example_inputs=x)
+    model(x)
+    model.eval()
+    assert torch.equal(convert(model)(x[0]), model(x[0]))

@@ -13,6 +13,7 @@ from qat_models import after_one_batch
 from tolerances import SUMS, assert_close
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert, verify
+from tritonq.deploy.fixed_point_modules import FixedPointFormat, IntegerAvgPool2d, IntegerLayer, PoolingWindow
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 
 pytest.importorskip("onnx")
@@ -71,3 +72,21 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="may pass 32 bits"):
         export_fixed_point_onnx(model, tmp_path / "model.onnx", x)
     assert not list(tmp_path.iterdir())
+
+
+def test_averages_of_large_images_are_exact(tmp_path):
+    """The sum is one more than a tie, 170.5 · 2^17, which is what float32 makes of it."""
+    bytes_in, bytes_out = FixedPointFormat(0, 0, 255), FixedPointFormat(-17, 0, 255)
+    one = {"weight": torch.ones(1, 1, 1, 1, dtype=torch.int8)}
+    one |= {name: torch.zeros(1, dtype=torch.int32) for name in ("bias", "frac_len")}
+    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    window = PoolingWindow(None, None, (0, 0), 300 * 300, keepdim=True)
+    model = nn.Sequential(
+        IntegerLayer(one, geometry, bytes_in, bytes_in, encodes=True, decodes=False, linear=False),
+        IntegerAvgPool2d(window, torch.zeros(1, dtype=torch.int32), bytes_in, bytes_out),
+        IntegerLayer(one, geometry, bytes_out, None, encodes=False, decodes=True, linear=False),
+    )
+    images = torch.full((1, 1, 300, 300), 248.0)
+    images.view(-1)[: 170 * 2**17 + 2**16 + 1 - 248 * 300 * 300] += 1
+    export_fixed_point_onnx(model, tmp_path / "model.onnx", images)
+    assert model(images).item() == ran(tmp_path / "model.onnx", images).item() == 171

@@ -8,7 +8,6 @@ same five functions, which :func:`accelerate` and :func:`restore` call: ``is_pre
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
 import re
@@ -19,6 +18,7 @@ from torch import nn
 
 from tritonq.acceleration import eager, graph_modules, tensor_quantizers
 from tritonq.acceleration.report import AccelerationReport, Row
+from tritonq.prepare.record.snapshot import copied
 from tritonq.switched_quantizer import SwitchedQuantizer
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
@@ -78,7 +78,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     for library in found:
         _check_version(library.package(model))
     if not inplace:
-        original, model = model, copy.deepcopy(model)
+        original, model = model, copied(model)
         graph_modules.keep_modes(original, model)
     reports = [library.accelerate(model) for library in found]
     report = AccelerationReport(

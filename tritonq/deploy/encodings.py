@@ -11,6 +11,7 @@ from torch import nn
 
 from tritonq.deploy.as_trained import ready_to_trace
 from tritonq.deploy.convert import convert
+from tritonq.deploy.example_inputs import tell_fixed_batch
 from tritonq.deploy.files import atomic_files
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -118,6 +119,8 @@ def export_encodings(
     arguments, shapes, result = ready_to_trace(traced, deployed, example_inputs, dynamic_batch)
     return_tensors_alone(traced, result)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), None, None)
+    if dynamic_batch:
+        tell_fixed_batch(type(model).__name__, program.model.graph)
     name_outputs(program.model, output_paths(result))
     found = take_marks(program.model.graph, marks)
     parameters = set(program.model.graph.initializers)

@@ -6,7 +6,6 @@ file that has each grid, and removes it.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from tritonq.deploy.onnx_tables import rewrite_table
 from tritonq.deploy.swap import swap_modules
 from tritonq.nn import AverageLayer, Joint
 from tritonq.nn.unary import UnaryLayer
+from tritonq.prepare.record.snapshot import copied
 from tritonq.quantized_type import QuantizedType
 
 _MARK = "tritonq::Marked"
@@ -80,7 +80,7 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
             (-127..127 counts as 8), scales per group, or several scales of a grouped transposed convolution; or a
             recurrent or fixed-point layer. The message names it.
     """
-    model = copy.deepcopy(converted)
+    model = copied(converted)
     encodings: dict[str, Encoding] = {}
     traced: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():

@@ -6,7 +6,6 @@ layer.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -26,6 +25,7 @@ from tritonq.nn.fixed_point import FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
 from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
 from tritonq.prepare.changes import ADDED, note_report, report_of, take_report
+from tritonq.prepare.record.snapshot import copied
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
 
 _SIMULATED = (FixedPointLayer, FixedPointAdd, FixedPointAvgPool2d)
@@ -61,7 +61,7 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
             f"{added[0]!r} was put into the model after prepare_qat: a fixed-point network is one of integers alone. "
             "Put the float parts together, then prepare the whole"
         )
-    converted = model if inplace else copy.deepcopy(model)
+    converted = model if inplace else copied(model)
     made: dict[nn.Module, IntegerModule] = {}
     for name, module in converted.named_modules():
         if isinstance(module, _SIMULATED):

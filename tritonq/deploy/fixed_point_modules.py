@@ -214,7 +214,8 @@ class IntegerLayer(IntegerModule):
         codes = self.input.encode(input) if self.encodes else input
         if self.linear:
             flat = codes.reshape(-1, codes.shape[-1], 1, 1)
-            y = self.accumulate(flat).unflatten(0, codes.shape[:-1]).flatten(-3)
+            y = self.accumulate(flat)
+            y = y.view(*codes.shape[:-1], y.shape[1])
         else:
             y = self.accumulate(codes)
         return self.decode(y) if self.decodes else y

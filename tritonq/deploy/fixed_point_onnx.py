@@ -29,6 +29,9 @@ _OPSET = 18
 # Both factors as unsigned bytes around this zero point: ONNX Runtime's kernels for signed weights add pairs of products
 # in 16 bits on x86 without VNNI, and saturate.
 _MIDDLE = 128
+_CODE_BITS = 8
+# float32 holds whole numbers up to 2^24.
+_EXACT_BITS = 24
 _PASSED_ON = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -42,9 +45,9 @@ def export_fixed_point_onnx(
     """Write a fixed-point network, trained or converted, as an ONNX file that ONNX Runtime runs with equal codes.
 
     Convolutions are ConvInteger, products MatMulInteger, both of unsigned bytes with zero points; accumulators int32.
-    Requantization is ``Clip(Round(float(acc) * 2^-shift))``: the product is exact, Round takes ties to even, and
-    accumulators of layers that float32 rounds lie outside of the codes, and are clipped. Axis 0 of the input stays
-    open.
+    Requantization is ``Clip(Round(float(acc) * 2^-shift))``: the product is exact, and Round takes ties to even. It is
+    computed in float64 where float32 would round an accumulator that becomes a code within the range. Axis 0 of the
+    input stays open.
 
     Args:
         model: a network of :func:`tritonq.prepare.prepare_qat` with preset ``"f8net"``, or what ``convert`` made of it.
@@ -262,15 +265,19 @@ class _Writer:
         """
         if module.output is None or module.shift is None:
             return total
-        return self._clipped(self._scaled(total, module.shift.view(shape)), module.output)
+        # What float32 rounds is clipped if 2^24 stands for a code beyond the range of 8 bits.
+        is_exact = module.bound <= 2**_EXACT_BITS or int(module.shift.max()) <= _EXACT_BITS - _CODE_BITS
+        dtype = torch.float32 if is_exact else torch.float64
+        return self._clipped(self._scaled(total, module.shift.view(shape), dtype), module.output, dtype)
 
-    def _scaled(self, total: str, shift: Tensor) -> str:
-        real = self._emit("Cast", [total], to=self._onnx.TensorProto.FLOAT)
-        return self._emit("Mul", [real, self._constant(torch.exp2(-shift.double()).float())])
+    def _scaled(self, total: str, shift: Tensor, dtype: torch.dtype = torch.float32) -> str:
+        types = self._onnx.TensorProto
+        real = self._emit("Cast", [total], to=types.FLOAT if dtype == torch.float32 else types.DOUBLE)
+        return self._emit("Mul", [real, self._constant(torch.exp2(-shift.double()).to(dtype))])
 
-    def _clipped(self, steps: str, codes: FixedPointFormat) -> str:
+    def _clipped(self, steps: str, codes: FixedPointFormat, dtype: torch.dtype = torch.float32) -> str:
         """Add rounding (ties to even) and clipping of real numbers in steps; return the name of the codes."""
-        ends = [self._constant(torch.tensor(float(end))) for end in (codes.quant_min, codes.quant_max)]
+        ends = [self._constant(torch.tensor(float(end), dtype=dtype)) for end in (codes.quant_min, codes.quant_max)]
         whole = self._emit("Clip", [self._emit("Round", [steps]), *ends])
         types = self._onnx.TensorProto
         return self._emit("Cast", [whole], to=types.INT8 if codes.quant_min < 0 else types.UINT8)

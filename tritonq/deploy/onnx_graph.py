@@ -19,7 +19,6 @@ scale and zero point and nothing between; weights and biases as for ONNX Runtime
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -50,6 +49,7 @@ from tritonq.nn.original_class import original_class
 from tritonq.nn.output_quantizer import quantizer_of
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
+from tritonq.prepare.record.snapshot import copied
 from tritonq.quantized_type import QuantizedType
 from tritonq.targets import OnnxForm
 
@@ -74,7 +74,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     for name, module in converted.named_modules():
         if isinstance(module, DeployedModule) and not isinstance(module, _KNOWN):
             raise ValueError(f"{type(module).__name__} {name!r} has no form in ONNX")
-    model = copy.deepcopy(converted)
+    model = copied(converted)
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
     joins = [module for module in model.modules() if isinstance(module, Joint)]
     # Before operations are rewritten to run their quantizers themselves.

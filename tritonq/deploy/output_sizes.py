@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from torch import nn
 from tritonq.deploy.outputs import result_of
 from tritonq.nn.conv import TakesOutputSize
 from tritonq.prepare.record.example import example_arguments
+from tritonq.prepare.record.snapshot import copied
 from tritonq.prepare.record.structure import clone_tensors
 
 
@@ -34,7 +34,7 @@ def with_output_sizes(deployed: nn.Module, example_inputs: Any) -> nn.Module:
             hook.remove()
     if all(paddings <= {layers[name].output_padding} for name, paddings in asked.items()):
         return deployed
-    model = copy.deepcopy(deployed)
+    model = copied(deployed)
     for name, paddings in asked.items():
         if len(paddings) > 1:
             raise ValueError(

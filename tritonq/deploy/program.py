@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 from functools import partial
@@ -23,6 +22,7 @@ from tritonq.deploy.outputs import return_no_text
 from tritonq.deploy.pt2e_form import complete_pairs, pt2e_form
 from tritonq.grid import Grid
 from tritonq.nn.compile_wrapper import uncompiled
+from tritonq.prepare.record.snapshot import copied
 from tritonq.reference.fake_quant import fake_quantize
 
 ProgramForm = Literal["integers", "pt2e"]
@@ -126,7 +126,7 @@ def _program_form(converted: nn.Module) -> nn.Module:
 
     The results are the same, bit for bit.
     """
-    model = copy.deepcopy(converted)
+    model = copied(converted)
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.forward = partial(_quantize, module)  # type: ignore[method-assign]

@@ -11,7 +11,6 @@ Source: torch.ao.quantization.fx._decomposed; torchao.quantization.pt2e (``conve
 
 from __future__ import annotations
 
-import copy
 import importlib
 from functools import partial
 from typing import Any, cast
@@ -28,6 +27,7 @@ from tritonq.deploy.swap import swap_modules
 from tritonq.nn import Joint
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward
+from tritonq.prepare.record.snapshot import copied
 
 # Operators whose results are values of their input: a grid of the input is one of the result.
 _MOVES = frozenset(
@@ -114,7 +114,7 @@ def pt2e_form(converted: nn.Module) -> nn.Module:
         ValueError: a layer or quantizer without such a form, for its codes or a scale per group; the message names it.
     """
     register_pt2e_operators()
-    model = copy.deepcopy(converted)
+    model = copied(converted)
     quantizers = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)]
     pairs: dict[nn.Module, nn.Module] = {module: PairQuantizer(module, name) for name, module in quantizers}
     for module in model.modules():

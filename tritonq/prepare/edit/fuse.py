@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritonq.nn import intrinsic
 from tritonq.nn.fusable import ceiling_of
 from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
-from tritonq.prepare.record.snapshot import undone_on_error
+from tritonq.prepare.record.snapshot import copied, undone_on_error
 
 FuserMethod = Callable[..., nn.Module]
 
@@ -124,7 +123,7 @@ def fuse_rows(
     is_one_row = all(isinstance(item, str) for item in modules_to_fuse)
     rows = cast(Sequence[Sequence[str]], [modules_to_fuse] if is_one_row else modules_to_fuse)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     with undone_on_error(model):
         for row in rows:
             parts = [_submodule(model, name) for name in row]
