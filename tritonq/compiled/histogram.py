@@ -27,13 +27,13 @@ def prefix_histogram(
     """Return counts over ``bins``, the exact range of the finite values, and how many values are not finite.
 
     Args:
-        x: any shape, any float dtype. Values that are not finite are in no bin.
+        x: any shape, may be empty; any float dtype, float64 counts as float32. Values not finite are in no bin.
         bins: the bins; finite values beyond the outermost count in these.
         axis: one histogram per index of this axis; None for one.
 
     Returns:
         ``(counts, low, high, nonfinite)``: int64 (bins.count,) or (x.shape[axis], bins.count); float32 0-d or
-        (x.shape[axis],), +inf and -inf without a finite value; int64 0-d.
+        (x.shape[axis],), +inf and -inf without a finite value; int64 0-d, over all channels. New, on ``x``'s device.
     """
     if not _takes(x, axis):
         return reference.prefix_histogram(x, bins, axis)
@@ -62,7 +62,7 @@ def observe(
         nonfinite_count: int64, 0-d; the number of values that are not finite is added to it.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
         bins: the bins.
-        axis: channel axis of ``x``; None: one histogram and range for all values.
+        axis: axis of ``x`` whose indices, the channels, have a histogram and a range each; None: one for all values.
     """
     on_cpu = enabled is None or enabled.is_cpu
     if not (on_cpu and _takes(x, axis) and is_plain(min_val, max_val) and histogram.is_contiguous()):

@@ -1,7 +1,8 @@
 """A tensor as one-byte codes and back, in C++, in one pass each way: what a backward keeps of an operator's input.
 
-An :class:`~tritonq.reference.input_codes.InputCodes` has ``codes``, int8, ``scale``, and ``shift``
-(:func:`~tritonq.reference.input_codes.shift_of`); None counts as 0. The tensor is ``(codes - shift) · scale``.
+An :class:`~tritonq.reference.input_codes.InputCodes` has ``codes``, int8, ``scale``, and ``shift``: the zero point (0
+without one) minus the code that is stored as 0, so that all fit int8. None counts as 0. The tensor is
+``(codes - shift) · scale``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from tritonq.reference.scratch import is_dense
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return ``round(x / scale) + shift`` as int8, or None if ``x`` can't be rebuilt from it exactly.
+    """Return int8 codes ``round(x / scale) + shift``, scale and shift, or None if they can't give ``x`` back exactly.
 
     Args:
         x: float32, float16 or bfloat16, any shape.
         grid: per tensor, with at most 256 codes.
-        trusted: whether ``x`` is known to lie on the grid; if not, the rebuilt values are compared with ``x``.
+        trusted: whether ``x`` is known to lie on the grid; then the result is never None. If it is False, the rebuilt
+            values must equal ``x``.
     """
     if not (is_plain(x) and is_dense(x) and are_vectors(grid.scale)):
         return reference.encode(x, grid, trusted)
@@ -36,11 +38,11 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 
 
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return ``(codes - shift) · scale``, computed in float32, in ``dtype``.
+    """Return ``(codes - shift) · scale``, computed in float32, in ``dtype``, laid out as the codes.
 
     Args:
         codes: that :func:`encode` returned.
-        dtype: of the tensor.
+        dtype: of the result: float32, float16 or bfloat16.
         out: float32 memory for the computation, laid out as the codes; overwritten, and returned if ``dtype`` is
             float32. None: new memory.
     """

@@ -21,7 +21,7 @@ from tritonq.reference.scratch import is_dense
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult:
-    """Return ``FQ(relu?(a + b))``, in ``a``'s dtype, and the mask of its gradient: a bit is 1 where ``dy`` passes.
+    """Return ``FQ(relu?(a + b))``, in ``a``'s dtype, and its mask: a bit is 1 where the result's gradient passes.
 
     With ``statistics``, ``relu?(a + b)`` first updates range and grid. With a grid, it is then rounded to that, unless
     the grid is switched off or its range has no data.
@@ -43,9 +43,10 @@ def forward(
 def rounded(
     a: Tensor, b: Tensor | None, y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult | None:
-    """Write ``FQ(relu?(a + b))`` to ``y``; return it with its mask, or None if a value is not finite.
+    """Write ``FQ(relu?(a + b))`` to ``y``; return it with its mask, or None if a value of ``a + b`` is not finite.
 
-    If it returns None nothing was observed, and ``y`` holds ``a + b``.
+    If it returns None nothing was observed, and ``y`` holds ``a + b``. The caller makes sure that
+    :func:`~tritonq.compiled.arguments.takes_grid` accepts grid and statistics.
 
     Args:
         a: dense, float32, on the CPU, not empty.
@@ -68,7 +69,7 @@ def rounded(
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
     """Return the gradient of both summands: ``dy`` where the bit of the mask of :func:`forward` is set, else 0.
 
-    ``dy`` must lie in the memory order of the forward's result.
+    ``dy``, the gradient of the forward's result, must lie in the memory order of that result; it is not changed.
     """
     if not is_plain(dy) or not is_dense(dy):
         return reference.backward(dy, mask)

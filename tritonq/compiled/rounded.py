@@ -17,10 +17,11 @@ from tritonq.reference.scratch import is_dense
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """Return ``FQ(relu?(y))`` and the mask of its gradient: uint8, one bit per element, 1 where ``dy`` passes.
+    """Return ``FQ(relu?(y))`` and its mask: uint8, one bit per element, 1 where the result's gradient passes.
 
     First ``relu?(y)`` updates range and grid; then it is rounded to the new grid. While that is switched off or without
-    data, the result is ``relu?(y)``. :class:`~tritonq.reference.residual.RoundedResult` says where an element's bit is.
+    data, the result is ``relu?(y)``. The elements in memory order are cut into eight planes of ``n / 8``, rounded up to
+    a multiple of 16; plane i is bit i of every byte of the mask.
 
     Args:
         y: float32 or float64, dense; overwritten, and the result's memory.

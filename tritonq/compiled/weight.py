@@ -36,7 +36,7 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """Multiply a weight by its fold, observe its range, and quantize it to the grid that follows.
+    """Observe the range of a folded weight, update the grid, and return the weight's codes on the updated grid.
 
     Args:
         rows: the weight, (out, ...), any float dtype.
@@ -70,14 +70,15 @@ def folded_codes(
 ) -> WeightCodes:
     """Return ``clip(round(rows · fold / s) + z) - z`` on the scale s and zero point z of ``grid``; nothing is observed.
 
-    With it come the codes' unit, whether a value may be clipped, and ``grid``.
+    With it come the codes' unit, whether a value may be clipped (True also if that is not known), and ``grid`` itself.
 
     Args:
         rows: the weight, (out, ...).
         fold: (out,), the factor of each row.
         grid: the copy of the grid that :func:`quantize_folded` returned; None: codes are the folded weight, units 1.
-        out: memory for the codes; None: new memory.
-        extremes: smallest and largest folded value per row; used by the reference only.
+        out: memory for the codes, shaped as ``rows``, in the dtype of ``fold``; None: new memory.
+        extremes: smallest and largest folded value per row, (out,) each, from which the reference tells whether a value
+            is clipped; None: not known. The compiled code does not read them.
     """
     if grid is None or not takes(rows, fold, grid, out):
         return reference.folded_codes(rows, fold, grid, out, extremes)
@@ -94,13 +95,14 @@ def folded_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight, (out, ...), and of the fold, (out,), from the gradient of the codes.
 
-    With ``q = dcodes / unit``, 0 where the code was clipped: ``fold · q`` and, per row, ``Σ q · rows``.
+    With ``q = dcodes / unit``, 0 where the code was clipped: ``fold · q`` and, per row, ``Σ q · rows``, both in the
+    dtype of ``fold``.
 
     Args:
         dcodes: gradient of the codes, shaped as ``rows``; its memory may be overwritten.
         rows: the weight, not folded.
         fold: (out,), the factor of each row.
-        unit: (out,), by which the codes that were convolved have to be multiplied to be the folded, rounded weight.
+        unit: (out,), the unit of the codes of which ``dcodes`` is the gradient.
         grid: the copy of the grid from the forward; None without a quantizer.
         clips: from the forward; False: no value was clipped, so no gradient is blocked.
     """
@@ -120,17 +122,17 @@ def folded_backward(
 
 
 def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
-    """Whether compiled code can fold and round such a weight.
+    """Whether compiled code can fold this weight and round it to this grid.
 
-    It can if rows, fold and out are float32 on the CPU, of no subclass but Parameter and outside of modes and
+    It can if rows, fold and out are float32 on the CPU, of no subclass but Parameter and outside of dispatch modes and
     transforms such as ``vmap``; the weight is not empty, its rows are dense, ``fold`` is contiguous, ``out`` is None or
-    has the weight's strides; and the grid has integer codes, ``zero_point`` None, ties to even, and no switch or one on
-    the CPU.
+    has the weight's strides; and the grid is None, or has integer codes, ``zero_point`` None, ties to even, one scale
+    or one per row, and no switch or one of one element on the CPU.
 
     Args:
         rows: the weight, (out, ...).
         fold: (out,), the factor of each row.
-        grid: of the quantizer, with one scale for all rows or one per row; None: the weight is not rounded.
+        grid: of the quantizer; None: the weight is not rounded.
         out: memory for the result; None: none is given.
     """
     if not (rows.numel() and is_plain(rows, out) and are_vectors(fold) and _rows_are_dense(rows)):
@@ -147,12 +149,12 @@ def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> 
 def follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
     """Whether there is one scale per row, and C++ can update each from its row's range.
 
-    It can if there is one range per row, float32 on the CPU, the rule is not "torch_v1" and fixes the zero point at 0,
-    and the smallest scale is above 0.
+    It can if scales and ranges are contiguous float32 on the CPU, one per row, and ``statistics`` has a rule other than
+    "torch_v1" that fixes the zero point at 0, and a smallest scale above 0.
 
     Args:
         grid: of the quantizer.
-        statistics: its running range; None: the scales stay as they are, and only their number counts.
+        statistics: the grid's running range; None: the scales stay as they are, and only they have to be such tensors.
         count: number of rows.
     """
     if grid.qtype.axis != 0 or grid.scale.numel() != count or not are_vectors(grid.scale):

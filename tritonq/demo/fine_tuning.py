@@ -11,11 +11,12 @@ class FineTuning:
 
     Attributes:
         label: text of the progress bar.
-        trained: name of the fine-tuned model in the table, in eval mode.
-        converted: name of the converted one.
-        learning_rate: of the fine-tuning.
-        frozen_epochs: in so many epochs at the end, ranges and BatchNorm statistics stay as they will be deployed.
-        examples: how many training images `prepare_qat` runs.
+        trained: name of the fine-tuned model, in eval mode, in the table, such as "QAT (eval)".
+        converted: name of the converted model in the table, such as "converted".
+        learning_rate: at the start of the fine-tuning.
+        frozen_epochs: in so many epochs at the end, ranges and BatchNorm statistics stay as they will be deployed; 0:
+            in none.
+        examples: how many training images `prepare_qat` gets as example inputs.
     """
 
     label: str

@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Two stages of Conv-BN-ReLU and a residual block, global average pooling, a linear layer.
+    """Two stages, each of Conv-BN-ReLU and a :class:`ResidualBlock`, then global average pooling and a linear layer.
 
     Args:
         in_channels: of the images.
@@ -54,7 +54,7 @@ class SmallResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (n, classes) for images (n, in_channels, h, w)."""
+        """Return logits (n, classes) for images (n, in_channels, h, w) of any size."""
         x = self.block1(self.stem(x))
         x = self.block2(self.down(x))
         return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]

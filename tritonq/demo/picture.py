@@ -17,13 +17,13 @@ _FLOAT, _QAT, _GRID = "#4c78a8", "#e45756", "#b9b9b9"
 
 @dataclass(frozen=True)
 class ChannelOnGrid:
-    """The weights of one out channel.
+    """The n weights of one out channel.
 
     Attributes:
-        codes: integer-valued floats, as they are stored.
-        values: the folded weights that they stand for, before rounding.
-        scale: value of one code.
-        index: number of the channel.
+        codes: codes minus zero point, whole numbers as float32, (n,).
+        values: the weights themselves, (n,): with a BatchNorm folded in, before rounding.
+        scale: of the codes.
+        index: of the channel, from 0.
     """
 
     codes: Tensor
@@ -36,11 +36,15 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
     """Write a PNG with the two loss curves and the weight histogram of one out channel; each bar is one code.
 
     Args:
-        path: the file.
+        path: the file, which is replaced if it exists; its folder must exist.
         float_run: losses of float training, one per epoch.
-        qat_run: losses of fine-tuning, one per epoch, which are drawn to the right of the others.
-        layer_name: for the title.
+        qat_run: losses of fine-tuning, one per epoch, which are drawn to the right of those of float training.
+        layer_name: the layer's name in the model, for the title.
         channel: the weights.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: the file can't be written.
     """
     import matplotlib
 
@@ -95,7 +99,8 @@ def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
     folded in.
 
     Raises:
-        ValueError: no codes can be made of the layer: a grid of input or weight is unknown, off or not of integers.
+        ValueError: no codes can be made of a `QATLayer`: a grid of input or weight is unknown, off, in groups or not of
+            integers, or the input's is per channel.
     """
     if isinstance(layer, FixedPointLayer):
         integers = layer.integers()

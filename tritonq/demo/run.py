@@ -33,7 +33,11 @@ _FIXED_POINT_PRESET = "f8net"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m tritonq demo``: images, output folder, qconfig or scheme, epochs and seed."""
+    """Add the options of ``python -m tritonq demo``.
+
+    They are ``--data``, ``--image-size``, ``--output``, ``--qconfig``, ``--scheme``, ``--epochs``, ``--qat-epochs`` and
+    ``--seed``.
+    """
     parser.add_argument("--data", type=Path, metavar="DIR", help="images in DIR/<class>/* instead of the digits")
     parser.add_argument("--image-size", type=int, default=32, metavar="N", help="side that --data images are scaled to")
     parser.add_argument(
@@ -57,7 +61,9 @@ def main(arguments: argparse.Namespace) -> int:
         arguments: the parsed command line, with the options of :func:`add_arguments`.
 
     Raises:
-        ValueError: fewer than one epoch.
+        ValueError: fewer than one epoch, or images or a preset that can't be used.
+        OSError: a file can't be written.
+        ImportError: a package that the demo needs is missing.
     """
     result = run(arguments)
     print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
@@ -70,13 +76,17 @@ def main(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> Result:
     """Train a float model, fine-tune it with rounding, deploy, verify and draw; return a `Result`.
 
-    It has the accuracy of each form of the model and the paths of all files. Torch's global generator is seeded.
+    It has the accuracy of each form of the model and the paths of all files, which are replaced where they exist.
+    Torch's global generator is seeded.
 
     Args:
         arguments: the parsed command line, with the options of :func:`add_arguments`.
 
     Raises:
-        ValueError: fewer than one epoch.
+        ValueError: fewer than one epoch, images that can't be used, an unknown preset, or one that can't be deployed
+            with this model, such as "mxfp8".
+        OSError: a file can't be written.
+        ImportError: scikit-learn (for the digits), matplotlib, onnx or onnxruntime is missing.
     """
     for name in ("epochs", "qat_epochs"):
         if getattr(arguments, name) < 1:
@@ -121,14 +131,23 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def load_images(arguments: argparse.Namespace) -> Images:
-    """Return the images of the folder that ``--data`` names, or scikit-learn's digits without it."""
+    """Return the images of the folder that ``--data`` names, or scikit-learn's digits without it.
+
+    Half are held out, unless the folder has ``train`` and ``val``.
+
+    Raises:
+        ValueError: no such folder, too few classes, a class with too few readable images, or an image size below 1.
+    """
     size = 8 if arguments.data is None else arguments.image_size
     preprocessing = Preprocessing(size, size, channels=1 if arguments.data is None else 3)
     return in_memory(open_examples(str(arguments.data or DIGITS), preprocessing))
 
 
 def announce(data: Images) -> None:
-    """Print which images the demo uses, and the numbers of those to train with, of those held out, and of classes."""
+    """Print in one line which images the demo uses, and how many.
+
+    It reads "scikit-learn's digits: 898 images to train with, 899 held out, 10 classes".
+    """
     print(
         f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
         f"{len(data.classes)} classes",
@@ -139,7 +158,8 @@ def announce(data: Images) -> None:
 def demo_recipe(qconfig: QConfig, data: Images) -> ModelRecipe:
     """Return the model recipe of the demo's model: factory, arguments, qconfig, scaling of images and class names.
 
-    The checkpoint holds it, so that ``python -m tritonq report`` can make the model again.
+    ``qconfig`` is that of all layers. The checkpoint holds the recipe, so that ``python -m tritonq report`` can make
+    the model again.
     """
     arguments = (f"in_channels={data.preprocessing.channels}", f"classes={len(data.classes)}")
     mapping = mapping_to_data(QConfigMapping().set_global(qconfig))
@@ -149,7 +169,8 @@ def demo_recipe(qconfig: QConfig, data: Images) -> ModelRecipe:
 def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, seed: int) -> History:
     """Train ``qat`` in place with fake quantization for ``epochs`` epochs; return losses and times as a `History`.
 
-    Ranges and BatchNorm statistics are frozen in the last ``training.frozen_epochs`` epochs, never in the first one.
+    Ranges and BatchNorm statistics are frozen in the last ``training.frozen_epochs`` epochs, never in the first one,
+    and stay so. ``seed`` decides the order of the training images.
     """
 
     def freeze(epoch: int) -> None:
@@ -162,14 +183,23 @@ def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, s
 
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:
-    """Return the logits for ``images`` that ONNX Runtime computes from the file at ``path``."""
+    """Return the logits (n, classes) that ONNX Runtime computes from the file at ``path``, in one call.
+
+    ``images`` are float32 (n, channels, height, width), on the CPU.
+    """
     session = open_session(path)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return torch.from_numpy(outputs)
 
 
 def largest_layer(model: nn.Module) -> tuple[str, QATLayer | FixedPointLayer]:
-    """Return name and module of the quantization-aware layer of a prepared model that has the most weights."""
+    """Return name and module of the quantization-aware layer of a prepared model that has the most weights.
+
+    Of several it is the first.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
     kinds = (QATLayer, FixedPointLayer)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     return max(layers, key=lambda item: item[1].weight.numel())

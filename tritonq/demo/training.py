@@ -23,7 +23,7 @@ class History:
     """Losses and times of a training run, one entry per epoch.
 
     Attributes:
-        losses: mean loss.
+        losses: mean over the images of the loss with which each was trained in the epoch.
         seconds: how long the epoch took.
     """
 
@@ -53,12 +53,13 @@ def train(
 ) -> History:
     """Train ``model`` in place on the training images of ``data`` by cross entropy; return a `History` of it.
 
-    The optimizer is SGD with Nesterov momentum 0.9 and weight decay 1e-4; half a cosine takes ``learning_rate`` to 0.
+    The optimizer is SGD with Nesterov momentum 0.9 and weight decay 1e-4. Over all steps the learning rate falls to 0,
+    along half a cosine.
 
     Args:
         model: a classifier on the CPU; it ends in training mode.
         data: the images.
-        epochs: passes over them.
+        epochs: passes over the training images.
         learning_rate: at the start.
         label: text of the progress bar.
         batch_size: images per step; the last step of an epoch may have fewer.

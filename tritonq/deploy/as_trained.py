@@ -20,21 +20,25 @@ def ready_to_trace(
 ) -> tuple[Arguments, dict[str, Any] | None, Any]:
     """Make a rewritten model ready for torch.export; return ``(arguments, shapes, result)``.
 
-    Arguments and shapes are those of :func:`open_axes`; the result is what the deployed model returns for them.
+    ``arguments`` are those of the example, with a batch of one doubled if the batch is to be open; ``shapes`` is
+    torch.export's ``dynamic_shapes``, None if no axis is to be open; ``result`` is what the deployed model returns for
+    these arguments.
 
-    A function that calls the old ``traced.forward`` takes its place. In that call ``torch.onnx.is_in_onnx_export()`` is
-    False, and a mask that a forward makes only while it is traced is accepted where None was recorded; neither holds
-    while Dynamo traces.
+    A function that calls the old ``traced.forward`` takes its place; it has a named parameter for each argument that
+    went to ``**kwargs``. In that call ``torch.onnx.is_in_onnx_export()`` is False, and a mask that a forward makes only
+    while it is traced is accepted where None was recorded; neither holds while Dynamo traces.
 
     Args:
         traced: the rewritten model; its ``forward`` is replaced.
         deployed: the model that it was made of, which runs once.
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones.
-        batch: whether axis 0 of the inputs is open.
+        batch: whether axis 0 of the inputs is open: the exported file takes any size there.
         sizes: whether the axes behind the first two are open.
 
     Raises:
-        ValueError, TypeError: as :func:`open_axes` and :func:`result_of`.
+        ValueError: the deployed model raises an error on the arguments, or an axis is to be open and no tensor has an
+            axis 0.
+        TypeError: ``example_inputs`` are none of these, or an axis is to be open and the forward does not take them.
     """
     arguments = example_arguments(example_inputs)
     name_keywords(traced, arguments[1])

@@ -18,8 +18,8 @@ class Runner(Protocol):
     """A function that runs a deployed or trained model on arguments, and returns ``(codes, outputs)``.
 
     It is called with positional arguments as a tuple, named ones as a dict, and the codes to use in place of those that
-    the model makes, or None. Codes are minus zero points: a dict from a quantizer's name to a list with one tensor per
-    call. Outputs are a list of the tensors of the result, on the CPU.
+    the model makes, or None. Codes are a dict from a quantizer's name to a list with one tensor per call: its codes
+    minus zero point, as float32 on the CPU. Outputs are a list of the tensors of the result, on the CPU.
     """
 
     def __call__(
@@ -42,14 +42,15 @@ def take_given(given: GivenCodes, codes: Codes, name: str, own: Tensor) -> Tenso
     """Append the codes that a quantizer made to ``codes``; return the codes that its readers should get instead.
 
     Args:
-        given: codes to use: by the quantizer's name a sequence with one entry per call, None for a call without codes.
+        given: codes to use: by the quantizer's name a sequence with one entry per call, None for a call that keeps its
+            own. A name or an entry at the end may be missing, which means the same.
         codes: what was recorded so far: by the quantizer's name a list with one entry per call; changed in place. The
             number of its entries under ``name``, before ``own`` is appended, is the index of this call.
         name: of the quantizer.
         own: the codes that it made, minus zero point.
 
     Returns:
-        The given codes for this call; None: there are none, or they equal ``own``.
+        The given codes for this call; None if the readers get ``own``: none are given, or they equal ``own``.
     """
     calls = codes.setdefault(name, [])
     calls.append(own)

@@ -19,10 +19,12 @@ class LayerComparison:
     """How the codes of one quantizer differ between two forms of a model.
 
     Attributes:
-        name: the module whose output it quantizes; from the second call on with its number: ``"conv (call 2)"``.
+        name: of the module whose output it quantizes, else the quantizer's own (``"0.input_fake_quant"``); in a
+            fixed-point network of the layer that reads the codes. From the second call on with the call's number:
+            ``"conv (call 2)"``.
         codes: how many codes were compared.
         differing: how many of them differ.
-        largest: the largest difference, in codes.
+        largest: the largest difference, in codes; 2^31 if NaN stands on one side only.
         island: names of operators between the codes that the layer reads and those it makes whose sums have no defined
             order (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits or of floats:
             then any number of codes may differ, by one each. Empty: none may.
@@ -49,7 +51,7 @@ class LayerComparison:
     def is_within(self, max_fraction: float, max_step: int) -> bool:
         """Whether at most ``max_fraction`` of the codes differ, and by ``max_step`` codes at most.
 
-        Behind an island (``island`` is not empty) any number of codes may differ by one.
+        Behind an island (``island`` is not empty) any number of codes may differ by one, whatever the arguments.
         """
         if self.island and self.largest <= ISLAND_STEP:
             return True
@@ -64,11 +66,12 @@ class OutputComparison:
 
     Attributes:
         elements: how many numbers were compared, floats and whole numbers.
-        largest: largest absolute difference of floats; NaN if one of the two is NaN and the other is not.
+        largest: largest absolute difference of floats, 0.0 without floats; NaN if somewhere one of two compared floats
+            is NaN and the other is not.
         predictions: how many predictions were compared.
         differing_predictions: how many of them differ.
-        differing_integers: how many whole numbers differ. Indices may: of equal values ``topk`` and ``sort`` return
-            any first, and quantized tensors have many equal values.
+        differing_integers: how many whole numbers and bools differ. Indices may, of equal values: ``topk`` and ``sort``
+            return any of these first, and quantized tensors have many.
 
     Examples:
         >>> OutputComparison(20, 0.5, predictions=2, differing_predictions=1, differing_integers=0).agreement
@@ -92,9 +95,11 @@ class VerificationReport:
     """The result of :func:`verify`; ``print`` it for a table.
 
     Attributes:
-        layers: one comparison per quantizer and call, in the order in which the model runs them.
-        outputs: the model's outputs, all together.
-        unread: names of layers, as in ``layers``, with results that nothing reads; the deployed model leaves these out.
+        layers: one comparison per quantizer and call, over all batches, in the order in which the trained model first
+            runs the quantizers.
+        outputs: the comparison of all output tensors, over all batches.
+        unread: names of layers, without a call's number, with results that nothing reads: the deployed model does not
+            compute these, and they are not compared.
 
     Examples:
         >>> import torch, tritonq
@@ -118,7 +123,10 @@ class VerificationReport:
 
     @property
     def total(self) -> LayerComparison:
-        """The sum of all layers, as one comparison named ``"all layers"``; its ``largest`` is the largest of all."""
+        """The sum of all layers, as one comparison named ``"all layers"``, with an empty ``island``.
+
+        Its ``largest`` is the largest of all, 0 without layers.
+        """
         return LayerComparison(
             "all layers",
             sum(layer.codes for layer in self.layers),
@@ -127,15 +135,16 @@ class VerificationReport:
         )
 
     def agrees(self, max_fraction: float = 0.0, max_step: int = 0) -> bool:
-        """Whether in every layer at most ``max_fraction`` of the codes differ, by at most ``max_step``.
+        """Whether in every layer at most ``max_fraction`` of the codes differ, by at most ``max_step`` codes.
 
-        Behind islands any number of codes may differ by one. ``outputs`` are not read: what follows from codes alone is
-        equal where these are, but for indices of equal values, which ``topk`` and ``sort`` return in any order.
+        Behind islands any number of codes may differ by one. ``outputs`` do not count: a difference in them, with equal
+        codes, comes from what is computed in float behind the last codes, or from indices of equal values, which
+        ``topk`` and ``sort`` return in any order.
         """
         return self.first_beyond(max_fraction, max_step) is None
 
     def first_beyond(self, max_fraction: float = 0.0, max_step: int = 0) -> LayerComparison | None:
-        """Return the first layer with more than ``max_fraction`` of its codes differing, or one by over ``max_step``.
+        """Return the first layer in which over ``max_fraction`` of the codes differ, or one by over ``max_step`` codes.
 
         A layer directly behind an island (its ``island`` is not empty) does not count if its codes differ by one at
         most. None: there is no such layer.
@@ -175,12 +184,13 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
     Args:
         name: of the layer.
         one: codes of the trained model, whole numbers as floats.
-        other: codes of the deployed model. Axes of size 1 may be missing, and those of a linear layer may be a matrix.
+        other: codes of the deployed model, on the same device. Axes of size 1 may be missing or added, and all
+            axes but the last may be merged into one.
         island: names of operators (softmax, say) before the codes for which these may differ by one; empty: none may.
             It changes no count: the result keeps it for :meth:`LayerComparison.is_within`.
 
     Raises:
-        ValueError: the shapes differ otherwise.
+        ValueError: the shapes differ in another way.
     """
     if [size for size in one.shape if size != 1] == [size for size in other.shape if size != 1]:
         other = other.reshape(one.shape)  # a file may hold the codes of a mean before its axes are dropped
@@ -212,15 +222,15 @@ def add_layers(one: LayerComparison | None, other: LayerComparison) -> LayerComp
 
 
 def add_outputs(sum_: OutputComparison | None, expected: list[Tensor], found: list[Tensor]) -> OutputComparison:
-    """Return a comparison of outputs with that of another batch added.
+    """Return the comparison of outputs so far with that of another batch added.
 
     Args:
-        sum_: the comparison so far; None before the first batch.
-        expected: the trained model's outputs.
-        found: the deployed model's.
+        sum_: the comparison so far, which is not changed; None before the first batch.
+        expected: the trained model's output tensors for this batch.
+        found: the deployed model's, on the same device; they may have other dtypes.
 
     Raises:
-        ValueError: their shapes or numbers differ.
+        ValueError: the lists differ in length, or two tensors in shape.
     """
     if [tuple(t.shape) for t in expected] != [tuple(t.shape) for t in found]:
         shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]

@@ -14,11 +14,11 @@ from tritonq.prepare.forwards.graph import ForwardGraph
 
 
 def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) -> None:
-    """Remove the computation of weights from forwards, and replace what it alone read by stand-ins.
+    """Remove the computation of weights from forwards, and replace what only this computation read by stand-ins.
 
     A converted layer has fixed codes and ignores the weight that it is given. A forward that is a graph loses the nodes
     that computed the weight; any other forward goes on computing with *stand-ins*, tensors without memory, which costs
-    nothing. They take the places of the parameters and buffers that only this computation read.
+    nothing. They replace parameters and buffers whose ``exclusive`` is True in ``computed``; all others stay.
 
     Args:
         model: a converted model; changed in place.
@@ -39,7 +39,7 @@ def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) 
 
 
 def stand_in(module: nn.Module, name: str) -> None:
-    """Replace a parameter or buffer of a module by a meta tensor (without memory) of the same shape and dtype.
+    """Replace a module's own parameter or buffer by a meta tensor (without memory) of the same shape and dtype.
 
     That is a plain attribute, in no state dict. Nothing is done if the module has no such parameter or buffer, or has
     None registered in its place.

@@ -38,29 +38,33 @@ from tritonq.quantized_type import QuantizedType
 
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
-    """Return the deployed form of a quantization-aware model: integer weights, int32 biases, fixed quantizers.
+    """Return the deployed model of a quantization-aware one: integer weights, int32 biases, fixed quantizers.
 
-    Every quantization-aware layer, its BatchNorm included, becomes one layer of :mod:`tritonq.deploy.modules`; every
-    fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. It warns (UserWarning) of
-    quantizers that no training step reached, of modules put into the model after `prepare_qat`, and of weight zero
-    points that differ between channels. The result gives the same codes as ``model`` in eval mode, bit for bit, and has
-    no other mode: ``train()`` on it raises RuntimeError. A fixed-point network becomes one of integers alone:
-    :mod:`tritonq.deploy.fixed_point`.
+    Every quantization-aware layer, its BatchNorm included, becomes one deployed layer (where the input is not rounded,
+    it computes in float, with the rounded values of its weight); every fake quantizer becomes a fixed one; everything
+    else stays, in eval mode, and so do hooks. The result gives the same codes as ``model`` in eval mode, bit for bit,
+    and has no other mode: ``train()`` on it raises RuntimeError. A fixed-point network becomes one of 8-bit codes,
+    32-bit sums and shifts.
+
+    It warns (UserWarning) of quantizers that no training step reached, of modules put into the model after
+    `prepare_qat`, and of weight zero points that differ between channels.
 
     Args:
         model: a trained model with quantization-aware layers, in any mode; also the result of ``torch.compile`` of one.
         inplace: change ``model`` itself, not a copy. Use the result: a model of one layer becomes another module.
         allow_unquantized: whether tensors may stay in float because their quantizer has never observed anything or is
-            switched off. By default that is an error: usually the model was not trained. In a fixed-point network it
-            is an error always.
+            switched off; it becomes an ``nn.Identity``. By default that is an error: usually the model was not trained.
+            In a fixed-point network it is an error always.
 
     Returns:
         The converted model.
 
     Raises:
-        ValueError: nothing to convert, a weight, BatchNorm statistic or range that is not finite, a quantizer that
-            rounds nothing (without ``allow_unquantized``), float64 parameters, a weight or a layer type that can't be
-            deployed; the message names the module. ``model`` is then as it was.
+        ValueError: a model that is not prepared or is converted already, a parameter, BatchNorm statistic or scale that
+            is not finite, a quantizer that rounds nothing (without ``allow_unquantized``), float64 parameters, or a
+            weight, number format or layer type that can't be deployed; in a fixed-point network also a layer in another
+            phase than "fixed", with a float bias or with words of more than 8 bits, or a module put in after
+            `prepare_qat`. The message names the module, if the fault is in one. ``model`` is then as it was.
 
     Examples:
         >>> import torch, tritonq

@@ -46,21 +46,21 @@ def save_converted(
 ) -> None:
     """Write a converted model to one file that ``torch.load(path, weights_only=True)`` reads.
 
-    The file is a dict: ``format``, ``version``, ``modules`` (one description per module, plain data), ``state_dict``
-    (weights as integer codes; several per byte for layers and tables of 4 bits and fewer), ``packed`` (how to unpack),
-    ``metadata`` where it is given, and ``sha256`` of modules, unpacked state and metadata (torch's reader does not
-    check its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model. The
-    user's hooks are not saved.
+    The file is a dict: ``format``, ``version``, ``modules`` (for each module a dict of plain data that describes it),
+    ``state_dict`` (on the CPU, weights as integer codes; several per byte for layers and tables of 4 bits and fewer),
+    ``packed`` (how to unpack), ``metadata`` where it is given, and ``sha256`` of modules, unpacked state and metadata.
+    It is written under a temporary name, then renamed: ``path`` never holds half a model. The user's hooks are not
+    saved.
 
     Args:
         model: a converted model, or what ``torch.compile`` made of one.
-        path: file to write.
+        path: file to write, in a folder that exists; a file of this name is replaced.
         metadata: what else a reader must know (preprocessing, class names), as data that JSON can hold;
             :func:`~tritonq.deploy.load_metadata` reads it.
 
     Raises:
-        ValueError: ``model`` is not a converted model, or has a module of tritonq without a form in such a file, or
-            ``metadata`` is not plain data.
+        ValueError: ``model`` is not a converted model, or has a module of tritonq that such a file can't hold, or
+            ``metadata`` is not data that JSON can hold.
         OSError: the file can't be written.
 
     Examples:
@@ -101,8 +101,8 @@ def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: a file of :func:`save_converted`.
-        model: the float model, with any weights; no preparation and no example inputs. It is changed in place and keeps
-            its device.
+        model: a float model of the architecture that was prepared, itself not prepared, with any weights. It is changed
+            in place and keeps its device.
 
     Returns:
         The converted model, in eval mode: ``model`` itself, or another module if ``model`` is a single layer.
@@ -150,7 +150,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Examples:
         >>> import tempfile, torch, tritonq
         >>> images = torch.randn(2, 1, 8, 8)
-        >>> qat = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(1, 2, 3)), example_inputs=images)
+        >>> qat = tritonq.prepare_qat(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), example_inputs=images)
         >>> _ = qat(images)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_converted(tritonq.convert(qat.eval()), f"{folder}/model.pt", metadata={"size": 8})
@@ -216,9 +216,9 @@ def checksum(modules: list[Description], state: Mapping[str, Tensor], metadata: 
     """Return the sha256, in hexadecimal, of a file's contents: modules, tensors by name, and metadata.
 
     Args:
-        modules: descriptions of :func:`describe_modules`.
-        state: the unpacked state dict, on the CPU; dtype, shape and bytes of each tensor count.
-        metadata: the user's, or None.
+        modules: descriptions of :func:`describe_modules`, in the file's order.
+        state: the unpacked state dict, on the CPU; name, dtype, shape and bytes of each tensor count, not the order.
+        metadata: the user's; None if none was given, which is not as ``{}``.
 
     Raises:
         ValueError: metadata that JSON can't hold.

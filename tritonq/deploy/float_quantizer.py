@@ -19,7 +19,7 @@ class FloatQuantizer(DeployedModule):
 
     Args:
         qtype: the quantized type, with the float format.
-        scale: float32, one element or one per channel.
+        scale: float32, one element, or one per index of ``qtype.axis``; kept without a copy.
 
     Attributes:
         scale: float32, (1,) or (channels,).
@@ -35,15 +35,18 @@ class FloatQuantizer(DeployedModule):
         self.eval()
 
     def calculate_qparams(self) -> QParams:
-        """Return the scale, (1,) or (channels,), and int32 zero points of that shape, all of which are 0."""
+        """Return the buffer ``scale`` itself, and new int32 zero points of its shape, all of which are 0."""
         return QParams(self.scale, self.scale.new_zeros(self.scale.shape).int())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the nearest number of the format to ``x / scale``, times ``scale``; shape and dtype of ``x``."""
+        """Return the nearest number of the format to ``x / scale``, times ``scale``, in shape and dtype of ``x``.
+
+        Values beyond the format's largest number become that number, also infinities; NaN stays NaN.
+        """
         return fake_quantize(x, Grid(self.scale, None, self.qtype))
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: format and scale, or of several scales their number and axis."""
+        """Return the text for ``repr``: "e4m3, scale=0.02", or of several scales "e4m3, 2 scales along axis 1"."""
         if self.scale.numel() == 1:
             return f"{self.qtype.codes}, scale={self.scale.item():.6g}"
         return f"{self.qtype.codes}, {self.scale.numel()} scales along axis {self.qtype.axis}"

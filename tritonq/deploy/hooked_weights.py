@@ -11,8 +11,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 def settle_weights(module: nn.Module) -> None:
     """Make plain parameters of weights that pruning, weight or spectral norm compute by a hook; remove the hooks.
 
-    The parameters have the values that the hooks compute now. Only hooks of ``module`` itself count, not those of its
-    children.
+    The parameters have the values that the hooks compute now. What the hooks computed them from (``weight_orig``,
+    ``weight_mask`` and the like) is removed, too. Only hooks of ``module`` itself count, not those of its children;
+    without one nothing changes.
     """
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):

@@ -20,13 +20,13 @@ from tritonq.deploy.modules import (
 
 
 class QuantizedConvTranspose1d(QuantizedTransposed, nn.ConvTranspose1d):  # type: ignore[misc]
-    """``nn.ConvTranspose1d`` of a converted model, with an integer weight: a :class:`QuantizedTransposed`."""
+    """``nn.ConvTranspose1d`` of a converted model: a :class:`QuantizedTransposed`."""
 
     float_type = nn.ConvTranspose1d
 
 
 class QuantizedConvTranspose3d(QuantizedTransposed, nn.ConvTranspose3d):  # type: ignore[misc]
-    """``nn.ConvTranspose3d`` of a converted model, with an integer weight: a :class:`QuantizedTransposed`."""
+    """``nn.ConvTranspose3d`` of a converted model: a :class:`QuantizedTransposed`."""
 
     float_type = nn.ConvTranspose3d
 

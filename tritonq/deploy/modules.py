@@ -44,8 +44,8 @@ class CodeTypes:
     """The quantized types of a layer's weight and input.
 
     Attributes:
-        weight: per out channel or per group of input channels; None: the weight stayed in float.
-        input: of the input; None: the layer computes in float, with the values of its weight.
+        weight: the weight's, per out channel or per group of input channels; None: the weight stayed in float.
+        input: the input's; None: the layer computes in float, with the values of its weight.
     """
 
     weight: QuantizedType | None
@@ -53,33 +53,33 @@ class CodeTypes:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Number of bits of the codes: of the weight, then of the input, as far as there are codes."""
+        """Number of bits of the weight's codes, then of the input's, such as (4, 8); a type of None is left out."""
         return tuple(grid.bits for grid in (self.weight, self.input) if grid is not None)
 
 
 class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
-    """A convolution or linear layer with integer weights; base of the classes with torch's names.
+    """A converted convolution or linear layer, its weight in codes or in float; base of the classes with torch's names.
 
     ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
     the output quantizer. Without ``multiplier``: ``relu?(op(x, w) + bias)`` in float, with w the weight's values. That
-    is so if either's grid is unknown, off or not of integers, the input's is per channel, or the weight has groups.
+    is so if the grid of x or w is unknown, off or not of integers, that of x is per channel, or w has groups.
 
     Args:
         geometry: arguments of the float layer's constructor without ``bias``, by name.
         types: the quantized types of weight and input.
-        tensors: by the names in ``TENSOR_NAMES``, with codes under ``weight`` and ``bias``; None for what is absent.
+        tensors: by their names in the state dict, such as ``"weight"`` for its codes; not copied. None: it is absent.
         ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
         output: the output's :class:`Quantizer`; None: an Identity.
 
     Raises:
-        ValueError: tensors whose shapes don't fit the geometry.
+        ValueError: tensors whose shapes don't fit the geometry, or a ceiling that is not positive.
 
     Attributes:
         weight: the values of the codes in the model's dtype, shaped as the float weight, computed when something reads
             them.
         stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``types.weight``
             is None); in the state dict called ``weight``.
-        weight_scale: float32 (out,), with groups (out, in/groups/group, ...), or None with a float weight.
+        weight_scale: float32 (out,); where n input channels share one, (out, in/groups/n, ...); None: a float weight.
         weight_zero_point: int32, as ``weight_scale``, or None where all are 0.
         bias: float32 values, or None.
         stored_bias: int32, one step is ``multiplier``; float without ``multiplier``; or None. In the state dict called
@@ -87,12 +87,11 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         multiplier: float32 (out,), input scale times weight scale; None: the layer computes in float.
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
-        types: the quantized types of weight and input, each of which may be None: in float, or unknown.
+        types: the quantized types of weight and input.
         ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
-        following: the module of another function between layer and output quantizer, or None.
+        following: the module of another function, such as SiLU, between layer and output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
-        target: name of the engine that the model was prepared for, one of :data:`tritonq.targets.TARGETS`; None:
-            unknown.
+        target: engine that the model was prepared for, a key of :data:`tritonq.targets.TARGETS`; None: unknown.
     """
 
     weight_scale: Tensor | None
@@ -139,7 +138,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """Set ``_sum_bound``, a bound of the class's ``|Σ …|`` (0.0: it computes in float); called after each load."""
+        """Set ``_sum_bound``, an upper bound of ``|Σ …|`` (0.0 for a layer in float); called after each load."""
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.types.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())
@@ -157,17 +156,17 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor by name, without ``bias``; a stride given as 1 is (1, 1)."""
+        """Arguments of the float layer's constructor by name, without ``bias``; a Conv2d's stride 1 is (1, 1)."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property
     def linear_map(self) -> LinearMap:
-        """The convolution or product of input and weight that the layer computes, with its geometry."""
+        """The layer's convolution or matrix product with its geometry, to be called with input, weight and bias."""
         return linear_map_of(self)
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that the state dict has as ``weight``: integer codes, or floats."""
+        """The tensor that the state dict has as ``weight``: integer codes, or the values of a float weight."""
         return cast(Tensor, stored(self, "weight"))
 
     @property
@@ -205,7 +204,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     def along_weight(self, values: Tensor) -> Tensor:
         """Return values, one per out channel or group (such as scales), shaped to broadcast against the weight.
 
-        ``values`` is (out,), or with groups (out, in/groups/group, ...), where each is repeated for its group.
+        ``values`` is (out,), or with groups shaped as ``weight_scale``: each is repeated for all elements of its group.
         """
         if not self.has_groups:
             return self.along_out_channels(values)
@@ -213,13 +212,13 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self.linear_map.from_rows(values.repeat_interleave(group, 1))
 
     def along_out_channels(self, values: Tensor) -> Tensor:
-        """Return ``values``, (out,) with one per out channel, shaped to broadcast against the weight."""
+        """Return ``values`` (out,), one per out channel, viewed as (out, 1, ...) to broadcast against the weight."""
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
         """Return weight codes minus zero points, int32; without zero points ``stored_weight`` itself, in its dtype.
 
-        Of a float format its numbers, as float32; of a weight that stayed in float its values.
+        Of a float format the numbers that codes stand for, before the scale, float32; a float weight is not changed.
         """
         number = None if self.types.weight is None else self.types.weight.float_format
         if number is not None:
@@ -229,13 +228,13 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self.stored_weight.to(torch.int32) - self.along_weight(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return ``(code - zero_point) · scale``, computed in float32, or a float weight; rounded to ``dtype`` once."""
+        """Return :meth:`centred_weight` times scale, computed in float32, or a float weight; in ``dtype``."""
         if self.weight_scale is None:
             return self.stored_weight.to(dtype)
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
-        """Return weight codes minus zero points, bias codes, scales and bounds of sums, as integer operators take them.
+        """Return the layer as integer operators take it: weight codes minus zero points, bias codes, scales, bounds.
 
         None if ``multiplier`` is None: the layer computes in float.
         """
@@ -259,7 +258,8 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return the layer's result, shaped as the float layer's, as quantization-aware layers in eval mode compute it.
 
-        ``weight`` and ``bias`` are ignored: a forward that computed them may go on passing them.
+        ``input`` has values of the input's grid, unless a child ``input_fake_quant`` rounds it. ``weight`` and ``bias``
+        are ignored: a forward that computed them may go on passing them.
         """
         x = self.quantized_input(input)
         y = self._run_packed(x) if self._buffers["multiplier"] is not None and can_use_codes(x) else None
@@ -303,7 +303,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """Return what ``forward`` does, by PyTorch's operators, for an ``x`` that is rounded already.
+        """Return what ``forward`` returns, by PyTorch's operators, for an ``x`` that :meth:`quantized_input` returned.
 
         In integers by ``layer``, the result of :meth:`integer_layer`; in float if that is None.
         """
@@ -316,11 +316,11 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def following(self) -> nn.Module | None:
-        """The child ``activation``, a function between layer and output quantizer; None without."""
+        """The child ``activation``, a function such as SiLU between layer and output quantizer; None without."""
         return self._modules.get("activation")
 
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
-        """Return ``y``, which convolution or product gave, after the ReLU (or other function) and the output quantizer.
+        """Return ``y``, values of the result with bias, after the ReLU, ``following`` and the output quantizer.
 
         With ``relu_done`` the ReLU was applied already.
         """
@@ -331,7 +331,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """Return the grid of :attr:`output_quantizer`, which may be a clip module's behind the layer, or None."""
+        """Return the grid of :attr:`output_quantizer`; None if that is None."""
         quantizer = self.output_quantizer
         return None if quantizer is None else quantizer.grid()
 
@@ -339,7 +339,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     def output_quantizer(self) -> Quantizer | None:
         """The quantizer that rounds the whole output to one grid: the layer's own, or that of a clip module behind it.
 
-        None if there is neither, if the quantizer is per channel, or if there is a module in ``following``.
+        None if there is neither, if it is per channel or of a float format, or if there is a module in ``following``.
         """
         quantizer = self.last_quantizer(self.activation_post_process)
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
@@ -347,54 +347,54 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return quantizer
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: geometry, ReLU, the weight's dtype, and the kind of arithmetic."""
+        """Return the text for ``repr``, torch's, then "relu, weight=torch.int8, arithmetic=integers" (or float)."""
         arithmetic = "float" if self.multiplier is None else "integers"
         relu = "" if self.ceiling is None else f", {describe_relu(self.ceiling)}"
         return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={arithmetic}"
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    """``nn.Conv1d`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
+    """``nn.Conv1d`` of a converted model: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Conv1d
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """``nn.Conv2d`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
+    """``nn.Conv2d`` of a converted model: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Conv2d
 
 
 class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    """``nn.Conv3d`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
+    """``nn.Conv3d`` of a converted model: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Conv3d
 
 
 class QuantizedTransposed(TakesOutputSize, QuantizedLayer):
-    """A transposed convolution in integers, weight (in, out/groups, ...); :class:`QuantizedLayer` has the formula."""
+    """A :class:`QuantizedLayer` with a transposed convolution, weight (in, out/groups, ...)."""
 
     geometry_names = (*QuantizedLayer.geometry_names, "output_padding")
     in_channels: int
     groups: int
 
     def along_out_channels(self, values: Tensor) -> Tensor:
-        """Return values per out channel, shaped to broadcast against the weight (in, out/groups, kh, kw).
+        """Return ``values`` (out,), one per out channel, as (in, out/groups, 1, ...) to broadcast against the weight.
 
-        Out channel ``g · out/groups + j`` meets the weight in rows of group g, column j.
+        At ``[i, j]``, with i an input channel of group g, is the value of out channel ``g · out/groups + j``.
         """
         columns = values.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
         return columns.reshape(self.in_channels, -1, *[1] * (self.stored_weight.dim() - 2))
 
 
 class QuantizedConvTranspose2d(QuantizedTransposed, nn.ConvTranspose2d):  # type: ignore[misc]
-    """``nn.ConvTranspose2d`` of a converted model, with an integer weight: a :class:`QuantizedTransposed`."""
+    """``nn.ConvTranspose2d`` of a converted model: a :class:`QuantizedTransposed`."""
 
     float_type = nn.ConvTranspose2d
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
-    """``nn.Linear`` of a converted model, with an integer weight: a :class:`QuantizedLayer`, which has the formula."""
+    """``nn.Linear`` of a converted model: a :class:`QuantizedLayer`, which has the formula."""
 
     float_type = nn.Linear
     geometry_names = ("in_features", "out_features")

@@ -43,9 +43,10 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
       that depends on them: adaptive pools, pools with ``ceil_mode``, and pools that leave padding out of the mean.
 
     Args:
-        layer: a pool or mean with known grids; its forward, buffers and children are changed in place.
-        name: the layer's, for a warning.
-        quantizer: the traced form of its output quantizer, a :class:`TracedQuantizer`.
+        layer: a pool or mean whose input and output have one known grid each (:func:`grids_of` is not None); its
+            forward, buffers and children are changed in place.
+        name: the layer's name in the model, for the warning.
+        quantizer: the traced form of its output quantizer, a :class:`TracedQuantizer` whose ``exact`` is False.
     """
     source, output = cast(tuple[Quantizer, Quantizer], grids_of(layer))
     layer.register_buffer("input_scale", source.scale.reshape(()))
@@ -56,15 +57,15 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
 
 
 def rewrite_global_average(layer: AverageLayer) -> None:
-    """Make a layer compute its mean in float, between the quantizers of its input and output; changed in place.
+    """Make a layer trace to its mean in float, which its own output quantizer rounds, if it has one.
 
     A mean over all axes behind the first two becomes GlobalAveragePool: TensorRT 8 does not read the axes of a
     ReduceMean of opset 18, which are an input, and reduces over all axes. An adaptive pool to size 1 is such a mean. So
-    is a window as large as an image of fixed size, without padding and ``divisor_override``. Any other mean is computed
-    as torch does.
+    is a window as large as an image of fixed size, with neither padding nor ``divisor_override``. Any other mean is
+    computed as torch does.
 
     Args:
-        layer: any pool or mean.
+        layer: any pool or mean, whether its grids are known or not; changed in place.
     """
     layer.set_quantizers(None)
     layer.compute = partial(_global_mean, layer.averaging)  # type: ignore[method-assign]

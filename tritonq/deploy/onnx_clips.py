@@ -20,16 +20,18 @@ def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantize
     """Let the layer before each clip round its result and limit the codes; a clip without such a layer does both.
 
     The layer before a clip is the one whose ``quantizer_behind_clip`` is the clip's quantizer. The clip behind a layer
-    then returns its input, and the layer's ReLU, if it has one, is part of the limits. A clip stays as it is if it has
-    no quantizer, or one per channel.
+    then returns its input, and the layer's ReLU, if it has one, is part of the limits. A clip stays as it is if no
+    quantizer rounds its result, or one per channel or of a float format.
 
     Args:
         model: a copy of the converted model; changed in place.
-        names: name in the model of each quantizer; the quantizer that replaces it gets the same name.
+        names: by quantizer its name in the model, such as ``"2.activation_post_process"``; of all quantizers. The
+            quantizer that replaces it gets the same name.
 
     Returns:
-        For each quantizer of a clip that was changed the one that replaces it. Its codes are uint8, whatever the type;
-        :func:`uint8_quantizer` says what they count from.
+        By the quantizer of each clip that was changed the one that replaces it. Its codes are uint8, whatever the type.
+        Code 0 is the type's smallest code; for a clip that is a ReLU with a quantizer of its own, whose type fixes the
+        zero point, it is the code of the value 0.
 
     Raises:
         ValueError: a clip's codes do not fit uint8.

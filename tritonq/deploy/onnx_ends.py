@@ -3,6 +3,7 @@
 The code of each pixel value is computed once, at export: the value after mean and standard deviation, on the grid of
 the input's quantizer. The file looks the code up in a table, so no float value stands before the first layer and none
 is rounded twice. What a file takes and returns is noted in its metadata, as JSON under the key ``tritonq.ends``.
+``proto`` is always an ``onnx.ModelProto``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PixelNormalization:
     """How uint8 pixels become the values that a model reads: ``(pixel / 255 - mean) / std``, in float32.
 
     Attributes:
-        mean: one number per channel, or one.
+        mean: one number per channel, or one for all.
         std: as ``mean``.
     """
 
@@ -56,7 +57,7 @@ class Ends:
 
     Attributes:
         pixels: how the pixels that it takes become values; None: it takes values.
-        returned: what it returns: ``"values"``, ``"codes"`` or ``"argmax"``.
+        returned: what it returns: ``"values"``, their ``"codes"``, or ``"argmax"``, the index of the largest.
         grids: for ``"codes"`` a pair ``(scale, zero point)`` for each output, in their order; else empty.
     """
 
@@ -68,7 +69,7 @@ class Ends:
     def of(cls, properties: dict[str, str]) -> Ends:
         """Return the ends that a file's metadata (key to text) describe, as :meth:`to_json` wrote them.
 
-        The text has the key ``tritonq.ends``; without it: ``Ends()``, values in and out.
+        Without the key ``tritonq.ends`` that is ``Ends()``: values in and out.
         """
         data = json.loads(properties.get(ENDS_KEY, "{}"))
         pixels = data.get("pixels")
@@ -79,14 +80,20 @@ class Ends:
         )
 
     def to_json(self) -> str:
-        """Return the text for a file's metadata, which :meth:`of` reads: the attributes as a JSON object."""
+        """Return the text for a file's metadata, which :meth:`of` reads: the attributes as a JSON object.
+
+        Examples:
+            >>> Ends(PixelNormalization((0.5,), (0.25,)), "codes", ((0.1, 3),)).to_json()
+            '{"pixels": [[0.5], [0.25]], "returned": "codes", "grids": [[0.1, 3]]}'
+        """
         pixels = None if self.pixels is None else [self.pixels.mean, self.pixels.std]
         return json.dumps({"pixels": pixels, "returned": self.returned, "grids": self.grids})
 
     def values(self, arguments: Any) -> Any:
         """Return the arguments for the trained model, given those for the file: uint8 pixels become float values.
 
-        ``arguments`` may nest tensors in tuples, lists and dicts. If ``pixels`` is None they are returned as they are.
+        ``arguments`` may nest tensors (n, channels, …) in tuples, lists and dicts; each is taken for pixels and becomes
+        a float32 tensor. If ``pixels`` is None, ``arguments`` are returned as they are.
         """
         return arguments if self.pixels is None else replace_tensors(arguments, self.pixels)
 
@@ -94,7 +101,7 @@ class Ends:
         """Return the outputs that the file should have if the trained model returns ``outputs``.
 
         For ``"argmax"`` the index of the largest value along axis 1, int64, without that axis; for ``"codes"``
-        ``round(output / scale) + zero``, int32; else the outputs themselves.
+        ``round(output / scale) + zero point`` by ``grids``, int32; else the outputs themselves.
         """
         if self.returned == "argmax":
             return [output.argmax(1) for output in outputs]
@@ -243,14 +250,15 @@ def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
 def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, int], ...]:
     """Make a file return the codes of its outputs, or the index of the largest value along axis 1, in place of values.
 
-    Each output is replaced and keeps its name. Indices are int64, without axis 1.
+    Each output is replaced and keeps its name. Indices are int64, without axis 1; codes have the dtype that they have
+    in the file, such as uint8.
 
     Args:
         proto: the file's content; changed in place.
         returned: "codes" or "argmax".
 
     Returns:
-        Scale and zero point of each output that is codes; empty for "argmax".
+        For "codes" ``(scale, zero point)`` of each output, in their order; for "argmax" an empty tuple.
 
     Raises:
         ValueError: codes of an output that no quantizer with one grid rounds, or argmax of one without an axis 1.
@@ -304,7 +312,7 @@ def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: R
     Nothing changes if ``normalization`` is None and ``returned`` is ``"values"``.
 
     Args:
-        proto: the ONNX model, which takes and returns values.
+        proto: the file's content, which takes and returns values.
         normalization: how uint8 pixels become values; None: the file goes on taking values.
         returned: what the file returns for each output: ``"values"``, as before; ``"codes"``, the codes of its
             quantizer; ``"argmax"``, the index of the largest value along axis 1, int64.
@@ -312,8 +320,8 @@ def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: R
 
     Raises:
         ValueError: pixels for a model with several inputs, with another number of channels, or with an input that
-            anything but quantizers of one grid reads; codes of an output that no quantizer with one grid rounds, or
-            argmax of one without an axis 1.
+            anything but quantizers of one grid of integers reads; codes of an output that no quantizer with one grid
+            rounds, or argmax of one without an axis 1.
     """
     if normalization is None and returned == "values":
         return

@@ -44,9 +44,9 @@ def engine_function(function: str, source: str, result: str, nodes: Sequence[Any
     Args:
         function: name of the function. ONNX Runtime's operator is QuickGelu for ``"silu"``, Gelu for ``"gelu"`` and
             FastGelu for ``"tanh_gelu"``; it has none for others.
-        source: name of the codes of its input.
-        result: name of the codes of its result.
-        nodes: all nodes between the two.
+        source: name of the tensor with the codes of its input.
+        result: name of the tensor with the codes of its result.
+        nodes: all nodes (``onnx.NodeProto``) between the two, from DequantizeLinear to QuantizeLinear; not changed.
 
     Returns:
         DequantizeLinear, the operator, QuantizeLinear; the first and the last are those among ``nodes``.
@@ -65,13 +65,13 @@ def engine_function(function: str, source: str, result: str, nodes: Sequence[Any
 
 
 def put_engine_function(proto: Any, nodes: Sequence[Any]) -> None:
-    """Put the operator that :func:`engine_function` made into the file, in place of the composed function's last node.
+    """Put the operator that :func:`engine_function` made into the file, in place of the last node that it replaces.
 
-    Nodes that nothing reads any more stay in the file; the caller drops them.
+    The other nodes that it replaces stay in the file, though nothing reads them; the caller drops them.
 
     Args:
-        proto: the file's content; changed in place.
-        nodes: the result of :func:`engine_function`.
+        proto: the file's content, an ``onnx.ModelProto``; changed in place.
+        nodes: the result of :func:`engine_function`, not None.
     """
     import onnx
 

@@ -19,12 +19,12 @@ _WEIGHT_OFFSET = 128
 
 
 def write_exact_sums(graph: Any) -> None:
-    """Write convolutions of codes by ConvInteger, except those whose result QuantizeLinear alone reads.
+    """Write convolutions of codes by ConvInteger, except those whose result only QuantizeLinear reads.
 
     Weights are written as uint8, 128 larger, with the zero point 128.
 
-    A convolution is left as it is unless its input has uint8 codes with one scale, its weight is a constant of int8
-    codes with zero points of 0, and its bias, if it has one, a constant of codes.
+    A convolution is written so if its input has uint8 codes with one scale, its weight is a constant of int8 codes with
+    zero points of 0, and its bias, if it has one, a constant of codes. Any other is left as it is.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.

@@ -74,7 +74,7 @@ def export_onnx(
       which is what ONNX Runtime turns into integer convolutions on x86 and Arm, signed trained codes shifted by their
       minimum. On x86 without VNNI its int8 kernels saturate 16-bit sums: set the session's option
       ``session.x64quantprecision`` to "1" there, as tritonq's own sessions do, or train with 7-bit activations
-      (``get_default_qat_qconfig("x86")``).
+      (``get_default_qat_qconfig("x86")``). A warning names convolutions that ONNX Runtime will run in float.
     - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0. What
       TensorRT's integers can't hold is written as float arithmetic; a warning names the layers that it runs in float.
     - ``"qdq"``: for converters that match pairs. Each quantizer is a QuantizeLinear and a DequantizeLinear of the
@@ -90,7 +90,7 @@ def export_onnx(
     the options below but ``metadata``.
 
     Args:
-        model: what :func:`tritonq.convert` takes, or returns; float32.
+        model: what :func:`tritonq.convert` takes or returns, with float32 parameters; left as it is.
         path: file to write (under a temporary name, then renamed).
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the file.
@@ -109,19 +109,24 @@ def export_onnx(
             ``(pixel / 255 - mean) / std``, which is the value that the trained model takes. For models with one input
             that only quantizers read.
         returns: ``"values"``; ``"codes"`` of the outputs, uint8 or int8, with 16 bits uint16 or int16 (their scales and
-            zero points stand in the file's metadata); or ``"argmax"``, the index of the largest value along axis 1.
+            zero points stand in the file's metadata); or ``"argmax"``, the index of the largest value along axis 1,
+            int64, without that axis.
         pack: store weights of four bits and fewer as INT4 and UINT4, two codes per byte, in a file of opset 21 at
             least. ONNX Runtime computes their layers in float, which takes longer, and in no defined order, so that
             :func:`tritonq.verify` lets codes differ by one there. Floats of four bits become FLOAT4E2M1 (opset 23),
             which ONNX Runtime (1.31) has not: ``verify`` runs them as FLOAT8E4M3FN, which holds the same numbers.
         metadata: what else a reader must know (preprocessing, class names), as texts by name; ONNX Runtime returns them
-            as ``session.get_modelmeta().custom_metadata_map``.
+            as ``session.get_modelmeta().custom_metadata_map``. None: nothing.
 
     Raises:
-        ValueError: an unknown target, or none for layers of several; an opset below 17, or 17 for a model that it can't
-            express; something the target can't represent (the message names the quantizer); an option that fixed-point
-            networks lack; pixels or codes at an end that has no quantizer; a model that torch can't export, or not with
-            open sizes; or what :func:`tritonq.convert` raises.
+        ValueError: an unknown target, or None for layers that were prepared for targets with different forms; an opset
+            below 17, or 17 for a model that it can't express; something the target can't represent (the message names
+            the quantizer), or ``pack`` for ``"tensorrt"``; an option that fixed-point networks lack; ``pixels`` or
+            ``returns`` other than described, or that the ends of the model don't allow, such as codes of an output
+            without a quantizer; more or fewer names than inputs or outputs; metadata that are no texts, or have
+            a key of the file's own; parameters or inputs of another float dtype than float32, or autocast around a
+            forward; a model that torch can't export, or not with open sizes; or what :func:`tritonq.convert` raises.
+        TypeError: ``example_inputs`` of another type.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
 
     Examples:
@@ -235,9 +240,15 @@ def _is_autocast(forward: Any) -> bool:
 
 
 def check_float32(model: nn.Module, example_inputs: Any) -> None:
-    """Raise ValueError if a parameter or an example input is a float tensor of another dtype than float32.
+    """Check that no parameter or example input has another float dtype than float32, and autocast wraps no forward.
 
-    A forward that autocast wraps computes in another dtype whatever these are, and is refused, too.
+    Args:
+        model: the model; buffers may have any dtype.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones.
+
+    Raises:
+        ValueError: a parameter, an example input or a module's forward doesn't comply.
+        TypeError: ``example_inputs`` of another type.
     """
     for name, module in model.named_modules():
         if _is_autocast(vars(module).get("forward")):
@@ -276,7 +287,7 @@ def export_traced(
         args: positional arguments to trace with.
         kwargs: named arguments to trace with.
         shapes: ``dynamic_shapes`` of torch.export; None: all sizes are those of the arguments.
-        opset: version of the operators.
+        opset: version of the operators, 18 or later.
         input_names: names of the inputs, or None for torch's.
         output_names: names of the outputs, or None for torch's.
 

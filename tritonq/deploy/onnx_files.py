@@ -1,4 +1,7 @@
-"""What all kinds of ONNX files have in common: metadata keys, and corrections after torch's exporter."""
+"""What all kinds of ONNX files have in common: metadata keys, and corrections after torch's exporter.
+
+``proto`` is always an ``onnx.ModelProto``, ``graph`` an ``onnx.GraphProto``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _INT8 = 3  # onnx.TensorProto.INT8
 
 
 def require_onnx(*packages: str) -> None:
-    """Raise ImportError, which names the extra to install, if one of the packages can't be imported."""
+    """Import packages, such as ``"onnx"``; raise ImportError, which names the extra to install, if one is missing."""
     for name in packages:
         try:
             importlib.import_module(name)
@@ -33,12 +36,11 @@ def require_onnx(*packages: str) -> None:
 def code_entries(proto: Any) -> list[dict[str, Any]]:
     """Return the list of codes that an ONNX model of tritonq has in its metadata, in the order of the graph.
 
-    Each entry has "quantizer", name of a quantizer, or of a layer in fixed point; "tensor", name of its codes in the
-    graph; "zero_point", a number or a list; and "axis", that of the zero points (None: one grid for the tensor). For
-    codes of floats "tensor" names their values, and the entry has "format" and "scale", too.
-
-    Args:
-        proto: an ``onnx.ModelProto``.
+    Each entry has "quantizer", name of a quantizer in the model, or of a layer in fixed point; "tensor", name of its
+    codes in the graph (of a layer in fixed point: of those that it reads); "zero_point", a number or a list; and
+    "axis", that of the zero points (None: one grid for the tensor). For codes of floats "tensor" names their values,
+    "zero_point" is 0, "axis" that of the scales, and the entry has "format" (``"e4m3"`` or ``"e5m2"``) and "scale" (a
+    number or a list), too.
 
     Raises:
         ValueError: the model has no such list.
@@ -51,10 +53,10 @@ def code_entries(proto: Any) -> list[dict[str, Any]]:
 
 
 def checked(proto: Any) -> bytes:
-    """Return an ONNX model as bytes.
+    """Return an ONNX model as the bytes of a file, after onnx's checker found it valid.
 
     Raises:
-        ValueError: it is no valid model.
+        ValueError: the checker, which also infers shapes, finds it invalid.
     """
     import onnx
 
@@ -101,12 +103,12 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
     """Add a user's metadata to an ONNX model, in place.
 
     Args:
-        proto: the model, an ``onnx.ModelProto``.
+        proto: the model.
         metadata: texts by name; None: nothing is added.
 
     Raises:
-        ValueError: a key or value that is not text, or a key that the file has already or that tritonq's own metadata
-            have. Then nothing is added.
+        ValueError: a key or value that is not text, a key that the file has already, ``"tritonq.codes"`` or
+            ``"tritonq.target"``. Then nothing is added.
     """
     taken = {entry.key for entry in proto.metadata_props} | _OWN_KEYS
     entries = list((metadata or {}).items())
@@ -121,7 +123,10 @@ def add_metadata(proto: Any, metadata: Mapping[str, str] | None) -> None:
 
 
 def forget_source(proto: Any) -> None:
-    """Delete the exporter's notes on nodes and values of a file, in place: stack traces, paths, source code."""
+    """Delete the exporter's notes on nodes and values of a file, in place: stack traces, paths, source code.
+
+    The metadata of the file itself stay.
+    """
     graph = proto.graph
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del item.metadata_props[:]

@@ -16,9 +16,12 @@ _LAYERS = ("Conv", "Gemm")
 def quantize_layers_at_once(graph: Any) -> None:
     """Put a QuantizeLinear that divides by the scale directly behind layers with integer input, weight and bias.
 
+    The layers are Conv and Gemm whose inputs all come from DequantizeLinear.
+
     Quantizers behind clips are written with a division of their own (a Mul by the reciprocal, then a QuantizeLinear of
     scale 1), because ONNX Runtime would quantize a float layer that QuantizeLinear follows. A layer in integers needs
-    that QuantizeLinear: the Mul is removed. Where anything else reads the layer's or the Mul's result, both stay.
+    that QuantizeLinear: the Mul is removed, and the QuantizeLinear gets the scale. Where anything else reads the
+    layer's or the Mul's result, nothing changes.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.
@@ -100,7 +103,7 @@ def _has_blocks(node: Any) -> bool:
 def tell_float_convolutions(proto: Any) -> None:
     """Warn (UserWarning) of the convolutions of a file that ONNX Runtime will run in float, with their names.
 
-    ``proto`` is the file's content. Nothing happens if there are none (:func:`float_convolutions`).
+    ``proto`` is the file's ``onnx.ModelProto``. Nothing happens if :func:`float_convolutions` finds none.
     """
     names = float_convolutions(proto)
     if names:
