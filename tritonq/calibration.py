@@ -162,9 +162,7 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data``; refuse data without a batch.
-
-    Batches whose tensors are all empty are left out.
+    """Yield ``(args, kwargs)`` of a call of ``model`` for each batch of ``data`` whose tensors are not all empty.
 
     Args:
         model: the model; it is not run.
