@@ -17,20 +17,21 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
     """Give every observer of ``model`` what all ranks' observers have seen, and refresh the scales that follow.
 
     Ranges become the smallest minimum and the largest maximum; histograms the sum of all ranks' counts, as if one rank
-    had seen everything (to rounding where bins move). Histories of magnitudes become the largest of all ranks'; what is
-    trained or searched, the first rank's. Only counts since the last call are added, so that calling it again changes
-    nothing. At most four collectives, however many observers there are. Every rank must call it with the
-    same model; one whose observers have seen nothing takes part.
+    had seen everything (to rounding where bins move). Histories of a FloatFakeQuantize become the largest magnitudes of
+    all ranks'; scales that are trained or given, and fractional lengths, become those of the group's first rank. All is
+    changed in place. Only histogram counts since the last call are added, so that calling it again changes nothing. At
+    most four collectives, however many observers there are. Every rank of the group must call it with the same model,
+    also one whose observers have seen nothing.
 
     Args:
-        model: any module; observers are found wherever they are.
+        model: any module; it and all modules in it are searched for observers and quantizers.
         process_group: the ranks: a group, ``"world"`` (the default group), or ``"auto"`` (the same if torch.distributed
-            is initialised); None does nothing.
+            is initialised, else nothing is done); None does nothing.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, or a rank has gone.
-        ValueError: a per-channel observer or quantizer here does not know its number of channels, which comes with data
-            or with ``num_channels``; nothing is sent then.
+        RuntimeError: torch.distributed is not initialised (not with ``"auto"``), or a rank has gone.
+        ValueError: ``process_group`` is another string; or on this rank a per-channel observer or quantizer does not
+            know its number of channels, which comes with data or with ``num_channels``; nothing is sent then.
 
     Examples:
         >>> import tempfile, torch, tritonq
@@ -77,17 +78,20 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
 def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "world") -> None:
     """Overwrite the BatchNorm buffers of every rank with those of the group's first rank, by one collective per dtype.
 
-    DistributedDataParallel does so by itself before each forward. Sharded training (FSDP2) leaves each rank its own,
-    for float models too; but weights that are folded with them then differ in scale and codes from rank to rank. Call
-    it before each forward, and after the last step.
+    They are running mean, running variance and number of batches; those of an InstanceNorm count too.
+
+    DistributedDataParallel does so by itself before each forward. Sharded training (FSDP2) leaves each rank its own
+    statistics, for float models too; but weights that are folded with them then differ in scale and codes from rank to
+    rank. Call this function on every rank before each forward, and after the last step.
 
     Args:
         model: any module, the same on every rank.
         process_group: the ranks: a group, ``"world"`` (the default group), or ``"auto"`` (the same if torch.distributed
-            is initialised); None does nothing.
+            is initialised, else nothing is done); None does nothing.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, or a rank has gone.
+        RuntimeError: torch.distributed is not initialised (not with ``"auto"``), or a rank has gone.
+        ValueError: ``process_group`` is another string.
 
     Examples:
         >>> import tempfile, torch

@@ -31,7 +31,7 @@ class Factory(Generic[T]):
         self.arguments = dict(arguments or {})
 
     def with_args(self, **arguments: Any) -> Factory[T]:
-        """Return a factory with more arguments fixed; later ones win."""
+        """Return a new factory with more arguments fixed; those given here replace fixed ones of the same name."""
         return Factory(self.make, {**self.arguments, **arguments})
 
     def __call__(self, *args: Any, **kwargs: Any) -> T:
@@ -67,8 +67,9 @@ class WithArgs:
     """Gives a class torch.ao's ``with_args``, and makes instances known to torch.ao and torchao where these are loaded.
 
     Both ask whether a module is an instance of their own ``ObserverBase`` or ``FakeQuantizeBase``. When an observer is
-    instantiated, its class becomes a virtual subclass of the former, and a fake quantizer's class of the latter, so
-    that ``QConfig`` and ``QuantizationSpec`` take it. A class names these base classes in ``library_bases``.
+    instantiated, its class becomes a virtual subclass of their ``ObserverBase``, and a fake quantizer's class of their
+    ``FakeQuantizeBase``, so that ``QConfig`` and ``QuantizationSpec`` take it. A class names these base classes in
+    ``library_bases``, as pairs such as ``("torch.ao.quantization.observer", "ObserverBase")``.
     """
 
     # Modules and names of the libraries' base classes.
@@ -92,7 +93,9 @@ def make_observer(observer: Callable[..., T], **arguments: Any) -> T:
     """Return ``observer(**arguments)``, with ``observer`` a class of observers or a factory of one.
 
     Raises:
-        TypeError: the result is no observer of tritonq (it has no ``qtype``), but for example torch.ao's of that name.
+        TypeError: the result is no observer of tritonq (it has no ``qtype``), but for example torch.ao's of that name,
+            or ``observer`` has no argument of a name in ``arguments``.
+        ValueError: the observer refuses an argument, such as an unknown dtype.
     """
     made = observer(**arguments) if callable(observer) else observer
     if not isinstance(getattr(made, "qtype", None), QuantizedType):

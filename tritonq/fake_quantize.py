@@ -32,23 +32,26 @@ class FakeQuantize(FakeQuantizeBase):
 
     Constructor, switches and buffer names are torch.ao's. What differs: nothing is observed in eval mode; until
     something was observed, values pass through, with one warning; buffers have their final shape from construction when
-    ``num_channels`` is given (the modules of ``tritonq.nn`` give it); no training step waits for the device.
+    ``num_channels`` is given (the modules of ``tritonq.nn`` give it); with a min-max observer, training waits for the
+    device only until something was observed.
 
     Args:
         observer: observer class or factory.
         quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
-        quant_max: largest code.
+        quant_max: largest code; needs ``quant_min``.
         is_dynamic: only False is supported.
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, rounding, rule, num_channels ...).
 
     Attributes:
         activation_post_process: the observer.
-        scale: float32 buffer, (1,), (channels,) or (groups,).
+        scale: float32 buffer, (1,), (channels,) or (groups of all channels,); (0,) while their number is unknown.
         zero_point: int32 buffer, as ``scale``.
         begins: uint8 buffer (1,), in no state dict: 1 while scale and range are those of the example inputs of
             ``prepare_qat``, which the first training batch replaces.
 
     Raises:
+        TypeError: an observer that is not tritonq's, an argument that it doesn't have, or a code or axis that is no
+            integer.
         ValueError: the observer refuses its arguments, such as an unknown dtype, a half-given code range, or
             ``is_dynamic=True``.
 
@@ -95,14 +98,15 @@ class FakeQuantize(FakeQuantizeBase):
     def allocate(self, num_channels: int) -> None:
         """Give scale, zero point and the observer's buffers one element per scale of the tensor, in place.
 
-        The scale becomes 1, and the zero point the one that it begins with. Nothing is done if there is one scale for
-        the tensor, or if the buffers have this length.
+        The scale becomes 1, and the zero point the one that type and rule fix (128 for symmetric ``torch.quint8``),
+        else 0, or the smallest code if that is larger. Nothing is done if there is one scale for the tensor, or if the
+        buffers have this length.
 
         Args:
             num_channels: number of scales: channels, or all groups of all channels.
 
         Raises:
-            ValueError: the observer keeps a range of another length.
+            ValueError: the observer has another number of ranges (a PassiveObserver: of scales) already.
         """
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
@@ -115,7 +119,10 @@ class FakeQuantize(FakeQuantizeBase):
     _averages_read: tuple[tuple[int, int], ...] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """Return whether the observer has seen values: a bool tensor of one element, on the device."""
+        """Return a 0-d bool tensor on the device: whether the observer has seen values, in any channel.
+
+        Values seen before a loaded state dict was saved count; so does a scale set in a PassiveObserver.
+        """
         return self.activation_post_process.has_observed()
 
     @torch.no_grad()
@@ -125,7 +132,12 @@ class FakeQuantize(FakeQuantizeBase):
         So a model has finite ranges from the start, which averages of models (EMA, SWA) can hold.
 
         Args:
-            state: the quantizer's buffers after that run, by name, with ``"scale"``; a buffer that it lacks stays.
+            state: the quantizer's buffers after that run by name, such as ``"activation_post_process.min_val"``, which
+                are copied. It must have ``"scale"``; a buffer that is not in it stays. Leave the switches out: they
+                would be copied too.
+
+        Raises:
+            ValueError: the quantizer has another number of scales already.
         """
         self.allocate(state["scale"].numel())
         for name, buffer in self.named_buffers():
@@ -138,8 +150,8 @@ class FakeQuantize(FakeQuantizeBase):
     def begin_anew(self) -> None:
         """Forget the range that ``prepare_qat`` took from example inputs, before the first training batch is observed.
 
-        :meth:`observe` calls it for each batch. Once training has begun, or while the observer is off, it forgets
-        nothing. Each call also does two other things:
+        The range becomes empty; scale and zero point stay. :meth:`observe` calls it for each batch. Once training has
+        begun, or while the observer is off, it forgets nothing. Each call also does two other things:
 
         - It warns (UserWarning), once per observer, if the largest magnitude of a min-max observer's range for the
           whole tensor is more than a hundred times that of the call before. On a GPU some of the ranges are compared,
@@ -174,11 +186,11 @@ class FakeQuantize(FakeQuantizeBase):
         self._beginning = None
 
     def rank_state(self) -> RankState:
-        """Return the tensors that all ranks are to share. :func:`merge_ranges` communicates; nothing is merged here.
+        """Return the buffers that all ranks are to share; :func:`merge_ranges` merges them, and nothing is sent here.
 
-        - An observer of minimum and maximum: the smallest minimum and the largest maximum of all ranks, and the grid
-          whose scale and zero point follow from them.
-        - An observer with a process group of its own, which shares already: nothing.
+        - A RangeObserver with a process group, which shares already: an empty :class:`RankState`.
+        - Else a MinMaxObserver: its minimum, of which all ranks take the smallest, its maximum, of which they take the
+          largest, and the quantizer's scale and zero point, which follow from both.
         - Any other: scale and zero point, of which all ranks take the first rank's. Histograms are not shared here;
           :func:`tritonq.sync_observers` adds their counts up.
         """
@@ -191,9 +203,9 @@ class FakeQuantize(FakeQuantizeBase):
         return RankState(first=[self.scale, self.zero_point])
 
     def has_qparams(self) -> bool:
-        """Whether scale and zero point rest on data: something was observed, loaded or set.
+        """Whether scale and zero point rest on data: something was observed or loaded, or set in a PassiveObserver.
 
-        If the observer is a PassiveObserver that was given others since the last call, they are taken over first.
+        A scale or zero point that was set in a PassiveObserver since the last call is taken over first.
         """
         self._take_given_qparams()
         return super().has_qparams()
@@ -201,7 +213,7 @@ class FakeQuantize(FakeQuantizeBase):
     def enabled_on_device(self) -> Tensor:
         """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds.
 
-        If the observer is a PassiveObserver, scale and zero point that it was given are taken over first.
+        A scale or zero point that was set in a PassiveObserver is taken over first.
         """
         self._take_given_qparams()
         return super().enabled_on_device()
@@ -217,8 +229,14 @@ class FakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor, observe: bool = True) -> Tensor:
         """Observe ``x`` (training only) and fake quantize it; the result has the same shape and memory format.
 
-        The dtype is that of ``x``; in eval mode under autocast bfloat16 and float16 become float32. With
-        ``observe=False`` the range stays as it is, because another call of this quantizer observes the same tensor.
+        The dtype is that of ``x``; in eval mode under autocast bfloat16 and float16 become float32. In eval mode
+        without autocast a UserWarning says once if the dtype can't hold all codes apart. Until something was observed
+        the values are those of ``x``, and a UserWarning says so once. Pass ``observe=False``, with which the range
+        stays as it is, where another call of this quantizer observes the same tensor.
+
+        Raises:
+            TypeError: ``x`` is observed and no float tensor.
+            ValueError: ``x`` is observed and has another number of channels than the range.
         """
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
@@ -229,8 +247,8 @@ class FakeQuantize(FakeQuantizeBase):
     def observe_in_training(self, x: Tensor) -> None:
         """Call :meth:`observe` with ``x`` in training mode.
 
-        Nothing is done in eval mode, if activation checkpointing runs the forward again, or if ``x`` is empty and no
-        other ranks share the range.
+        Nothing is done in eval mode, if activation checkpointing runs the forward again, or if ``x`` is empty and the
+        observer has no process group. While ``torch.compile`` traces, an empty ``x`` is observed like any other.
         """
         if self.training and not is_recomputing() and tells_range(x, self.activation_post_process):
             self.observe(x)
@@ -240,6 +258,12 @@ class FakeQuantize(FakeQuantizeBase):
 
         The range of example inputs is forgotten first, see :meth:`begin_anew`. Per-channel buffers that have no length
         yet get that of ``x``, also with the observer off. A PassiveObserver takes nothing from ``x``.
+
+        Raises:
+            TypeError: ``x`` is no float tensor.
+            ValueError: ``x`` has another number of channels than the range, lacks their axis, or the axis is no
+                multiple of the groups.
+            RuntimeError: the observer's process group is wanted, and torch.distributed is not initialised.
         """
         observer = self.activation_post_process
         if self.qtype.axis is not None and self.scale.numel() == 0:
@@ -252,7 +276,7 @@ class FakeQuantize(FakeQuantizeBase):
             self.refresh_qparams()
 
     def calculate_qparams(self) -> QParams:
-        """Return the buffers ``scale`` and ``zero_point``, as :meth:`forward` and deployment use them.
+        """Return the buffers ``scale`` and ``zero_point`` themselves, as :meth:`forward` and deployment use them.
 
         In eval mode of an averaged model (EMA), a zero point that does not follow from the averaged range is corrected
         first, and the scale with it, in place; not if the scale was set by hand.
@@ -287,15 +311,19 @@ class FakeQuantize(FakeQuantizeBase):
         self._averages_read = tuple((tensor.data_ptr(), tensor._version) for tensor in held)
 
     def refresh_qparams(self) -> None:
-        """Overwrite scale and zero point with those that the observer's range gives (``calculate_qparams``)."""
+        """Overwrite scale and zero point in place with those that the observer's ``calculate_qparams`` returns.
+
+        Until a RangeObserver has seen a value the scale becomes 1.
+        """
         scale, zero_point = self.activation_post_process.calculate_qparams()
         self.scale.copy_(scale.view_as(self.scale))
         self.zero_point.copy_(zero_point.view_as(self.zero_point))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Fake quantize ``x``, a float tensor, with the present scale and zero point; nothing is observed.
+        """Fake quantize ``x``, a float tensor, with the buffers ``scale`` and ``zero_point``; nothing is observed.
 
-        The values are those of ``x`` if switched off, or if nothing was observed, which is told by a UserWarning once.
+        The result has the shape and dtype of ``x``. While ``fake_quant_enabled`` is 0 it has the values of ``x``. If
+        nothing was observed yet it is ``x`` itself, and a UserWarning says so once.
         """
         grid = self.grid_or_warning()
         if grid is None:
@@ -308,8 +336,9 @@ class FakeQuantize(FakeQuantizeBase):
     def grid_or_warning(self) -> Grid | None:
         """Return the grid that :meth:`forward` rounds to, with its switch; None if nothing was observed yet.
 
-        With None a UserWarning says so once. While ``torch.compile`` traces, a grid is returned in any case, with the
-        switch 0 if nothing was observed. At all other times scale and zero point are first corrected as
+        With None a UserWarning says so once. The grid holds the buffers themselves, with the switch 0 while rounding is
+        off, and the zero point None if it is always 0. While ``torch.compile`` traces, a grid is returned in any case,
+        with the switch 0 if nothing was observed. At all other times scale and zero point are first corrected as
         :meth:`calculate_qparams` does.
         """
         if torch.compiler.is_compiling():
@@ -333,7 +362,10 @@ class FakeQuantize(FakeQuantizeBase):
         )
 
     def extra_repr(self) -> str:
-        """Return switches, grid, scale and zero point as text, for ``repr``."""
+        """Return grid and switches as text, for ``repr``.
+
+        Such as ``"codes 0..255, affine per tensor, scale=1, zero_point=0, fake_quant=on, observer=on"``.
+        """
         on = ("off", "on")
         return (
             f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} "

@@ -21,7 +21,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     """Base class of fake quantizers to integers, with their switches, scale and zero point.
 
     Attributes:
-        scale: float32, (1,), (channels,) or (groups of all channels,); a buffer, or a parameter if it is trained.
+        scale: float32, (1,), (channels,) or (groups of all channels,), or (0,) while their number is unknown; a buffer,
+            or a parameter if it is trained.
         zero_point: int32 buffer of that shape, or a float32 parameter if it is trained.
     """
 
@@ -59,26 +60,28 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
 
     def has_qparams(self) -> bool:
-        """Whether scale and zero point follow from data, observed here or loaded, so that values can be rounded.
+        """Whether scale and zero point *rest on data*, so that values can be rounded.
 
-        Once that is true it is remembered, and the device is not read again. Until then each call reads it.
+        Each call reads the device until that is true; then it is remembered, until a state dict is loaded or the range
+        of example inputs is forgotten.
         """
         if not self._qparams_known:
             self._qparams_known = bool(self.rests_on_data())
         return self._qparams_known
 
     def is_enabled_on_host(self) -> bool:
-        """Whether :meth:`forward` rounds: it is switched on and has a scale.
+        """Whether :meth:`forward` rounds: it is switched on, and :meth:`has_qparams` is True.
 
-        Synchronises with the device only after a switch was changed, or while no scale is known.
+        Synchronises with the device only after ``fake_quant_enabled`` was changed, or while ``has_qparams`` reads it.
         """
         return self.is_switched_on_host() and self.has_qparams()
 
     def enabled_on_device(self) -> Tensor:
-        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds, being switched on and having a scale.
+        """Return a uint8 tensor (1,) on the device: 1 if :meth:`forward` rounds.
 
-        The switch is not read on the host. Whether there is a scale is, by :meth:`has_qparams`, until one is known.
-        While ``torch.compile`` traces, that is not read either: the graph finds it out on the device.
+        It rounds if it is switched on and its scale rests on data. The switch is not read on the host; whether the
+        scale rests on data is, by :meth:`has_qparams`, but not while ``torch.compile`` traces. The tensor may be the
+        buffer ``fake_quant_enabled`` itself: don't change it.
         """
         known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
@@ -86,8 +89,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def rests_on_examples(self) -> bool:
         """Whether scale and zero point are still those that the example inputs of ``prepare_qat`` gave.
 
-        False if no run on example inputs gave them, or once a training batch or a loaded state replaced them. The scale
-        alone is compared; the host waits for it.
+        False if no run on example inputs gave them, or once a training batch or a loaded state replaced them. The host
+        waits for the scale, and compares it with a copy of what the example inputs gave; the zero point is not read.
         """
         return self._beginning is not None and torch.equal(self._beginning, self._scale_on_host())
 
@@ -111,7 +114,11 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         return self.enabled_on_device()
 
     def grid(self) -> Grid:
-        """Return the grid that :meth:`forward` rounds to, with its switch on the device. Nothing is observed."""
+        """Return the grid that :meth:`forward` rounds to, with its switch on the device; nothing is observed.
+
+        Scale and zero point are those of :meth:`calculate_qparams`, not copies; the zero point is None if it is always
+        0. The switch is that of :meth:`enabled_on_device`: 0 also while the scale doesn't rest on data.
+        """
         scale, zero_point = self.calculate_qparams()
         observer = getattr(self, "activation_post_process", None)
         is_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
@@ -128,14 +135,20 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
         return self._switch_read[1]
 
     def calculate_qparams(self) -> QParams:
-        """Return the scale and zero point with which :meth:`forward` rounds, and which deployment takes."""
+        """Return the scale and zero point with which :meth:`forward` rounds, and which deployment takes.
+
+        Here they are the attributes ``scale`` and ``zero_point`` themselves; subclasses may return new tensors.
+        """
         return QParams(self.scale, self.zero_point)
 
     # What torch.ao and torchao ask of a quantizer when they convert a model.
 
     @property
     def dtype(self) -> torch.dtype | QuantizedType | str:
-        """The observer's argument ``dtype``; without one torch's dtype of the codes, or ``qtype`` if none fits."""
+        """The torch dtype that the observer was given, or else the one that fits the codes, such as ``torch.qint8``.
+
+        If none fits, it is the QuantizedType, or its name, that the observer was given; without an observer ``qtype``.
+        """
         observer = getattr(self, "activation_post_process", None)
         return observer.dtype if isinstance(observer, ObserverBase) else self.qtype.torch_dtype or self.qtype
 

@@ -53,10 +53,12 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         zero_point: int32 buffer, as ``frac_len``: 0.
         observed: uint8 buffer (1,): 1 once a training batch was observed; while it is 0, eval doesn't round or clip.
         phase: ``"fixed"`` rounds; ``"floating"`` clips to the format's range and doesn't round; ``"floating_wo_clip"``
-            is a ReLU where codes are unsigned, else nothing. See :func:`set_fixed_point_phase`.
+            is a ReLU where codes are unsigned, and else passes values through. It begins as ``"fixed"``, and is in no
+            state dict; :func:`set_fixed_point_phase` sets it.
 
     Raises:
-        ValueError: a word length outside 2..16, a momentum outside 0..1, an unknown choice.
+        TypeError: an axis that is no integer.
+        ValueError: a word length that is no integer in 2..16, a momentum outside 0..1, an unknown choice.
 
     Source: docs/fixed-point.md.
 
@@ -102,21 +104,22 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
     @property
     def largest(self) -> int:
-        """The largest fractional length, ``word_len - signed``."""
+        """The largest fractional length, ``word_len - signed`` (7 for 8 bits signed, 8 unsigned)."""
         return largest_frac_len(self.word_len, self.signed)
 
     @property
     def codes(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """Smallest and largest code, such as ``(-127, 127)`` or ``(0, 255)``."""
         return self.qtype.quant_min, self.qtype.quant_max
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers the length ``num_channels``, if they have none yet.
+        """Replace per-channel buffers of unknown length, (0,), by new ones of the length ``num_channels``.
 
-        Fractional lengths begin as ``word_len - signed``. A quantizer with one per tensor stays as it is.
+        Fractional lengths begin as ``word_len - signed``. A quantizer with one per tensor, or whose buffers have this
+        length, stays as it is.
 
         Raises:
-            ValueError: they have another length already.
+            ValueError: the buffers have another length already.
         """
         if self.qtype.axis is None or self.frac_len.numel() == num_channels:
             return
@@ -125,7 +128,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self._make_buffers(num_channels)
 
     def rests_on_data(self) -> Tensor:
-        """Return the buffer ``observed``, uint8 (1,): 1 once a training batch was seen; a loaded state may say so."""
+        """Return the buffer ``observed`` itself, uint8 (1,): 1 once a training batch was observed, or so loaded."""
         return self.observed
 
     def is_enabled_on_host(self) -> bool:
@@ -145,19 +148,24 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:
-        """Return the running fractional length as eval uses it: int32 ``clamp(round(fl), 0, word_len - signed)``."""
+        """Return the fractional length of eval, ``clamp(round(fl), 0, word_len - signed)``: int32, as ``frac_len``."""
         return self.frac_len.round().clamp(0, self.largest).to(torch.int32)
 
     def calculate_qparams(self) -> QParams:
-        """Return scale ``2^-fl`` and zero point 0, with the fractional length of eval mode."""
+        """Return scale and zero point of eval mode: ``2^-fl``, a new float32 tensor, and the buffer ``zero_point``."""
         return QParams(power_of_two(-self.rounded_frac_len()), self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and round ``x``, or clip it, as the phase says; same shape, dtype and memory format.
 
         In phase ``"floating_wo_clip"`` nothing is observed: where codes are unsigned, the result is the ReLU of ``x``,
-        else ``x`` itself. In the other phases eval mode returns ``x`` until a training batch was observed, or a
-        fractional length loaded, and a UserWarning says so once.
+        else ``x`` itself, whatever the switches are. In the other phases eval mode returns ``x`` until a training batch
+        was observed, or a fractional length loaded, and a UserWarning says so once; while ``fake_quant_enabled`` is 0,
+        ``x`` is observed and its values are returned. Activation checkpointing's second forward observes nothing.
+
+        Raises:
+            TypeError: ``x`` is observed and no float tensor.
+            ValueError: ``x`` is observed and has another number of channels than ``frac_len``, or no such axis.
         """
         if self.phase == "floating_wo_clip":
             return x if self.signed else F.relu(x)
@@ -172,7 +180,11 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def choose(self, x: Tensor) -> Tensor:
         """Return the fractional length that ``choice`` finds for ``x``: int32, (1,) or (channels,).
 
-        Buffers per channel get their length; the running fractional length stays as it is.
+        Per-channel buffers of unknown length get that of ``x``; else the running fractional length stays as it is.
+
+        Raises:
+            TypeError: ``x`` is no float tensor.
+            ValueError: ``x`` has another number of channels than ``frac_len``, or no such axis.
         """
         axis = self.qtype.axis
         self.allocate(1 if axis is None else x.shape[check_axis(x, axis)])
@@ -187,6 +199,11 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
         ``observed`` becomes 1. While ``observer_enabled`` is 0, ``frac_len`` and ``observed`` stay, and
         ``batch_frac_len`` becomes :meth:`rounded_frac_len`. ``scale`` becomes ``2^-rounded_frac_len()`` in both cases.
+        All are changed in place, in any mode and phase.
+
+        Raises:
+            TypeError: ``x`` is no float tensor.
+            ValueError: ``x`` has another number of channels than ``frac_len``, or no such axis.
         """
         join_ranks()
         batch, enabled = self.choose(x), self.observer_enabled != 0
@@ -207,7 +224,8 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         """Return ``x`` rounded with the latest batch's fractional length (training), or the running one (eval).
 
         Nothing is observed. In phase ``"floating"`` values are clipped only; while switched off they stay as they are.
-        Phase ``"floating_wo_clip"``, in which :meth:`forward` does not call this method, counts as ``"fixed"``.
+        Phase ``"floating_wo_clip"``, in which :meth:`forward` does not call this method, counts as ``"fixed"``. In eval
+        mode ``x`` is rounded even if nothing was observed yet, unless ``torch.compile`` traces.
         """
         if self.training:
             return self.round_to(x, self.batch_frac_len)
@@ -218,14 +236,14 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.round_to(x, self.rounded_frac_len(), seen)
 
     def round_to(self, x: Tensor, frac_len: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Round ``x`` to fixed point with a given fractional length; return it as it is while switched off.
+        """Round ``x`` to fixed point with a given fractional length; return its values while switched off.
 
         In phase ``"floating"`` ``x`` is clipped to the format's range instead; both other phases round.
 
         Args:
-            x: float tensor.
+            x: float tensor; the result has its shape and dtype.
             frac_len: int32, (1,) or (channels,).
-            seen: one element; 0: ``x`` is returned as it is. None: as 1.
+            seen: uint8, one element on the device; 0: the values of ``x`` are returned. None: as 1.
         """
         active = self.fake_quant_enabled if seen is None else self.fake_quant_enabled * seen
         if self.phase == "floating":
@@ -253,7 +271,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def extra_repr(self) -> str:
         """Return format, fractional length, choice and phase as text for ``repr``.
 
-        Of several fractional lengths it has their number.
+        Such as ``"8-bit signed, frac_len=7, choice=search, phase=fixed"``; per channel ``"frac_len=16 channels"``.
         """
         kind = "signed" if self.signed else "unsigned"
         length = self.frac_len
@@ -270,10 +288,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
 
 def set_fixed_point_phase(module: nn.Module, phase: Phase) -> None:
-    """Switch every fixed-point quantizer in ``module`` between training in float and in fixed point.
+    """Set the attribute ``phase`` of every fixed-point quantizer in ``module``, or of ``module`` if it is one.
 
-    ``"floating_wo_clip"``: plain ReLU, float weights, no scaling factors: the float network. ``"floating"``: clipping
-    to the formats' ranges without rounding. ``"fixed"``: fixed point.
+    ``"floating_wo_clip"``: plain ReLU, float weights, no scaling factors η: the float network. ``"floating"``: clipping
+    to the formats' ranges without rounding. ``"fixed"``: fixed point. The phase counts in training and in eval mode.
 
     Raises:
         ValueError: an unknown phase.

@@ -30,9 +30,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     The scale follows from the largest magnitudes of the last ``history`` training batches, the present one included:
     ``s = max(history) / L``, with ``L`` the format's largest number (6 · 448 for ``"nvfp4"``, whose blocks have scales
-    of their own). Eval mode uses the last scale. Blocks with powers of two as scales need none of that: they find
-    their scales in each tensor. Until a finite value was observed, values pass through, with one warning in eval
-    mode.
+    of their own). Eval mode uses the last scale. Until a finite value was observed, values pass through, with one
+    warning in eval mode. Blocks with powers of two as scales observe nothing: they find their scales in each tensor.
 
     Args:
         format: of single elements: ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"fp6_e2m3"``, ``"fp6_e3m2"``, ``"fp4_e2m1"``; of
@@ -41,10 +40,11 @@ class FloatFakeQuantize(SwitchedQuantizer):
         ch_axis: formats of single elements: one scale per index of this axis, or None, one for the tensor. Block
             formats: the axis that blocks run along; None is 1 for tensors of four or five dimensions (channels), else
             the last.
-        history: training batches whose largest magnitudes are kept.
+        history: number of training batches whose largest magnitudes are kept.
         scale_rounding: of block scales that are powers of two: ``"floor"`` (the largest elements of a block may
             saturate) or ``"ceil"`` (none does).
-        num_channels: length of ``ch_axis``; 0: the first batch gives it.
+        num_channels: length of ``ch_axis``; 0: the first batch or state dict gives it. Unused with one scale per
+            tensor, and by block formats.
 
     Attributes:
         scale: float32 buffer, (1,) or (channels,); of block formats with powers of two it stays 1.
@@ -52,9 +52,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     Raises:
         ValueError: an unknown format or rounding, ``"ceil"`` for a format without block scales that are powers of two,
-            or a history of no batch.
+            or a history that is no positive int.
 
-    Source: NVIDIA Transformer Engine, delayed scaling; the formats' own sources stand there.
+    Source: NVIDIA Transformer Engine, delayed scaling; formats: those of :func:`tritonq.fake_quantize_float`.
 
     Examples:
         >>> quantizer = FloatFakeQuantize("fp8_e4m3", history=2)
@@ -128,12 +128,17 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return largest if self.blocks is None else largest * FLOAT_FORMATS["e4m3"].largest
 
     def rounds(self) -> bool:
-        """Whether :meth:`forward` rounds: switched on, and with a scale. May synchronise with the device."""
+        """Whether :meth:`rounded` rounds: switched on, and the scale is observed, loaded or found in each tensor.
+
+        May synchronise with the device.
+        """
         self._scale_known = self._scale_known or bool(self.amax_history.any())
         return self._scale_known and bool(self.fake_quant_enabled)
 
     def grid(self) -> Grid:
-        """Return the grid of a format of single elements, with its switch.
+        """Return the grid of a format of single elements: the buffers ``scale`` and ``fake_quant_enabled``, not copies.
+
+        Until something was observed, its scale is 1.
 
         Raises:
             ValueError: a format of blocks, whose scales depend on the tensor.
@@ -158,7 +163,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         While switched off, the values of ``x`` are returned. So they are with an observed scale
         (:attr:`has_observed_scale`) until a finite value was observed or a history loaded; in eval mode a UserWarning
         then says once that nothing was observed. Per-channel buffers of another length than ``x`` has channels are
-        emptied first, see :meth:`allocate`.
+        emptied first, see :meth:`allocate`. Gradients pass straight through; where single elements saturate they are 0.
+
+        Raises:
+            ValueError: ``x`` has no axis ``ch_axis``.
         """
         if self.has_observed_scale:
             if self.blocks is None and self.ch_axis is not None:
@@ -219,9 +227,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return torch.where(largest >= 0, largest.clamp(min=_LEAST), 0.0)
 
     def rank_state(self) -> RankState:
-        """Return the history of magnitudes, of which all ranks will take the largest values; nothing is merged here.
+        """Return ``amax_history``, the buffer, of which all ranks will take the largest values; nothing is merged here.
 
-        For blocks whose scales are powers of two the state is empty.
+        For blocks whose scales are powers of two the result has no tensors.
         """
         return RankState(highest=[self.amax_history] if self.has_observed_scale else [])
 
@@ -245,16 +253,19 @@ class FloatFakeQuantize(SwitchedQuantizer):
         self.scale.copy_(torch.where(self.observer_enabled != 0, scale, self.scale))
 
     def block_axis(self, x: Tensor) -> int:
-        """Return the axis of ``x`` that blocks run along, from 0.
+        """Return the axis of ``x`` that blocks run along, counted from 0: ``-1`` of four axes gives 3.
 
         It is ``ch_axis``; if that is None, 1 for a tensor of four or five dimensions, else the last.
+
+        Raises:
+            ValueError: ``x`` has no such axis.
         """
         return check_axis(x, self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1))
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return ``x`` rounded with the present scale; its own values while rounding is off or no scale is known.
+        """Return ``x`` rounded with the present scale; a copy of ``x`` while rounding is off or nothing was observed.
 
-        Nothing is observed.
+        This call observes nothing. Per-channel scales must be as many as ``x`` has channels.
         """
         enabled = self.fake_quant_enabled
         if self.has_observed_scale and not self._scale_known:
@@ -275,7 +286,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Return format, axis and switches as text, for ``repr``."""
+        """Return text for ``repr``: ``fp8_e4m3, ch_axis=0, fake_quant=True, observer=True``."""
         axis = "" if self.ch_axis is None else f", ch_axis={self.ch_axis}"
         return (
             f"{self.format}{axis}, fake_quant={bool(self.fake_quant_enabled)}, observer={bool(self.observer_enabled)}"

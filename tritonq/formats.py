@@ -14,14 +14,15 @@ ScaleRounding = Literal["floor", "ceil"]
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary floating point format with subnormal numbers, rounded to in saturating mode.
+    """A binary floating point format with subnormal numbers.
 
-    ``value = (-1)^sign * 2^(max(exponent, 1) - bias) * (mantissa / 2^mantissa_bits + (exponent > 0))``.
+    ``value = (-1)^sign * 2^(max(exponent, 1) - bias) * (mantissa / 2^mantissa_bits + (exponent > 0))``, where sign,
+    exponent and mantissa are a code's fields as unsigned integers.
 
     Attributes:
-        exponent_bits: width of the exponent, whose bias is ``2^(exponent_bits - 1) - 1``.
-        mantissa_bits: width of the mantissa.
-        largest: the largest finite value, to which larger ones saturate.
+        exponent_bits: number of bits of the exponent, whose bias is ``2^(exponent_bits - 1) - 1``.
+        mantissa_bits: number of bits of the mantissa.
+        largest: the largest finite value, to which larger ones saturate, infinity too.
 
     Source: OCP 8-bit Floating Point Specification (OFP8) 1.0; OCP Microscaling Formats (MX) Specification 1.0.
 
@@ -37,7 +38,7 @@ class FloatFormat:
 
     @property
     def bits(self) -> int:
-        """Width of a code, its sign included."""
+        """Number of bits of a code, its sign included."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -52,7 +53,7 @@ class FloatFormat:
 
     @property
     def overflow(self) -> float:
-        """The number that would follow ``largest``: 480 for E4M3. Values that round to it are outside of the format."""
+        """The number that would follow ``largest``: 480 for E4M3. Values that round to it, or lie beyond, saturate."""
         return self.largest + math.ldexp(1.0, self.greatest_exponent - self.mantissa_bits)
 
     @property
@@ -81,12 +82,12 @@ class BlockFormat:
 
     Attributes:
         elements: name of the elements' format in :data:`FLOAT_FORMATS`.
-        size: elements of a block; the last block of an axis may have fewer.
+        size: number of elements of a block; the last block of an axis may have fewer.
         scale: ``"e8m0"``, a power of two from 2^-127 to 2^127; ``"e4m3"``, a float of 8 bits, times one float32 scale
             for the whole tensor.
-        scale_rounding: of an ``"e8m0"`` scale. ``"floor"``: the largest element has the elements' greatest exponent,
-            and saturates where its mantissa is too large. ``"ceil"``: the smallest power of two with which no element
-            saturates.
+        scale_rounding: of an ``"e8m0"`` scale. ``"floor"``: the block's largest element, divided by the scale, has the
+            greatest exponent of the elements' format, and saturates where its mantissa is too large. ``"ceil"``: the
+            smallest power of two with which no element saturates.
 
     Raises:
         ValueError: an unknown format, scale or rounding, a size that is no power of two, or ``"ceil"`` for a scale that

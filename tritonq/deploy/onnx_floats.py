@@ -28,12 +28,12 @@ class TracedFloatQuantizer(nn.Module):
     Args:
         source: the converted model's quantizer.
         name: its name in the model.
-        divides: whether QuantizeLinear divides by the scale. If not, products by the reciprocal and the scale stand
-            apart, as in training: that is for ONNX Runtime (1.31), which would move DequantizeLinear behind operations
-            that it lacks for 8-bit floats, and then refuse its own graph.
+        divides: whether QuantizeLinear divides by the scale. If not, the file multiplies by the reciprocal scale before
+            a Cast, as in training, and by the scale behind it: that is for ONNX Runtime (1.31), which would move
+            DequantizeLinear behind operations that it lacks for 8-bit floats, and then refuse its own graph.
 
     Raises:
-        ValueError: a format without Q/DQ in ONNX.
+        ValueError: a format other than E4M3 and E5M2.
     """
 
     scale: Tensor
@@ -59,9 +59,9 @@ class TracedFloatQuantizer(nn.Module):
         self.register_buffer("one", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``number · scale`` with number the format's nearest to ``x / scale``, at most its largest; float32.
+        """Return ``number · scale`` with the number of the format nearest to ``x / scale``; larger magnitudes saturate.
 
-        ``x`` is float32 of any shape.
+        ``x`` is float32 of any shape, and so is the result. Without ``divides`` the quotient is ``x · (1 / scale)``.
         """
         y: Tensor
         if self.divides:
@@ -78,8 +78,8 @@ class TracedFloatQuantizer(nn.Module):
 def describe_floats(node: Any) -> dict[str, Any]:
     """Return ``{"format", "scale", "zero_point": 0, "axis"}`` of a DequantizeLinear of floats, for the file's metadata.
 
-    "format" is ``"e4m3"`` or ``"e5m2"``, "scale" a number or a list, "axis" that of the scales or None. `verify`
-    computes codes from the file's values with them.
+    "format" is ``"e4m3"`` or ``"e5m2"``, "scale" a number, or a list with one per channel. "axis" is that of the
+    channels, None for one scale. `verify` computes codes from the file's values with them.
 
     Args:
         node: an ``onnx_ir.Node``.
@@ -92,8 +92,8 @@ def describe_floats(node: Any) -> dict[str, Any]:
 def float_codes(entry: dict[str, Any], values: Tensor) -> Tensor:
     """Return the codes of ``values`` that a float quantizer of a file made: n for the format's n-th positive number.
 
-    They are whole numbers as float32, negative for negative values. ``values`` are ``number · scale``; ``entry`` is the
-    quantizer's description, from :func:`describe_floats`.
+    They are whole numbers as float32, shaped as ``values``, negative for negative values. ``values`` are float32
+    ``number · scale``; ``entry`` is the quantizer's description, from :func:`describe_floats`.
     """
     number = FLOAT_FORMATS[entry["format"]]
     return codes_of_floats(round_to_float_(values / _scale(entry, values.dim()), number), number).float()

@@ -40,9 +40,9 @@ class CodeTable:
     """The trained codes of a function: for each code of its input that of its result, as the file holds them.
 
     Attributes:
-        source: name of the quantizer of the input.
-        output: name of the quantizer of the result.
-        function: name of the function.
+        source: name in the model of the quantizer of the input.
+        output: name in the model of the quantizer of the result.
+        function: name of the function, such as ``"silu"``.
         codes: NumPy array, uint8; element i is the result's code for the input code i.
     """
 
@@ -55,13 +55,15 @@ class CodeTable:
 def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer: nn.Module) -> None:
     """Make a layer trace to its function in float, and then its quantizer, for a file for ONNX Runtime.
 
-    If the grid rounds ties to even, QuantizeLinear divides by the scale and rounds. If it rounds ties away from zero,
-    other operators divide and round, and the QuantizeLinear behind them has a scale of 1.
+    If the output's grid rounds ties to even, QuantizeLinear divides by the scale and rounds. If it rounds ties away
+    from zero, other operators divide and round, and the QuantizeLinear behind them has a scale of 1. If ``output`` is
+    the child of another module, the caller puts an Identity in its place.
 
     Args:
-        layer: a function's layer with known grids; its forward, buffers and children are changed in place.
+        layer: a function's layer for which :func:`grids_of` is not None; its forward, buffers and children are changed
+            in place.
         output: its output quantizer.
-        quantizer: the traced form of ``output``, a :class:`TracedQuantizer` whose ``exact`` is False.
+        quantizer: the :class:`TracedQuantizer` made of ``output``, whose ``exact`` is False.
     """
     layer.activation_post_process = nn.Identity()
     layer.add_module("traced_quantizer", quantizer)
@@ -95,13 +97,14 @@ def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[s
     """Run each function of a file in ONNX Runtime on every code, and replace those that differ from training by tables.
 
     A function for which ONNX Runtime has an operator of its own is written with that operator, if the operator gives
-    all trained codes. Any other is replaced by a table if one of its codes is not the trained one. Nothing happens if
-    ONNX Runtime is not installed.
+    all trained codes. Any other is replaced by a table if one of its codes is not the trained one. A function stays as
+    it is if other operators stand between its input's codes and its result's, too. Nothing happens if ONNX Runtime is
+    not installed.
 
     Args:
-        proto: the file's content; changed in place.
-        tables: the trained codes.
-        codes: for each quantizer, by name, the names of its tensors of codes.
+        proto: the file's content, an ``onnx.ModelProto``; changed in place. What nothing reads any more is deleted.
+        tables: the trained codes, one table per function.
+        codes: for each quantizer, by name, the names of its tensors of codes in the file.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return
@@ -166,10 +169,14 @@ def _between(
 
 
 def run_function(source: str, result: str, nodes: list[Any], constants: list[Any], count: int) -> Any:
-    """Return the codes that ONNX Runtime computes by ``nodes`` for the codes 0 to ``count - 1``: uint8 (count,).
+    """Return the codes that ONNX Runtime computes by ``nodes`` for the codes 0 to ``count - 1``: NumPy uint8 (count,).
 
-    ``source`` and ``result`` are the names of input and result, ``constants`` the initializers that the nodes read. The
-    nodes may stand in any order, and a node may be there several times.
+    ``source`` and ``result`` are the names of the tensors of codes that the nodes read and make, ``constants`` the
+    initializers that they read. The nodes may stand in any order, and a node may be there several times.
+
+    Raises:
+        ValueError: a node reads what is neither ``source``, a constant nor another node's result.
+        ImportError: onnx or onnxruntime is not installed.
     """
     import onnx
 

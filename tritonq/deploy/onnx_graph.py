@@ -65,11 +65,14 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
         target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``.
 
     Raises:
-        ValueError: a quantizer, weight or module that the target can't represent; the message names it.
+        ValueError: a quantizer or module that the target can't represent; the message names it.
+
+    Warns:
+        UserWarning: layers that TensorRT, if it is the target, will run in float.
 
     Returns:
-        The copy, and for ONNX Runtime the trained codes of each function whose input and output have one grid each; for
-        other targets the list is empty.
+        The copy, and for ONNX Runtime the trained codes of each function but PReLU whose input and output have one grid
+        each; for other targets the list is empty.
     """
     for name, module in converted.named_modules():
         if isinstance(module, DeployedModule) and not isinstance(module, _KNOWN):

@@ -19,15 +19,16 @@ from tritonq.reference.activation import rectify
 
 
 def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
-    """Make a join trace to its float operation, its ReLU and its output quantizer, in a form that gives its codes.
+    """Make a join trace to its float operation, then its ReLU, if it has one, and its output quantizer.
 
-    In a sum the operand that is broadcast comes second. A difference becomes a sum: the codes of its second operand are
-    dequantized with the negative scale.
+    In a sum the operand that is broadcast comes second. With ``subtrahend`` a difference becomes a sum: the codes of
+    its second operand are dequantized with the negative scale.
 
     Args:
-        join: a sum, difference, product, minimum or maximum; changed in place.
-        subtrahend: for a difference the traced quantizer of its second operand, by which it becomes a sum; None: it
-            stays a difference, in float.
+        join: a sum, difference, product (of matrices, too), minimum or maximum, whose output quantizer is the traced
+            one already; changed in place.
+        subtrahend: for a difference the :class:`TracedQuantizer` of its second operand; None: it stays a difference, in
+            float. Ignored for other operations.
     """
     if join.kind == "sub" and subtrahend is not None:
         scale, zero_point = cast(Tensor, subtrahend.scale), cast(Tensor, subtrahend.zero_point)

@@ -41,7 +41,7 @@ _KEEPING = frozenset(["Cast", "Identity", "Pad", "Reshape", "Squeeze", "Transpos
 
 
 def given_name(tensor: str) -> str:
-    """Return the name of the input that takes the place of a tensor of codes in :func:`separated`."""
+    """Return the name of the input that takes a tensor's place in :func:`separated`: ``"<tensor>.given"``."""
     return f"{tensor}.given"
 
 
@@ -88,18 +88,19 @@ def _read_inputs(graph: Any, names: frozenset[str]) -> None:
 def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
     """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
 
-    The search ends at the other tensors of codes, at inputs and at constants. For codes of 16 bits, and of floats, all
-    operators that compute (``_COMPUTING`` and ``_PRODUCTS``) count, too: their last bit may decide such a code. So do
-    functions (``_FUNCTIONS``) behind operators on integers (``_INTEGER_OPERATORS``), and operators not named here.
+    The search ends at the other tensors of codes, at inputs and at constants. Before codes of 16 bits or of floats all
+    operators that compute (``_COMPUTING`` and ``_PRODUCTS``) count, too: their last bit may decide such a code. Before
+    any codes functions (``_FUNCTIONS``) behind operators on integers (``_INTEGER_OPERATORS``) count, and so do
+    operators in none of this module's lists.
 
     Args:
         graph: an ``onnx.GraphProto``.
         tensors: names of the tensors of codes.
-        target: the engine that the file was written for. Products of codes count as integers for ``"onnxruntime"``
-            alone; for other engines, and for None (unknown), as float sums.
+        target: the engine that the file was written for. Products of codes count as integer sums only for
+            ``"onnxruntime"``; for other engines, and for None (unknown), as float sums.
 
     Returns:
-        Names of operators, such as ``("Softmax",)``, by the tensor's name; empty if the codes are fully defined.
+        By the tensor's name the types of these operators, such as ``("Softmax",)``; ``()`` if the codes are defined.
     """
     search = _Search(graph, frozenset(tensors), target == "onnxruntime")
     return {name: search.before(name) for name in tensors}
@@ -117,10 +118,10 @@ class _Search:
                 self._readers.setdefault(name, []).append(node)
 
     def before(self, codes: str) -> tuple[str, ...]:
-        """Return the names of the operators that :func:`find_islands` counts before the codes named ``codes``, sorted.
+        """Return the types of the operators that :func:`find_islands` counts before the codes named ``codes``, sorted.
 
         Those between these codes and the codes, inputs and constants before them count; ``("Softmax",)``, for example;
-        ``()`` if nothing may differ. Each name is there once.
+        ``()`` if nothing may differ. Each type is there once.
         """
         undefined = _COMPUTING | _PRODUCTS if self._is_fine(codes) else frozenset[str]()
         nodes = self._between(codes)

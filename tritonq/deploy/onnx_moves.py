@@ -46,9 +46,10 @@ _Grid = tuple[float, int]
 def quantize_behind_moves(graph: Any) -> None:
     """Add a pair behind what moves values between a DequantizeLinear and an operator of ``_READERS``, such as Conv.
 
-    A ReLU there becomes a Clip on codes, or is removed if no code lies below that of zero. A pair is also put before
-    each part of a concatenation that lies on no grid, such as a class token, if one QuantizeLinear, of one constant
-    scale, alone reads the result and another part lies on a grid. Grids per channel do not count.
+    The pair has the grid of that DequantizeLinear. A ReLU between these two operators becomes a Clip on codes, or is
+    removed if the codes are uint8 with zero point 0. A pair is also put before each input of a Concat that lies on no
+    grid, such as a class token, if another input lies on one and the only reader of the result is a QuantizeLinear with
+    one constant scale. Grids per channel and of floats do not count.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.
@@ -121,11 +122,11 @@ def constant_of(value: Any) -> Any:
 
 
 def moves_values(node: Any) -> bool:
-    """Whether an ``onnx_ir.Node`` moves values: its first result (of Split each one) has only elements of its inputs.
+    """Whether an ``onnx_ir.Node`` moves values: its first result (of Split each) has only elements of its first input.
 
-    Only the operations listed in ``_MOVING`` count: MaxPool, ReduceMax and TopK are among them; Relu, Max and Where are
-    not. Resize counts in mode "nearest". Pad counts unless it fills with a constant other than zero, or one that the
-    file does not hold: zero is on every grid.
+    Of Concat the elements are those of all inputs. Only the operations listed in ``_MOVING`` count: MaxPool, ReduceMax
+    and TopK are among them; Relu, Max and Where are not. Resize counts in mode "nearest". Pad counts if it copies
+    elements, or fills with zero, which is on every grid; not if its constant is another or is not in the file.
     """
     if node.op_type not in _MOVING:
         return False

@@ -71,10 +71,11 @@ def dequantize(
 
     Args:
         codes: int8, uint8 or int32, or numbers of a float8 dtype.
-        scale: float32 (codes.shape[axis],); with blocks as ``codes``, with one index per block along ``axis``.
-        zero_point: as ``scale``, in the dtype of ``codes``; None: zeros.
-        axis: axis of ``codes`` with the scales, or that blocks lie along.
-        block_size: elements of a block; None: no blocks. Blocks need opset 21.
+        scale: float32 (codes.shape[axis],); with blocks shaped as ``codes``, but with one index per block along
+            ``axis``.
+        zero_point: shaped as ``scale``, in the dtype of ``codes``; None: zeros.
+        axis: axis of ``codes`` with the scales; with blocks the one that is divided into blocks.
+        block_size: elements of a block along ``axis``, all blocks alike; None: no blocks. Blocks need opset 21.
     """
     centred = codes.float()
     if zero_point is not None:
@@ -95,15 +96,15 @@ def _nearest_float(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("tritonq::quantize_dequantize_float", mutates_args=())
 def quantize_dequantize_float(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -> Tensor:
-    """Return the nearest number of a float format to ``x / s``, times ``s``; larger values saturate.
+    """Return the nearest number of a float format to ``x / s``, times ``s``, float32; larger magnitudes saturate.
 
     The file has a QuantizeLinear and a DequantizeLinear.
 
     Args:
         x: float32.
         scale: float32, 0-d or (x.shape[axis],).
-        zero_point: zeros, as ``scale``, in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        axis: axis of ``x`` with the scales, if there are several.
+        zero_point: zeros, shaped as ``scale``, in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+        axis: axis of ``x`` with the scales; ignored if ``scale`` is 0-d.
         quantizer: name of the quantizer, which here the result of DequantizeLinear gets, not the tensor of codes.
     """
     scale = _along(scale, x, axis)
@@ -117,7 +118,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -
 
 @torch.library.custom_op("tritonq::round_to_float", mutates_args=())
 def round_to_float(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
-    """Return ``x`` rounded to the nearest number of a float format, float32; larger values saturate.
+    """Return ``x`` rounded to the nearest number of a float format, float32; larger magnitudes saturate.
 
     The file has a Cast and a DequantizeLinear with ``one`` as its scale.
 
@@ -125,7 +126,7 @@ def round_to_float(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -
         x: float32.
         one: the number 1, float32, 0-d.
         zero_point: zero in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2, 0-d.
-        quantizer: name of the quantizer, which the result of DequantizeLinear gets.
+        quantizer: name of the quantizer, which here the result of DequantizeLinear gets, not the tensor of codes.
     """
     return _nearest_float(x, zero_point.dtype) * one
 
@@ -151,7 +152,7 @@ def negate_codes(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: T
     """Return ``-x`` for values on a grid; in the file ``x``'s codes are dequantized with the negative scale.
 
     Args:
-        x: float32 on the grid.
+        x: float32, on the grid of ``scale`` and ``zero_point``.
         scale: float32, 0-d.
         negative_scale: ``-scale``.
         zero_point: int8 or uint8, 0-d.
@@ -165,14 +166,20 @@ def _(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: Tensor) -> T
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Return the nearest integer, ties away from zero, by operators that ONNX has."""
+    """Return the nearest integers to float32 ``x``, ties away from zero, float32, by operators that ONNX has."""
     size = x.abs()
     whole = size.floor()
     return (whole + (size - whole >= 0.5).float()) * x.sign()
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the ``custom_translation_table`` of ``torch.onnx.export``: operator to function that adds ONNX nodes."""
+    """Return a ``custom_translation_table`` for ``torch.onnx.export``: this file's operators to their translations.
+
+    A translation is a function that takes the operator's arguments and adds ONNX nodes.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+    """
     from onnxscript import opset18 as op
     from onnxscript import opset19 as op19
     from onnxscript import opset21 as op21

@@ -31,13 +31,14 @@ _NEW_ATTRIBUTES: dict[str, dict[str, Any]] = {
 
 
 def lower_opset(proto: Any) -> None:
-    """Rewrite a file of opset 18 as one of opset 17, in place; ``proto`` is its content.
+    """Rewrite a file of opset 18 as one of opset 17, in place; ``proto`` is its content, an ``onnx.ModelProto``.
 
     Axes of reductions become attributes, and attributes that opset 18 added are dropped if they have the value under
     which an operator does what it did before.
 
     Raises:
         ValueError: an operator that opset 17 lacks, or one used in a way that it can't express; the message names it.
+            ``proto`` is then partly rewritten.
     """
     import onnx
 

@@ -27,14 +27,18 @@ _logger = logging.getLogger("tritonq")
 
 
 def pack_weights(proto: Any) -> None:
-    """Store the constants of a file that DequantizeLinear reads with four bits per code, if all codes fit; in place.
+    """Store each constant of codes that DequantizeLinear reads with four bits per code, if all its codes fit; in place.
 
-    Signed codes of -8..7 become INT4, others of 0..15 UINT4, and 8-bit floats whose numbers E2M1 has FLOAT4E2M1. Zero
-    points must fit, too. A constant that another operator reads as well stays as it is. The log says how many bytes
-    that saves. The file's opset becomes 21 at least, with FLOAT4E2M1 23.
+    INT8 codes in -8..7 become INT4, other 8-bit integer codes in 0..15 UINT4, and FLOAT8E4M3FN whose numbers E2M1 has
+    FLOAT4E2M1. Zero points of integers must fit, too. A constant that another operator reads as well stays as it is.
+    The logger ``tritonq`` says, at level INFO, how many bytes that saves. The file's opset becomes at least 21, with
+    FLOAT4E2M1 at least 23, even if no constant fits.
+
+    Args:
+        proto: the file's content, an ``onnx.ModelProto``.
 
     Raises:
-        ValueError: numbers fit floats of four bits, and this onnx lacks the type.
+        ValueError: numbers fit FLOAT4E2M1, and the installed onnx lacks that type. Other constants may be packed then.
     """
     import onnx
 
@@ -86,7 +90,8 @@ def pack_weights(proto: Any) -> None:
 def widen_floats(proto: Any) -> None:
     """Turn a file's 4-bit floats into 8-bit ones with the same numbers, in place: ONNX Runtime lacks the former.
 
-    Initializers of FLOAT4E2M1 become FLOAT8E4M3FN. What the graph declares on their types (``value_info``) is removed.
+    Initializers of FLOAT4E2M1 become FLOAT8E4M3FN. What the graph declares on the types of initializers
+    (``value_info``) is removed. ``proto`` is an ``onnx.ModelProto``.
     """
     import onnx
 

@@ -67,7 +67,8 @@ class TracedQuantizer(nn.Module):
     def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
         """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) · s``, float32; limited by :attr:`clamp` before.
 
-        With ``in_steps`` ``x`` is divided by the scale already; :attr:`clamp`, two values, must then be None.
+        With ``in_steps`` ``x`` is divided by the scale already, and ties round to even; there must then be one scale,
+        and no :attr:`clamp`, which is in values.
         """
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
@@ -105,16 +106,18 @@ def uint8_quantizer(
     """Return a traced quantizer with uint8 codes, counted from 0, for ONNX Runtime.
 
     If there is a grid per channel, it is one of float arithmetic with the trained codes (:func:`float_quantizer`).
-    Code 0 of the file is the type's smallest code. Behind a ReLU, if the type fixes the zero point, it is the code of
-    the value 0, as in the converted model: the roundings of a sum depend on where codes begin.
+    Code 0 of the file is the smallest code of the type of ``source``. Behind a ReLU, if the type fixes the zero point,
+    it is the code of the value 0, as in the converted model: the roundings of a sum depend on where codes begin.
 
     Args:
         source: the converted model's quantizer.
-        name: its name.
-        bounds: smallest and largest value, of a ReLU or clip before it, which the codes are limited to; None: no limit.
-        exact: whether the quotient is computed before QuantizeLinear, as in training; False: QuantizeLinear divides.
-        from_zero: whether code 0 is that of the lower bound, for types that fix the zero point; None: if that bound
-            is 0. Without ``bounds`` it changes nothing.
+        name: its name in the model.
+        bounds: smallest and largest value, of a ReLU or clip before it, which the codes are limited to, for a quantizer
+            with one scale; None: no limit.
+        exact: whether the quotient is computed before QuantizeLinear, as in training; False, and per channel:
+            QuantizeLinear divides.
+        from_zero: whether the file's code 0 is that of the lower bound, for types that fix the zero point; None: if
+            that bound is 0. Without ``bounds`` it changes nothing.
 
     Raises:
         ValueError: a code of the file would be above 255.
@@ -144,7 +147,8 @@ def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
         name: its name in the model.
 
     Raises:
-        ValueError: codes that fit none of int8, uint8, int16 and uint16, or a narrow range per channel.
+        ValueError: codes that fit none of int8, uint8, int16 and uint16, or that are, per channel, fewer than their
+            dtype's.
     """
     low, high = source.qtype.quant_min, source.qtype.quant_max
     dtype = _plain_dtype(low, high)
@@ -172,7 +176,7 @@ def _plain_dtype(low: int, high: int) -> torch.dtype | None:
 def grids_of(layer: UnaryLayer) -> tuple[Quantizer, Quantizer] | None:
     """Return the quantizers of a layer's input and output.
 
-    None if one is missing or per channel: the layer computes in float.
+    None if one is missing, per channel or to a float format: the layer computes in float.
     """
     source, output = layer.input_quantizer, layer.output_quantizer
     if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
@@ -181,7 +185,7 @@ def grids_of(layer: UnaryLayer) -> tuple[Quantizer, Quantizer] | None:
 
 
 def least_opset(model: nn.Module) -> int:
-    """Return the oldest opset with all that a traced model needs; 0 if any will do.
+    """Return the oldest opset with all that a model of :func:`onnx_form` needs: 21 or 19; 0 if any will do.
 
     21 brought quantizers of 16 bits and weights in groups, 19 8-bit floats.
     """
@@ -198,9 +202,9 @@ def quantize_twice(layer: nn.Module) -> None:
     """Give a layer a child ``first_quantizer``, a copy of its output quantizer whose codes have no name in the file.
 
     The caller makes the layer's forward run both, with operations that move values between them. ONNX Runtime computes
-    a layer in integers if a quantizer follows directly. The second quantizer is the one that the layer had. It changes
-    no code, and its codes have the trained shape. Its ``exact`` becomes False: the file's QuantizeLinear divides by the
-    scale. The copy keeps its ``exact``; True: the quotient is computed before QuantizeLinear, as in training.
+    a layer in integers if a quantizer follows directly. The second quantizer is the one that the layer had, still its
+    ``activation_post_process``. It changes no code, and its codes have the trained shape. Its
+    :attr:`TracedQuantizer.exact` becomes False; that of the copy is what it was.
 
     Raises:
         TypeError: the layer has no traced quantizer.

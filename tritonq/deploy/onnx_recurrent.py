@@ -28,13 +28,14 @@ _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": 
 def recurrent(x: Tensor, states: list[Tensor], weights: list[Tensor], mode: str, hidden_size: int) -> list[Tensor]:
     """Return ``[sequence, *last states]`` of one recurrent layer whose gates are in ONNX's order; all float32.
 
-    The sequence is (time, batch, directions · hidden_size), states are shaped as the given ones. The gates' order is
-    input, output, forget, cell for an LSTM; update, reset, hidden for a GRU.
+    The sequence is (time, batch, directions · hidden_size), the last states are shaped as ``states``. The gates' order,
+    in weights and biases, is input, output, forget, cell for an LSTM; update, reset, hidden for a GRU.
 
     Args:
         x: (time, batch, features).
-        states: h, and for an LSTM c, each (directions, batch, hidden_size).
-        weights: for each direction weight_ih, weight_hh and, of a layer with biases, both biases in one vector.
+        states: the first h, and for an LSTM c, each (directions, batch, hidden_size).
+        weights: for each direction weight_ih, weight_hh and, of a layer with biases, bias_ih and bias_hh one behind the
+            other in one vector.
         mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
         hidden_size: width of a state.
     """
@@ -66,12 +67,13 @@ def _gates(x: Tensor, order: Tensor) -> Tensor:
 def rewrite_recurrent(layer: QuantizedRecurrent, name: str, in_float: bool) -> None:
     """Make a layer trace to ONNX's operator, on weights behind DequantizeLinear, or with ``in_float`` on float weights.
 
-    Weights without integer codes of 8 bits or fewer are float weights in any case.
+    Weights without integer codes of 8 bits or fewer are float weights in any case. The rewritten forward raises
+    ValueError for packed sequences.
 
     Args:
         layer: changed in place.
-        name: the layer's, for messages.
-        in_float: whether the file holds the weights' values.
+        name: the layer's name in the model, for messages.
+        in_float: whether the file holds the weights' float values, not their codes.
 
     Raises:
         ValueError: a cell, or an LSTM with projections, for which ONNX has no operator.
@@ -132,7 +134,11 @@ def _run_layer(
 
 
 def recurrent_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translation of :func:`recurrent` to ONNX operators, a ``custom_translation_table`` of torch.onnx."""
+    """Return the translation of :func:`recurrent` to ONNX operators, a ``custom_translation_table`` of torch.onnx.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+    """
     from onnxscript import opset18 as op
 
     def translate(x: Any, states: Any, weights: Any, mode: str, hidden_size: int) -> Any:

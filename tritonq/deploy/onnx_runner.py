@@ -26,14 +26,16 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
     """Return what `verify` needs of an ONNX file: ``(runner, islands, ends, inputs)``.
 
     The runner takes the outputs from the file as it is, and the codes from a second session, on a copy in memory that
-    returns them. Given codes go to a third session, on a copy in which readers of codes read inputs.
+    returns the codes. Given codes go to a third session, on a copy in which readers of codes read inputs. It raises
+    ValueError if its arguments have not as many tensors as the file has inputs.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        A :class:`tritonq.deploy.codes.Runner`; for quantizers behind islands, by name, the islands' operators; what the
-        file takes and returns; and its number of inputs.
+        A :class:`tritonq.deploy.codes.Runner`; for quantizers behind islands, by name, the types of the islands'
+        operators, such as ``("Softmax",)``; the :class:`Ends`, which say what the file takes and returns in place of
+        float values; and the file's number of inputs.
 
     Raises:
         OSError: the file can't be read.

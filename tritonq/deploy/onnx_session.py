@@ -34,7 +34,12 @@ def open_session(model: bytes | str | os.PathLike[str], options: Any = None) -> 
 
     Args:
         model: the file's content, or its path.
-        options: an ``onnxruntime.SessionOptions``, to which the option is added; None: default ones.
+        options: an ``onnxruntime.SessionOptions``, to which that option is added in place where the CPU needs it; None:
+            default ones.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        Exception: what ONNX Runtime raises for a file that it can't read or run.
     """
     import onnxruntime
 

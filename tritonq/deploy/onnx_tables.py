@@ -18,7 +18,8 @@ from tritonq.prepare.forwards.edited import set_inner_forward
 def rewrite_table(table: QuantizedTable, *, in_float: bool) -> None:
     """Make a table trace to a look-up in its dequantized codes, or with ``in_float`` in its values; changed in place.
 
-    Codes of more than 8 bits become values, too, and so does a table with ``max_norm``: its rows are scaled here.
+    Codes of more than 8 bits become values, too, and so do those of a table with ``max_norm``: rows with a larger norm
+    are scaled down here, once, and ``max_norm`` becomes None.
     """
     held = cast(Any, table)  # a class of torch.nn, too
     if in_float or held.max_norm is not None or table.stored_weight.dtype not in (torch.int8, torch.uint8):

@@ -43,8 +43,8 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
     """Whether TensorRT will run a layer in float although its weight was quantized; False if the weight is float.
 
     It does if its integers (signed 8 bits, zero point 0) can't hold the codes of weight or input, if the weight has
-    scales per group, or if a transposed convolution has different scales per out channel. If the grid of the input is
-    not known, only the weight is judged.
+    scales per group, or if a transposed convolution has different scales per out channel. Weight codes of a float
+    format count as codes that it can hold. If the grid of the input is not known, only the weight is judged.
     """
     if layer.weight_scale is None:
         return False
@@ -59,9 +59,9 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
 
 
 def tell_float_layers(model: nn.Module) -> None:
-    """Warn (UserWarning) of the layers of a converted model that TensorRT will run in float, with their names.
+    """Warn (UserWarning) of a converted model's layers for which :func:`runs_in_float` is true, with their names.
 
-    Nothing happens if there are none (:func:`runs_in_float`).
+    Nothing happens if there are none.
     """
     names = [
         name for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and runs_in_float(module)

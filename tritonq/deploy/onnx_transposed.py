@@ -27,12 +27,13 @@ from tritonq.reference.activation import rectify
 
 
 def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
-    """Return the phases along each axis of a transposed convolution; None for a layer that keeps its form.
+    """Return the phases along each axis of a transposed convolution; None for a layer that is not to be rewritten.
 
-    A layer keeps its form if one of these holds:
+    A layer is not rewritten if one of these holds:
 
-    - it is no transposed convolution, or does not compute in integers with a weight of 8 bits;
-    - a function such as SiLU, no quantizer, or a quantizer per channel follows directly;
+    - it is no transposed convolution, or does not compute in integers with a weight of at most 8 bits;
+    - a function such as SiLU stands between it and its quantizer, or it has no quantizer with integer codes and one
+      scale;
     - along an axis the padding, less the output padding, is as long as the kernel with its gaps, or longer; or the
       padding is as long as that kernel rounded up to a multiple of the stride.
     """

@@ -17,9 +17,14 @@ from tritonq.prepare.record.structure import clone_tensors
 def with_output_sizes(deployed: nn.Module, example_inputs: Any) -> nn.Module:
     """Return a model whose transposed convolutions have the output paddings that a run on the example needs.
 
-    It is ``deployed`` itself if all have them already, else a copy.
+    It is ``deployed`` itself if all have them already, or if there are none, else a copy.
+
+    Args:
+        deployed: the converted model, which runs on copies of the example inputs.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones.
 
     Raises:
+        TypeError: ``example_inputs`` are something else.
         ValueError: the run needs several output paddings of one layer, or the model raises an error.
     """
     layers = {name: module for name, module in deployed.named_modules() if isinstance(module, TakesOutputSize)}

@@ -23,9 +23,9 @@ _DEFAULT = "output"
 
 
 def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a model on positional ``args`` and named ``kwargs``, without gradients, and return its result.
+    """Return a model's result, in the mode it is in, for positional ``args`` and named ``kwargs``, without gradients.
 
-    The random state is as before afterwards.
+    Afterwards the random state of Python, NumPy and torch is as it was before.
 
     Raises:
         ValueError: the model raises an error on these arguments.
@@ -38,7 +38,11 @@ def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def output_paths(result: Any) -> list[Path]:
-    """Return for each tensor of a result its path: ``[("scores",), ("boxes", 0)]``; ``[()]`` for a single tensor."""
+    """Return for each tensor of a result its path: ``[("scores",), ("boxes", 0)]``; ``[()]`` for a single tensor.
+
+    Paths are in the order of the result, a tuple, list, mapping or dataclass, which may be nested; ``[]`` without any
+    tensor.
+    """
     return [path for path, _ in tensors_in(result)]
 
 
@@ -59,11 +63,11 @@ def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
 def return_tensors_alone(traced: nn.Module, result: Any) -> None:
     """Make a model that is traced return only its tensors, if its result also has text, numbers or a dataclass.
 
-    It then returns a flat tuple, or a single tensor. torch.export knows only the dataclasses that were registered with
-    it.
+    It then returns a flat tuple, in the order of :func:`output_paths`, or a single tensor. Nothing changes if the
+    result has only tensors and None, in containers that torch.export knows: of dataclasses those registered with it.
 
     Args:
-        traced: the model; its ``forward`` is replaced.
+        traced: the model, whose ``forward`` may be replaced.
         result: what it returned on the example inputs.
     """
     if all(isinstance(leaf, (Tensor, NoneType)) for leaf in tree_leaves(result)):
@@ -82,7 +86,7 @@ def return_no_text(traced: nn.Module, result: Any) -> None:
     """Make a model that is traced return None in place of text, which torch writes to a program but can't load.
 
     Args:
-        traced: the model; its ``forward`` is replaced.
+        traced: the model, whose ``forward`` may be replaced.
         result: what it returned on the example inputs. If it has text, a UserWarning says so; else nothing changes.
     """
     if not any(isinstance(leaf, str) for leaf in tree_leaves(result)):
@@ -114,12 +118,13 @@ def output_name(path: Path) -> str:
 def name_outputs(model: Any, paths: Sequence[Path]) -> None:
     """Name the outputs of an exported ONNX program after their paths, by :func:`output_name`.
 
-    All names stay if there are not as many outputs as paths. A tensor that is an input too, or an output twice, keeps
-    its name. A name that another tensor of the program has gets ``"output_"`` before it.
+    All names stay if there are not as many outputs as paths. An output that is an input, too, keeps its name; one that
+    is there twice has the name of its first path. If another tensor has an output's name, ``"output_"`` is put before
+    it: ``"output_scores"``.
 
     Args:
-        model: the program; changed in place.
-        paths: of the outputs, in order.
+        model: the program, an ``onnx_ir.Model``; changed in place.
+        paths: paths of the outputs, in their order.
     """
     outputs = list(model.graph.outputs)
     if len(outputs) != len(paths):

@@ -28,8 +28,9 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
         state: its state dict; not changed.
 
     Returns:
-        The state, with such weights as uint8 (bytes,); and by name how to unpack each, as plain data: "shape", "dtype",
-        "low" (the smallest code) and "width" (1, 2 or 4 bits).
+        The state with such weights as uint8 (bytes,) and with the other tensors of ``state`` themselves; and by the
+        packed weight's name in it how to unpack that weight, as plain data: "shape" (a list), "dtype" (``"int8"``),
+        "low" (the type's smallest code) and "width" (1, 2 or 4 bits).
     """
     packed_state, how = dict(state), {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -51,6 +52,8 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
 
 def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a copy of a packed state dict in which each packed weight has its shape, dtype and codes again.
+
+    The other tensors are those of ``state`` themselves.
 
     Args:
         state: the packed state.
@@ -91,7 +94,7 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], low: int, width: int) -
     ``low``, the smallest integer, and ``width``, the bits of each, must be those given to :func:`pack_codes`.
 
     Raises:
-        ValueError: there are too few or too many bytes for the shape.
+        ValueError: ``packed`` is not uint8 (bytes,) with as many bytes as ``shape`` and ``width`` need.
     """
     per_byte, count = 8 // width, math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (-(-count // per_byte),):

@@ -18,12 +18,12 @@ class Phases:
     """One axis of a transposed convolution as a plain one.
 
     Attributes:
-        stride: how many phases there are.
+        stride: how many phases there are; the plain convolution's own stride is 1.
         taps: size of the plain kernel, ``ceil(kernel / stride)``.
-        before: zeros to add before the input.
-        after: zeros to add behind it.
+        before: zeros to add before the input; negative: the axis can't be computed so.
+        after: zeros to add behind it; negative: as for ``before``.
         first: how many results to cut off at the beginning, after interleaving.
-        last: how many at the end.
+        last: how many results to cut off at the end.
     """
 
     stride: int
@@ -35,9 +35,9 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis of a transposed convolution, by its kernel length, stride and paddings.
+        """Return the phases of an axis of a transposed convolution, by ``nn.ConvTranspose1d``'s arguments.
 
-        ``kernel`` counts the gaps of a dilated kernel. With ``taps = ceil(kernel / stride)`` and ``surplus = taps ·
+        But ``kernel`` counts the gaps of a dilated kernel. With ``taps = ceil(kernel / stride)`` and ``surplus = taps ·
         stride - kernel + padding - output_padding``: before is ``taps - 1 - padding // stride``, first ``padding %
         stride``, after ``taps - 1 - surplus // stride``, last ``surplus % stride``. Before is negative if ``padding >=
         taps · stride``, after if ``padding - output_padding >= kernel``.
@@ -49,7 +49,10 @@ class Phases:
 
 
 def phases_of_kernel(layer: nn.modules.conv._ConvTransposeNd) -> tuple[Phases, ...] | None:
-    """Return the phases along each axis of the kernel; None if before or after is negative, see :meth:`Phases.of`."""
+    """Return the phases along each axis of the kernel; None if ``before`` or ``after`` of one of them is negative.
+
+    That happens only where the padding is as long as the kernel with its gaps, or longer.
+    """
     kernel = [reach(size, step) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     padding = cast("tuple[int, ...]", layer.padding)
     sizes = zip(kernel, layer.stride, padding, layer.output_padding, strict=True)

@@ -45,16 +45,18 @@ def export_program(
       elsewhere, and where sums may reach 2^24, in float64.
     - ``"pt2e"``: what torchao's ``convert_pt2e`` returns and its back ends lower (ExecuTorch's delegates, torch's
       Inductor): float operators between pairs of ``torch.ops.quantized_decomposed.quantize_per_tensor`` and
-      ``dequantize_per_tensor`` with the trained grids, weights int8 behind a ``dequantize_per_channel``, float biases.
-      Sums, means and functions between pairs are rounded from float: single codes of a layer may differ by one. Ties
-      are rounded to even. To load it, ``import torch.ao.quantization.fx._decomposed`` or ExecuTorch first.
+      ``dequantize_per_tensor`` with the trained grids, weights int8 (or what else holds their codes) behind
+      a ``dequantize_per_channel``, float biases. Weights of transposed convolutions with groups are float. Sums, means
+      and functions between pairs are rounded from float: single codes of a layer may differ by one from the trained
+      ones. Ties are rounded to even. To load it, ``import torch.ao.quantization.fx._decomposed`` or ExecuTorch first.
 
     Args:
-        model: what :func:`tritonq.convert` takes, or returns.
+        model: what :func:`tritonq.convert` takes, or returns; it is not changed.
         path: file to write (under a temporary name, then renamed), ``*.pt2`` by custom; None: write none.
-        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
-            those of the program.
-        dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. The program takes tensors of
+            these sizes only, but for the batch.
+        dynamic_batch: leave the size of axis 0 open for the first tensor of the inputs, and for all others whose axis 0
+            has the same size. False: the program takes batches of the example's size only.
         form: ``"integers"`` or ``"pt2e"``.
 
     Returns:

@@ -26,7 +26,8 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     """Return the program in a file of :func:`tritonq.export_program`, of form "integers" or "pt2e".
 
     Raises:
-        ValueError: it is no file of ``torch.export.save``. Who wrote the program is not checked.
+        ValueError: it is no file of ``torch.export.save``. A program that tritonq did not write is returned all the
+            same.
         OSError: it can't be read.
     """
     register_pt2e_operators()
@@ -42,9 +43,10 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
 def program_runner(program: ExportedProgram) -> Runner:
     """Return a function that runs a program, operator by operator, and returns its codes and outputs.
 
-    It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to codes minus zero points, by quantizer and
-    call, and outputs on the CPU; the codes that ``given`` has replace those that the program computes. It raises
-    ValueError for arguments of another structure than the program's.
+    It is a :class:`tritonq.deploy.codes.Runner`, called with ``(args, kwargs, given)``. Codes minus zero points are
+    float32 on the CPU, one tensor per call in a list by the quantizer's name; those that ``given`` has replace what the
+    program computes. Tensors among the arguments are moved to the device of the program's first parameter or buffer.
+    ValueError is raised for positional and named arguments nested in another way than in the example of the export.
     """
     module = program.module()
     interpreter = _CodesInterpreter(module)
@@ -74,8 +76,8 @@ class _CodesInterpreter(fx.Interpreter):
     zero point.
 
     Attributes:
-        codes: what the present run has recorded.
-        given: codes to use in place of the run's own; empty: none.
+        codes: what the run has recorded; whoever starts a run sets it to an empty dict first.
+        given: codes to use in place of the run's own; empty: none. It is set before a run, too.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -87,7 +89,10 @@ class _CodesInterpreter(fx.Interpreter):
         self._pairs = {node: name for node in nodes if (name := _pair_quantizer(node)) is not None}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node and return its result; record the codes that it makes or reads, or use given ones instead."""
+        """Run the node ``n`` and return its result, and record the codes that it makes or multiplies by their scale.
+
+        Codes that are given for this call then take their place, in the result or as what is multiplied.
+        """
         if n in self._pairs:
             codes = super().run_node(n)
             args, _ = self.fetch_args_kwargs_from_env(n)

@@ -46,7 +46,7 @@ _DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 
 
 def register_pt2e_operators() -> Any:
-    """Register ``torch.ops.quantized_decomposed`` with torch, and return it.
+    """Register the operators ``torch.ops.quantized_decomposed`` with torch, once, and return this namespace.
 
     A saved program in this form can be loaded only after this.
     """
@@ -58,8 +58,8 @@ class PairQuantizer(nn.Module):
     """A quantizer that traces to one ``quantize`` and one ``dequantize`` of the trained grid, float32.
 
     Args:
-        source: the converted model's quantizer.
-        name: its name in the converted model, which the traced nodes carry.
+        source: the converted model's quantizer; its grid is copied.
+        name: its name in the converted model, which the traced nodes have in ``meta["custom"]``.
 
     Attributes:
         name: of the quantizer in the converted model.
@@ -84,7 +84,8 @@ class PairQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) · s``, float32, ties to even; same shape.
 
-        It runs one quantize and one dequantize operator, which carry the quantizer's name while they are traced.
+        ``x`` is float32, float16 or bfloat16. One quantize and one dequantize operator run; nodes that are traced of
+        them carry the quantizer's name.
         """
         with annotate({QUANTIZER_KEY: self.name}):
             return self._pair(x)
@@ -110,8 +111,12 @@ def _storage(codes: tuple[int, int], what: str) -> torch.dtype:
 def pt2e_form(converted: nn.Module) -> nn.Module:
     """Return a copy of ``converted`` that traces to float operators between pairs of quantize and dequantize.
 
+    Args:
+        converted: a converted model whose deployed modules are Quantizers, QuantizedLayers and tables, and no others.
+
     Raises:
-        ValueError: a layer or quantizer without such a form, for its codes or a scale per group; the message names it.
+        ValueError: a quantizer or a layer's weight with codes of more than 16 bits, or a weight with codes of a float
+            format or a scale per group; the message names quantizer or layer.
     """
     register_pt2e_operators()
     model = copied(converted)
@@ -190,9 +195,13 @@ def _embedding(table: QuantizedEmbedding, input: Tensor) -> Tensor:
 def complete_pairs(program: ExportedProgram) -> None:
     """Add a pair behind each operator that moves dequantized values, and give each reader a dequantize of its own.
 
-    The program's graph and signature are changed in place. Grids are per tensor. An operator whose readers all quantize
-    its result gets no pair. An output of the program shares the dequantize of the tensor's first reader. Of a node's
-    ``meta["custom"]`` only the entry under ``QUANTIZER_KEY`` stays.
+    The program's graph and signature are changed in place. A dequantize per channel, such as a weight's, is not copied,
+    and no pair added behind what moves its values. An operator whose readers all quantize its result gets no pair. An
+    output of the program shares the dequantize of the tensor's first reader. Of a node's ``meta["custom"]`` only the
+    entry under ``QUANTIZER_KEY`` stays.
+
+    Args:
+        program: what ``torch.export.export`` made of a model of :func:`pt2e_form`.
     """
     operators = register_pt2e_operators()
     quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default

@@ -29,7 +29,7 @@ class DeployedModule(FixedDtypeBuffers):
     unnoticed.
 
     Attributes:
-        tensor_names: names of the module's tensors, in the order of the state dict.
+        tensor_names: names of the module's own tensors, without its children's, in the order of the state dict.
         parameter_names: names of those that are parameters where they hold floats, and buffers where they hold codes;
             all others are buffers.
         zero_points: names of zero points that may be None for all 0, which the state dict then lacks; each with the
@@ -71,9 +71,9 @@ class DeployedModule(FixedDtypeBuffers):
         """Register tensors, detached and in their memory format, as parameters or buffers of these names.
 
         Float tensors named in ``parameter_names`` become parameters without gradient, so that code which reads
-        ``next(model.parameters())`` finds device and dtype. Tensors of inference mode are copied: they have no version,
-        by which `memo.Memo` notices changes. None is registered as a buffer that is None. A tensor that the module has
-        under the name is replaced.
+        ``next(model.parameters())`` finds device and dtype. Memory is shared with the given tensors, but those of
+        inference mode are copied: they have no version, by which `memo.Memo` notices changes. None is registered as a
+        buffer that is None. A tensor that the module has under the name is replaced.
         """
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_inference():
@@ -87,7 +87,7 @@ class DeployedModule(FixedDtypeBuffers):
                 self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def read_tensors(self) -> None:
-        """Compute from the buffers what forward would otherwise read from the device.
+        """Compute from the tensors what forward would otherwise read from the device, as plain numbers on the host.
 
         Called after each load of a state dict, and by the constructor of each class that overrides it. The base class
         computes nothing.
@@ -116,8 +116,8 @@ class Quantizer(DeployedModule):
 
     Args:
         qtype: the quantized type: range of codes, axis and rounding.
-        scale: float32, one element or one per channel.
-        zero_point: int32, as many as there are scales.
+        scale: float32 of any shape, one element, or one per index of the input's axis ``qtype.axis``; not copied.
+        zero_point: int32, as many as there are scales; not copied.
 
     Attributes:
         scale: float32, (1,) or (channels,).
@@ -151,8 +151,10 @@ class Quantizer(DeployedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) · s`` in ``x``'s dtype.
 
-        Under autocast bfloat16 and float16 become float32. Elsewhere a UserWarning says once if ``x``'s dtype can't
-        tell the codes apart. Where :func:`can_use_codes` allows it, the result is a CodedTensor, which carries codes.
+        Ties are rounded as ``qtype`` says. Under autocast a bfloat16 or float16 ``x`` gives float32. Elsewhere a
+        UserWarning says, once per module, if ``x``'s dtype can't tell the codes apart. A float32 ``x`` on the CPU that
+        needs no gradient (:func:`can_use_codes`) gives a tensor that carries its codes, inside a call of a converted
+        model a CodedTensor; not for NaN, an empty ``x``, more than 256 codes or several scales.
         """
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
@@ -162,20 +164,23 @@ class Quantizer(DeployedModule):
         return fake_quantize(to_hold_codes(x, self.qtype, self), self.grid())
 
     def grid(self) -> Grid:
-        """Return the grid, without a switch; its ``zero_point`` is None if all zero points are 0."""
+        """Return the grid, always on, with the buffers themselves; its ``zero_point`` is None if all are 0."""
         return Grid(self.scale, self.zero_point if self._has_zero_point else None, self.qtype)
 
     def fused_grid(self) -> Grid | None:
         """Return the grid, for an operator that rounds to it in place of this module.
 
-        None if the module must run itself. It must if it is per channel or has hooks.
+        None if the module must run itself: it has a scale per channel, or forward hooks or pre-hooks.
         """
         if self.qtype.axis is not None or self._forward_hooks or self._forward_pre_hooks:
             return None
         return self.grid()
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: code range, scale and zero point; of several scales their number and axis."""
+        """Return the text for ``repr``, such as ``codes 0..255, scale=0.05, zero_point=3``.
+
+        Of several scales it has their number and axis: ``codes -127..127, 64 scales along axis 0``.
+        """
         if self.scale.numel() == 1:
             grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
         else:

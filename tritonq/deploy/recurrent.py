@@ -34,12 +34,15 @@ class QuantizedRecurrent(DeployedModule):
     layers and of the output's; :func:`deployed_recurrent` replaces them.
 
     The state dict has the codes of ``weight_hh_l0`` under its name, ``weight_hh_l0_scale``, (rows,) or (rows, groups),
-    and, unless all are 0, ``weight_hh_l0_zero_point``; biases are float. Codes of a float format have no zero point.
+    and, unless all are 0, ``weight_hh_l0_zero_point``, int32 of the same shape; so for each weight that has codes.
+    Biases are float. Codes of a float format have no zero point.
 
     Args:
         geometry: arguments of the float layer's constructor, by name.
-        types: the quantized type of each weight, by name; None: the weight stays in float.
-        tensors: weights (codes, or floats), biases, scales and zero points, by their names in the state dict.
+        types: the quantized type of each weight, by a name such as ``weight_hh_l0`` (``weight_hh`` of a cell); None:
+            the weight stays in float.
+        tensors: weights (codes, or floats), biases, scales and zero points, by their names in the state dict. They
+            are not copied, but for those of inference mode.
 
     Raises:
         ValueError: a weight or bias whose shape doesn't fit the geometry.
@@ -97,10 +100,10 @@ class QuantizedRecurrent(DeployedModule):
         return self._parameters.get(name) if held is None else held
 
     def centred_weight(self, name: str) -> Tensor:
-        """Return the codes of the weight ``name`` minus zero points, int32.
+        """Return the codes of the weight ``name`` minus zero points, int32 if the weight has zero points.
 
-        Without zero points the codes are returned in the dtype in which they are stored, those of a float format as
-        its numbers, float32. A weight that stayed in float is returned as it is.
+        Without them the stored tensor of codes is returned itself. Of a float format the result is its numbers, not yet
+        scaled, float32. A weight that stayed in float is returned as it is.
         """
         codes, zero, qtype = cast(Tensor, self.held(name)), self.held(name + _ZERO_POINT), self.types[name]
         if qtype is not None and qtype.float_format is not None:
@@ -125,7 +128,7 @@ class QuantizedRecurrent(DeployedModule):
         return self.centred_weight(name).float() * self.along_rows(scale, self.types[name])
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: geometry, the weights' dtypes, and that the arithmetic is float."""
+        """Return the text for ``repr``, such as ``3, 4, num_layers=2, weights=torch.int8, arithmetic=float``."""
         dtypes = {str(cast(Tensor, self.held(name)).dtype) for name in self.types}
         return f"{super().extra_repr()}, weights={', '.join(sorted(dtypes))}, arithmetic=float"
 
@@ -134,7 +137,8 @@ class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise RuntimeError if the last axis of ``input`` is not ``input_size`` long.
 
-        torch's method also compares the number of axes and the dtype with the weights', which are integers here.
+        torch's method also compares the number of axes, which :meth:`forward` checks, and the dtype with the weights',
+        which are integers here. ``batch_sizes`` is not read.
         """
         if input.shape[-1] != self.input_size:
             raise RuntimeError(f"expected input_size={self.input_size} features, got the shape {tuple(input.shape)}")
@@ -197,15 +201,19 @@ RECURRENT_TYPES: dict[type[nn.Module], type[QuantizedRecurrent]] = {
 
 
 def deployed_recurrent(layer: QATRecurrent, quantizers: Mapping[nn.Module, nn.Module]) -> QuantizedRecurrent:
-    """Return the deployed form of a recurrent layer: weights as codes, quantizers by ``quantizers``, eval mode.
+    """Return the deployed form of a recurrent layer, in eval mode: weights as codes, biases copied, quantizers fixed.
+
+    A weight stays in float if its quantizer is an Identity, switched off or without a range. The result has no
+    ``input_fake_quant``: :func:`tritonq.convert` adds it.
 
     Args:
-        layer: the trained layer.
-        quantizers: deployed quantizers of activations, by the trained ones. A child that is no key of it is put into
-            the result as it is.
+        layer: the trained layer; it is not changed.
+        quantizers: deployed quantizers of activations, by the trained ones. A quantizer between layers or of the output
+            that is no key of it is put into the result itself, not a copy.
 
     Raises:
-        ValueError: a weight quantizer of a class without a grid.
+        ValueError: a weight quantizer of a class without a grid, with scales along another axis than the rows', or with
+            blocks of floats that don't divide the columns.
     """
     made = RECURRENT_TYPES[layer.float_type]
     types: dict[str, QuantizedType | None] = {}

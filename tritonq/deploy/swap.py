@@ -10,11 +10,11 @@ from tritonq.prepare.edit.fuse import move_hooks
 
 
 def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace children of ``model`` everywhere, and return it; the hooks of a module move to its replacement.
+    """Replace children of ``model`` everywhere, and return it; forward and backward hooks move to the replacement.
 
     Args:
         model: changed in place.
-        replacements: what replaces each module. If ``model`` itself is in it, its replacement is returned.
+        replacements: by each module to replace, what replaces it. If ``model`` is a key, its replacement is returned.
     """
     for module in list(model.modules()):
         for name, child in module._modules.items():

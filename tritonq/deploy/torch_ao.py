@@ -39,10 +39,11 @@ class TorchAoReport:
     """The result of :func:`load_torch_ao_state_dict`; ``print`` it.
 
     Attributes:
-        loaded: how many tensors of the checkpoint the model took over.
-        unmapped: names of the other tensors of the checkpoint, with the reason.
-        missing: names of tensors of the model that the checkpoint does not set; they are as they were. A checkpoint of
-            QAT lacks none but buffers of quantizers; one converted to integers may also lack weights, such as PReLU's.
+        loaded: how many entries of the checkpoint the model took over.
+        unmapped: ``(name, reason)`` of each other entry, but not of an ``eps`` that equals the model's.
+        missing: names of tensors of the model that the checkpoint does not set, but for ``nonfinite_count``, which
+            torch.ao does not have; they are as they were. A checkpoint of QAT lacks none but buffers of quantizers; one
+            converted to integers may also lack weights, such as PReLU's.
         notes: sentences about what will differ from torch.ao when training goes on.
 
     Examples:
@@ -72,16 +73,18 @@ def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | s
     folded away, are identities.
 
     Args:
-        model: fused and prepared as it was for torch.ao: ``prepare_qat`` without example inputs.
-        state_dict: torch.ao's state dict, or the path of a file that holds it. Only tensors are loaded from a file.
+        model: fused and prepared as it was for torch.ao: ``prepare_qat`` without example inputs. Changed in place.
+        state_dict: torch.ao's state dict, a dict that has it under ``"state_dict"`` or ``"model"``, or the path of a
+            file of ``torch.save`` with one of these. It is loaded with ``weights_only=True``: code in it is not run.
 
     Returns:
         How many tensors were loaded, which could not be mapped, with reasons, and which the checkpoint lacks.
 
     Raises:
         ValueError: ``model`` is not prepared, the checkpoint is of another architecture or qconfig (the message names
-            the first tensor that does not fit), or the file has no state dict. ``model`` is then unchanged.
-        OSError: the file can't be read.
+            the first tensor that does not fit), or ``state_dict`` has none: a dict without tensors, or a file that
+            ``torch.load`` can't read. ``model`` is then unchanged.
+        OSError: the file can't be opened.
 
     Source: the `_load_from_state_dict` methods of torch.ao.quantization.observer, torch.ao.quantization.fake_quantize
         and torch.ao.nn.intrinsic.qat.
@@ -178,10 +181,11 @@ class _Reader:
         self._other_rule: list[str] = []
 
     def read(self) -> None:
-        """Translate the tensors of the checkpoint: fill ``new``, ``loaded``, ``unmapped`` and ``missing``.
+        """Translate the tensors of the checkpoint: fill ``new``, ``loaded``, ``unmapped`` and ``missing``; called once.
 
         Raises:
-            ValueError: a layer's tensor that the model lacks, needs, or has in another shape; the message names it.
+            ValueError: a layer's tensor that the model or the checkpoint lacks, a tensor that the model has in
+                another shape, or a zero point that is none of the model's codes; the message names it.
         """
         layer_tensors: dict[str, tuple[str, Tensor]] = {}
         quantizer_tensors: dict[str, dict[str, Tensor]] = {}
@@ -203,9 +207,10 @@ class _Reader:
             self._read_quantizer(owner, quantizer_tensors.get(owner, {}))
 
     def notes(self) -> list[str]:
-        """Return what will differ from torch.ao when training goes on, as sentences; empty if nothing does.
+        """Return, after :meth:`read`, what will differ from torch.ao when training goes on, as sentences.
 
-        That is the rule from ranges to scales of quantizers that were trained with version 1 of torch's arithmetic.
+        There is one at most: quantizers that were trained with version 1 of torch.ao's presets, in a model with another
+        version, get their scales from ranges by another rule.
         """
         if not self._other_rule:
             return []

@@ -29,10 +29,11 @@ class Translation(NamedTuple):
     """The state dict of a model that torch.ao converted, in tritonq's names.
 
     Attributes:
-        state: for ``load_state_dict`` of the prepared model.
+        state: for ``load_state_dict`` of the prepared model, with ``strict=False``.
         used: names of the file's entries that went into it.
-        folded: names of layers whose BatchNorm got numbers that make it an identity.
-        switched_off: names of modules of whose results the file has no grid.
+        folded: names of the model's layers whose BatchNorm gets numbers from ``state`` that make it an identity.
+        switched_off: names of the model's modules whose output quantizer ``state`` switches off, since the file has no
+            grid of their results.
     """
 
     state: dict[str, Tensor]
@@ -51,8 +52,9 @@ def is_converted(state: Mapping[str, Any]) -> bool:
 def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
     """Translate the state of a model that torch.ao converted into the names of ``model``, which `prepare_qat` prepared.
 
-    Where torch.ao keeps no grid of a result (of ReLU6, ELU and PReLU), the model's quantizer is switched off. One whose
-    range is known beforehand, as that of a sigmoid, keeps it if the file has none.
+    Where torch.ao keeps no grid of a result (of ReLU6, ELU and PReLU), the returned state switches the model's
+    quantizer off. Elsewhere a quantizer of which the file has no grid keeps its own if it has a range: it has observed,
+    or its range is known beforehand, as that of a sigmoid.
 
     Args:
         model: the prepared model; it is not changed.
@@ -62,8 +64,9 @@ def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
         A :class:`Translation`: the state for ``model``, and what became of the entries of ``state``.
 
     Raises:
-        ValueError: a quantized layer, or the grid of a result, that the file lacks; a tensor of another shape; a bias
-            where the model has none; or a grid that is not the model's. The message names it.
+        ValueError: a quantized layer, or the grid of a result, that the file lacks; a tensor of another shape; another
+            number of weight scales; a bias where the model has none; a zero point that is none of the model's codes, or
+            not its fixed one; or a scale that is not positive and finite. The message names layer or tensor.
     """
     new: dict[str, Tensor] = {}
     used: set[str] = set()

@@ -27,10 +27,12 @@ def torch_runner(model: nn.Module) -> Runner:
     """Return a function that runs a trained or converted model in eval mode and returns its codes and outputs.
 
     It is a :class:`tritonq.deploy.codes.Runner`: ``(args, kwargs, given)`` to ``(codes, outputs)``. Codes, by the name
-    of the quantizer, are lists with a tensor of codes minus zero points per call; of a fixed-point network the codes
-    that each layer reads, by its name. Quantizers of weights, those that do not round when this function is called, and
-    blocks of floats have none. ``given`` codes are used in place of these. Tensors among the arguments are moved to the
-    device of the model's first parameter or buffer. The model's mode and hooks are as before afterwards.
+    of the quantizer, are lists with a tensor of codes minus zero points per call, float32 on the CPU; of a float format
+    n stands for its n-th positive number, -n for the opposite. Of a fixed-point network they are the codes that each
+    layer reads, by the layer's name. Quantizers of weights, those that do not round when ``torch_runner`` is called,
+    and blocks of floats have none. ``given`` codes are used in place of the model's own. Tensors among the arguments
+    are moved to the device of the model's first parameter or buffer. After each run the model's mode and hooks are as
+    before.
     """
     quantizers = {
         name: module

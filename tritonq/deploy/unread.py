@@ -20,14 +20,14 @@ def without_unread(
 ) -> tuple[Codes, list[str]]:
     """Return the codes of a run without those that nothing reads, and the names of quantizers that lost some.
 
-    A call's codes are unread if neither an output nor a quantizer's other codes change when they do. Codes that change
-    only with those of other unread calls are unread, too. A quantizer that lost all its calls is left out of the codes.
-    The names are in the order of ``lacking``.
+    A call's codes are unread if, with others in their place, neither an output nor the codes of another call change.
+    Codes that only other unread calls' codes follow from are unread, too. A quantizer that lost all its calls is left
+    out of the codes, but is among the names. The names are in the order of ``lacking``.
 
     Args:
-        codes: of each quantizer, by its name: one tensor per call.
+        codes: of each quantizer, by its name: one tensor per call. The dict and its lists are not changed.
         outputs: of the same run.
-        lacking: the quantizers that may be unread, in the order of the run.
+        lacking: names of the quantizers to try, keys of ``codes``, in the order in which the model runs them.
         run: called as ``run(args, kwargs, {name: given})``, it runs the model and returns its codes and outputs.
             ``given`` holds other codes for one call of a quantizer in ``lacking``, and None for the quantizer's other
             calls, which keep their own. There are one or two runs for each call.

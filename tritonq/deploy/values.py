@@ -22,7 +22,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     None if it is registered as None, such as the bias of a layer without one.
 
     Raises:
-        AttributeError: it registered none.
+        AttributeError: the module has neither a parameter nor a buffer of this name.
     """
     if name in module._buffers:
         return module._buffers[name]
@@ -34,8 +34,9 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
 def lazy_values(codes: Tensor, make: Callable[[], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor of ``dtype``, with shape and device of ``codes``, that stands for the one that ``make`` returns.
 
-    ``make`` is called anew by each operator that reads the values. While operators are traced it is called at once:
-    what is unused disappears from the graph.
+    ``make`` returns values of that dtype and shape; each operator that reads them calls it anew. While torch.compile,
+    torch.export or torch.jit traces, it is called at once and its result returned: what is unused disappears from the
+    graph.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return make()
@@ -51,7 +52,7 @@ class LazyValues(Tensor):
     Args:
         codes: a tensor that gives shape, strides and device.
         make: called without arguments by each operator that reads the values; returns them, shaped as ``codes``.
-        dtype: of the values.
+        dtype: of what ``make`` returns, and so of this tensor.
     """
 
     _make: Callable[[], Tensor]
@@ -111,6 +112,6 @@ def _made(item: Any) -> Any:
 
 
 def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``tensor`` is None or has the shape ``expected``."""
+    """Raise ValueError, with ``name`` in its message, unless ``tensor`` is None or has the shape ``expected``."""
     if tensor is not None and tuple(tensor.shape) != expected:
         raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")

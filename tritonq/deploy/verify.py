@@ -34,23 +34,29 @@ def verify(
     """Run a quantization-aware model in eval mode and its deployed form on the same data, and compare their codes.
 
     Codes are compared at every activation quantizer, in order of execution. Each layer of the deployed model computes
-    on the codes that the trained model's layers made, so that a difference is counted for the layer that makes it. If a
-    file's operators add floats in no defined order (softmax, LayerNorm, a layer left in float), codes behind them may
-    differ by one, and the report says so. In a fixed-point network the codes are those that each layer reads, under the
-    layer's name. The outputs are compared as the deployed model makes them, with all that differs before them. A model
-    whose weights alone are quantized has no codes, only outputs. Codes that nothing reads, and that the deployed model
-    does not compute, are left out, and the report names them.
+    on the codes that the trained model's layers made, so that a difference is counted for the layer that makes it. If
+    an ONNX file's operators add floats in no defined order (softmax, LayerNorm, a layer left in float), codes behind
+    them may differ by one, and the report says so. In a fixed-point network the codes are those that each layer reads,
+    under the layer's name. The outputs are those that the deployed model makes of its own codes, so that differences of
+    all layers reach them. A model of which only weights are quantized has no codes, only outputs. Codes that nothing
+    reads, and that the deployed model does not compute, are left out, and the report names their layers.
 
     Args:
         qat_model: the trained model; its mode is restored. A converted model will do as well.
         deployed: a converted model; the path of a file of :func:`tritonq.export_onnx`, which ONNX Runtime runs; or a
             program of :func:`tritonq.export_program`, as such or as the path of a file ``*.pt2``.
         data: one input tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or
-            a tuple of arguments, of which those are used that the model's forward requires (a data loader's labels are
-            not; of a ``forward(*args)``, all are). For a file that takes pixels, uint8 images.
+            a tuple of arguments, of which as many are used as the model's forward requires, or as the file or program
+            has inputs if those are more (a data loader's labels are not; of a ``forward(*args)``, all are). For a file
+            that takes pixels, uint8 images.
+
+    Returns:
+        The report. Differences raise no error: ask its ``agrees()``, or print it.
 
     Raises:
-        ValueError: no data, or a deployed model that was not made from ``qat_model``.
+        ValueError: no data; a deployed model with other quantizers, or other shapes of codes or outputs, so not made
+            from ``qat_model``; data that a file or program does not take; or a file that is not one of these.
+        OSError: the file can't be read.
         ImportError: an ONNX file without onnx and onnxruntime (the extra ``tritonq[onnx]``).
 
     Examples:
@@ -152,7 +158,7 @@ class _Tally:
     def lacking(self, expected: Codes, found: Codes) -> list[str]:
         """Return the names of quantizers of the trained model that the deployed one lacks, or calls fewer times.
 
-        One that is missing altogether is left out if another quantizer makes the same codes (:func:`_twin`).
+        One that it lacks is not returned if another, which both models run once, makes the same codes (:func:`_twin`).
         ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, one tensor per call.
         """
         names = {name: self._name_in(name, found) for name in expected}
@@ -180,8 +186,8 @@ class _Tally:
         (:func:`_twin`), and a quantizer may run more often in one model if codes only repeat (:func:`_calls`).
 
         Raises:
-            ValueError: one of the two lacks a quantizer for which no other stands, or the calls of a quantizer differ
-                in number by more than repeats.
+            ValueError: the deployed model has a quantizer that the trained one lacks, or lacks one for which no other
+                stands; or the calls of a quantizer differ in number by more than repeats.
         """
         names = {name: self._name_in(name, found) for name in expected}
         for quantizer in found:
@@ -204,6 +210,9 @@ class _Tally:
             pairs: the codes of both models for each call of each quantizer, as :meth:`pairs` returns them.
             expected: the trained model's outputs.
             found: the deployed model's outputs.
+
+        Raises:
+            ValueError: codes of a call, or outputs, of different shapes, or another number of outputs.
         """
         for pair in pairs:
             compared = compare_codes(pair.name, pair.expected, pair.found, self._islands.get(pair.source[0], ()))

@@ -21,7 +21,10 @@ QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize)
 
 
 def rounds(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> bool:
-    """Whether a quantizer rounds in eval mode: it is switched on and knows its range."""
+    """Whether a quantizer rounds in eval mode: it is switched on, and its scale rests on data or on the tensor itself.
+
+    May wait for the device.
+    """
     return quantizer.rounds() if isinstance(quantizer, FloatFakeQuantize) else quantizer.is_enabled_on_host()
 
 
@@ -30,15 +33,16 @@ def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         rows: the float weight, folded; its first axis is that of the out channels.
-        grid: has one scale, one per row, or one per group of consecutive elements of an axis.
+        grid: has one scale, one per row, or one per group of consecutive elements of an axis. Its switch is not read.
 
     Returns:
-        Codes shaped as ``rows``, in the smallest integer dtype that holds all codes of the grid's type; scale and zero
-        point (int32), (out,). With groups these two are shaped as ``rows``, with one index per group along the groups'
-        axis.
+        Codes shaped as ``rows``, in the smallest integer dtype that holds all codes of the grid's type; scale (float32)
+        and zero point (int32), both (out,), new tensors. With groups these two have the shape of ``rows``, but the
+        groups' axis is as long as it has groups: (4, 2) for rows of (4, 64) in groups of 32 along axis 1.
 
     Raises:
-        ValueError: the grid has one scale per index of another axis than the first.
+        ValueError: the grid has one scale per index of an axis that is not given as 0, or groups that don't divide
+            their axis.
     """
     qtype = grid.qtype
     groups = group_rows(rows, qtype.granularity)
@@ -58,8 +62,8 @@ def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 def weight_type(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> QuantizedType | None:
     """Return the quantized type of a weight's codes; None if the weight stays in float.
 
-    It stays in float if the quantizer is switched off or has no range yet. For a weight in blocks of floats, such as
-    ``"mxfp8"``, the type has groups of the block's size.
+    It stays in float if the quantizer is switched off, or its scale does not rest on data yet. For a weight in blocks
+    of floats the type has groups of the block's size along axis 1: of 32 for ``"mxfp8"``.
     """
     if not rounds(quantizer):
         return None
@@ -76,17 +80,19 @@ def codes_of_weight(
 
     Args:
         rows: (out, in, ...), the float weight, folded.
-        quantizer: the weight's.
-        grid: a function that returns the grid to use; None: the quantizer's own. Not used for blocks of floats, whose
+        quantizer: the weight's; it must be switched on, with a scale that rests on data or on the tensor itself.
+        grid: a function that returns the grid to use; None: the quantizer's own. Not called for blocks of floats, whose
             scales follow from ``rows``.
 
-    Raises:
-        ValueError: scales along another axis, or blocks that don't divide the input channels.
-
     Returns:
-        Codes shaped as ``rows``, in the smallest integer dtype that holds them (of floats: 0 for 0, n for the format's
-        n-th positive number, -n for its opposite); scale and zero point (int32), (out,), or shaped as ``rows`` with one
-        index per group.
+        Codes shaped as ``rows``, in the smallest integer dtype that holds all codes of the type (of floats: int8, 0 for
+        0, n for the format's n-th positive number, -n for its opposite); scale (float32) and zero point (int32), both
+        (out,). With groups or blocks these two have the shape of ``rows``, but the axis of the groups is as long as it
+        has groups: (4, 2) for rows of (4, 64) and blocks of 32.
+
+    Raises:
+        ValueError: one scale per index of an axis that is not given as 0, groups or blocks that don't divide their
+            axis, or blocks along another axis than 1.
     """
     blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
     if blocks is None or not isinstance(quantizer, FloatFakeQuantize):
@@ -108,7 +114,8 @@ def why_no_blocks(rows: Tensor, quantizer: FloatFakeQuantize) -> str | None:
 
     A block is a run of elements along an axis that share a scale (:class:`tritonq.formats.BlockFormat`). There is such
     a form if the blocks run along axis 1 and their size divides its length. None: the weight has it, or the quantizer
-    has no blocks.
+    has no blocks. A reason reads ``"mxfp4 has a deployed form where its blocks of 32 divide the input channels (axis
+    1), and here they lie along axis 1 of 48: give this layer 8 bits, by a QConfigMapping"``.
     """
     axis, size = quantizer.block_axis(rows), 1 if quantizer.blocks is None else quantizer.blocks.size
     if size == 1 or (axis == 1 and rows.shape[1] % size == 0):
@@ -120,5 +127,5 @@ def why_no_blocks(rows: Tensor, quantizer: FloatFakeQuantize) -> str | None:
 
 
 def unless_zero(zero_point: Tensor) -> Tensor | None:
-    """Return ``zero_point``, or None if all are 0."""
+    """Return ``zero_point`` itself, or None if all its elements are 0; waits for its device."""
     return zero_point if bool(zero_point.any()) else None

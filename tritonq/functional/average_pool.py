@@ -21,9 +21,10 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
 
     Args:
         x: float tensor of values ``(code - zero_point) * s_in``; other values are rounded to the nearest of these.
-        averaging: which elements each mean takes: a window, axes, or adaptive windows.
-        source: the input's grid, per tensor.
-        output: grid of the quantizer behind the operation, per tensor.
+        averaging: which elements each mean takes: a ``WindowAverage``, ``AxesAverage`` or ``AdaptiveAverage`` of
+            `tritonq.reference.average_pool`.
+        source: the input's grid, per tensor, with the scale s_in.
+        output: grid of the quantizer behind the operation, per tensor, with the scale s_out.
 
     Returns:
         float32 in the shape of torch's means, without gradient. Means beyond the output's range are not clipped yet.
@@ -49,13 +50,13 @@ def average_codes(codes: Tensor, averaging: Averaging, source: HostGrid, output:
     """Return codes of means: ``clip(round(fl(Σ) · fl(s_in / fl(s_out · N))) + z_out)``, on CPU tensors.
 
     Σ is the exact sum of ``code - z_in`` over the elements of a mean, N the number that the mean divides by, and fl
-    rounding to float32. The result is that of :func:`integer_average`, as codes.
+    rounding to float32. The result is that of :func:`integer_average`, clipped to the output's codes.
 
     Args:
         codes: uint8 codes of the input, counted from 0 (the smallest code of the grid).
-        averaging: which elements each mean takes.
-        source: the input's grid, with its zero point counted likewise.
-        output: the result's grid; its ``half_even`` says how ties are rounded, its ``largest`` is the largest code.
+        averaging: which elements each mean takes, as in :func:`integer_average`.
+        source: the input's grid: s_in and z_in, which is counted from 0, too.
+        output: the result's grid: s_out, z_out; ``half_even`` says how ties are rounded, ``largest`` is its last code.
 
     Returns:
         uint8, counted from 0, in the shape of torch's means.

@@ -27,9 +27,10 @@ _LARGEST_CODE = 255
 
 @dataclass(frozen=True, eq=False)
 class CodedJoin:
-    """A sum, difference or product of two tensors of codes, prepared once: call it with both tensors.
+    """A sum, difference or product of two tensors of codes, prepared once: a call with both returns the result's codes.
 
-    With u and v the operands' codes, each operation rounded to float32, and fma rounded once:
+    With u and v the operands' codes, each operation rounded to float32, fma (product plus third argument) rounded once,
+    and zero that of ``code_range``:
 
     - sum, difference: ``clip(round(fma(u - starts[0], ratios[0], fma(v - starts[1], ratios[1], fixed))) + zero)``.
     - product: ``clip(round((u - a.zero) · (v - b.zero) · ratios[0] + fixed) + zero)``.
@@ -45,7 +46,8 @@ class CodedJoin:
             number, the product of both scales over the output's.
         fixed: the constant term, float32, 0-d: ``output.zero - code_range.zero``; for a sum or difference
             ``(a.zero - starts[0]) · ratios[0] + (b.zero - starts[1]) · ratios[1]`` is subtracted from that.
-        code_range: zero, ends of the clip and ties; its ``zero`` is the code that an engine counts the result from.
+        code_range: ends of the clip and how ties are rounded; its ``zero`` is the code that an engine counts the
+            result's codes from.
     """
 
     kind: JoinKind
@@ -85,10 +87,11 @@ class CodedJoin:
 def coded_join(
     kind: JoinKind, grids: tuple[Grid, Grid, Grid], deployed: list[Grid], ceiling: float | None
 ) -> CodedJoin | None:
-    """Prepare an operation on codes; None if codes can't be used.
+    """Return an operation on codes; None if codes can't be used.
 
     That is so if a grid has several scales or more than 256 codes, or is not on the CPU, if a ratio of scales is not
-    finite, or for sums and differences if this CPU rounds a product and a sum apart (:func:`adds_fused`).
+    finite, or for sums and differences if this CPU rounds a product and a sum apart (:func:`adds_fused`). Codes must be
+    integers, which is not checked.
 
     Args:
         kind: ``"add"``, ``"sub"`` or ``"mul"``.

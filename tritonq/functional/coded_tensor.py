@@ -82,11 +82,11 @@ READS_MEMORY = frozenset(
 class CodedTensor(Tensor):
     """A float tensor that is stored as uint8 codes, counted from 0; values are computed when something reads them.
 
-    Shape, strides and dtype are those of the float tensor. See the module's docstring for which operators keep the
-    codes.
+    Shape and strides are those of the float tensor; the dtype is float32. The module's docstring says which operators
+    keep the codes.
 
     Attributes:
-        grid: of the codes: scale, and the code of the value 0.
+        grid: of the codes: scale, the code of the value 0, the largest code, ties.
         memory_format: of the results of operators on this tensor, kept by :func:`memory_format_of`; None: not found
             out yet.
     """
@@ -115,7 +115,7 @@ class CodedTensor(Tensor):
 
     @property
     def codes(self) -> Tensor | None:
-        """The uint8 codes, in any memory format; None once something may have changed the values (:meth:`as_float`)."""
+        """The uint8 codes, no copy, in any memory format; None once the values may have changed (:meth:`as_float`)."""
         return None if self._root._is_float else self._codes
 
     @property
@@ -123,7 +123,7 @@ class CodedTensor(Tensor):
         return self if self._source is None else self._source
 
     def to_float(self) -> Tensor:
-        """Return the values as a float tensor, which the caller must not change."""
+        """Return the values as a float32 tensor, which later calls may share: the caller must not change it."""
         root = self._root
         made = root._float is not None or root._is_float
         if self._view is not None and (made or _repeats_elements(self)):
@@ -140,7 +140,7 @@ class CodedTensor(Tensor):
         return self._float
 
     def as_float(self) -> Tensor:
-        """Return the values as a float tensor that the caller may change or keep; the codes are not used any more.
+        """Return the values as a float32 tensor that the caller may change or keep; the codes are not used any more.
 
         From now on this tensor, the one that it is a view of, and all views of that have their values in the memory of
         the returned tensor, so that they see its changes, and ``codes`` of each is None.
@@ -197,9 +197,9 @@ def coded_like(codes: Tensor, x: Tensor, grid: HostGrid | None = None) -> CodedT
     It is float32, whatever the dtype of ``x``.
 
     Args:
-        codes: uint8, any memory format.
-        x: a float tensor or CodedTensor.
-        grid: of the codes; None: the grid of ``x``, which is a CodedTensor then.
+        codes: uint8, any memory format; stored without a copy.
+        x: a float tensor or CodedTensor, of which only memory format and grid are read.
+        grid: of the codes; None: the grid of ``x``, which must be a CodedTensor then.
     """
     grid = cast(CodedTensor, x).grid if grid is None else grid
     channels_last = codes.dim() == x.dim() and memory_format_of(x) is not torch.contiguous_format
@@ -225,7 +225,8 @@ def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ..
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format of results of operators on ``x``: channels_last if ``x`` is, else contiguous.
 
-    For five dimensions channels_last_3d takes the place of channels_last.
+    For five dimensions channels_last_3d takes the place of channels_last. If ``x`` is both, as with one channel, the
+    result is contiguous.
     """
     if type(x) is CodedTensor:
         if x.memory_format is None:

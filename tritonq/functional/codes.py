@@ -50,7 +50,7 @@ _calls = _Calls()
 def carry_codes(model: nn.Module) -> nn.Module:
     """Store tensors between the modules of ``model`` as codes during its calls; returns ``model``.
 
-    It adds two hooks, which copies and pickles of the model keep, to the start and the end of a call. What the model
+    ``model``, a converted one, gets a forward pre-hook and a forward hook, which its copies and pickles keep. What it
     returns are ordinary float tensors.
     """
     model.register_forward_pre_hook(open_call_hook, prepend=True)
@@ -71,8 +71,8 @@ def close_call_hook(module: nn.Module, args: Any, result: Any) -> Any:
     """Count that a call of a model prepared by :func:`carry_codes` ends: the model's forward hook.
 
     Returns:
-        ``result`` with a float tensor in place of each CodedTensor, in tuples, lists and dicts too; None, with which
-        torch keeps the result, while ``torch.compile`` traces.
+        ``result``, what the model returned, with a float tensor in place of each CodedTensor, in tuples, lists and
+        dicts too; None, with which torch keeps the result, while ``torch.compile`` traces.
     """
     if torch.compiler.is_compiling():
         return None
@@ -90,6 +90,9 @@ def can_use_codes(x: Tensor) -> bool:
     That is so for float32 tensors on the CPU that need no gradient and that Triton kernels do not run on, while nothing
     traces, transforms or watches the operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no
     dispatch mode. Of subclasses of Tensor only `CodedTensor` is taken.
+
+    Raises:
+        RuntimeError: ``use_backend("triton")`` is active, and no kernel can run on ``x``.
     """
     if torch.compiler.is_compiling():
         return False
@@ -108,7 +111,10 @@ def can_use_codes(x: Tensor) -> bool:
 
 
 def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
-    """Return the uint8 codes that a tensor carries, and their grid; None if it carries none, or was changed since."""
+    """Return the uint8 codes that a tensor carries, not copied, and their grid; None without any, or if it was changed.
+
+    A CodedTensor carries the codes that it stores.
+    """
     if type(x) is CodedTensor:
         held = x.codes
         return None if held is None else (held, x.grid)
@@ -119,8 +125,8 @@ def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
 def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
     """Return the codes of ``x`` on ``grid``, uint8: those it carries, else ``round(x / scale) + zero``, ties to even.
 
-    The result is None if a rounded value is no code in ``0..grid.largest`` or a value is NaN. Codes carried on another
-    grid are not used. An empty tensor has empty codes.
+    The result is None if a rounded value is no code in ``0..grid.largest`` or a value is NaN. If ``x`` carries codes on
+    another grid, its values are rounded. An empty tensor has empty codes. Carried codes are returned without a copy.
 
     Args:
         x: a tensor that :func:`can_use_codes` accepts.
@@ -146,7 +152,7 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     when something reads them. Outside of one, in ``torch.inference_mode``, the result carries no codes.
 
     Args:
-        codes: uint8 on the CPU, counted from 0, up to ``grid.largest``; must not be changed any more.
+        codes: uint8 on the CPU, counted from 0, up to ``grid.largest``; kept without a copy: don't change them later.
         grid: their grid.
         like: the module's input. The result is channels_last if ``like`` is and has as many axes, else contiguous.
     """
@@ -160,7 +166,7 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
 
 
 def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
-    """Round a tensor to ``grid``: return ``(code - zero) · scale`` as float32, which carries its codes.
+    """Round a tensor to ``grid``: return ``(code - zero) · scale`` as float32, with codes as :func:`give_codes` does.
 
     ``code = clip(round(x / scale) + zero)``, where ``x / scale`` is ``x · (1 / scale)`` if ties go to even, as in
     `fake_quantize`. The result is None if ``x`` has a NaN or no element. A CodedTensor on the same grid is returned
@@ -183,7 +189,7 @@ def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
 def images_at_once(values: int, images: int) -> int:
     """Return how many images of a batch to compute at once, so that their float32 values fit into a cache (2 MiB).
 
-    All of them if the batch is small (4 MiB); at least one, if one image alone is larger than the cache.
+    All of them if the batch has up to 4 MiB of values; one, if a single image is larger than the cache.
 
     Args:
         values: float32 values per image.
@@ -196,11 +202,11 @@ def code_range(grid: HostGrid, low: int = 0, high: int | None = None, largest_st
     """Return how steps (values over the scale) become codes of a grid: ``clip(round(step) + grid.zero, low, high)``.
 
     Args:
-        grid: gives the zero and how ties are rounded.
-        low: smallest code of the result, counted from 0.
-        high: largest one, cut at the grid's; None: the grid's.
+        grid: gives the code of the value 0 and how ties are rounded.
+        low: smallest code that steps may become, counted from 0.
+        high: largest one, or the grid's largest code if that is smaller; None: the grid's.
         largest_step: largest absolute value of a step, noted in the result; infinity if unknown. A small one lets codes
-            be computed in one pass; they are the same.
+            be computed in one pass, to the same codes.
     """
     high = grid.largest if high is None else min(high, grid.largest)
     return CodeRange(grid.zero, low, high, grid.half_even, largest_step)

@@ -30,8 +30,8 @@ class ConvKernel:
 
     Attributes:
         op: the layer's convolution or matrix product, without weight and bias.
-        conv: the 2-d convolution of the tensors that ``op.images`` gives.
-        tile: its launch size, a `tritonq.kernels.conv_tile.ConvTile`; None: the default size.
+        conv: ``op`` as a 2-d convolution, of input and weight as ``op.images`` reshapes them.
+        tile: launch size of the kernel, a `tritonq.kernels.conv_tile.ConvTile`; None: the default size.
     """
 
     op: LinearMap
@@ -138,7 +138,10 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
         x: the input, of which shape, strides, dtype and device are read.
         weight: the layer's weight, of which only the shape is read.
         op: the layer's convolution or matrix product, without weight and bias.
-        layer: the integers that are convolved instead of values, or None.
+        layer: the integers that are convolved instead of values; None: values are.
+
+    Raises:
+        RuntimeError: :func:`~tritonq.use_backend` asks for a backend that can't run on ``x``.
     """
     if torch.compiler.is_compiling() or select(x) != "triton":
         return None
@@ -174,7 +177,7 @@ def run_integer_layer(
         layer: the layer's weight and bias as integers, and its float32 multiplier, input scale times weight scale.
         op: the convolution or product, without weight and bias.
         output: the grid that the sums are rounded to, before clipping, per tensor; None: they stay unrounded.
-        kernel: what :func:`find_kernel` returned; None: torch's operators.
+        kernel: what :func:`find_kernel` returned for ``x``, ``op`` and ``layer``; None: torch's operators.
     """
     if kernel is not None:
         return kernel.integers(x, layer, output)

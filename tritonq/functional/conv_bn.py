@@ -34,18 +34,19 @@ class ConvBnStep:
     """The settings and states of one training step, besides the tensors that receive gradients.
 
     Attributes:
-        op: the convolution or matrix product.
-        norm: the BatchNorm's running statistics, momentum and eps; updated in place.
+        op: the convolution or matrix product, without weight and bias.
+        norm: the BatchNorm's running statistics, which are updated in place, momentum and eps.
         weight_grid: of the quantizer of the folded weight, per tensor or per out channel; None leaves the weight in
             float.
         weight_statistics: the running range of ``weight_grid``, which the folded weight updates; None observes nothing.
         output_grid: of the quantizer of the result, per tensor; None leaves the result in float.
         output_statistics: the running range of ``output_grid``, which the result behind the ReLU updates; None observes
             nothing.
-        input_grid: the grid that the input lies on, or None if unknown. With it the backward keeps the input as codes
-            of one byte.
+        input_grid: the grid that the input lies on, or None if unknown. If codes of one byte on it give the input back
+            exactly, they are what is kept for the backward.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-        memory: what the layer remembers of a step, in case gradient checkpointing runs the step again.
+        memory: the fold of this step, kept for when gradient checkpointing runs the step again, and the
+            :class:`ReadyWeight` for it, if there is one.
     """
 
     op: DifferentiableMap
@@ -63,10 +64,11 @@ class ReadyWeight(NamedTuple):
     """A weight that was observed, folded and quantized before its layer's step, together with other weights.
 
     Attributes:
-        fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where that is nearly 0.
+        fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where ``|γ/σ| < 1e-12``.
         inverse_std: (out,), ``1/σ``.
-        codes: of the folded weight, their unit (codes times unit are its rounded values), and a copy of the grid.
-        version: :func:`version_of` the weight they were made from: another one makes them void.
+        codes: codes of the folded weight, their unit (codes times unit are its rounded values), and a copy of the grid.
+        version: :func:`version_of` the unfolded weight at that time; if the weight's is another by now, the step makes
+            all of this anew.
     """
 
     fold: Tensor
@@ -95,7 +97,7 @@ def conv_bn(
     vectors per channel.
 
     Args:
-        x: (batch, in, ...); cast by :func:`as_autocast`.
+        x: (batch, in, ...); under autocast cast to its dtype, unless float64.
         weight: W, not folded, as ``step.op`` takes it.
         bias: b, (out,) or None. Its gradient is zero: it moves the running mean only.
         gamma: γ, (out,) or None for 1.
@@ -103,7 +105,7 @@ def conv_bn(
         step: convolution or matrix product, BatchNorm's statistics, grids, running ranges and ReLU.
 
     Returns:
-        (batch, out, ...), in the dtype of ``x`` (autocast's under autocast, but for float64).
+        (batch, out, ...), in the dtype of ``x`` after that cast.
 
     Raises:
         ValueError: fewer than two values per channel.
@@ -115,7 +117,10 @@ def conv_bn(
 
 
 def check_running_var(running_var: Tensor) -> None:
-    """Raise ValueError if a running variance is negative or not finite; only CPU tensors are looked at."""
+    """Raise ValueError if a running variance, (channels,), is negative or not finite.
+
+    It passes unread if it is not on a CPU, and while ``torch.compile`` traces.
+    """
     if not is_readable(running_var):
         return
     low, high = torch.aminmax(running_var)

@@ -16,11 +16,11 @@ _NO_SECOND_DERIVATIVE = (
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a ``backward`` of a ``torch.autograd.Function``: differentiating its results raises RuntimeError.
+    """Decorate a ``backward`` of a ``torch.autograd.Function``: differentiating its gradients raises RuntimeError.
 
     torch's own ``once_differentiable`` raises only if the incoming gradient requires a gradient itself. The gradient of
-    ``y.sum()``, a constant 1, does not, so that a gradient penalty would silently count as a constant. Graphs of
-    ``torch.compile`` do not raise.
+    ``y.sum()``, a constant 1, does not, so that a gradient penalty would silently count as a constant. It still does in
+    graphs of ``torch.compile``, which do not raise.
     """
 
     @wraps(backward)

@@ -20,19 +20,21 @@ from tritonq.backend import Backend
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
     """Return the module with the functions of family ``name`` to call for ``x``.
 
-    In eager code it is a module of `tritonq.kernels` for a CUDA tensor if triton is installed and takes its dtype, else
-    of `tritonq.reference`; :func:`~tritonq.use_backend` may choose another, `tritonq.compiled` on a CPU among them.
+    In eager code it is a module of `tritonq.kernels` for a CUDA or HIP tensor of float32, float16, bfloat16 or 8-bit
+    codes if triton is installed, else of `tritonq.reference`; :func:`~tritonq.use_backend` may choose another,
+    `tritonq.compiled` on a CPU among them.
     While ``torch.compile`` traces, it is the traced form: its operators choose when the graph runs, by the same rule.
     Operators that a compiler sees into (`tritonq.functional.traced.visible`) choose when they are traced.
 
     Args:
-        name: the family, such as ``"fake_quant"``.
-        x: the tensor that decides.
+        name: the family, such as ``"fake_quant"``; one that has kernels (:func:`without_kernel` takes the others).
+        x: the tensor whose device and dtype decide.
         backend: ``"auto"`` (the rule above), or ``"triton"``, ``"torch"`` or ``"compiled"`` for that one. With the
             last, a family without C++ is that of `tritonq.reference`.
 
     Raises:
-        RuntimeError: ``"triton"`` or ``"compiled"`` was asked for and can't run on ``x``.
+        ValueError: an unknown backend, in eager code.
+        RuntimeError: ``"triton"`` or ``"compiled"`` was asked for, here or by ``use_backend``, and can't run on ``x``.
         NotImplementedError: while tracing: a ``backend`` other than ``"auto"``, or a family without traced form.
     """
     if not torch.compiler.is_compiling():

@@ -41,7 +41,7 @@ def fake_quantize_per_tensor_affine(
         x: any shape and strides; float32, float16, bfloat16 or float64.
         scale: a number, or a one-element float tensor on ``x``'s device. Values of CUDA tensors are not checked, since
             that would synchronise with the host.
-        zero_point: an int, or a one-element integer tensor on ``x``'s device.
+        zero_point: an int, or a one-element integer tensor on ``x``'s device; checked likewise.
         quant_min: smallest code.
         quant_max: largest code.
         rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
@@ -51,9 +51,10 @@ def fake_quantize_per_tensor_affine(
         Tensor of ``x``'s shape, dtype and memory format. The arithmetic is float32 (float64 for float64 input).
 
     Raises:
-        TypeError: ``x``, scale or zero point of the wrong kind.
-        ValueError: empty code range, zero point outside it, scale not positive and finite, other device or shape.
-        RuntimeError: ``backend="triton"`` where no kernel can run.
+        TypeError: ``x``, scale, zero point or ends of the codes of another type or dtype than told above.
+        ValueError: ``quant_min`` not below ``quant_max``, over 2^32 codes, a zero point that is no code, a scale not
+            positive and finite, either on another device or not of one element, an unknown rounding or backend.
+        RuntimeError: a backend asked for, here or by ``use_backend``, that can't run on ``x``.
 
     Source: docs/numbers.md, "Fake quantization".
 
@@ -98,10 +99,11 @@ def fake_quantize_per_channel_affine(
         Tensor of ``x``'s shape and dtype. The arithmetic is float32 (float64 for float64 input).
 
     Raises:
-        TypeError: ``x``, scale or zero point of the wrong kind.
-        ValueError: empty code range, zero point outside it, scale not positive and finite, qparams of another length or
-            device, an axis out of range, or groups that don't divide ``x``.
-        RuntimeError: ``backend="triton"`` where no kernel can run.
+        TypeError: an argument of another type or dtype than told above.
+        ValueError: ``quant_min`` not below ``quant_max``, over 2^32 codes, a zero point that is no code, a scale not
+            positive and finite (neither is checked on GPUs), either of another shape or on another device, an axis out
+            of range, groups that don't divide it, an unknown rounding or backend.
+        RuntimeError: a backend asked for, here or by ``use_backend``, that can't run on ``x``.
 
     Source: docs/numbers.md, "Fake quantization".
 
@@ -127,7 +129,7 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
     """Round ``x`` to a grid: what both public functions and the modules call; differentiable.
 
     ``y = (clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; of float codes, the nearest number of the format to
-    ``x/s``, times s. Nothing is checked: scales must be positive and finite, and as many as the grid's type asks for.
+    ``x/s``, times s. Scales must be positive and finite, and as many as the grid's type asks for: that is not checked.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
@@ -136,7 +138,12 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
         blocks_ends: whether the first and the last code block the gradient, too.
 
     Returns:
-        Tensor of ``x``'s shape and dtype. ``dx = dy`` where the rounded code is not clipped, else 0.
+        Tensor of ``x``'s shape and dtype, never ``x`` itself. ``dx = dy`` where the rounded code is not clipped, else
+        0, also at NaN.
+
+    Raises:
+        ValueError: the grid's groups don't divide their axis of ``x``, or an unknown backend.
+        RuntimeError: a backend asked for, here or by ``use_backend``, that can't run on ``x``.
     """
     rows = group_rows(x, grid.granularity)
     if rows is not None:
