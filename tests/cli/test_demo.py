@@ -11,8 +11,10 @@ from tritonq.__main__ import main
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo import run as demo
+from tritonq.demo.model import SmallResNet
 from tritonq.demo.result import Files, Result, Stage, table
 from tritonq.deploy import LayerComparison, OutputComparison, VerificationReport
+from tritonq.qconfig import get_qconfig
 
 
 def arguments(*words):
@@ -113,6 +115,36 @@ def test_a_folder_that_cannot_be_trained_on(tmp_path, classes, count, message, c
         open_examples(str(folder), Preprocessing(8, 8))
     assert main(["demo", "--data", str(folder), "--output", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["megengine_passive", "megengine_calibration", "w4_g32", "mxfp8", "w_nvfp4"])
+def test_what_cannot_be_trained_or_deployed_is_refused_before_training(preset, tmp_path, capsys):
+    assert main(["demo", "--qconfig", preset, "--output", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("tritonq demo: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_that_a_scheme_fixes_is_no_reason_to_refuse_it():
+    demo.check_qconfig(SmallResNet(1, 10), get_qconfig("dorefa_w1a2"), "dorefa_w1a2", torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("preset", ["fp8_e4m3", "a16w8"])
+def test_codes_that_are_floats_or_wide_are_deployed(preset, tmp_path):
+    result = demo.run(arguments("--qconfig", preset, "--epochs=1", "--qat-epochs=1", "--output", str(tmp_path)))
+    assert result.agrees
+    with Image.open(result.files.picture) as picture:
+        assert (picture.width > 1000) == (preset == "a16w8")  # codes of floats are not drawn
+
+
+def test_one_name_for_fixed_point_however_it_is_asked_for(tmp_path, monkeypatch):
+    def stop(folder, form):
+        raise KeyError(form)
+
+    monkeypatch.setattr(demo.Files, "inside", stop)
+    for option in ("--qconfig", "--scheme"):
+        with pytest.raises(KeyError, match="f8net"):
+            demo.run(arguments(option, "f8net", "--output", str(tmp_path)))
 
 
 def test_unknown_preset_and_missing_folder(tmp_path, capsys):

@@ -62,8 +62,7 @@ def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, wo
     if onnx:
         onnx_path = output / "model.onnx"
         try:
-            # Whatever the preset's target: ONNX Runtime runs the file here and in `predict`, 16 bits between pairs.
-            write_onnx(converted, made, onnx_path, target="qdq" if codes == "int16" else "onnxruntime")
+            write_onnx(converted, made, onnx_path, target=onnx_target(converted))
             written.append(onnx_path)
             right, count = count_right(onnx_session(onnx_path)[0], held_out)
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -83,6 +82,14 @@ def _widest_codes(converted: nn.Module) -> str:
     if any(qtype.float_format is not None for qtype in types):
         return "float"
     return "int16" if any(qtype.bits > _BYTE for qtype in types) else "int8"
+
+
+def onnx_target(converted: nn.Module) -> Literal["onnxruntime", "qdq"]:
+    """Return the target with which ONNX Runtime runs the file of a converted model, whatever its preset's target is.
+
+    It is ``"onnxruntime"``, and ``"qdq"`` for codes of 16 bits, which it runs between pairs.
+    """
+    return "qdq" if _widest_codes(converted) == "int16" else "onnxruntime"
 
 
 def metadata(made: ModelRecipe) -> dict[str, Any]:

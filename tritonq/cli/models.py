@@ -17,6 +17,7 @@ from torch import nn
 
 from tritonq.cli.checkpoints import ModelRecipe
 from tritonq.cli.messages import named, reason_of
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.near_misses import did_you_mean
 from tritonq.observers import PassiveObserver
 from tritonq.prepare import prepare_qat
@@ -138,7 +139,7 @@ def check_trains(model: nn.Module, preset: str) -> None:
 
     Raises:
         ValueError: no parameter of the model requires a gradient; or a fake quantizer of it is switched off, as presets
-            for calibration have it, or has a PassiveObserver, whose scale is given by hand.
+            for calibration have it, or has a PassiveObserver whose scale was not given.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
@@ -147,7 +148,8 @@ def check_trains(model: nn.Module, preset: str) -> None:
             continue
         if not bool(quantizer.fake_quant_enabled):
             raise ValueError(f"{preset} is for tritonq.calibrate, and rounds nothing while a model is trained")
-        if isinstance(getattr(quantizer, "activation_post_process", None), PassiveObserver):
+        is_passive = isinstance(getattr(quantizer, "activation_post_process", None), PassiveObserver)
+        if is_passive and isinstance(quantizer, FakeQuantizeBase) and not quantizer.has_qparams():
             raise ValueError(f"{preset} observes nothing: a program has to give {name!r} its scale")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class ChannelOnGrid:
     index: int
 
 
-def draw(path: Path, float_run: History, qat_run: History, layer_name: str, channel: ChannelOnGrid) -> None:
+def draw(path: Path, float_run: History, qat_run: History, layer_name: str, channel: ChannelOnGrid | None) -> None:
     """Write a PNG with the two loss curves and the weight histogram of one out channel; each bar is one code.
 
     Args:
@@ -40,7 +41,7 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
         float_run: losses of float training, one per epoch.
         qat_run: losses of fine-tuning, one per epoch, which are drawn to the right of those of float training.
         layer_name: the layer's name in the model, for the title.
-        channel: the weights.
+        channel: the weights; None: the curves are drawn alone.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -51,11 +52,22 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    parts = 1 if channel is None else 2
+    figure, axes = plt.subplots(1, parts, figsize=(5.5 * parts, 4.2), constrained_layout=True, squeeze=False)
+    _draw_losses(axes[0, 0], float_run, qat_run)
+    if channel is not None:
+        _draw_channel(axes[0, 1], layer_name, channel)
+    for part in axes.flat:
+        part.legend(frameon=False)
+        part.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
+
+def _draw_losses(axes: Any, float_run: History, qat_run: History) -> None:
     start = len(float_run.losses)
-    left.plot(range(1, start + 1), float_run.losses, color=_FLOAT, marker="o", markersize=3, label="float training")
-    left.plot(
+    axes.plot(range(1, start + 1), float_run.losses, color=_FLOAT, marker="o", markersize=3, label="float training")
+    axes.plot(
         range(start + 1, start + len(qat_run.losses) + 1),
         qat_run.losses,
         color=_QAT,
@@ -63,44 +75,37 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, chan
         markersize=3,
         label="QAT fine-tuning",
     )
-    left.set(xlabel="epoch", ylabel="training loss (cross entropy)", yscale="log", title="Loss")
-    left.legend(frameon=False)
+    axes.set(xlabel="epoch", ylabel="training loss (cross entropy)", yscale="log", title="Loss")
 
+
+def _draw_channel(axes: Any, layer_name: str, channel: ChannelOnGrid) -> None:
     codes, values, scale = channel.codes, channel.values, channel.scale
     low, high = int(codes.min()) - 1, int(codes.max()) + 1
-    right.hist(codes.numpy(), bins=[k - 0.5 for k in range(low, high + 2)], color=_QAT, label="stored codes")
+    axes.hist(codes.numpy(), bins=[k - 0.5 for k in range(low, high + 2)], color=_QAT, label="stored codes")
     for code in range(low, high + 1):
-        right.axvline(code, color=_GRID, linewidth=0.3, zorder=0)
-    right.plot(
+        axes.axvline(code, color=_GRID, linewidth=0.3, zorder=0)
+    axes.plot(
         values.numpy() / scale,
-        torch.full_like(values, -0.03 * right.get_ylim()[1]),
+        torch.full_like(values, -0.03 * axes.get_ylim()[1]),
         "|",
         color=_FLOAT,
         markersize=7,
         label="float weights",
     )
-    right.set(
+    axes.set(
         xlabel=f"weight / scale (grid lines: codes; scale {scale:.3g})",
         ylabel="weights per code",
         title=f"{layer_name}, out channel {channel.index}",
     )
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 @torch.no_grad()
-def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
+def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid | None:
     """Return codes, weights and scale of the out channel with the largest scale.
 
     Of several it is that with the largest weight in magnitude. Weights are compared before rounding, with a BatchNorm
-    folded in.
-
-    Raises:
-        ValueError: no codes can be made of a `QATLayer`: a grid of input or weight is unknown, off, in groups or not of
-            integers, or the input's is per channel.
+    folded in. None: no codes can be made of a `QATLayer`, since a grid of input or weight is unknown, off, in groups or
+    not of integers, or the input's is per channel.
     """
     if isinstance(layer, FixedPointLayer):
         integers = layer.integers()
@@ -109,7 +114,7 @@ def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
     else:
         made = layer.integer_layer(*layer.folded_parameters())
         if made is None:
-            raise ValueError("no codes can be made of this layer: a grid is unknown, off or not of integers")
+            return None
         codes, values = (
             layer.linear_map.to_rows(rows).flatten(1) for rows in (made.weight, layer.folded_parameters()[0])
         )

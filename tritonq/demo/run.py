@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tritonq.cli.checkpoints import ModelRecipe, save_training
 from tritonq.cli.data import DIGITS, Images, in_memory, open_examples
+from tritonq.cli.deployment import onnx_target
+from tritonq.cli.models import check_trains
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo.fine_tuning import FIXED_POINT, INT8, FineTuning
 from tritonq.demo.model import SmallResNet
@@ -20,6 +22,8 @@ from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.result import Files, Result, Stage, table
 from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import convert, export_onnx, save_converted, verify
+from tritonq.deploy.convertible import why_not_deployable
+from tritonq.deploy.files import save_atomically
 from tritonq.deploy.onnx_session import open_session
 from tritonq.nn import QATLayer
 from tritonq.nn.fixed_point_layer import FixedPointLayer
@@ -83,8 +87,8 @@ def run(arguments: argparse.Namespace) -> Result:
         arguments: the parsed command line, with the options of :func:`add_arguments`.
 
     Raises:
-        ValueError: fewer than one epoch, images that can't be used, an unknown preset, or one that can't be deployed
-            with this model, such as "mxfp8".
+        ValueError: fewer than one epoch, images that can't be used, an unknown preset, or one that can't be trained or
+            deployed with this model, such as "mxfp8".
         OSError: a file can't be written.
         ImportError: scikit-learn (for the digits), matplotlib, onnx or onnxruntime is missing.
     """
@@ -96,22 +100,21 @@ def run(arguments: argparse.Namespace) -> Result:
     qconfig = get_qconfig(_FIXED_POINT_PRESET if is_fixed_point else arguments.qconfig)
     data = load_images(arguments)
     announce(data)
-    files = Files.inside(arguments.output, arguments.scheme)
-
     torch.manual_seed(arguments.seed)
     model = SmallResNet(data.train_images.shape[1], len(data.classes))
+    check_qconfig(model, qconfig, arguments.qconfig, data.train_images[: training.examples])
+    files = Files.inside(arguments.output, _FIXED_POINT_PRESET if is_fixed_point else arguments.scheme)
     float_run = train(
         model, data, epochs=arguments.epochs, learning_rate=_FLOAT_LEARNING_RATE, label="float", seed=arguments.seed
     )
-    torch.save(model.state_dict(), files.float_model)
+    save_atomically(files.float_model, model.state_dict())
 
     qat = prepare_qat(model, qconfig=qconfig, example_inputs=data.train_images[: training.examples])
     qat_run = fine_tune(qat, data, training, arguments.qat_epochs, arguments.seed)
     save_training(files.qat_model, demo_recipe(qconfig, data), {"state_dict": qat.state_dict()})
     converted = convert(qat)
     save_converted(converted, files.converted)
-    # Which runs it below, whatever the preset.
-    export_onnx(converted, files.onnx, data.train_images[:2], target="onnxruntime")
+    export_onnx(converted, files.onnx, data.train_images[:2], target=onnx_target(converted))
     name, layer = largest_layer(qat)
     draw(files.picture, float_run, qat_run, name, widest_channel(layer))
 
@@ -128,6 +131,26 @@ def run(arguments: argparse.Namespace) -> Result:
         Stage("ONNX Runtime", score(onnx_logits(in_onnx, images)), in_onnx, report=verify(qat, in_onnx, images)),
     )
     return Result(stages, files)
+
+
+def check_qconfig(model: nn.Module, qconfig: QConfig, name: str, images: Tensor) -> None:
+    """Prepare a copy of a model, to find before any training what would keep it from being trained or deployed.
+
+    Args:
+        model: the float model.
+        qconfig: what it is prepared with.
+        name: the preset's name, for the error's text.
+        images: examples of its input.
+
+    Raises:
+        ValueError: the model can't be prepared, trained or converted with this qconfig.
+    """
+    with torch.random.fork_rng(devices=[]):
+        qat = prepare_qat(model, qconfig=qconfig, example_inputs=images)
+    check_trains(qat, name)
+    reason = why_not_deployable(qat)
+    if reason is not None:
+        raise ValueError(f"{name} can't be deployed here: {reason}")
 
 
 def load_images(arguments: argparse.Namespace) -> Images:

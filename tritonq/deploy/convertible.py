@@ -26,13 +26,17 @@ _OTHERS = {
 }
 
 
-def why_not_deployable(model: nn.Module) -> str | None:
+def why_not_deployable(model: nn.Module, *, trained: bool = False) -> str | None:
     """Return why ``convert`` refuses a prepared model, however it is trained, as a sentence; None: no such reason.
 
     The sentence names a quantizer that rounds activations in blocks of floats (``"mxfp8"``, ``"nvfp4"``), such as
     ``"the quantizer '0.input_fake_quant' rounds to mxfp8, which has no deployed form: …"``, or a layer whose weight has
     such blocks along another axis than its input channels, or of a size that doesn't divide these. For other reasons,
     such as missing training, ``convert`` may refuse too.
+
+    Args:
+        model: the prepared model.
+        trained: whether training is over: weights whose quantizer has observed nothing are then left in float.
     """
     for name, module in model.named_modules():
         if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
@@ -42,7 +46,9 @@ def why_not_deployable(model: nn.Module) -> str | None:
             )
     for name, layer in model.named_modules():
         quantizer = layer.weight_fake_quant if isinstance(layer, QATLayer) else None
-        if isinstance(layer, QATLayer) and isinstance(quantizer, FloatFakeQuantize) and rounds(quantizer):
+        if isinstance(layer, QATLayer) and isinstance(quantizer, FloatFakeQuantize):
+            if not (rounds(quantizer) if trained else bool(quantizer.fake_quant_enabled)):
+                continue
             reason = why_no_blocks(layer.linear_map.to_rows(layer.float_parameters()[0]), quantizer)
             if reason is not None:
                 return f"{name!r} can't be converted: {reason}"
@@ -75,7 +81,7 @@ def check_convertible(model: nn.Module, allow_unquantized: bool) -> None:
         raise ValueError(
             f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
         )
-    reason = why_not_deployable(model)
+    reason = why_not_deployable(model, trained=True)
     if reason is not None:
         raise ValueError(f"{reason}; evaluate the trained model itself, in eval mode")
     for name, module in model.named_modules():
