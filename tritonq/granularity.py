@@ -12,7 +12,7 @@ from tritonq.arithmetic import keep_whole_numbers, whole_number
 
 @dataclass(frozen=True)
 class Granularity:
-    """Which elements of a tensor share a scale, as a value.
+    """Which elements of a tensor share a scale; immutable, and equal if axis and group are.
 
     Attributes:
         axis: one scale per index of this axis, which may count from the end (-1); None: one scale for the whole tensor.
@@ -20,8 +20,8 @@ class Granularity:
             groups.
 
     Raises:
-        TypeError: an axis or groups that are no whole numbers.
-        ValueError: groups without an axis, or of no element.
+        TypeError: an axis or group that is no int of Python or NumPy, or is a bool.
+        ValueError: groups without an axis, or of less than one element.
 
     Examples:
         >>> Granularity(axis=1).scale_shape((8, 3, 5))
@@ -51,11 +51,11 @@ class Granularity:
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the scales of a tensor of this shape.
 
-        Per tensor it is ``()``, per channel ``(shape[axis],)``, and with groups ``shape`` with ``axis`` divided by
-        ``group``.
+        Per tensor it is ``()``, per channel ``(shape[axis],)``, and with groups ``shape`` with ``shape[axis]`` divided
+        by ``group``.
 
         Raises:
-            ValueError: an axis that the shape lacks, or that is no multiple of its groups.
+            ValueError: the shape lacks the axis, or the axis has a size that ``group`` does not divide.
         """
         if self.axis is not None and not -len(shape) <= self.axis < len(shape):
             raise ValueError(f"a tensor of shape {tuple(shape)} has no axis {self.axis} for its scales")
@@ -67,18 +67,22 @@ class Granularity:
         return () if self.axis is None else (shape[self.axis],)
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """Return how many scales a tensor of this shape has.
+        """Return how many scales a tensor of this shape has: 1 per tensor.
 
         Raises:
-            ValueError: an axis that the shape lacks, or that is no multiple of its groups.
+            ValueError: the shape lacks the axis, or the axis has a size that ``group`` does not divide.
         """
         return prod(self.scale_shape(shape))
 
     def align(self, values: Tensor, dimensions: int) -> Tensor:
-        """Return a view of ``values``, 1-d with one per scale, that broadcasts against a tensor of so many dimensions.
+        """Return a view of ``values`` that broadcasts against a tensor of so many dimensions.
+
+        ``values`` has one element per scale, such as zero points: (n,), or any shape per tensor. For axis 1 of 4 the
+        view is (1, n, 1, 1).
 
         Raises:
-            ValueError: groups, whose scales no view broadcasts.
+            ValueError: there are groups, whose scales no view broadcasts.
+            IndexError: a tensor of so many dimensions lacks the axis.
         """
         if self.group is not None:
             raise ValueError(f"no view of the scales of groups broadcasts, got {self}")
@@ -97,19 +101,19 @@ def describe_granularity(granularity: Granularity) -> str:
 
 
 def granularity_of(quantizer: nn.Module) -> Granularity:
-    """Return which elements of its tensor share a scale of ``quantizer``, as its ``qtype`` says.
+    """Return which elements of the tensor that ``quantizer`` rounds share a scale, as its attribute ``qtype`` says.
 
-    For a module without ``qtype`` it is the granularity of one scale for the whole tensor.
+    Without a ``qtype``, or if that is None, it is ``Granularity()``: one scale for the whole tensor.
     """
     qtype = getattr(quantizer, "qtype", None)
     return Granularity() if qtype is None else qtype.granularity
 
 
 def describe_span(values: Tensor) -> str:
-    """Return a tensor as text, such as ``"0.25"`` if its elements are equal, else ``"0.1..0.4"``.
+    """Return the range of a tensor's elements as text: ``"0.1..0.4"``, or ``"0.25"`` if all are equal.
 
     The two numbers are the smallest and the largest element. Numbers have up to six significant digits, as ``:.6g``
-    writes them. A tensor without elements gives ``"unset"``.
+    writes them. A tensor without elements gives ``"unset"``, one with a NaN ``"nan..nan"``. Waits for a GPU.
     """
     if values.numel() == 0:
         return "unset"

@@ -29,10 +29,11 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
     - restores all values after the warm-up steps: ranges, statistics of BatchNorm, counters, first learned scales;
     - marks the buffers as changed with each replay, which torch doesn't, so that what is derived from them in eval
       mode is derived anew;
-    - runs the model as it was, and warns once, where inputs have other shapes, dtypes, strides or ``requires_grad``
-      than ``example_inputs`` (a smaller last batch) or are named, or autocast another state than during the capture;
-    - runs the first step as it was, since it replaces the ranges that ``prepare_qat`` took from example inputs;
-    - runs the model as it was in the mode that was not captured: validation between epochs needs no second model.
+    - runs the model without graphs, and warns once, where inputs differ from ``example_inputs`` in number, shape (a
+      smaller last batch), dtype, device, strides or ``requires_grad``, are no tensors or are given by keyword, or where
+      autocast is on or off, or casts to a dtype, other than during the capture;
+    - runs the first call in the captured mode without graphs: it replaces ranges that ``prepare_qat`` took from inputs;
+    - runs the model without graphs in the other mode, train or eval: validation needs no second model.
 
     Optimizer, loss and gradient scaling stay outside. Parameters must stay where they are: load checkpoints with
     ``load_state_dict``, which copies, and call this after ``model.to(...)`` and before wrapping in
@@ -40,7 +41,7 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
     effect in the graph; others, such as ``requires_grad_``, need another capture.
 
     Args:
-        model: a module on one CUDA device, in the mode to capture; changed in place.
+        model: a module on one CUDA device, in the mode to capture, train or eval; its ``forward`` is replaced.
         example_inputs: a tensor or positional arguments, all of them tensors on that device, of the shapes to train
             with. Their values are used by the warm-up steps alone.
         warmup_steps: steps before the capture, at least 1: kernels are compiled and tuned in them.
@@ -51,6 +52,8 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
     Raises:
         ValueError: parameters, buffers or inputs are not on one CUDA device; an input is no tensor, or there is none;
             fewer than one warm-up step; or the model is graphed already.
+        AssertionError: ``model`` itself has hooks, or a buffer requires a gradient; torch raises it.
+        RuntimeError: a pass can't be captured, such as one that reads a value of the GPU on the host.
 
     Source: torch.cuda.make_graphed_callables, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
@@ -101,7 +104,7 @@ class _Autocast:
     def context(self) -> AbstractContextManager[Any]:
         """Return a context manager that casts as this state says, without autocast's cache of cast weights.
 
-        A graph would keep the cached weights from step to step. If the state is "off", the context does nothing.
+        A graph would keep the cached weights from step to step. If autocast was off, the context does nothing.
         """
         enabled, dtype = self._state
         return torch.autocast("cuda", dtype=dtype, cache_enabled=False) if enabled else nullcontext()

@@ -27,7 +27,8 @@ class Grid:
         scale: float32; one element, or one per scale of ``granularity``.
         zero_point: int32, as ``scale``; None stands for zero everywhere.
         qtype: which codes there are, which elements share a scale, and how values are rounded.
-        enabled: uint8, one element on the device of ``scale``; 0 passes values through. None: always on.
+        enabled: uint8 or bool, one element; 0 passes values through. None: always on. It is on the device of
+            ``scale``; a snapshot's may be on a CPU.
 
     Examples:
         >>> from tritonq.quantized_type import QINT4
@@ -43,7 +44,7 @@ class Grid:
 
     @property
     def granularity(self) -> Granularity:
-        """Which elements share a scale."""
+        """The elements that share a scale, as ``qtype`` says."""
         return self.qtype.granularity
 
     def is_enabled_on_host(self) -> bool:
@@ -52,13 +53,16 @@ class Grid:
         return switch is None or switch is SWITCH[True] or (switch is not SWITCH[False] and bool(switch))
 
     def enabled_on_device(self) -> Tensor:
-        """Return the switch as a 0-d bool tensor, True without a switch. Never synchronises."""
+        """Return the switch as a 0-d bool tensor on its device, or without one True on that of ``scale``.
+
+        Never synchronises.
+        """
         if self.enabled is None:
             return torch.ones((), dtype=torch.bool, device=self.scale.device)
         return self.enabled.view(()) != 0
 
     def enabled_flag(self) -> bool | Tensor:
-        """Return the switch as a bool if there is none or it is on a CPU, else as a 0-d bool tensor.
+        """Return the switch as a bool if it is on a CPU, else as a 0-d bool tensor on its device; without one True.
 
         While ``torch.compile`` traces, the result is a tensor for a switch on a CPU, too.
         """
@@ -67,20 +71,20 @@ class Grid:
         return self.enabled_on_device()
 
     def with_scale(self, scale: Tensor) -> Grid:
-        """Return a grid with another scale and the same other tensors, which are shared."""
+        """Return a grid with this ``scale``, and this grid's type, zero point and switch, which are shared."""
         return Grid(scale, self.zero_point, self.qtype, self.enabled)
 
     def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:
-        """Return a grid of the same type with other tensors, such as those that a forward pass saved for its backward.
+        """Return a grid of the same type with these tensors, such as those that a forward pass saved for its backward.
 
-        They are not copied. None means what it means in :class:`Grid`.
+        They are not copied. None: a zero point of 0, and a grid that is always on.
         """
         return Grid(scale, zero_point, self.qtype, enabled)
 
     def copy(self) -> Grid:
-        """Return a grid with copies of the tensors, for a backward pass.
+        """Return a grid with copies of scale, zero point and switch (None stays None), for a backward pass.
 
-        Observers and switches change buffers in place.
+        Later steps change the tensors of this grid in place.
         """
         if torch.compiler.is_compiling():
             copies = iter(as_now(*(held for held in (self.scale, self.zero_point, self.enabled) if held is not None)))
@@ -102,14 +106,15 @@ class RangeStatistics:
     Attributes:
         min_val: float32 running minimum, 0-d or (channels,); +inf before the first batch.
         max_val: running maximum, as ``min_val``; -inf before the first batch.
-        nonfinite_count: int64, 0-d; grows by the number of values that were skipped.
+        nonfinite_count: int64, 0-d; grows by the number of NaN and infinite values, which are skipped.
         granularity: which elements share a range.
-        enabled: uint8, one element; 0 leaves range and grid as they are. None: always on.
+        enabled: uint8, one element; 0 leaves range, count and grid as they are. None: always on.
         frozen: True: neither range, count nor grid is updated, whatever ``enabled`` says; the range is only read, to
             see whether anything was observed.
         averaging_constant: weight of a batch in a moving average; None: the range holds the extremes of all batches.
-        copy_above: a batch whose magnitude ``max(-low, high)`` is more than this times the running one's replaces the
-            range of a moving average, and so does one below 1/100 of it that is not 0; None: only the first batch does.
+        copy_above: a batch whose magnitude ``max(-low, high)`` is more than this times that of the running range
+            replaces a moving average, and so does one whose magnitude is below 1/100 of it and not 0; None: only the
+            first batch does.
         rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
             :func:`tritonq.qparams.range_to_qparams`.
         eps: smallest scale.
@@ -130,8 +135,8 @@ class RangeStatistics:
     has_data: bool = False
 
     def with_data(self) -> RangeStatistics:
-        """Return the statistics with ``has_data=True`` (the same tensors), for operators after the first observation.
+        """Return the statistics with ``has_data=True``, for operators after the first observation.
 
-        If ``has_data`` is True already, the object itself is returned, else a copy.
+        If ``has_data`` is True already, the object itself is returned, else a copy that shares its tensors.
         """
         return self if self.has_data else replace(self, has_data=True)

@@ -32,7 +32,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     Args:
         observer: observer class or factory that gives the first values of the parameters.
         quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
-        quant_max: largest code.
+        quant_max: largest code; needs ``quant_min``.
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, num_channels, eps ...).
 
     Attributes:
@@ -40,10 +40,11 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         initialized: uint8 buffer (1,), 1 once the parameters are set.
         begins: uint8 buffer (1,), in no state dict: 1 while the parameters are those of example inputs, which the first
             training batch replaces.
-        first_values: the number that each parameter holds until it is set, by its name; 1 for other names.
+        first_values: what parameters hold until they are set, by name, such as ``{"zero_point": 0.0}``; 1 for names
+            that it lacks.
 
     Raises:
-        ValueError: the observer refuses its arguments, or rounds ties otherwise than the scheme does.
+        ValueError: the observer refuses its arguments, or its type rounds ties otherwise than the subclass.
     """
 
     initialized: Tensor
@@ -86,7 +87,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         So averages of the model (EMA, SWA) round from the first step on.
 
         Args:
-            state: parameters and buffers after that run, by name; what the observer saw does not count.
+            state: this module's parameters and buffers after that run, by name such as ``"scale"``; the values are
+                copied. Names with a dot, the observer's, are ignored. Per channel every parameter must be there.
         """
         own = {name: tensor for name, tensor in state.items() if "." not in name}
         if self.qtype.axis is not None:
@@ -144,7 +146,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             num_channels: number of scales: channels, or all groups of all channels.
 
         Raises:
-            ValueError: the observer keeps a range of another length.
+            ValueError: the observer's buffers have another length already, even if nothing was observed.
         """
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None:
@@ -153,19 +155,22 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                     parameter.data = parameter.data.new_full((num_channels,), self.first_values.get(name, 1.0))
 
     def rests_on_data(self) -> Tensor:
-        """Return the buffer ``initialized``: 1 once the parameters were set, be it from example inputs only."""
+        """Return the buffer ``initialized``: 1 once the parameters were set, also if only example inputs gave them."""
         return self.initialized
 
     def rank_state(self) -> RankState:
-        """Return the trained parameters and the buffer ``zero_point``, if any; all ranks will take the first rank's."""
+        """Return as ``first`` the trained parameters and the buffer ``zero_point``, if any: the tensors, no copies."""
         own = self.parameters(recurse=False)
         zero_point = self._buffers.get("zero_point")
         return RankState(first=[*own, *([] if zero_point is None else [zero_point])])
 
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``, a float tensor; values of parameters stay.
+        """Let the observer see ``x``, a float tensor, whatever the switches are; parameters keep their values.
 
         Per channel the first tensor gives parameters their length.
+
+        Raises:
+            ValueError: per channel or group, the observer's buffers have another length than ``x`` needs.
         """
         if self.qtype.axis is not None:
             self.allocate(self.qtype.granularity.count(x.shape))
@@ -176,7 +181,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         """Set the parameters from ``qparams``, or from what the observer has seen.
 
         Raises:
-            ValueError: no qparams given, and the observer has seen nothing.
+            ValueError: no qparams given, and the observer has seen no finite value; or per channel the observer's
+                buffers have another length than the scale of ``qparams``.
         """
         if qparams is None:
             if not bool(self.activation_post_process.has_observed()):
@@ -192,8 +198,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` by the trained parameters; the first training batch sets them before it is rounded.
 
-        It sets them if the observer is switched on and the batch has a finite value. While they are not set, ``x`` is
-        returned, and a UserWarning says so once.
+        That batch sets them only with the observer switched on and a finite value in it. While they are not set, ``x``
+        is returned, and a UserWarning says so once. The result has the dtype of ``x``; in eval mode under autocast
+        bfloat16 and float16 become float32. With rounding switched off it has the values of ``x``.
 
         Raises:
             NotImplementedError: ``torch.compile`` traces, and the parameters are not known to be set.
@@ -267,7 +274,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Return type, switches and whether the parameters are set as text, for ``repr``."""
+        """Return text for ``repr``: the type, then ``"initialized=False, fake_quant=True, observer=True"``."""
         return (
             f"{self.qtype}, initialized={bool(self.initialized)}, fake_quant={bool(self.fake_quant_enabled)}, "
             f"observer={bool(self.observer_enabled)}"

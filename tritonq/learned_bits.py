@@ -36,15 +36,15 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     with the least squared error: fewer bits reach less far, or two would leave hardly more than zeros. So
     ``dy/db = Q_{l+1}(w) - Q_l(w)``; ``w`` has LSQ's gradient through both grids, and so has ``s``, where ``ds_n/ds``
     counts as ``t_max / t_n``: an optimizer's step changes ``s_n`` by the same share as if ``s_n`` were the parameter.
-    Eval mode, and what is deployed, round to the nearest whole number of bits; gradients are those of training. A
-    number that an optimizer pushes beyond its bounds returns to them with the next batch in training.
+    Eval mode, and what is deployed, round to the nearest whole number of bits; gradients are those of training.
+    ``bits`` that an optimizer pushes beyond ``min_bits`` or ``max_bits`` returns there with the next training batch.
 
     :func:`tritonq.learned_size` is what a penalty on bits is made of; :func:`tritonq.fix_learned_bits` ends the search.
 
     Args:
-        initial_bits: where the search begins.
+        initial_bits: the first value of ``bits``, from ``min_bits`` to ``max_bits``.
         min_bits: at least 2.
-        max_bits: at most 8.
+        max_bits: at most 8, and more than ``min_bits``.
         ch_axis: 0 for one scale per output channel, or None for one per tensor. All of the weight has one width.
 
     Attributes:
@@ -52,12 +52,13 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
             before, the first training batch sets it to the largest magnitude of the weight (with ``ch_axis=0`` of each
             row), divided by ``2^(max_bits-1) - 1``.
         bits: float32 parameter (1,).
-        elements: how many values the last tensor had, which a penalty counts.
+        elements: number of values in the tensor that was rounded last, 0 before; :func:`tritonq.learned_size` counts
+            them if the layer has no parameter ``weight``.
 
     Raises:
         TypeError: ``initial_bits`` is no number.
-        ValueError: bounds that are not whole, not ordered, or outside of 2 and 8, ``initial_bits`` beyond them, or
-            another axis.
+        ValueError: bounds that are not whole, equal or in the wrong order, or outside of 2 and 8, ``initial_bits``
+            beyond them, or another axis.
 
     Source: Yang and Jin, FracBits: Mixed Precision Quantization via Fractional Bit-Widths, AAAI 2021 (the two grids,
     the penalty on size, rounding at the end); Nikolić et al., BitPruning, 2020; Esser et al., LSQ, 2020 (the scale).
@@ -101,9 +102,9 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     @property
     def qtype(self) -> QuantizedType:
-        """The type with the whole number of bits nearest to ``bits`` within its bounds, the even one of two.
+        """The type with the whole number of bits, from ``min_bits`` to ``max_bits``, nearest to ``bits``.
 
-        The device is read once for each change of the parameter ``bits``.
+        Of two the even one counts: 2 for 2.5. A GPU is read once for each change of the parameter ``bits``.
         """
         if "_parameters" not in vars(self) or "bits" not in self._parameters:
             return self._widest
@@ -120,7 +121,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     def allocate(self, num_channels: int) -> None:
         """Give scale, zero point and the observer's buffers one element per channel; ``bits`` stays one number.
 
-        Scales of another length become 1, zero points 0. A quantizer with one scale per tensor stays as it is.
+        Scales of another length become 1 in place; ``zero_point`` is then a new tensor of zeros. A quantizer with one
+        scale per tensor stays as it is.
 
         Args:
             num_channels: number of channels.
@@ -134,7 +136,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
             self.zero_point = self.zero_point.new_zeros(num_channels)
 
     def calculate_qparams(self) -> QParams:
-        """Return scale and zero point 0 of the grid with the nearest whole number of bits."""
+        """Return the scale of the grid with the nearest whole number of bits, and the buffer ``zero_point``, zeros."""
         step = self._step_at(torch.tensor(float(self.qtype.bits), device=self.scale.device))
         return QParams(step.detach(), self.zero_point)
 
@@ -153,7 +155,10 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         super().initialize(qparams)
 
     def fixed(self) -> LearnedStepFakeQuantize:
-        """Return a new :class:`LearnedStepFakeQuantize` of the same grid, whose number of bits is no longer trained."""
+        """Return a new :class:`LearnedStepFakeQuantize` of the same grid, whose number of bits is no longer trained.
+
+        It has this quantizer's switches, mode and device, and copies of its tensors.
+        """
         axis = self._widest.axis
         observer = MovingAverageMinMaxObserver if axis is None else MovingAveragePerChannelMinMaxObserver
         made = LearnedStepFakeQuantize(observer, dtype=self.qtype)
@@ -211,7 +216,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         return codes * self._widest.granularity.align(step, x.dim())
 
     def extra_repr(self) -> str:
-        """Return the width and its bounds as text, for ``repr``."""
+        """Return text for ``repr``: ``"bits=3.4 of 2..8, "``, then that of the base class."""
         return f"bits={float(self.bits.detach()):.3g} of {self.bounds[0]}..{self.bounds[1]}, {super().extra_repr()}"
 
 
@@ -221,13 +226,14 @@ def learned_size(model: nn.Module) -> Tensor:
     A penalty ``kappa * (learned_size(model) - target).abs()`` holds a model to a size.
 
     Args:
-        model: a prepared model; where weights are computed of others it has to have run once.
+        model: a prepared model. A layer without a parameter ``weight``, which computes it from others, must have run
+            once.
 
     Returns:
-        0-d float32 tensor: ``sum of elements * bits / 8``.
+        0-d float32 tensor: the sum of ``elements * bits / 8`` over these weights.
 
     Raises:
-        ValueError: no weight has a trained width, or one has not run.
+        ValueError: no weight has a trained width, or a layer that must have run has not.
 
     Source: Yang and Jin, FracBits, AAAI 2021, the penalty on a model's size.
 
@@ -267,17 +273,17 @@ def _elements(model: nn.Module, name: str, quantizer: LearnedBitsFakeQuantize) -
 
 
 def fix_learned_bits(model: nn.Module) -> dict[str, int]:
-    """End the search: let each weight have the whole number of bits next to its trained one, in place.
+    """End the search, in place: let each weight of trained width have the nearest whole number of bits.
 
     Its quantizer becomes a :class:`tritonq.LearnedStepFakeQuantize` of the same grid, whose scale trains on. Make the
     optimizer for what follows anew: the quantizers' parameters are others. The paper trains some 80 % of the epochs
-    before, and the rest behind.
+    before, and the rest after.
 
     Args:
         model: a prepared model.
 
     Returns:
-        The bits, by the quantizers' names.
+        The number of bits by the path of the quantizer in ``model``.
 
     Raises:
         ValueError: no weight has a trained width.

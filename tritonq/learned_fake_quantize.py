@@ -24,15 +24,15 @@ Initialization = Literal["observer", "lsq", "mse"]
 class LearnedStepFakeQuantize(LearnedFakeQuantize):
     """Fake quantization whose scale is a parameter: LSQ, and with a trained zero point LSQ+.
 
-    ``y = (clip(round(x/s) + z, quant_min, quant_max) - z) s``. Where the unclipped code is in range, ``dx = dy`` and
-    the scale gets ``f Σ dy (y - x)/s``; elsewhere ``dx = 0`` and it gets ``f Σ dy (code - z)``
-    (:func:`tritonq.functional.fake_quantize_learnable` has the formulas of both methods). A scale that an optimizer
-    pushes below ``eps`` counts as ``eps`` and goes on receiving gradients.
+    With method ``"torch"``: ``y = (clip(round(x/s) + z, quant_min, quant_max) - z) s``. Where the unclipped code is in
+    range, ``dx = dy`` and the scale gets ``f Σ dy (y - x)/s``, with f the ``grad_factor``; elsewhere ``dx = 0`` and the
+    scale gets ``f Σ dy (code - z)`` (:func:`tritonq.functional.fake_quantize_learnable` has both methods' formulas). A
+    scale that an optimizer pushes below the observer's ``eps`` counts as ``eps`` and goes on receiving gradients.
 
     Args:
         observer: observer class or factory that gives the first scale.
         quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
-        quant_max: largest code.
+        quant_max: largest code; needs ``quant_min``.
         method: ``"torch"`` or ``"megengine"`` (``s = |scale| + 1e-5``, ties away from zero).
         init: ``"observer"``, or ``"lsq"`` for ``s = 2 mean|x| / sqrt(q)`` of the first batch, or of all that
             :func:`tritonq.calibrate` saw. q is the largest code, counted from the zero point, to its farther side where
@@ -47,12 +47,13 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, num_channels, eps ...).
 
     Attributes:
-        scale: float32 parameter, (1,), (channels,) or (groups,).
+        scale: float32 parameter, (1,), (channels,) or (groups of all channels,); (0,) while their number is unknown.
         zero_point: int32 buffer, or a float32 parameter when trained; shaped as ``scale``.
 
     Raises:
         ValueError: unknown method or init, a negative or infinite ``grad_factor``, or a trained zero point for a
-            symmetric type or MegEngine's method.
+            symmetric type or MegEngine's method; arguments that the observer refuses; or, with MegEngine's method, a
+            type that rounds ties to even.
 
     Source: docs/numbers.md, "Learned scales"; Esser et al. (2020); Bhalgat et al. (2020); torch.ao's
         _LearnableFakeQuantize.
@@ -104,13 +105,14 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     def allocate(self, num_channels: int) -> None:
         """Give scale, zero point and the observer's buffers their final length.
 
-        Scales of another length become 1, and zero points 0. A quantizer with one scale per tensor stays as it is.
+        Scales of another length become 1, and zero points 0. Parameters stay the same objects; a buffer ``zero_point``
+        is then a new tensor. A quantizer with one scale per tensor stays as it is.
 
         Args:
             num_channels: number of scales: channels, or all groups of all channels.
 
         Raises:
-            ValueError: the observer keeps a range of another length.
+            ValueError: the observer's buffers have another length already, even if nothing was observed.
         """
         super().allocate(num_channels)
         if self.qtype.axis is not None and self.zero_point.numel() != num_channels:
@@ -229,19 +231,20 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
 
     Args:
         observer: observer class or factory that gives the first scale.
-        quant_min: smallest code; needs ``quant_max``.
-        quant_max: largest code.
+        quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
+        quant_max: largest code; needs ``quant_min``.
         **observer_kwargs: passed to the observer; its ``dtype`` is ``"qint8"`` unless given.
 
     Attributes:
-        log2_threshold: float32 parameter t, (1,) or (channels,).
+        log2_threshold: float32 parameter t, (1,), (channels,) or (groups of all channels,); (0,) while their number is
+            unknown.
 
     Raises:
         ValueError: a type that does not allow a zero point of 0: neither symmetric and signed, nor affine with codes
-            from 0 on.
+            from 0 on; or one that rounds ties to even, or arguments that the observer refuses.
 
     Warns:
-        UserWarning: t is set for codes from 0 on, and the observer has seen values below zero.
+        UserWarning: with codes from 0 on t is set from a zero point above 0, so that values below 0 become 0.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al. (2020); MegEngine's TQT.
 
@@ -304,13 +307,13 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
         **observer_kwargs: passed to the observer; ``dtype`` is ``"quint8"`` by default.
 
     Attributes:
-        alpha: float32 parameter, (1,) or (channels,).
+        alpha: float32 parameter, (1,), (channels,) or (groups of all channels,); (0,) while their number is unknown.
 
     Raises:
-        ValueError: a type that is symmetric, or whose smallest code is not 0.
+        ValueError: a type that is symmetric, or whose smallest code is not 0; or arguments that the observer refuses.
 
     Warns:
-        UserWarning: alpha is set, and the observer has seen values below zero.
+        UserWarning: alpha is set from a zero point above 0, so that values below 0 become 0.
 
     Source: docs/numbers.md, "Learned scales"; Choi et al. (2018).
 
@@ -335,7 +338,7 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        """The scale ``alpha / quant_max``, without gradient."""
+        """The scale ``max(alpha, quant_max * eps) / quant_max``, shaped as alpha, without gradient."""
         return self._positive_alpha().detach() / self.qtype.quant_max
 
     @property

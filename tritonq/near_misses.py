@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'a' or 'b'?"`` with up to three known words most like ``word``; "" without one.
+    """Return ``"; did you mean 'a' or 'b'?"`` with up to three known words most like ``word``; "" if none is like it.
 
-    Words count that difflib finds at least half alike, or that contain ``word``; leading dashes do not.
+    A known word is like it if difflib's ratio of both is at least 0.5, or if it contains ``word``; without regard to
+    leading dashes, which the result keeps.
 
     Examples:
         >>> did_you_mean("tensort", ["onnxruntime", "tensorrt"])

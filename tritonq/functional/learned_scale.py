@@ -57,7 +57,7 @@ def fake_quantize_learnable(
         x: any shape; float32, float16, bfloat16 or float64.
         scale: float tensor, one element or (x.shape[axis],).
         zero_point: an int, or a tensor shaped as ``scale``. A floating point one is rounded, clamped to the codes and
-            receives a gradient.
+            receives the gradient ``dz``.
         quant_min: smallest code.
         quant_max: largest code.
         axis: channel axis, or None for one scale.
@@ -72,11 +72,13 @@ def fake_quantize_learnable(
 
     Raises:
         TypeError: ``x`` or ``scale`` is not a floating point tensor; the zero point is neither an int (a bool is none)
-            nor a tensor of integers or floats; or ``group_size`` is no int.
-        ValueError: empty code range, an axis out of range, wrong shape or device, an unknown method, a scale or
-            floating point zero point that is not finite, an integer zero point outside the code range, for ``"torch"``
-            a scale that is not positive, or groups without an axis or whose size does not divide the axis's length.
-            Values of GPU tensors are not checked.
+            nor a tensor of integers or floats; or ``quant_min``, ``quant_max``, ``axis`` or
+            ``group_size`` is no int.
+        ValueError: ``quant_min`` not below ``quant_max``, an axis out of range, a scale or zero point of wrong shape or
+            device, an unknown method or backend, a scale or floating point zero point that is not finite, an integer
+            zero point outside the code range, for ``"torch"`` a scale that is not positive, or groups without an axis
+            or whose size is not positive or does not divide the axis's length. Values of tensors are checked on a CPU
+            only, and not while ``torch.compile`` traces.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al.,
@@ -128,23 +130,26 @@ def trained_threshold_quantize(
     """Fake quantize with scale ``2^t``, where ``t`` receives a gradient (TQT); ties away from zero.
 
     ``code = clip(round(x/s))`` and ``y = code · s``. A value is inside if ``x/s`` is in
-    ``[quant_min - 0.5, quant_max + 0.5]``; ``dx = dy`` inside; ``dt = Σ dy s ln2 {code - x/s inside | code outside}``.
+    ``[quant_min - 0.5, quant_max + 0.5]``; ``dx = dy`` inside, else 0;
+    ``dt = Σ dy s ln2 {code - x/s inside | code outside}``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
         log2_threshold: ``t``, float tensor, one element or (x.shape[axis],).
         quant_min: smallest code.
         quant_max: largest code.
-        axis: channel axis, or None for one threshold.
+        axis: channel axis, or None for one ``t``.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
 
     Raises:
-        TypeError: ``x`` or ``log2_threshold`` is not a floating point tensor.
-        ValueError: empty code range, an axis out of range, a threshold of another shape or device, or one that is not
-            finite, which is checked on a CPU only and not while ``torch.compile`` traces.
+        TypeError: ``x`` or ``log2_threshold`` is not a floating point tensor; or ``quant_min``, ``quant_max`` or
+            ``axis`` is no int.
+        ValueError: ``quant_min`` not below ``quant_max``, an axis out of range, an unknown backend, a threshold of
+            another shape or device, or one that is not finite, which is checked on a CPU only and not while
+            ``torch.compile`` traces.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.
@@ -166,23 +171,23 @@ def clipped_quantize(
 ) -> Tensor:
     """Clip to ``[0, alpha]`` and fake quantize to the codes ``0..quant_max``; ``alpha`` receives a gradient (PACT).
 
-    ``y = round(clip(x, 0, α)/s) s`` with ``s = α/quant_max``; ``dx = dy`` where ``0 <= x < α``;
+    ``y = round(clip(x, 0, α)/s) s`` with ``s = α/quant_max``, ties to even; ``dx = dy`` where ``0 <= x < α``, else 0;
     ``dα = Σ dy {1 where x >= α}``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
         alpha: float tensor, one element or (x.shape[axis],), positive.
         quant_max: largest code.
-        axis: channel axis, or None for one level.
+        axis: channel axis, or None for one ``alpha``.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
 
     Raises:
-        TypeError: ``x`` or ``alpha`` is not a floating point tensor.
-        ValueError: empty code range, an axis out of range, or an ``alpha`` of another shape or device, or not positive
-            and finite.
+        TypeError: ``x`` or ``alpha`` is not a floating point tensor; or ``quant_max`` or ``axis`` is no int.
+        ValueError: ``quant_max`` below 1, an axis out of range, an unknown backend, or an ``alpha`` of another shape or
+            device, or not positive and finite, which is checked on a CPU only and not while ``torch.compile`` traces.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Choi et al., "PACT: Parameterized Clipping Activation" (2018).
@@ -216,7 +221,8 @@ def learned_fake_quantize(
 
     - ``"torch"``: ``ds = f Σ dy {quant_min - z below | quant_max - z above | code - z - x/s inside}``, and of ``shift``
       ``f Σ dy {-s outside}``.
-    - ``"megengine"``, with ``v = x/s + z``: ``ds = f Σ dy {quant_min | quant_max | round(v) - v inside}``.
+    - ``"megengine"``, with ``v = x/s + z``: ``ds = f Σ dy {quant_min below | quant_max above | round(v) - v inside}``;
+      0 of ``shift``.
     - ``"tqt"``: ``ds = f Σ dy {code - x/s inside | code outside}``.
     - ``"pact"``: ``dα = f Σ dy {1 where x >= α}``.
 
@@ -237,8 +243,8 @@ def learned_fake_quantize(
             ``"tqt"`` and ``"pact"`` have no zero point; the codes of ``"pact"`` begin at 0.
         method: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``.
         grad_factor: multiplies the gradients of ``grid.scale`` and ``shift``, not that of ``x``.
-        shift: the trained zero point, a float tensor. The grid has it rounded, clamped to the codes, as int32. None:
-            the zero point is not trained.
+        shift: the trained zero point, a float tensor of as many elements as the scale; ``grid.zero_point`` is it,
+            rounded and clamped to the codes by the caller. None: the zero point is not trained.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
@@ -329,7 +335,7 @@ def least_error_scale(rows: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     57 scales are tried: 0.1 to 1.5 times ``max|x|`` over the larger of ``-lowest`` and ``highest``, in equal steps.
 
     Args:
-        rows: (rows, values), finite float values that share a scale.
+        rows: (rows, values), finite float values; those of a row share a scale.
         lowest: (rows, 1), the smallest code minus the zero point.
         highest: (rows, 1), the largest code minus the zero point.
 

@@ -19,22 +19,25 @@ from torch import Tensor
 class LinearMap(Protocol):
     """A convolution or matrix product without its weight and bias: called as ``map(x, weight, bias)``.
 
-    A protocol, of :class:`Convolution`, :class:`PaddedConvolution` and :class:`MatrixProduct`.
+    A protocol that :class:`Convolution`, :class:`PaddedConvolution` and :class:`MatrixProduct` follow.
     """
 
     @property
     def output_axis(self) -> int:
         """Axis of the result with the out channels, counted from the end: -3 of a 2-d convolution.
 
-        A batch axis may be missing.
+        It is the same with and without a batch axis.
         """
 
     @property
     def conv2d(self) -> Convolution | None:
-        """This map, if it is a 2-d convolution of its own input as it is (not transposed, zero padding); else None."""
+        """This map, if it is a :class:`Convolution` of two dimensions and not transposed; else None."""
 
     def as_conv2d(self, x: Tensor) -> Convolution | None:
-        """Return a 2-d convolution that computes this map of ``x``, from :meth:`images`; None if there is none."""
+        """Return a 2-d convolution that computes this map of ``x`` from what :meth:`images` returns.
+
+        None for a convolution that is transposed or 3-d, or whose ``x`` has no batch axis.
+        """
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return input (n, c, h, w) and weight (out, c/groups, kh, kw) for the convolution of :meth:`as_conv2d`.
@@ -46,16 +49,16 @@ class LinearMap(Protocol):
         """Return ``y`` (n, out, h, w), computed by :meth:`as_conv2d`, in the shape of this map's result for ``x``."""
 
     def padded(self, x: Tensor) -> tuple[Tensor, DifferentiableMap]:
-        """Return ``x``, padded if torch's operator can't do that, and the map that gives the same result from it."""
+        """Return ``x``, padded where torch's convolution can't, and the map that gives this map's result from it."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the map's result, plus ``bias`` (out,) if given, in ``x``'s dtype."""
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` with its out channels on axis 0."""
+        """Return ``weight`` with its out channels on axis 0; it may be ``weight`` itself, or a view of it."""
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` laid out as the map's weight: the inverse of :meth:`to_rows`."""
+        """Return ``rows`` laid out as the map's weight: the inverse of :meth:`to_rows`; may share their memory."""
 
 
 class DifferentiableMap(LinearMap, Protocol):
@@ -64,12 +67,12 @@ class DifferentiableMap(LinearMap, Protocol):
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of input, weight and bias, shaped as these, each None if it is not needed.
+        """Return the gradients of input, weight and bias, shaped as these, in ``dy``'s dtype; None if not needed.
 
         Args:
             dy: gradient of the result, in the dtype of ``x`` and ``weight``.
-            x: the input, with a batch axis; if only its own gradient is needed, its values are not read.
-            weight: the weight; if only its own gradient is needed, its values are not read.
+            x: the input, with a batch axis; its values are read only if ``needs_weight``.
+            weight: the weight; its values are read only if ``needs_x``.
             needs_x: whether to compute the input's gradient.
             needs_weight: whether to compute the weight's.
             needs_bias: whether to compute the bias's, ``Σ dy`` per out channel.
@@ -80,7 +83,8 @@ def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     """Return one entry per axis: ``3``, ``(3,)`` and ``(3, 3)`` give ``(3, 3)`` for rank 2.
 
     Args:
-        value: an argument as torch's convolutions and pools take it: one entry, or a tuple or list of them.
+        value: an argument as torch's convolutions and pools take it: one entry, or a tuple or list of one or ``rank``
+            entries. A tuple or list of another length is not refused, but returned as a tuple of that length.
         rank: number of axes.
     """
     entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
@@ -88,7 +92,7 @@ def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """Return the input of a linear map in the dtype that autocast gives it: float64, and all outside of it, stay."""
+    """Return ``x`` in autocast's dtype for its device; as it is if it is float64, or autocast is off there."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -101,7 +105,7 @@ class Convolution:
 
     Attributes:
         stride: one number per dimension.
-        padding: zeros on each side, one number per dimension.
+        padding: zeros on each side, one number per dimension; transposed: torch's ``padding``, which cuts the result.
         dilation: distance between taps of the kernel, one number per dimension.
         output_padding: of a transposed convolution, one number per dimension: how much longer its result is.
         transposed: whether it is transposed: its weight is (in, out/groups, ...), else (out, in/groups, ...).
@@ -132,7 +136,7 @@ class Convolution:
     def as_conv2d(self, x: Tensor) -> Convolution | None:
         """Return a 2-d convolution for :meth:`images` of ``x``; None if transposed, 3-d, or ``x`` has no batch axis.
 
-        A 1-d convolution becomes one of images with one line.
+        A 1-d convolution becomes one of images of height 1.
         """
         if self.transposed or len(self.stride) > 2 or x.dim() != len(self.stride) + 2:
             return None
@@ -174,8 +178,8 @@ class Convolution:
         """Return the gradients of input, weight and bias by torch's own backward, None for those not needed.
 
         ``dy`` is the gradient of the result, in the dtype of ``x`` and ``weight``; ``needs_x``, ``needs_weight`` and
-        ``needs_bias`` say which are needed. If only its own gradient is needed, the values of ``x`` or ``weight`` are
-        not read. The bias's gradient is ``Σ dy`` per out channel.
+        ``needs_bias`` say which are needed. The values of ``x`` are read only if ``needs_weight``, those of ``weight``
+        only if ``needs_x``. The bias's gradient is ``Σ dy`` per out channel.
         """
         mask = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *self._geometry, mask)
@@ -203,9 +207,9 @@ class PaddedConvolution:
     """A convolution that pads otherwise: by reflection, circularly, or differently on both sides.
 
     Attributes:
-        conv: the convolution of the padded input.
-        pad: values on each side, last axis first, as ``torch.nn.functional.pad`` takes them.
-        pad_mode: ``mode`` of ``torch.nn.functional.pad``.
+        conv: the convolution of the padded input; may itself pad with zeros, equally on both sides.
+        pad: how many values to add on each side, last axis first, as ``torch.nn.functional.pad`` takes them.
+        pad_mode: ``mode`` of ``torch.nn.functional.pad``, such as ``"reflect"``; ``"constant"`` adds zeros.
     """
 
     conv: Convolution
@@ -229,7 +233,7 @@ class PaddedConvolution:
         return self.conv.as_conv2d(x)
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the padded input and the weight for :meth:`as_conv2d`; in 1-d both get a line axis of length 1."""
+        """Return the padded input and the weight for :meth:`as_conv2d`; in 1-d both get a height of 1 as axis 2."""
         return self.conv.images(F.pad(x, self.pad, self.pad_mode), weight)
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
@@ -267,15 +271,15 @@ class MatrixProduct:
     conv2d: ClassVar[None] = None
 
     def as_conv2d(self, x: Tensor) -> Convolution:
-        """Return a 2-d convolution with a 1 × 1 kernel: each row of ``x`` is an image of one pixel."""
+        """Return a 2-d convolution with a 1 × 1 kernel: each vector ``x[..., :]`` is an image of one pixel."""
         return _PIXELS
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``x`` as (rows, in, 1, 1) and ``weight`` as (out, in, 1, 1), for :meth:`as_conv2d`."""
+        """Return ``x`` as (vectors, in, 1, 1) and ``weight`` as (out, in, 1, 1), for :meth:`as_conv2d`."""
         return x.reshape(-1, x.shape[-1], 1, 1), weight[:, :, None, None]
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y`` (rows, out, 1, 1), computed by :meth:`as_conv2d`, as (..., out) with ``x``'s leading axes."""
+        """Return ``y`` (vectors, out, 1, 1), computed by :meth:`as_conv2d`, as (..., out) with ``x``'s leading axes."""
         return y.reshape(*x.shape[:-1], y.shape[1])
 
     def padded(self, x: Tensor) -> tuple[Tensor, MatrixProduct]:

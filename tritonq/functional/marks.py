@@ -17,7 +17,10 @@ _SOURCE = "_tritonq_source"
 
 
 def mark_rounded(y: Tensor, scale: Tensor) -> None:
-    """Note on ``y`` that its values were just rounded to the grid of the quantizer with this ``scale`` buffer."""
+    """Note on ``y`` that its values were just rounded to the grid of the quantizer with this ``scale`` buffer.
+
+    Neither may be a tensor of inference mode, which gives RuntimeError.
+    """
     setattr(y, _ROUNDED, (scale, scale._version, y._version))
 
 
@@ -30,7 +33,7 @@ def is_rounded(x: Tensor, scale: Tensor) -> bool:
 def mark_codes(x: Tensor, scale: Tensor, codes: Any) -> None:
     """Note on ``x`` the codes that a backward keeps of it, on the grid of the quantizer with this ``scale`` buffer.
 
-    ``codes`` is a `saved_input.SavedInput`.
+    ``codes`` is a `saved_input.SavedInput`. ``x`` may not be a tensor of inference mode, which gives RuntimeError.
     """
     setattr(x, _CODES, (scale, x._version, codes))
 
@@ -47,13 +50,13 @@ def codes_of(x: Tensor, scale: Tensor) -> Any:
 def mark_source(y: Tensor, grid: Any) -> None:
     """Note on ``y`` the `Grid` that it was rounded to, for layers that have no reference to its quantizer.
 
-    Nothing is noted on a tensor of inference mode.
+    The grid is not copied. Nothing is noted on a tensor of inference mode.
     """
     if not y.is_inference():
         setattr(y, _SOURCE, (grid, y._version))
 
 
 def source_of(x: Tensor) -> Any:
-    """Return the grid that :func:`mark_source` noted; None: there is no such mark, or ``x`` changed."""
+    """Return the grid that :func:`mark_source` noted; None: there is no such mark, or ``x`` changed in place since."""
     grid, version = getattr(x, _SOURCE, (None, None))
     return grid if grid is not None and version == x._version else None

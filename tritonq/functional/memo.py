@@ -23,8 +23,8 @@ class Memo(Generic[T]):
 
     The value is made again when a tensor is another object or has been changed in place, or when the key differs.
     Averages of models often write through ``tensor.data``, which does not change the tensor's version. The contents of
-    vectors and numbers on the CPU are therefore compared, too; for tensors of more axes the caller puts something into
-    the key that differs. ``copy.deepcopy`` and ``pickle`` give an empty Memo, so that a copy derives its own value.
+    vectors and 0-d tensors on the CPU are therefore compared, too; for all others the caller puts something into the
+    key that differs. ``copy.deepcopy`` and ``pickle`` give an empty Memo, so that a copy derives its own value.
 
     Examples:
         >>> import torch
@@ -55,7 +55,7 @@ class Memo(Generic[T]):
         Args:
             tensors: what the value is made from; None for absent ones. Inference tensors have no version, so that the
                 value is then made in each call.
-            make: makes the value.
+            make: makes the value; called only if none is kept for these tensors and this key.
             key: whatever else the value depends on; compared with ``==``.
         """
         held = self._tensors
@@ -72,7 +72,8 @@ class Memo(Generic[T]):
 def held_tensors(module: nn.Module) -> list[Tensor | None]:
     """Return the parameters and buffers of a module and its descendants, faster than torch for small modules.
 
-    None stands for those that are registered as None, such as the bias of a layer without bias.
+    None stands for those that are registered as None, such as the bias of a layer without bias. A tensor that several
+    modules share is there once for each.
     """
     found = [*module._parameters.values(), *module._buffers.values()]
     for child in module._modules.values():

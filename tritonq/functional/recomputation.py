@@ -12,7 +12,7 @@ _ATTRIBUTE = "_tritonq_memory"
 
 
 def is_recomputing() -> bool:
-    """Whether this runs inside a backward pass, where ``torch.utils.checkpoint`` runs a forward again.
+    """Whether the caller runs inside a backward pass, where ``torch.utils.checkpoint`` runs a forward again.
 
     False while ``torch.compile`` traces. Inside a backward modules observe nothing and leave running statistics alone.
     The repeated forward equals the first bit for bit if, between the two, no module of it was called in training mode,
@@ -28,9 +28,10 @@ class StepMemory:
     """What a layer's last training step read and then changed, kept for a recomputation; empty in copies and pickles.
 
     Attributes:
-        fold: ``γ/σ`` and ``1/σ`` per channel, from the running variance before the step; or None.
-        running_var: the running variance before the step; or None.
-        ready: the weight, already quantized for the coming step (`tritonq.functional.conv_bn.ReadyWeight`); or None.
+        fold: ``γ/σ`` and ``1/σ``, each (channels,), from the running variance before the step; None: not kept.
+        running_var: copy of the running variance before the step; None: not kept.
+        ready: the weight, quantized ahead of the coming step (`tritonq.functional.conv_bn.ReadyWeight`), which takes it
+            out; None: that step quantizes the weight itself.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ def residual_join(
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
-        Tensor of that shape and dtype. The sum and what follows are float32 (float64 for float64), rounded once.
+        Tensor of ``a``'s shape and dtype. The sum and what follows are float32 (float64 for float64), rounded once.
     """
     result: Tensor = _ResidualJoin.apply(a, b, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
     return result
@@ -104,12 +104,12 @@ def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ce
 
     Args:
         y: any shape and strides; float32, float16, bfloat16 or float64; not changed.
-        grid: per tensor; its scale and zero point follow from the range.
+        grid: per tensor.
         statistics: the running range of ``grid``; None: range and grid stay as they are.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
-        New tensor of ``y``'s shape and dtype.
+        New tensor of ``y``'s shape and dtype; computed in float32 (float64 for float64), rounded once.
     """
     result: Tensor = _Rounded.apply(y, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
     return result
@@ -146,11 +146,12 @@ def rounded_product(
 
     First ``relu?(a * b)`` updates range and grid, in place, then it is rounded to the new grid. The gradients are those
     of a product, from ``dy`` where neither ReLU nor clip block it, else 0. For the backward it saves one bit per
-    element of the result, and both factors, as one-byte codes if they lie on a grid of up to 8 bits.
+    element of the result, and ``a`` if ``b`` needs a gradient, and ``b`` if ``a`` does: as one-byte codes where
+    :func:`save_input` can (one scale, integer codes of up to 8 bits).
 
     Args:
         a: any shape and strides; float32, float16, bfloat16 or float64.
-        b: broadcasts against ``a``; on its device.
+        b: broadcasts against ``a``; any of these dtypes; on ``a``'s device.
         grid_a: grid of the quantizer that rounded ``a``; None: unknown.
         grid_b: grid of the quantizer that rounded ``b``; None: unknown.
         grid: of the result, per tensor.
@@ -158,7 +159,7 @@ def rounded_product(
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
-        Tensor in the dtype of torch's product; computed in float32 (float64 for float64), rounded once.
+        Tensor in the shape and dtype of torch's product; computed in float32 (float64 for float64), rounded once.
     """
     result: Tensor = _RoundedProduct.apply(a, b, grid_a, grid_b, grid, statistics, ceiling)  # type: ignore
     return result

@@ -21,20 +21,23 @@ def rounded_map(
 ) -> Tensor:
     """Return ``op(x, FQ(weight)) + bias``, where FQ rounds to ``weight_grid``; differentiable.
 
-    The weight's gradient is 0 where its code was clipped. For the backward it saves the weight unrounded and, if that
-    has a gradient, ``x``: as codes where :func:`save_input` can (one scale, integer codes of up to 8 bits).
+    The weight's gradient is 0 where its code was clipped. For the backward the operator saves the weight unrounded and,
+    if the weight needs a gradient, ``x``: as codes where :func:`save_input` can (one scale, integer codes of up to 8
+    bits).
 
     Args:
-        x: (batch, in, ...), or without a batch; cast by :func:`as_autocast`.
+        x: (batch, in, ...), for a matrix product (..., in), or without a batch; cast to autocast's dtype where that is
+            on, unless float64.
         weight: float, shaped as the layer's parameter, such as (out, in/groups, kh, kw) or (out, in).
         bias: (out,) or None.
         op: the convolution or matrix product, without weight and bias.
         input_grid: grid of the quantizer that rounded ``x``; None: unknown.
-        weight_grid: grid of the weight's rows (out channels on axis 0), without groups; nothing is observed. None: the
-            weight is not rounded.
+        weight_grid: grid of the weight's rows (out channels on axis 0), with one scale or one per row; nothing is
+            observed. None: the weight is not rounded.
 
     Returns:
-        (batch, out, ...), in the dtype that ``op`` gives.
+        (batch, out, ...), for a matrix product (..., out), without a batch if ``x`` has none; in the dtype that ``op``
+        gives.
     """
     x, plain = op.padded(as_autocast(x))
     if x.dim() == -plain.output_axis:

@@ -21,10 +21,11 @@ class SavedInput(NamedTuple):
     """A tensor, or its codes as int8: the tensor is then ``(values - shift) · scale``.
 
     Attributes:
-        values: the tensor, or its codes.
-        scale: one float32; None if ``values`` is the tensor.
-        shift: one element, the zero point minus the middle of the code range, so that codes fit into int8; None: 0.
-        dtype: of the tensor.
+        values: the tensor itself, not copied; or its codes, int8, in its shape.
+        scale: float32, one element, a copy of the grid's; None if ``values`` is the tensor.
+        shift: one element, int32 or float32: the zero point minus the middle of the code range, so that codes fit into
+            int8. None: 0, or ``values`` is the tensor.
+        dtype: of the tensor, also where ``values`` are codes.
     """
 
     values: Tensor
@@ -34,7 +35,7 @@ class SavedInput(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors to save for the backward, in the order in which :func:`load_input` takes them."""
+        """The tensors to save for the backward, ``(values, scale, shift)``; the last two may be None."""
         return self.values, self.scale, self.shift
 
 
@@ -43,11 +44,12 @@ def save_input(x: Tensor, grid: Grid | None) -> SavedInput:
 
     A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark_on_grid`). Any other tensor,
     such as one that a hook changed, is compared with its codes on a CPU; on other devices the comparison would wait, so
-    the tensor itself is kept. Operators that read the same tensor share its codes.
+    the tensor itself is kept. Operators that read the same tensor share one :class:`SavedInput` of codes.
 
     Args:
         x: float tensor; one of float64 or of inference mode is kept itself.
-        grid: of the quantizer that rounded ``x``. None, several scales, float codes or more than 8 bits: ``x`` is kept.
+        grid: of the quantizer that rounded ``x``, which must be on. None, one with several scales, with float codes or
+            of more than 8 bits: ``x`` is kept.
     """
     # In torch.inference_mode there is no backward, and tensors don't count their versions.
     if grid is None or not _is_compact(grid) or x.dtype == torch.float64 or x.is_inference():
@@ -81,9 +83,10 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
 
     Args:
         y: the operator's result.
-        scale: the quantizer's buffer.
+        scale: the quantizer's buffer itself, which stands for the quantizer in the note.
         grid: of the quantizer, or the copy of it that rounded ``y``.
-        statistics: the running range of the grid; None for a copy.
+        statistics: the running range of the grid, which says whether something was observed; None: the switch of
+            ``grid`` says that too, as a snapshot's does.
     """
     if torch.compiler.is_compiling() or y.is_inference() or scale.is_inference():
         return
@@ -92,10 +95,10 @@ def mark_on_grid(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatisti
 
 
 def load_input(saved: SavedInput, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`save_input`: ``(values - shift) · scale`` in its dtype.
+    """Return the tensor that was given to :func:`save_input`: ``(values - shift) · scale`` in ``saved.dtype``.
 
-    If it was saved as it is (``scale`` is None), that is ``values`` itself. ``out`` is float32 memory of its shape that
-    the result may be written to; None: new memory.
+    If the tensor itself was saved (``scale`` is None), that is ``values``. ``out`` is float32 memory in the shape of
+    ``values``, which may be overwritten, and may be returned if the dtype is float32; None: new memory.
     """
     if saved.scale is None:
         return saved.values

@@ -30,11 +30,11 @@ def check_float_tensor(name: str, x: object) -> Tensor:
 
 
 def check_axis(x: Tensor, axis: int) -> int:
-    """Return ``axis`` of ``x`` as a number from 0 on: ``-1`` of four axes gives 3.
+    """Return the index ``axis`` of an axis of ``x`` counted from the front: ``-1`` gives 3 if ``x`` has four axes.
 
     Raises:
-        TypeError: it is no int.
-        ValueError: ``x`` has no such axis.
+        TypeError: ``axis`` is no int of Python or NumPy, or is a bool.
+        ValueError: ``x`` has no such axis, as a tensor without axes has none.
     """
     whole = whole_number(axis)
     if whole is None:
@@ -47,16 +47,17 @@ def check_axis(x: Tensor, axis: int) -> int:
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
     """Return ``scale`` as a float32 tensor on ``x``'s device: 0-d for a number, else of the tensor's shape.
 
-    Values of numbers and CPU tensors are checked; those of a GPU are not, since reading them would wait.
+    A float32 tensor is returned itself. Values of numbers are checked, those of tensors only on a CPU and not while
+    ``torch.compile`` traces.
 
     Args:
-        scale: an int or float, or a float tensor.
+        scale: a Python int or float, or a tensor of a floating point dtype on ``x``'s device.
         x: the tensor that is to be rounded.
-        channels: the length that ``scale`` must have if it is a tensor; None: one element.
+        channels: ``scale`` must have the shape ``(channels,)`` if it is a tensor; None: one element, in any shape.
 
     Raises:
         TypeError: neither a number nor a floating point tensor.
-        ValueError: wrong shape or device, not finite, or not positive.
+        ValueError: wrong shape or device, or a value that float32 holds as 0 or infinity, is NaN or negative.
     """
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float)):
@@ -81,18 +82,18 @@ def check_zero_point(
 ) -> Tensor | None:
     """Return ``zero_point`` as an int32 tensor on ``x``'s device, or None if it is known to be 0.
 
-    An int becomes a 0-d tensor, whatever ``channels`` is. Values of numbers and CPU tensors are checked; those of a GPU
-    are not, since reading them would wait.
+    An int becomes a 0-d tensor, whatever ``channels`` is; an int32 tensor is returned itself. Values of ints are
+    checked, those of tensors only on a CPU and not while ``torch.compile`` traces.
 
     Args:
-        zero_point: an int, or an integer tensor.
+        zero_point: an int, or a tensor of int8, uint8, int16, int32 or int64 on ``x``'s device.
         x: the tensor that is to be rounded.
-        channels: the length that ``zero_point`` must have if it is a tensor; None: one element.
+        channels: ``zero_point`` must have the shape ``(channels,)`` if it is a tensor; None: one element, in any shape.
         quant_min: smallest code.
         quant_max: largest code.
 
     Raises:
-        TypeError: not an int or an integer tensor.
+        TypeError: neither an int (a bool is none) nor a tensor of one of these dtypes.
         ValueError: wrong shape or device, or a value outside of ``quant_min .. quant_max``.
     """
     if not isinstance(zero_point, Tensor):

@@ -62,15 +62,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             value: in the axes of ``key``, the last one of size vdim. Both sizes are ``embed_dim`` by default.
             key_padding_mask: (batch, sources), or (sources,) without a batch: bool, True for keys that do not count, or
                 numbers to add to the scores; None: all keys count.
-            need_weights: whether to return the weights; if not, None stands for them.
+            need_weights: whether to return the weights; if not, the second result is None.
             attn_mask: (targets, sources) or (batch * heads, targets, sources): bool or numbers, as
                 ``key_padding_mask``; None: no mask.
             average_attn_weights: whether the returned weights are averaged over the heads.
-            is_causal: says that ``attn_mask`` is causal; needs that mask, as in torch.
+            is_causal: says that ``attn_mask`` is causal, and changes nothing else; needs that mask, as in torch.
 
         Returns:
             The output, in the axes of ``query``, and the softmax after dropout, (batch, targets, sources) or (batch,
-            heads, targets, sources); without a batch both lack that axis.
+            heads, targets, sources); without a batch both lack that axis. ``add_bias_kv`` and ``add_zero_attn`` append
+            a source each.
 
         Raises:
             ValueError: ``is_causal`` without ``attn_mask``.

@@ -26,8 +26,8 @@ from tritonq.reference.average_pool import AdaptiveAverage, Averaging, WindowAve
 class AverageLayer(UnaryLayer):
     """``FQ(mean(x))``, where every result is the mean of some elements of the input; FQ is fake quantization.
 
-    In eval mode, if the grids of input and output are known, on, and of one scale each, it is computed from integer
-    codes (:meth:`exact`). Otherwise torch computes the mean.
+    In eval mode, if the grids of input and output are known, switched on and of one scale each, the mean is computed
+    from integer codes (:meth:`exact`). Otherwise torch computes it.
 
     Examples:
         >>> import torch, tritonq
@@ -40,9 +40,9 @@ class AverageLayer(UnaryLayer):
     @property
     @abstractmethod
     def averaging(self) -> Averaging:
-        """The mean that the layer computes, as data: which elements each mean takes, and what it divides by.
+        """The mean that the layer computes, as an ``AxesAverage``, ``WindowAverage`` or ``AdaptiveAverage``.
 
-        An ``AxesAverage``, ``WindowAverage`` or ``AdaptiveAverage``.
+        It says which elements each mean takes, and what their sum is divided by.
         """
 
     def compute(self, x: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ class AverageLayer(UnaryLayer):
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
         """Return the codes of the mean on the grid ``output``, clipped, as integer runtimes have them; never None here.
 
-        ``codes`` are those of the input, on the grid ``source``. Both are uint8 and counted from the smallest code.
+        ``codes`` are those of the input, on the grid ``source``. Codes of input and result are uint8 CPU tensors, each
+        counted from the smallest code of its grid.
         """
         return average_codes(codes, self.averaging, source, output)
 
@@ -69,8 +70,7 @@ class AverageLayer(UnaryLayer):
         """Return the mean for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it lies on the output's grid, as integer runtimes round it (:meth:`exact`); else it is the mean in
-        float.
+        when it runs, the mean is that of :meth:`exact`, not clipped; else it is the mean in float.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -103,7 +103,7 @@ class Average(AverageLayer):
         return self._averaging
 
     def extra_repr(self) -> str:
-        """Return the kind of mean and its axes or window as text, for ``repr``."""
+        """Return the mean as text for ``repr``, such as ``"AxesAverage(axes=(2, 3), keepdim=False)"``."""
         return repr(self._averaging)
 
 
@@ -116,7 +116,7 @@ class _Pool(AverageLayer):
 
     @classmethod
     def from_float(cls, pool: nn.Module, qconfig: QConfig | None = None) -> AverageLayer:
-        """Return the quantized form of a float pool, with its attributes and mode; its hooks stay with the pool.
+        """Return a new pool of this class with a float pool's attributes and mode, but without its hooks.
 
         Args:
             pool: the float pool, of the class of torch.nn that this class derives from.
@@ -136,7 +136,7 @@ class _WindowPool(_Pool):
 
     @property
     def averaging(self) -> Averaging:
-        """The mean that the pool computes: a ``WindowAverage`` with its kernel, stride, padding and other arguments."""
+        """The mean that the pool computes, a ``WindowAverage`` with its kernel, stride, padding and other arguments."""
         return window_average(self)
 
 
@@ -145,7 +145,7 @@ class _AdaptivePool(_Pool):
 
     @property
     def averaging(self) -> Averaging:
-        """The mean that the pool computes: an ``AdaptiveAverage`` with its output size."""
+        """The mean that the pool computes, an ``AdaptiveAverage`` with its output size."""
         return adaptive_average(self)
 
 
@@ -247,9 +247,9 @@ def window_average(pool: Any) -> WindowAverage:
 
 
 def adaptive_average(pool: Any) -> AdaptiveAverage:
-    """Return the mean of an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` as data: its output size.
+    """Return the mean of an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` as data.
 
-    That is one number per axis; None: the input's size.
+    Its ``output_size`` is a tuple with one number per pooled axis, or None for the input's size along that axis.
     """
     return AdaptiveAverage(per_axis(pool.output_size, _rank(pool)))
 

@@ -18,7 +18,7 @@ from tritonq.reference.conv_bn import BatchNormState
 class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
     """``weight · x + bias`` per channel with fixed numbers, which no training step changes. It is always in eval mode.
 
-    Its running mean is 0 and its running variance 1, so that folding it multiplies a convolution's weight by
+    Its running mean is 0, its running variance 1 and ``eps`` 0, so that folding it multiplies a convolution's weight by
     ``weight``. Weight and bias are buffers, copies of the arguments; there are no parameters.
 
     Args:
@@ -52,9 +52,13 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``γ (x - μ) / sqrt(var + eps) + β`` per channel (axis 1), in the shape and dtype of ``input``.
 
-        In training μ and the biased variance are those of all ranks of the process group, and the running statistics
-        are updated by ``momentum`` (None: they are plain averages), with the unbiased variance. In eval mode they are
-        the running statistics.
+        In training μ and the biased variance are those of all ranks of the process group, or of this batch if
+        ``torch.distributed`` is not initialized; the running statistics are updated by ``momentum`` (None: they are
+        plain averages), with the unbiased variance. In eval mode μ and the variance are the running statistics; if none
+        are kept, those of this batch.
+
+        Raises:
+            ValueError: ``input`` has fewer than 2 axes, or in training without other ranks one value per channel.
         """
         if input.device.type != "cpu":
             return super().forward(input)
@@ -97,16 +101,16 @@ class _Synchronized(torch.autograd.Function):
         eps: float,
         group: Any,
     ) -> Tensor:
-        """Return the normalised ``x``, and update the running statistics.
+        """Return the normalised ``x``, in its shape and dtype, and update the running statistics.
 
         Args:
             ctx: of torch.autograd.
             x: the input, (batch, channels, ...).
             weight: γ; None: 1.
             bias: β; None: 0.
-            running: running mean, running variance (None: not kept) and momentum.
+            running: running mean and running variance (both None: not kept), and momentum.
             eps: added to the variance.
-            group: the ranks that share statistics.
+            group: the process group whose ranks share statistics; all of them must make this call.
         """
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
@@ -160,11 +164,11 @@ class _Synchronized(torch.autograd.Function):
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
     """Return a `BatchNormState` of ``bn`` for one training step, and count the step.
 
-    It has running mean, running variance, momentum and eps.
+    It has running mean, running variance, which ``bn`` must keep, momentum and eps.
 
     The running statistics are the module's own tensors, for the step to update. To count is to add 1 to
-    ``num_batches_tracked``; a ``bn.momentum`` of None becomes 1 over that count, a float64 tensor. In a step that is
-    recomputed for a checkpoint nothing is counted, and the statistics are copies, with momentum 0.
+    ``num_batches_tracked``; a ``bn.momentum`` of None becomes 1 over that count, a 0-d float64 tensor. In a forward
+    that activation checkpointing repeats nothing is counted, and the statistics are copies, with momentum 0.
     """
     running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
     if is_recomputing():
@@ -180,13 +184,16 @@ def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
 def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether ``bn`` is exactly an ``nn.BatchNorm1d``, ``2d`` or ``3d`` without hooks.
 
-    An ``nn.SyncBatchNorm`` without hooks counts too while ``torch.distributed`` is not initialized.
+    An ``nn.SyncBatchNorm``, or a subclass, without hooks counts too while ``torch.distributed`` is not initialized.
     """
     alone = isinstance(bn, nn.SyncBatchNorm) and not (dist.is_available() and dist.is_initialized())
     return (alone or type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not has_hooks(bn)
 
 
 def gamma_signs(bn: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """Return the sign of γ per channel, (channels,), in γ's dtype: -1 where γ < 0, else 1; all 1 if there is no γ."""
+    """Return the sign of γ per channel, (channels,), in γ's dtype: -1 where γ < 0, else 1.
+
+    Without γ all are 1, in the dtype of the running variance, which ``bn`` must then keep.
+    """
     gamma = cast(Tensor, bn.running_var) if bn.weight is None else bn.weight.detach()
     return torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)

@@ -25,11 +25,12 @@ Choice: TypeAlias = Callable[[Tensor], Callable[..., Any]]
 
 
 def traced_families(choices: dict[str, Choice]) -> dict[str, ModuleType]:
-    """Return ``{family: module}`` with the traced form of each operator of `tritonq.reference`.
+    """Return ``{family: module}``: a module has the traced form of each operator of ``tritonq.reference.<family>``.
 
     Args:
-        choices: for operators that run something else than eager code would, by name ``"<family>_<function>"``: a
-            function that is called with the first tensor when the operator runs, and returns the function to run.
+        choices: for operators that run something else than eager code would, by name ``"<family>_<function>"``, such
+            as ``"int8_conv_int8_conv2d"``: a function that is called with the operator's first tensor argument when
+            the operator runs, and returns the function to run, which is called with all arguments by name.
     """
     families = {}
     for family, operators in operators_by_family().items():
@@ -44,10 +45,17 @@ def traced_families(choices: dict[str, Choice]) -> dict[str, ModuleType]:
 def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | None = None) -> Callable[..., Any]:
     """Register the operator ``tritonq::<name>``; return a function with the parameters of ``reference`` that calls it.
 
+    Parameters that only give memory for results (``scratch``) are accepted and ignored.
+
     Args:
-        name: of the operator.
+        name: of the operator, such as ``"eval_join"``.
         reference: a function decorated by :func:`tritonq.reference.operator.operator`.
-        choose: called with the first tensor when the operator runs; returns the function to run. None: ``reference``.
+        choose: called with the first tensor argument when the operator runs; returns the function to run, which is
+            called with all arguments by name. None: ``reference`` runs.
+
+    Raises:
+        TypeError: a parameter has a type that no plain arguments can stand for.
+        ValueError: ``reference`` is said to update something that is no tensor argument.
     """
     spec: OperatorSpec = reference.operator  # type: ignore[attr-defined]
     signature, hints = inspect.signature(reference), get_type_hints(reference)

@@ -51,10 +51,10 @@ def affine(
         x: values on the grid of ``source``; any shape that ``op`` takes.
         weight: float, with any BatchNorm folded in.
         bias: (out,), or None.
-        op: the convolution or product.
+        op: a Convolution or MatrixProduct; for a PaddedConvolution give what its ``padded`` returns.
         channel_axis: axis of the result with the out channels.
         source: grid of the input, per tensor.
-        weights: grid of the weight.
+        weights: grid of the weight, per tensor or per out channel (axis 0 of ``op.to_rows(weight)``); no groups.
         output: grid of the quantizer behind the layer, per tensor, to which integer sums are rounded while it is on;
             None: they are not.
 
@@ -68,21 +68,25 @@ def affine(
 
 
 def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b`` or another join v; if all grids are on, ``round(v / s) · s`` with the output's scale s.
+    """Return the join v of ``a`` and ``b``; if all three grids are on, ``round(v / s) · s`` with the output's scale s.
 
-    The second is computed from codes, in the order of float32 operations of ONNX Runtime, and not clipped:
-    :func:`tritonq.functional.integer_joins.integer_join`.
+    The rounded result is computed from codes (of minimum and maximum: from values), in the order of float32 operations
+    of ONNX Runtime, and not clipped: :func:`tritonq.functional.integer_joins.integer_join`.
 
     Args:
-        kind: ``"add"``, ``"sub"``, ``"mul"``, ``"matmul"``, ``"minimum"`` or ``"maximum"``.
+        kind: which v is: ``"add"``, ``"sub"``, ``"mul"``, ``"matmul"``, ``"minimum"`` or ``"maximum"``.
         a: float tensor on ``grid_a``.
-        b: float tensor on ``grid_b`` that broadcasts against ``a``.
+        b: float tensor on ``grid_b`` that broadcasts against ``a``; for ``"matmul"`` what ``a @ b`` takes.
         grid_a: grid of ``a``, per tensor.
         grid_b: grid of ``b``, per tensor.
-        output: grid of the quantizer behind the operation.
+        output: grid of the quantizer behind the operation, per tensor.
 
     Returns:
-        Tensor in the dtype of torch's ``a + b``; without gradient. If a grid is off, the float result.
+        Tensor in the dtype of torch's ``a + b``; without gradient. If a grid is off, v as torch computes it.
+
+    Raises:
+        ValueError: when the graph runs, for integer sums of ``"matmul"`` that may pass 31 bits, or 53 where codes have
+            more than 8; on a CPU only if all grids are on.
     """
     wide = a.detach().to(torch.promote_types(a.dtype, b.dtype))
     result: Tensor = _join(kind, wide, b.detach(), grid_a, grid_b, output)
@@ -90,12 +94,15 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
 
 
 def on_grid(x: Tensor, output: Grid, source: Grid | None = None) -> Tensor:
-    """Return ``round(x / s) · s``, not clipped, in ``x``'s dtype if the grids are on, else ``x``; without gradient.
+    """Return ``round(x / s) · s``, not clipped, in ``x``'s dtype if all given grids are on, else a copy of ``x``.
+
+    The result has no gradient.
 
     Args:
         x: float tensor.
         output: the grid with scale s, per tensor.
-        source: the grid that ``x`` lies on, per tensor, to which it is rounded first in float32; None: unknown.
+        source: the grid that ``x`` lies on, per tensor, to which it is rounded first in float32; None: unknown, ``x``
+            is not rounded first.
     """
     result: Tensor = _on_grid(x.detach(), output, source)
     return result
@@ -104,7 +111,7 @@ def on_grid(x: Tensor, output: Grid, source: Grid | None = None) -> Tensor:
 def prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
     """Return the PReLU ``v = max(0, x) + weight · min(0, x)``; if both grids are on, ``round(v / s) · s``, not clipped.
 
-    s is the output's scale; then ``x`` is first rounded to its grid, and all is computed in float32.
+    s is the output's scale. If both are on, ``x`` is first rounded to its grid, and all is computed in float32.
 
     Args:
         x: float tensor on the grid of ``source``.
@@ -127,7 +134,7 @@ def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tens
 
     Args:
         x: float tensor on the grid of ``source``.
-        averaging: which elements each mean takes.
+        averaging: which elements each mean takes, and N: axes, windows or adaptive pooling.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the operation, per tensor.
 
@@ -142,14 +149,15 @@ def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tens
 
 
 def function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return f(x): by a table of codes, on the output's grid, if both grids are on, else as torch computes it.
+    """Return f(x): computed from codes, on the output's grid, if both grids are on, else as torch computes it.
 
-    The first is ``round(f(fl((code - z) · s_in)) / s_out) · s_out``, not clipped, with f in float32, in the order of
-    operations of ONNX Runtime, and fl rounding to float32.
+    From codes it is ``round(f(fl((code - z) · s_in)) / s_out) · s_out``, not clipped, with the input's zero point z, f
+    in float32, in the order of operations of ONNX Runtime, and fl rounding to float32. If ``source`` has at most 16
+    bits, values beyond its ends count as its ends.
 
     Args:
         x: float tensor on the grid of ``source``.
-        function: f and its numbers.
+        function: f and its numbers, such as ``Function("leaky_relu", (0.1,))``.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the function, per tensor.
 
@@ -218,8 +226,12 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
     """Compute :func:`join` when the compiled graph runs; the result has ``a``'s dtype.
 
     ``kind`` is as in :func:`join`. The caller gives ``a`` in the wider dtype of both. If the grids of ``a`` and ``b``
-    (``grid_a``, ``grid_b``) and ``output`` are on, it is computed from codes and rounded to ``output``, not clipped;
-    else in float.
+    (``grid_a``, ``grid_b``) and ``output`` are on, it is computed from codes (minimum and maximum: from values) and
+    rounded to ``output``, not clipped; else in float.
+
+    Raises:
+        ValueError: integer sums of ``"matmul"`` may pass 31 bits, or 53 where codes have more than 8; on a CPU only if
+            all grids are on.
     """
     return _chosen(
         (grid_a, grid_b, output),
@@ -230,10 +242,10 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
 
 @operator(returns=Like("x"))
 def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
-    """Return ``round(x / s) · s`` in ``x``'s dtype if the grids are on, else a copy, when the compiled graph runs.
+    """Compute :func:`on_grid`, ``round(x / s) · s`` or a copy of ``x``, when the compiled graph runs, in ``x``'s dtype.
 
-    s is the scale of ``output``, whose type says how ties are rounded. The result is not clipped to the codes of
-    ``output``. With ``source``, ``x`` is first rounded to multiples of that grid's scale, in float32.
+    s is the scale of ``output``. Unless ``output`` and ``source`` (None: not asked) are on, the result is the copy.
+    Else, with ``source``, ``x`` is first rounded to multiples of that grid's scale, in float32. Nothing is clipped.
     """
     if source is None:
         return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
@@ -244,7 +256,8 @@ def run_on_grid(x: Tensor, output: Grid, source: Grid | None) -> Tensor:
 def run_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
     """Compute :func:`prelu`, ``max(0, x) + weight · min(0, x)``, when the compiled graph runs, in ``x``'s dtype.
 
-    If both grids are on, ``x`` is rounded to ``source`` and the result to ``output``, not clipped.
+    If both grids are on, ``x`` is rounded to ``source`` and the result to ``output``, neither clipped; else it is
+    torch's PReLU.
     """
     return _chosen(
         (source, output),
@@ -274,8 +287,8 @@ def run_average(
 ) -> Tensor:
     """Compute the means of ``x`` (:func:`average`) when the compiled graph runs, in ``x``'s dtype.
 
-    One of ``axes``, ``window`` and ``sizes`` (adaptive pooling to these sizes) is given. If both grids are on, sums are
-    exact integers and means are rounded to ``output``, not clipped.
+    Exactly one of ``axes``, ``window`` and ``sizes`` (adaptive pooling to these sizes) is not None. If both grids are
+    on, sums are exact integers and means are rounded to ``output``, not clipped; else torch computes them.
     """
     averaging = _averaging(axes, window, sizes)
     return _chosen(
@@ -289,7 +302,7 @@ def run_average(
 def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
     """Compute f(x) (:func:`function`) when the compiled graph runs, in ``x``'s dtype.
 
-    If both grids are on, it is looked up by codes and rounded to ``output``, not clipped.
+    If both grids are on, it is computed from codes and rounded to ``output``, not clipped; else torch computes it.
     """
     return _chosen(
         (source, output),

@@ -11,11 +11,11 @@ from tritonq.backend import implementation
 
 
 def warning_int8_conv2d(x: Tensor) -> Any:
-    """Return a function that convolves 8-bit codes with sums in int32, by kernel or, as ``x`` decides, by PyTorch.
+    """Return a function that convolves 8-bit codes, by the Triton kernel if it runs on ``x``'s device, else by PyTorch.
 
-    The function takes codes, weight, bias, shift and so on as keyword arguments, as
-    `tritonq.reference.int8_conv.int8_conv2d` names them, and returns accumulators or, with a shift, codes. With
-    ``saturated`` on a CPU each call that clamps accumulators emits a RuntimeWarning with their number.
+    The function takes all arguments of `tritonq.reference.int8_conv.int8_conv2d` by keyword, and returns int32
+    accumulators or, with ``shift``, codes in ``out_dtype``. It adds the number of accumulators that it clamps to
+    ``saturated``; if that is on a CPU, each call that clamps some also emits a RuntimeWarning with their number.
     """
 
     def run(*, saturated: Tensor | None, **arguments: Any) -> Tensor:

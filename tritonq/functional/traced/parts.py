@@ -24,10 +24,11 @@ class Leaf:
     """An argument that ``torch.library`` takes as it is.
 
     Attributes:
-        name: of the argument.
-        kind: its type in a schema, such as ``"Tensor"``, with ``?`` if it may be None.
-        make: applied to an argument that is not None when the operator runs (a list becomes a tuple); None: nothing is
-            applied.
+        name: of the argument; of a structure's field ``<name>_<field>``.
+        kind: its type in a schema of ``torch.library``, such as ``"Tensor"`` or ``"int[]"``, with ``?`` if it may be
+            None.
+        make: applied, when the operator runs, to an argument that is not None: ``tuple`` for a tuple, of which
+            ``torch.library`` makes a list. None: nothing is applied.
     """
 
     name: str
@@ -37,9 +38,9 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class NumberOrTensor:
-    """An argument that is a float or a tensor: two plain arguments, one of which is None.
+    """An argument that is a float or a tensor: two plain arguments, one of which is None; both, if it is None.
 
-    They are called ``<name>_number`` and ``<name>_tensor``.
+    They are called ``<name>_number`` and ``<name>_tensor``, where ``name`` is the argument's.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Structure:
     """An argument that is a dataclass or named tuple: one or more plain arguments per field.
 
     Attributes:
-        name: of the argument; its fields are called ``<name>_<field>``.
-        make: called with the fields by position; returns the structure.
-        fields: name and part of each field.
-        optional: whether the argument may be None; one more plain argument, ``has_<name>``, says whether it is.
+        name: of the argument; the plain arguments of its fields are called ``<name>_<field>``.
+        make: called with the values of the fields by position; returns the dataclass or named tuple.
+        fields: for each field its name in the class, such as ``"scale"``, and its part.
+        optional: whether its own type allows None; one more plain argument comes first then, ``has_<name>``, which is
+            False for None.
     """
 
     name: str
@@ -71,9 +73,9 @@ def describe(name: str, hint: Any, optional: bool = False) -> Part:
 
     Args:
         name: of the parameter.
-        hint: its type: a plain one, a Literal of strings, a tuple or list of plain ones, a dataclass or named tuple;
-            one of these or None; or float or Tensor.
-        optional: whether it is a field of a structure that may be None.
+        hint: its type: a plain one, a Literal of strings, a tuple or list whose elements all have one plain type, a
+            dataclass or named tuple of such fields, or ``float | Tensor``; each of these also with ``| None``.
+        optional: True: it is a field of a structure that may be None, so that its plain arguments may be None.
 
     Raises:
         TypeError: no plain arguments can stand for this type.
@@ -110,8 +112,8 @@ def schema(parts: Parts, mutated: Sequence[str]) -> str:
 
     Args:
         parts: name and part of each parameter.
-        mutated: names of plain arguments that the operator writes to. The mark, such as ``(a1!)``, has the index among
-            all plain arguments, counted from 0.
+        mutated: names of plain arguments that the operator writes to, such as ``"grid_scale"``. Their mark, such as
+            ``(a1!)``, has the argument's index among all plain arguments, counted from 0.
 
     Raises:
         ValueError: a name in ``mutated`` that is no tensor argument.
@@ -142,11 +144,11 @@ def _arguments(parts: Parts) -> Iterator[tuple[str, str]]:
 
 
 def flatten_all(parts: Parts, arguments: dict[str, Any]) -> list[Any]:
-    """Return the values of the plain arguments for ``arguments``, in the order of :func:`schema`.
+    """Return the values of the plain arguments for ``arguments``, in the order of :func:`schema`; tensors are shared.
 
     Args:
         parts: name and part of each parameter.
-        arguments: values of the parameters by name.
+        arguments: a value for each parameter, by name.
     """
     flat: list[Any] = []
     for name, part in parts:
@@ -172,7 +174,7 @@ def rebuild_all(parts: Parts, flat: Sequence[Any]) -> dict[str, Any]:
 
     Args:
         parts: name and part of each parameter.
-        flat: values of the plain arguments, in the order of :func:`schema`.
+        flat: values of all plain arguments, in the order of :func:`schema`; lists become tuples where the type says so.
     """
     values = iter(flat)
     return {name: _rebuild(part, values, True) for name, part in parts}

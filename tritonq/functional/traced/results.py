@@ -24,7 +24,8 @@ _GRID_TENSORS = 3
 def schema(template: Any) -> str:
     """Return the results of a template as a schema spells them: ``"Tensor"``, or ``"(Tensor, Tensor)"`` for two.
 
-    A grid counts as three tensors; without results it is ``"()"``.
+    A grid counts as three tensors, and what is no leaf (an argument as a result, a constant) as none; without leaves it
+    is ``"()"``.
     """
     count = sum(_GRID_TENSORS if isinstance(leaf, CopyOf) else 1 for leaf in _leaves(template))
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
@@ -38,11 +39,11 @@ def pack(tensors: list[Tensor]) -> Any:
 
 
 def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
-    """Return uninitialised tensors with the shapes, dtypes and strides that the results will have.
+    """Return uninitialised tensors with the shapes, dtypes, strides and devices that the results will have.
 
     Args:
-        template: of the result.
-        arguments: of the operator, by name.
+        template: of the result; each leaf gives one tensor, a grid three.
+        arguments: values of the operator's arguments, by name.
     """
     found: list[Tensor] = []
     for leaf in _leaves(template):
@@ -62,15 +63,15 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
 def separate_tensors(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of ``result`` with the strides of :func:`prototypes`, copied if they share memory.
 
-    torch forbids operators to return memory of their inputs, or of each other's results. A tensor with other strides is
-    copied, too, and so is every grid. None in place of a grid gives empty tensors for scale and zero point, and a
-    switch without meaning.
+    torch forbids results that share memory with inputs or with each other. A tensor with other strides is copied, too,
+    and so is every grid. A grid's switch is bool, True for a grid without one; without a zero point that is an empty
+    tensor. None in place of a grid gives empty tensors for scale and zero point, and an uninitialised switch.
 
     Args:
         template: of the result.
-        result: what the implementation returned.
-        arguments: of the operator, by name.
-        inputs: the operator's tensors.
+        result: what the implementation returned, nested as ``template``.
+        arguments: values of the operator's arguments, by name.
+        inputs: all tensors among the operator's plain arguments.
     """
     taken = {_memory(tensor) for tensor in inputs}
     found: list[Tensor] = []
@@ -101,12 +102,14 @@ def _memory(tensor: Tensor) -> int:
 
 
 def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
-    """Return the result in the form in which the reference returns it, from the tensors that the operator returned.
+    """Return the result nested as the reference returns it, from the tensors that the operator returned.
 
     Args:
-        template: of the result. Besides leaves it may hold :class:`~tritonq.reference.operator.Given` for an argument.
-        arguments: of the operator, by name. A ``Given`` becomes its argument. A ``CopyOf`` becomes a grid with the type
-            of the grid that is its argument, and without a zero point if that has none; None if that is None.
+        template: of the result. Besides leaves it may hold :class:`~tritonq.reference.operator.Given` for an argument,
+            and other values, such as True, which are results as they are.
+        arguments: values of the operator's arguments, by name. A ``Given`` becomes the argument that it names. A
+            ``CopyOf`` becomes a grid with the type of the grid argument that it names, and without a zero point if
+            that grid has none; None if that argument is None.
         outputs: a tensor, or a sequence of tensors in the order of the leaves; None: the result is None.
     """
     if outputs is None:
@@ -116,7 +119,11 @@ def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
 
 
 def lookup(name: str, arguments: dict[str, Any]) -> Any:
-    """Return an argument by name from ``arguments``, or an attribute of one: ``"grid.scale"``."""
+    """Return the argument called ``name``, or an attribute of one, such as ``"grid.scale"``.
+
+    ``arguments`` holds the values of the operator's arguments by name. An argument whose attribute is asked for must
+    not be None.
+    """
     first, *fields = name.split(".")
     return reduce(getattr, fields, arguments[first])
 

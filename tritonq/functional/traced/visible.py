@@ -26,16 +26,17 @@ _JOINS = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 def make_visible(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
-    """Register that ``torch.compile`` replaces an operator's call by the PyTorch operations inside, if no kernel runs.
+    """Register that ``torch.compile`` replaces an operator's call by the operations of ``run``, if no kernel runs.
 
     The call stays one call in ``torch.export``, and for tensors of a user's subclass of ``Tensor``.
 
     Args:
         call: the operator, from ``torch.library.custom_op``.
-        run: a function of the same arguments that runs those operations on traced tensors.
-        has_kernel: whether the operator has a Triton kernel; for devices where it runs, the operator stays one call.
-        made_again: whether the backward recomputes results as large as the first tensor instead of saving them, see
-            :func:`tritonq.reference.operator.operator`.
+        run: a function of the same arguments that computes the operator's results by PyTorch operations.
+        has_kernel: whether the operator has a Triton kernel. If so, its call is replaced only where
+            `tritonq.backend.select` chooses "torch" for the first tensor argument.
+        made_again: whether a compiled backward preferably recomputes results that have at least as many elements as
+            the first tensor argument, instead of keeping them.
     """
 
     def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
