@@ -45,16 +45,20 @@ def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> Qu
     """Return the type with codes ``±(2^(word_len - 1) - 1)`` (signed) or ``0 .. 2^word_len - 1`` and no zero point.
 
     It has one fractional length per index of ``axis``; for None one for the tensor. The unsigned type is not symmetric
-    (its ``fixed_zero_point`` is None): who makes a grid of it leaves the zero point at 0.
+    and so pins no zero point: make grids of it with ``zero_point=None``.
 
     Raises:
+        TypeError: ``axis`` is neither an int nor None.
         ValueError: ``word_len`` is no integer in 2..16.
     """
     return QuantizedType(*fixed_point_range(word_len, signed), symmetric=signed, axis=axis)
 
 
 def largest_frac_len(word_len: int, signed: bool) -> int:
-    """Return the largest fractional length, ``word_len`` without the sign's bit: 7 for 8 bits signed, 8 unsigned."""
+    """Return the largest fractional length, ``word_len`` minus a sign bit if signed: 7 for 8 bits signed, 8 unsigned.
+
+    ``word_len`` is not checked.
+    """
     return word_len - int(signed)
 
 
@@ -70,8 +74,8 @@ def fixed_point_quantize(
     """Round ``x`` to fixed point with ``frac_len`` fraction bits.
 
     ``y = clamp(round_half_even(x * 2^fl), lo, hi) * 2^-fl`` with codes ``±(2^(wl-1)-1)`` (signed) or ``0..2^wl-1``.
-    Gradient: ``dy`` where the rounded code lies strictly between ``lo`` and ``hi``, else 0: in an unsigned format the
-    clamp at 0 is a ReLU. NaN stays NaN with zero gradient, infinities saturate.
+    Gradient of ``x``: ``dy`` where the rounded code lies strictly between ``lo`` and ``hi``, else 0: in an unsigned
+    format the clamp at 0 is a ReLU. ``frac_len`` gets none. NaN stays NaN with zero gradient, infinities saturate.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
@@ -80,15 +84,16 @@ def fixed_point_quantize(
             checked, since that would synchronise.
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
-        axis: axis of ``x`` that ``frac_len`` runs along, or None.
+        axis: axis of ``x`` that ``frac_len`` runs along, may be negative; None: one ``frac_len`` for all of ``x``.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
         Tensor of ``x``'s shape, dtype and memory format; all backends give the same bits.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
-        ValueError: word length or fractional length out of range or not an integer, a wrong axis, shape or device.
+        TypeError: ``x`` is no float tensor, or ``axis`` no int.
+        ValueError: word length or fractional length out of range or not a whole number, an axis out of range, or a
+            tensor ``frac_len`` of another shape or device.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/fixed-point.md (F8Net's fix_quant).
@@ -108,14 +113,15 @@ def quantize_fixed_point(
 ) -> Tensor:
     """Round ``x`` to ``clamp(round_half_even(x · 2^frac_len), lo, hi) · 2^-frac_len`` without checking the arguments.
 
-    Gradient: ``dy`` where the rounded code lies strictly between the ends lo and hi of the codes, else 0.
+    Gradient: ``dy`` where the rounded code lies strictly between the smallest code lo and the largest hi, else 0.
 
     Args:
-        x: any shape; float32, float16, bfloat16 or float64, as the result.
-        frac_len: integer tensor on ``x``'s device; one element, or one per index of ``qtype.axis``.
+        x: any shape; float32, float16, bfloat16 or float64. The result has its shape and dtype.
+        frac_len: int32 or int64 on ``x``'s device; one element, or (x.shape[axis],) with the axis of ``qtype``.
         qtype: range of codes and axis, from :func:`fixed_point_type`.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
-        enabled: the switch, a one-element uint8 tensor: 0 lets values and gradients pass unchanged. None: on.
+        enabled: the switch, a one-element uint8 tensor on ``x``'s device: 0 lets values and gradients pass unchanged.
+            None: on.
     """
     return fake_quantize(x, Grid(power_of_two(-frac_len), None, qtype, enabled), backend, blocks_ends=True)
 
@@ -123,7 +129,7 @@ def quantize_fixed_point(
 def search_frac_len(
     x: Tensor, word_len: int = 8, signed: bool = True, *, axis: int | None = None, backend: Backend = "auto"
 ) -> Tensor:
-    """Return the fractional length that rounds ``x`` with the least root mean square error; of equals the smallest.
+    """Return the fractional length that rounds ``x`` with the least root mean square error; of several the smallest.
 
     Rounding is that of :func:`fixed_point_quantize`, clamp included. Every candidate ``0..word_len - signed`` is tried,
     in one read of ``x``. Values that are not finite don't count. The same input always gives the same result; nothing
@@ -133,15 +139,15 @@ def search_frac_len(
         x: any shape and strides; float32, float16, bfloat16 or float64.
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
-        axis: None for one result, else one per index of this axis.
+        axis: None for one result, else one per index of this axis; may be negative.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
-        int32 on ``x``'s device, 0-d or (x.shape[axis],); 0 for an empty tensor.
+        int32 on ``x``'s device, 0-d or (x.shape[axis],); 0 where no value is finite, as in an empty tensor.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
-        ValueError: a word length or an axis out of range.
+        TypeError: ``x`` is no float tensor, or ``axis`` no int.
+        ValueError: ``word_len`` is no integer in 2..16, or ``axis`` is out of range.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/fixed-point.md.
@@ -172,14 +178,15 @@ def statistic_frac_len(
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
         statistic: ``"std"``, ``"mean_abs"`` or ``"rms"``.
-        axis: None for one result, else one per index of this axis.
+        axis: None for one result, else one per index of this axis; may be negative.
 
     Returns:
-        int32 on ``x``'s device, 0-d or (x.shape[axis],); the largest length for an empty tensor.
+        int32 on ``x``'s device, 0-d or (x.shape[axis],); the largest length where no value is finite, as in an empty
+        tensor.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
-        ValueError: an unknown statistic, a word length or an axis out of range.
+        TypeError: ``x`` is no float tensor, or ``axis`` no int.
+        ValueError: an unknown statistic, ``word_len`` is no integer in 2..16, or ``axis`` is out of range.
 
     Source: docs/fixed-point.md.
 

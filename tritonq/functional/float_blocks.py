@@ -34,20 +34,22 @@ def fake_quantize_float(
     - ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"fp6_e2m3"``, ``"fp6_e3m2"``, ``"fp4_e2m1"``: ``s`` is ``scale``. The gradient
       is ``dy`` where ``x/s`` rounds to a finite number of the format, 0 where it saturates and at NaN.
     - ``"mxfp8"`` (also ``"mxfp8_e4m3"``), ``"mxfp8_e5m2"``, ``"mxfp6_e2m3"``, ``"mxfp6_e3m2"``, ``"mxfp4"``: each 32
-      elements along ``axis`` share a power of two, found from their largest magnitude.
-    - ``"nvfp4"``: each 16 elements along ``axis`` share an E4M3 number, and the tensor has a float32 ``scale``, by
-      default its largest magnitude over 6 · 448.
+      elements along ``axis`` share an ``s``, a power of two found from their largest magnitude.
+    - ``"nvfp4"``: each 16 elements along ``axis`` share an E4M3 number; ``s`` is this number times the tensor's float32
+      ``scale``, by default its largest finite magnitude over 6 · 448 (1 if that is 0).
 
-    In block formats the gradient is ``dy`` everywhere, and nothing is saved for it. NaN stays NaN; in block formats the
-    scale of its block is NaN, and with it the whole block. Infinities saturate.
+    In block formats (the last two items) the gradient is ``dy`` everywhere, and nothing is saved for it; the last block
+    of an axis may be shorter. NaN stays NaN, and makes its whole block NaN. Infinities saturate; in the largest
+    magnitude of a block they count as the largest float32.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
         format: one of those above.
-        scale: a number or a float tensor on ``x``'s device: one element, or ``x.shape[axis]``; None: 1. Of ``"nvfp4"``
-            one element. Block formats with powers of two take none.
-        axis: where ``scale`` has several elements, the axis that they lie along (None: one element); of block formats
-            the axis that the blocks lie along (None: the last). May be negative.
+        scale: a number or a float tensor on ``x``'s device: one element without ``axis``, else (x.shape[axis],); None:
+            1. Of ``"nvfp4"`` one element, None as above. Block formats with powers of two take none. Values of CUDA
+            tensors are not checked.
+        axis: the axis that the elements of ``scale`` lie along (None: one scale); of block formats the axis that the
+            blocks lie along (None: the last). May be negative.
         scale_rounding: of powers of two. ``"floor"`` as the OCP specification has it: the block's largest elements may
             saturate. ``"ceil"``: no element saturates.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
@@ -56,7 +58,7 @@ def fake_quantize_float(
         Tensor of ``x``'s shape, dtype and memory format. The arithmetic is float32 (float64 for float64 input).
 
     Raises:
-        TypeError: ``x`` or scale of the wrong kind.
+        TypeError: ``x`` is no float tensor, scale neither a number nor a float tensor, or ``axis`` no int.
         ValueError: an unknown format or rounding, ``"ceil"`` for a format without scales that are powers of two, an
             axis out of range, or a scale that the format does not take, that is not positive and finite, requires a
             gradient, or has another shape or device.
@@ -98,25 +100,26 @@ def fake_quantize_blocks(
     backend: Backend = "auto",
     enabled: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x`` to a block format: what the public function and the modules call; differentiable.
+    """Round ``x`` to a block format: what :func:`fake_quantize_float` and the modules call; differentiable.
 
     ``y = round(x / s) * s``, to the nearest element, ties to even, saturating, with one scale s per block. With m the
     block's largest magnitude and ``L = 2^E · f``, ``1 <= f < 2``, the largest element:
 
-    - e8m0 scales: ``s = 2^e``, ``e = floor(log2 m) - E``; with ``"ceil"`` one more where ``m > L · 2^e``.
+    - e8m0 scales: ``s = 2^e``, ``e = floor(log2 m) - E``, clamped to ``-127 .. 127 - E``; with
+      ``blocks.scale_rounding="ceil"`` e is one more where ``m > L · 2^e``.
     - e4m3 scales: ``s = e4m3(m / (L · t)) · t`` with the tensor's scale t.
 
     If the axis is no multiple of the block size, its last block is shorter. A block of zeros stays 0, and one with NaN
-    becomes NaN. The gradient is ``dy`` everywhere. Nothing is checked.
+    becomes NaN; infinities count as the largest float32. The gradient is ``dy`` everywhere. Nothing is checked.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64.
         blocks: the format of elements and scales, and the block size.
         axis: the axis that blocks run along; not negative.
-        tensor_scale: scale of the whole tensor, float32 of one element; None: computed from ``x`` if block scales are
-            e4m3. Block scales in e8m0 take none.
+        tensor_scale: t, float32 of one element on ``x``'s device; None: that of :func:`float_tensor_scale` if block
+            scales are e4m3. With block scales in e8m0 it must be None.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
-        enabled: the switch, bool or uint8 of one element; 0 lets values pass unchanged. None: on.
+        enabled: the switch, bool or uint8 of one element on ``x``'s device; 0 lets values pass unchanged. None: on.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
@@ -134,17 +137,18 @@ def fake_quantize_blocks(
 
 
 def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto") -> Tensor:
-    """Return ``m / (L · 448)``: with this scale the largest magnitude m of ``x`` becomes the largest element L.
+    """Return the scale of a whole tensor, ``m / (L · 448)``, with m the largest magnitude of ``x``.
 
-    448 is the largest e4m3 number, the greatest scale of a block.
+    L is the largest element of the format, and 448 the largest e4m3 number: m becomes L in a block of that scale.
 
     Args:
-        x: any shape; values that are not finite don't count. The scale is 1 if it would be 0, or if none is finite.
+        x: any shape and float dtype; values that are not finite don't count. The scale is 1 if it would be 0, or if no
+            value is finite.
         blocks: a format with e4m3 scales.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
-        0-d float32 tensor.
+        0-d float32 tensor on ``x``'s device.
 
     Source: NVIDIA Transformer Engine, NVFP4.
     """

@@ -50,7 +50,10 @@ def fold_conv_bn(
         beta: (out,) or None.
         eps: added to the variance.
         transposed: whether the convolution is a transposed one.
-        groups: its groups (they matter when transposed).
+        groups: number of groups of the convolution; read only when transposed.
+
+    Returns:
+        New tensors, in the dtypes that torch promotes the arguments to.
 
     Raises:
         TypeError: the weight is not a floating point tensor.
@@ -78,9 +81,10 @@ def fold_conv_bn(
 
 
 def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
-    """Return a copy of ``conv`` that computes ``bn(conv(x))`` in eval mode.
+    """Return a copy of ``conv`` that computes what ``bn(conv(x))`` gives while ``bn`` is in eval mode.
 
-    Its weight and bias (new if ``conv`` has none) are new parameters that require gradients if ``conv.weight`` does.
+    Its weight and bias (even if ``conv`` has none) are new parameters; they require gradients if ``conv.weight`` does.
+    ``conv`` and ``bn`` stay as they are; ``bn`` may be in either mode.
 
     Args:
         conv: ``nn.Conv1d`` to ``nn.Conv3d``, or a transposed one.
@@ -88,7 +92,8 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: not a convolution, or not a BatchNorm.
-        ValueError: a BatchNorm without running statistics or of another number of channels.
+        ValueError: a BatchNorm without running statistics or of another number of channels, or with a running variance
+            that is negative or not finite (checked on CPU tensors only).
 
     Source: docs/conv-bn.md, "Folding"; torch.nn.utils.fusion.
 

@@ -28,12 +28,12 @@ def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) 
     """Return f of quantized values as integer runtimes compute it: on the output's grid, before clipping.
 
     ``round(f(fl((code - z) · s_in)) / s_out) · s_out`` with f in float32, in the order of operations in which ONNX
-    Runtime computes it. For grids of up to 16 bits a table holds the result of every code, so that it is the same in
-    every memory format, and values beyond the grid count as its ends. Of wider grids f is computed directly.
+    Runtime computes it; the type of ``output`` says how ties are rounded. For a ``source`` of up to 16 bits a table
+    holds the result of every code, and values beyond its ends count as its ends. NaN stays NaN.
 
     Args:
         x: float tensor of values ``(code - zero_point) * s_in``.
-        function: f and its numbers, such as ``Function("hardswish")``.
+        function: f and its numbers, such as ``Function("hardswish")`` or ``Function("leaky_relu", (0.1,))``.
         source: the input's grid, per tensor.
         output: grid of the quantizer behind the function, per tensor.
 
@@ -54,11 +54,11 @@ def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) 
 def integer_prelu(x: Tensor, weight: Tensor, source: Grid, output: Grid) -> Tensor:
     """Return ``v = max(0, x) + weight · min(0, x)`` on the output's grid of scale s: ``round(v / s) · s``, not clipped.
 
-    All is float32, in ONNX Runtime's order of operations.
+    All is float32, in ONNX Runtime's order of operations. The type of ``output`` says how ties are rounded.
 
     Args:
         x: float tensor of values ``(code - zero_point) * scale`` of ``source``; rounded to these in float32 first.
-        weight: float, (1,) or one per channel on axis 1.
+        weight: float, (1,) or (x.shape[1],).
         source: the input's grid, per tensor.
         output: grid of the quantizer behind the operation, per tensor.
 
@@ -75,8 +75,8 @@ def requantized(x: Tensor, source: Grid, output: Grid) -> Tensor:
     Ties are rounded as the type of ``output`` says.
 
     Args:
-        x: float tensor of values ``(code - zero_point) * scale`` of ``source``. A value that differs from these, as in
-            16 bits, is first replaced by the nearest one in float32.
+        x: float tensor of values ``(code - zero_point) * scale`` of ``source``. A value that differs from these, as
+            float16 and bfloat16 do, is first replaced by the nearest one in float32.
         source: the input's grid, per tensor.
         output: the result's grid, per tensor.
     """
@@ -90,15 +90,15 @@ def _exact_values(x: Tensor, source: Grid) -> Tensor:
 
 
 def function_codes(codes: Tensor, function: Function, source: HostGrid, output: HostGrid) -> Tensor:
-    """Return ``clip(round(f(fl((code - z_in) · s_in)) / s_out) + z_out)`` for each code, from a table that is kept.
+    """Return ``clip(round(f(fl((code - z_in) · s_in)) / s_out) + z_out)`` for each code, from a cached table.
 
     f is computed in float32, in the order of operations in which ONNX Runtime computes it.
 
     Args:
         codes: uint8 codes of the input on the CPU, counted from 0 (the smallest code of the grid).
         function: f and its numbers.
-        source: the input's grid, with z_in counted likewise.
-        output: the result's grid; its ``half_even`` says how ties are rounded.
+        source: the input's grid: s_in and z_in are its ``scale`` and ``zero``.
+        output: the result's grid, for s_out and z_out; its ``half_even`` says how ties are rounded.
 
     Returns:
         uint8, counted from 0, in the shape and order of ``codes``.
@@ -110,13 +110,14 @@ def concatenated_codes(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> T
     """Concatenate tensors that carry codes, on the output's grid: codes on other grids become ``clip(round(x/s) + z)``.
 
     Args:
-        tensors: float32 tensors on the CPU that need no gradient (`codes.can_use_codes`).
+        tensors: float32 tensors on the CPU, each accepted by `codes.can_use_codes`; at least one.
         dim: the axis of the concatenation.
-        output: grid of the quantizer behind it, per tensor.
+        output: grid of the quantizer behind it; gives scale s, zero point z and how ties are rounded.
 
     Returns:
-        A float32 tensor of values on ``output`` that carries its codes; None if a tensor carries none, or ``output``
-        has no codes of one byte.
+        A float32 tensor of values on ``output`` that carries its codes, as `codes.give_codes` returns it (without codes
+        in ``torch.inference_mode`` outside of a converted model); None if a tensor carries none, or ``output`` has an
+        axis or over 256 codes, or is not on the CPU.
     """
     target, parts = host_grid(output), []
     if target is None:
@@ -167,12 +168,13 @@ def quantized_function(
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
         function: f and its numbers.
-        source: the grid that ``x`` lies on, so that the backward keeps codes of one byte; None: it keeps ``x``.
+        source: the grid that ``x`` was rounded to, so that its codes of one byte can be kept for the backward. With
+            None, or a grid of more than 8 bits, ``x`` itself is kept. Ignored if f is a chain.
         grid: of the result, per tensor.
         statistics: the running range of ``grid``, which f(x) updates; None observes nothing.
 
     Returns:
-        Tensor of ``x``'s shape and dtype.
+        Tensor of ``x``'s shape and dtype; f(x) while ``grid`` is switched off or ``statistics`` have no data.
     """
     *earlier, last = function.steps
     for step in earlier:

@@ -13,7 +13,7 @@ from tritonq.functional.memo import held_tensors
 def needs_gradient(module: nn.Module, *tensors: Tensor | None) -> bool:
     """Whether autograd records what a module computes of some tensors.
 
-    That is so if gradients are on and one of the tensors, or a parameter of the module or a descendant, requires one.
+    That is so if gradients are on and a tensor, or a parameter or buffer of the module or a descendant, requires one.
 
     Args:
         module: the module whose forward asks.

@@ -31,7 +31,7 @@ class GroupRows:
     granularity: Granularity
 
     def split(self, x: Tensor) -> Tensor:
-        """Return ``x`` as (groups, size): a view if the axis is the innermost in memory, else a copy.
+        """Return ``x``, of the shape ``shape``, as (groups, size): a view where its strides allow one, else a copy.
 
         Groups are in the order of the tensor's elements after the axis was moved to the end. For groups of 32 along
         axis 0 of a (64, 4) tensor the first rows are ``x[:32, 0]``, ``x[32:, 0]`` and ``x[:32, 1]``.
@@ -39,7 +39,7 @@ class GroupRows:
         return x.movedim(self.axis, -1).reshape(-1, self.granularity.group or 1)
 
     def join(self, rows: Tensor) -> Tensor:
-        """Return a (groups, size) matrix in the tensor's shape; the groups' axis is the innermost in memory."""
+        """Return a view of a contiguous (groups, size) matrix in the tensor's shape; the inverse of :meth:`split`."""
         moved = [size for axis, size in enumerate(self.shape) if axis != self.axis] + [self.shape[self.axis]]
         return rows.view(moved).movedim(-1, self.axis)
 
@@ -47,7 +47,7 @@ class GroupRows:
         """Return values, one per group, as a vector (groups,), in the order of the rows of :meth:`split`.
 
         Args:
-            name: of the argument, for the message.
+            name: name of the argument in the error's message, such as ``"scale"``.
             value: such as scales: shaped as the tensor, but with one index per group along the groups' axis.
 
         Raises:
@@ -84,17 +84,18 @@ def in_groups(
     """Apply a function of rows to the groups of ``x``; returns its result in the shape of ``x``.
 
     Args:
-        function: called with (groups, size) values, (groups,) scales, and zero points, as an int or (groups,).
+        function: called with (groups, size) values, (groups,) scales, and zero points, as an int or (groups,); returns
+            a contiguous tensor (groups, size).
         x: the tensor.
         scale: one per group: shaped as ``x``, but with one index per group along ``axis``.
         zero_point: an int, or shaped as ``scale``.
-        axis: that groups lie along.
+        axis: that groups lie along; may be negative. None raises.
         group_size: elements of a group.
 
     Raises:
-        TypeError: the group size is no int.
-        ValueError: there is no axis, it is out of range, its length is no multiple of the group's size, or scale or
-            zero point have another shape.
+        TypeError: the group size or the axis is no int.
+        ValueError: there is no axis, it is out of range, the group size is below 1 or does not divide the axis, or
+            scale or zero point have another shape.
     """
     if axis is None:
         raise ValueError("groups lie along an axis, got axis=None")
@@ -106,7 +107,7 @@ def in_groups(
 
 
 def group_rows(x: Tensor, granularity: Granularity) -> GroupRows | None:
-    """Return how a tensor becomes one row per group; None if ``granularity`` has no groups.
+    """Return how ``x`` becomes a matrix of one group per row; None if ``granularity`` has no groups.
 
     Raises:
         ValueError: the axis is out of range, or its length no multiple of the group's size.
@@ -119,7 +120,13 @@ def group_rows(x: Tensor, granularity: Granularity) -> GroupRows | None:
 
 
 def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    """Return ``x`` as (groups, size) rows and its grid with a scale per row; both unchanged if it has no groups."""
+    """Return ``x`` as (groups, size) rows and its grid with a scale per row; both themselves if it has no groups.
+
+    The result's grid shares the tensors of ``grid``, in which scales of groups are (groups,), in the order of rows.
+
+    Raises:
+        ValueError: ``x`` lacks the grid's axis, or its length is no multiple of the group's size.
+    """
     rows = group_rows(x, grid.granularity)
     if rows is None:
         return x, grid
@@ -129,15 +136,19 @@ def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
 def codes_on(x: Tensor, grid: Grid) -> Tensor:
     """Return ``clamp(round(x/s) + z, quant_min, quant_max)``, codes as whole float32 numbers, in the shape of ``x``.
 
-    The grid may have any granularity; its switch is not read. If its type is a float format, the result is numbers of
-    that format: ``x/s`` rounded.
+    For float64 they are float64; NaN stays NaN. The grid may have any granularity; its switch is not read. If its type
+    is a float format, the result is numbers of that format: ``x/s`` rounded.
     """
     rows = group_rows(x, grid.granularity)
     return quantize(x, grid) if rows is None else rows.join(quantize(*as_rows(x, grid)))
 
 
 def aligned(values: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
-    """Return ``values``, one per scale of ``x`` (such as the scales themselves), shaped to broadcast against ``x``."""
+    """Return ``values``, one per scale of ``x`` (such as the scales themselves), shaped to broadcast against ``x``.
+
+    ``values`` are one element, (channels,), or (groups,) in the order of :meth:`GroupRows.split`. The result is a view;
+    with groups a tensor of the shape of ``x``.
+    """
     rows = group_rows(x, granularity)
     if rows is None:
         return granularity.align(values, x.dim())

@@ -21,7 +21,7 @@ def histogram(
     """Count the values of ``x`` in ``bins`` equal bins from ``lo`` to ``hi``; no gradient.
 
     Bin i counts ``floor((x - lo) * bins / (hi - lo)) == i`` in float32, the last one ``x == hi`` too. Values outside
-    the range and NaN are not counted. Equals ``torch.histc(x, bins, lo, hi)``, as integers, which hold past 2^24.
+    the range and NaN are not counted. Equals ``torch.histc(x, bins, lo, hi)``, but in int64, so exact past 2^24.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64 (then the arithmetic is float64).
@@ -32,12 +32,13 @@ def histogram(
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:
-        int64, (bins,) or (x.shape[axis], bins).
+        int64 on ``x``'s device, (bins,) or (x.shape[axis], bins).
 
     Raises:
-        TypeError: ``x`` is not floating point, or ``bins`` not an int.
-        ValueError: bins out of range; a range that is empty, or ``(hi - lo) * bins`` not finite, in the arithmetic's
-            dtype; an axis out of range.
+        TypeError: ``x`` is no float tensor, or ``bins`` or ``axis`` no int.
+        ValueError: bins out of range; ``lo >= hi``, or ``(hi - lo) * bins`` not finite, in the arithmetic's dtype; an
+            axis out of range.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: torch.histc.
 

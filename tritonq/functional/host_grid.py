@@ -28,13 +28,13 @@ class HostGrid(NamedTuple):
     half_even: bool
 
     def to_grid(self) -> Grid:
-        """Return the same grid with tensors (on the CPU); its codes are counted from 0."""
+        """Return the same grid with new tensors (1,) on the CPU, without a switch; its codes are counted from 0."""
         qtype = QuantizedType(0, self.largest, False, rounding="half_even" if self.half_even else "half_away")
         return Grid(torch.tensor([self.scale]), torch.tensor([self.zero], dtype=torch.int32), qtype)
 
 
 def host_grid(grid: Grid) -> HostGrid | None:
-    """Return a grid's numbers; None if it has several scales or over 256 codes, or is not on the CPU.
+    """Return a grid's numbers; None if its type has an axis or over 256 codes, or it is not on the CPU.
 
     Its codes must be integers: that is not checked. Its switch is not read.
     """

@@ -43,7 +43,7 @@ _MAX_WIDE_SUM = 2**53 - 2**30
 
 @dataclass(frozen=True)
 class IntegerAffine:
-    """A convolution or linear layer in integers: ``y = (op(x codes, weight) + bias) · multiplier``.
+    """A convolution or linear layer in integers: ``y = (op(x_code - x_zero, weight) + bias) · multiplier``.
 
     Attributes:
         weight: codes minus zero points, integer-valued, any dtype; shaped as the float weight.
@@ -73,7 +73,7 @@ class IntegerAffine:
     def sum_bound(self) -> float:
         """An upper bound of the magnitudes of all partial sums of products, without bias; infinite if not known.
 
-        The first call may wait for a device.
+        Its first reading may wait for a device.
         """
         # Before Python 3.12 `functools.cached_property` takes a lock, which torch.compile cannot trace.
         known = self.__dict__
@@ -86,9 +86,11 @@ class IntegerAffine:
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
     """Return an upper bound of ``|Σ (x_code - x_zero) w|``: ``max over out channels of Σ|w| · max|x_code - x_zero|``.
 
+    It waits for a GPU. Of an empty weight it is 0.
+
     Args:
-        rows: the weight's codes minus zero points, (out, ...).
-        input_zero_point: of the input, one element or one per channel.
+        rows: w, the weight's codes minus zero points, (out, ...).
+        input_zero_point: of the input, one element or one per channel, of which that with the largest codes counts.
         input_type: the range of the input's codes.
     """
     if rows.numel() == 0:
@@ -100,10 +102,10 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
 def largest_product(*codes: tuple[QuantizedType, Tensor | None]) -> int:
     """Return an upper bound of the magnitude of a product of codes, one of each type, each minus its zero point.
 
-    Only the types are read, no tensor: a zero point lies among the codes.
+    Zero points are not read: any code is taken to be possible.
 
     Args:
-        codes: for each factor its type and zero point; None for a zero point of 0.
+        *codes: for each factor its type and zero point; None for a zero point of 0.
     """
     largest = 1
     for qtype, zero_point in codes:
@@ -141,11 +143,13 @@ class Rows(Protocol):
 def to_integers(
     weight: Tensor, bias: Tensor | None, layout: Rows, source: Grid, grid: Grid, may_wait: bool = True
 ) -> IntegerAffine:
-    """Return a layer in integers: the codes of its weight and bias on their grids, whether these are on or off.
+    """Return a layer in integers: the codes of its weight and bias on their grids, whose switches are not read.
 
     With scales s_in and s_w: weight codes are ``clip(round(w / s_w) + z) - z``, those of the bias ``round(bias / (s_in
     s_w))``. First s_w is raised in channels whose bias and sums together might not fit 32 bits. If codes of input or
-    weight have more than 8 bits, the bias alone must fit 32 bits, and bias and sums together stay below 2^53.
+    weight have more than 8 bits, the bias alone must fit 32 bits, and bias and sums together stay below 2^53. The
+    result's ``weight_scale`` is the raised s_w; ``grid`` is not changed. ``input_scale`` and zero points share memory
+    with the grids. Call it in ``torch.no_grad``.
 
     Args:
         weight: the float weight, with any BatchNorm folded in, as the layer lays it out.
@@ -153,8 +157,8 @@ def to_integers(
         layout: brings the weight's out channels to axis 0 and back.
         source: the input's grid, per tensor.
         grid: the weight's, per tensor or per out channel (axis 0 of the rows).
-        may_wait: whether the bound of the sums may be computed from the codes when it is asked for, which waits for a
-            GPU; if not, infinity stands for it.
+        may_wait: whether the result's ``sum_bound`` may be computed from the codes when it is read, which waits for a
+            GPU; if not, it is infinity.
     """
     rows = layout.to_rows(weight.float())
     zero, qtype = _zero_point(grid).expand(len(rows)), grid.qtype
@@ -183,10 +187,10 @@ def integer_affine(
     Args:
         x: float tensor of values ``(code - zero_point) · input_scale``.
         layer: weight and bias as integers, and ``multiplier``, input scale times weight scale.
-        op: the convolution or product; called with codes and weight codes.
+        op: the convolution or product; called with the input's and the weight's codes, both minus zero points.
         channel_axis: axis of the result with the out channels.
         output: the grid of the quantizer behind the layer, per tensor, or None. The caller applies a ReLU between them
-            to the result, which stays on the grid.
+            to the result, which stays on the grid. Ties are rounded as its type says.
 
     Returns:
         Without ``output``: float32 ``fl(sums + bias) · multiplier``, where fl rounds to float32 once. With it:
@@ -202,7 +206,7 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
     """Return ``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers as float32 or float64.
 
     ``x`` are the input's values (not codes), ``layer`` the layer's integers, ``op`` its convolution or product, called
-    as ``op(x, weight)``; the shape is that of ``op``'s result.
+    as ``op(x_code - x_zero, layer.weight)``; the shape is that of ``op``'s result.
     """
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.
@@ -216,8 +220,8 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
 def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
     """Return the float32 values of a layer from its integer sums: ``fl(total + bias) · multiplier``.
 
-    With ``output`` they are ``round(fl(total + bias) · fl(multiplier / s)) · s`` with its scale s, not yet clipped.
-    fl rounds to float32 once, also where ``total`` is float64.
+    With ``output`` they are ``round(fl(total + bias) · fl(multiplier / s)) · s`` with its scale s, not yet clipped;
+    ties are rounded as its type says. fl rounds to float32 once, also where ``total`` is float64.
 
     Args:
         total: exact sums of products without bias, float32 or float64; may be overwritten.
@@ -250,7 +254,7 @@ def _is_direct(device: torch.device) -> bool:
 def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
     """Return ``round(bias / multiplier)`` as int32, ties to even, in float64; clipped to ±(2^31 - 128).
 
-    ``bias`` and ``multiplier`` (input scale times weight scale) are float tensors, (out,) or one element.
+    ``bias`` and ``multiplier`` (input scale times weight scale) are finite float tensors, (out,) or one element.
     """
     codes = (bias.double() / multiplier.double()).round()
     return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
@@ -296,7 +300,8 @@ def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale:
     """Return the weight scale, raised in channels whose bias would not fit 32 bits in steps of input × weight scale.
 
     It is at least ``|bias| / (input_scale · (2^31 - 128))``, rounded up in float32. Scales that are too small occur in
-    dead channels (γ = 0); their weight codes only become smaller. Without bias the result is ``weight_scale`` itself.
+    dead channels (γ = 0); their weight codes only become smaller. Without bias the result is ``weight_scale`` itself,
+    else a new tensor (out,).
 
     Args:
         weight_scale: float32 (out,).

@@ -36,10 +36,10 @@ def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
 
 
 def joint_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """Return the dtype of :func:`float_join` of two float tensors: the wider one, of tensors with axes if one has any.
+    """Return the dtype of :func:`float_join` of two float tensors: the wider one, or float32 for float16 and bfloat16.
 
-    That of float16 and bfloat16 is float32. It is that of ``torch.result_type``, which no graph of ``torch.compile``
-    can hold.
+    A 0-d tensor does not count beside one with axes. It is the dtype of ``torch.result_type``, which no graph of
+    ``torch.compile`` can hold.
     """
     counted = [operand.dtype for operand in (a, b) if operand.dim()] or [a.dtype, b.dtype]
     return torch.promote_types(counted[0], counted[-1])
@@ -59,10 +59,14 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
         b: float tensor of values on ``grid_b``; broadcasts against ``a`` except for ``"matmul"``.
         grid_a: grid of ``a``, per tensor.
         grid_b: grid of ``b``, per tensor.
-        output: grid of the quantizer behind the operation (a ReLU between them keeps values on it).
+        output: grid of the quantizer behind the operation, per tensor; its type says how ties are rounded. (A ReLU
+            between operation and quantizer keeps values on it.)
 
     Returns:
         float32, without gradient.
+
+    Raises:
+        ValueError: a ``"matmul"`` whose sums may be too large, as :func:`integer_matmul` says.
     """
     with torch.no_grad():
         return _IN_INTEGERS[kind](a, b, grid_a, grid_b, output)
@@ -74,7 +78,7 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
     The result is ``(code - z_out) · s_out``. With ratios ``r = scale / s_out``, all in float32, and fma rounded once:
     ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. u, v are the operands' codes, counted
     from 0 (the smallest code of their type), and z zero points counted likewise; the output's type says how ties are
-    rounded. If one summand is broadcast to the other's shape, it counts as the second; of two summands with one element
+    rounded. A summand that is broadcast to the other's shape takes the part of b; if both have one shape of one element
     the first does; :func:`is_second` has the rule.
 
     Args:
@@ -104,7 +108,8 @@ def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 
     The result is ``(code - z_out) · s_out``. With ``r_a = s_a / s_out``, ``r_b = -s_b / s_out`` in float32, and fma
     rounded once: ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``; u, v are the operands'
-    codes counted from 0 (the smallest code of their type), z zero points counted likewise.
+    codes counted from 0 (the smallest code of their type), z zero points counted likewise. Ties and broadcasting are
+    those of :func:`integer_add`.
 
     Args:
         a: float tensor of values on ``grid_a``.
@@ -125,7 +130,8 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
     """Return ``a * b`` on the output's grid, before clipping.
 
     The result is ``(code - z) · s_out``. With u, v the codes minus zero points, z the output's zero point counted from
-    its smallest code, and fl rounding to float32: ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
+    its smallest code, and fl rounding to float32: ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``. The
+    output's type says how ties are rounded.
 
     Args:
         a: float tensor of values on ``grid_a``.
@@ -156,7 +162,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 
     The result is ``(code - z) · s_out`` with the output's zero point z. With u, v the operands' codes minus zero points
     and fl rounding to float32: ``code = round(fl(Σ u v) · fl(fl(s_a s_b) / s_out)) + z``. The sums are exact, in
-    whatever order they are added: int32 where both operands have up to 8 bits, else int64.
+    whatever order they are added. The output's type says how ties are rounded.
 
     Args:
         a: (..., m, k) or (k,) of values on ``grid_a``, as :func:`torch.matmul` takes it.
@@ -169,7 +175,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
         float32 (..., m, n); without m or n where ``a`` or ``b`` is (k,).
 
     Raises:
-        ValueError: k products of such codes may pass 31 bits, or 53 where an operand has more than 8.
+        ValueError: a sum of k products may reach 2^31 by the types of the grids (2^53 if one has more than 8 bits).
 
     Source: QLinearMatMul of ONNX.
 
@@ -200,8 +206,8 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 def largest_magnitude(grid: Grid) -> int:
     """Return the largest magnitude of ``code - zero_point`` that a grid's type allows.
 
-    Without a zero point, or with one that the type fixes, it is the distance from that to the farther end of the codes.
-    Else the zero point may be any code: ``quant_max - quant_min``.
+    It is the distance from the zero point to the farther end of the codes if there is none (0) or the type fixes it.
+    Else the zero point may be any code, and the result is ``quant_max - quant_min``.
     """
     lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
     fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point
@@ -215,7 +221,7 @@ def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -
 
     Args:
         tensors: float tensors of values on grids, of shapes that torch.cat takes.
-        dim: the axis.
+        dim: the axis of the concatenation; may be negative.
         output: grid of the quantizer behind it, per tensor.
 
     Returns:
@@ -236,7 +242,7 @@ def divided(x: Tensor, output: Grid) -> Tensor:
 
 
 def is_second(a: Tensor, b: Tensor) -> bool:
-    """Whether a runtime adds ``a`` as the second summand of ``a + b``.
+    """Whether ONNX Runtime adds ``a`` as the second summand of ``a + b``.
 
     That is so if ``a`` is broadcast to the shape of ``b``, or if both have one shape of one element. If both are
     broadcast, the runtime's innermost loop decides: along the last axis of more than one element, a summand that has

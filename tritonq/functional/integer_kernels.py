@@ -43,24 +43,25 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 class PackedLayer:
     """A layer prepared for torch's integer kernels: call it with the input's codes.
 
-    The result is ``clip(round(fl(Σ + bias) · factor) + zero)``, uint8; without output grid ``fl(Σ + bias) · factor``,
-    float32. fl rounds to float32.
+    The result is ``clip(round(fl(Σ + bias) · factor) + zero)``, uint8, with any ReLU applied; without output grid
+    ``fl(Σ + bias) · factor``, float32. fl rounds to float32.
 
     Attributes:
         source: grid of the input.
         sums: the kernel: ``(input codes, bias or None, whether a ReLU follows) -> float32 sums``.
-        bias: float32 (out,), added by the kernel; or None.
+        bias: float32 (out,), in steps of input times weight scale, added by the kernel; None if there is none, or if
+            it passes 2^24: then the results of ``parts`` are always taken.
         parts: kernels of parts of the weight, whose results add up to that of ``sums`` and are exact in float32. Empty
             if the result of ``sums`` is exact itself.
         exact_bias: int32 (out,), added to the results of ``parts``; or None.
-        reach: if the magnitudes of all results of ``sums`` are below it, float32 rounded none of them; None: float32
-            never rounds them.
-        factors: one per channel; ``sums · factors`` are steps of the output's scale, or values if there is no output
-            grid.
+        reach: if the magnitudes of all results of ``sums`` are below it, float32 rounded none of them; else ``parts``
+            are run. None: float32 never rounds them.
+        factors: one per out channel; ``sums · factors`` are steps of the output's scale, or values if there is no
+            output grid.
         output_grid: of the result; None: the result is float values.
         rectifies: whether a ReLU stands between the layer and ``output_grid``.
         code_range: the codes that steps become: zero, ends of the clip and ties. None if there is no output grid.
-        sums_per_image: number of sums per image, by the input's shape without its first axis; a cache.
+        sums_per_image: cache: input's shape without its first axis -> number of sums per image.
     """
 
     source: HostGrid
@@ -123,14 +124,14 @@ def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
     the grid, or if the tensor is empty.
 
     Args:
-        x: a float32 tensor on the CPU that needs no gradient (`codes.can_use_codes`).
+        x: a tensor that `codes.can_use_codes` accepts: float32 on the CPU, without need of a gradient.
         layer: the prepared layer.
 
     Returns:
         Clipped values on the output's grid, as `codes.give_codes` returns them: a tensor with its codes attached (in
-        ``torch.inference_mode`` without), or a `CodedTensor`; `codes.carried_codes` reads the codes of both. Without
-        output grid plain values ``fl(Σ + bias) · input scale · weight scale``. float32; channels_last if ``x`` is, else
-        contiguous.
+        ``torch.inference_mode`` without), or, in a call of a converted model, a `CodedTensor`; `codes.carried_codes`
+        reads the codes of both. Without output grid plain values ``fl(Σ + bias) · input scale · weight scale``, without
+        ReLU. float32; channels_last if ``x`` is, else contiguous.
     """
     codes = take_codes(x, layer.source) if x.numel() else None
     if codes is None:
@@ -147,8 +148,9 @@ def pack(
     """Prepare a layer for torch's integer kernels; return None if they can't run it.
 
     They run convolutions of one to three dimensions (not transposed, padded with zeros) and matrix products on x86 CPUs
-    whose 8-bit products don't saturate, with inputs and outputs of up to 256 codes, weights of 8 bits, finite scales,
-    and sums that cannot reach 2^31; none while ``torch.backends.mkldnn.enabled`` is False.
+    whose 8-bit products don't saturate, with inputs and outputs of up to 256 codes, weight codes minus zero points in
+    -128..127, at least one, finite scales, and sums that cannot reach 2^31 (``layer.sum_bound``, without bias); none
+    while ``torch.backends.mkldnn.enabled`` is False.
 
     Args:
         layer: the layer's weight and bias as integers.
@@ -156,7 +158,7 @@ def pack(
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the layer, per tensor; None: the layer gives float values.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-            Without ``output`` it is not applied.
+            Without ``output`` the caller applies the ReLU.
     """
     weight = layer.weight
     if not weight.is_cpu or not has_integer_kernels() or not weight.numel():
