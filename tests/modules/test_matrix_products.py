@@ -52,6 +52,15 @@ def test_a_product_too_long_for_int32_sums_is_refused():
         integer_matmul(ones, ones.T, grid(1.0), grid(1.0), grid(1000.0))
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float32), (16, torch.float64)])
+def test_codes_that_tf32_does_not_hold_are_multiplied_in_float64(bits, dtype, monkeypatch):
+    multiply, seen = torch.matmul, []
+    monkeypatch.setattr(torch, "matmul", lambda a, b: seen.append(a.dtype) or multiply(a, b))
+    wide = Grid(torch.tensor([1.0]), None, QuantizedType.of(bits))
+    integer_matmul(torch.ones(1, 2), torch.ones(2, 1), wide, Grid(torch.tensor([1.0]), None, QuantizedType.of(2)), wide)
+    assert seen == [dtype]
+
+
 EQUATIONS = {
     "bhqd,bhkd->bhqk": ((2, 3, 4, 5), (2, 3, 6, 5)),
     "bqhd,bkhd->bhqk": ((2, 4, 3, 5), (2, 6, 3, 5)),

@@ -194,7 +194,8 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
             f"a matrix product over {length} elements of {grid_a.qtype.bits} and {grid_b.qtype.bits} bits may pass the "
             f"{sums}: use fewer bits, or leave the product in float"
         )
-    dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
+    # A GPU may multiply float32 as TF32, which holds codes of 8 bits, and not those of 16.
+    dtype = torch.float32 if bound < FLOAT32_EXACT and not is_wide else torch.float64
     u, v = (centred_codes(x, grid.scale).to(dtype) for x, grid in ((a, grid_a), (b, grid_b)))
     # Autocast would round the sums to 8 or 11 bits.
     with torch.autocast(a.device.type, enabled=False):
