@@ -278,9 +278,11 @@ class FakeQuantize(FakeQuantizeBase):
     def calculate_qparams(self) -> QParams:
         """Return the buffers ``scale`` and ``zero_point`` themselves, as :meth:`forward` and deployment use them.
 
-        In eval mode of an averaged model (EMA), a zero point that does not follow from the averaged range is corrected
-        first, and the scale with it, in place; not if the scale was set by hand.
+        If the observer is a PassiveObserver that was given others, they are taken over first. In eval mode of an
+        averaged model (EMA), a zero point that does not follow from the averaged range is corrected first, and the
+        scale with it, in place; not if the scale was set by hand.
         """
+        self._take_given_qparams()
         self._follow_average()
         return super().calculate_qparams()
 

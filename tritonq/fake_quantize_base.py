@@ -28,6 +28,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
 
     scale: Tensor
     zero_point: Tensor
+    # 1 while scale and range are those of example inputs; of quantizers with `begin_with`.
+    begins: Tensor
     qtype: QuantizedType
     # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
     batch_axis: int | None = 0
@@ -101,8 +103,11 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def begins_with_next_batch(self) -> bool:
         """Whether the next training batch replaces the scale that the example inputs of ``prepare_qat`` gave.
 
-        False if no run on example inputs gave it.
+        False if no run on example inputs gave it, or once a batch replaced it. Until then the device is read.
         """
+        if self._beginning is not None and not bool(self.begins):
+            # A compiled or captured step clears the buffer alone.
+            self._beginning = None
         return self._beginning is not None
 
     def is_active(self) -> bool:

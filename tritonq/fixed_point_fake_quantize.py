@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.fixed_point import (
     Statistic,
     fixed_point_type,
@@ -18,7 +19,7 @@ from tritonq.functional.fixed_point import (
     statistic_frac_len,
 )
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.functional.validate import check_axis
+from tritonq.functional.validate import check_axis, check_float_tensor
 from tritonq.qparams import QParams
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.reference.fixed_point import power_of_two
@@ -93,14 +94,18 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.word_len, self.signed, self.momentum, self.choice = word_len, signed, momentum, choice
         self.phase: Phase = "fixed"
         self.register_buffer("observed", torch.zeros(1, dtype=torch.uint8))
-        self._make_buffers(1 if axis is None else num_channels or 0)
+        self.register_buffer("frac_len", torch.empty(0, dtype=torch.float64))
+        self.register_buffer("batch_frac_len", torch.empty(0, dtype=torch.int32))
+        self.register_buffer("scale", torch.empty(0))
+        self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
+        self._give_length(1 if axis is None else num_channels or 0)
 
-    def _make_buffers(self, length: int) -> None:
-        device = self.observed.device
-        self.register_buffer("frac_len", torch.full((length,), float(self.largest), dtype=torch.float64, device=device))
-        self.register_buffer("batch_frac_len", torch.full((length,), self.largest, dtype=torch.int32, device=device))
-        self.register_buffer("scale", torch.full((length,), 2.0**-self.largest, device=device))
-        self.register_buffer("zero_point", torch.zeros(length, dtype=torch.int32, device=device))
+    def _give_length(self, length: int) -> None:
+        # The same objects, which others may hold: DDP lists buffers, nn.DataParallel copies from them.
+        for buffer in (self.frac_len, self.batch_frac_len):
+            buffer.resize_(length).fill_(self.largest)
+        self.scale.resize_(length).fill_(2.0**-self.largest)
+        self.zero_point.resize_(length).zero_()
 
     @property
     def largest(self) -> int:
@@ -113,7 +118,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.qtype.quant_min, self.qtype.quant_max
 
     def allocate(self, num_channels: int) -> None:
-        """Replace per-channel buffers of unknown length, (0,), by new ones of the length ``num_channels``.
+        """Give per-channel buffers of unknown length, (0,), the length ``num_channels``, in place.
 
         Fractional lengths begin as ``word_len - signed``. A quantizer with one per tensor, or whose buffers have this
         length, stays as it is.
@@ -125,7 +130,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
             return
         if self.frac_len.numel():
             raise ValueError(f"this quantizer keeps {self.frac_len.numel()} channels, got {num_channels}")
-        self._make_buffers(num_channels)
+        self._give_length(num_channels)
 
     def rests_on_data(self) -> Tensor:
         """Return the buffer ``observed`` itself, uint8 (1,): 1 once a training batch was observed, or so loaded."""
@@ -197,20 +202,22 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     def observe(self, x: Tensor) -> None:
         """Write the fractional length of this batch to ``batch_frac_len``, and move ``frac_len`` towards it.
 
-        ``observed`` becomes 1. While ``observer_enabled`` is 0, ``frac_len`` and ``observed`` stay, and
-        ``batch_frac_len`` becomes :meth:`rounded_frac_len`. ``scale`` becomes ``2^-rounded_frac_len()`` in both cases.
-        All are changed in place, in any mode and phase.
+        ``observed`` becomes 1. While ``observer_enabled`` is 0, and of a batch or channel without a finite value,
+        ``frac_len`` and ``observed`` stay, and ``batch_frac_len`` becomes :meth:`rounded_frac_len`. ``scale`` becomes
+        ``2^-rounded_frac_len()`` in any case. All are changed in place, in any mode and phase.
 
         Raises:
             TypeError: ``x`` is no float tensor.
             ValueError: ``x`` has another number of channels than ``frac_len``, or no such axis.
         """
         join_ranks()
-        batch, enabled = self.choose(x), self.observer_enabled != 0
+        batch, axis = self.choose(x), self.qtype.axis
+        low, high, _ = implementation("min_max", x).min_max(x, None if axis is None else check_axis(x, axis))
+        counts = (self.observer_enabled != 0) & (low <= high).view(-1)
         running = self.momentum * batch.double() + (1 - self.momentum) * self.frac_len
-        self.frac_len.copy_(torch.where(enabled, running, self.frac_len))
-        self.batch_frac_len.copy_(torch.where(enabled, batch, self.rounded_frac_len()))
-        self.observed.copy_(torch.maximum(self.observed, self.observer_enabled))
+        self.frac_len.copy_(torch.where(counts, running, self.frac_len))
+        self.batch_frac_len.copy_(torch.where(counts, batch, self.rounded_frac_len()))
+        self.observed.logical_or_(counts.any())
         self.scale.copy_(power_of_two(-self.rounded_frac_len()))
 
     def rank_state(self) -> RankState:
@@ -251,6 +258,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return quantize_fixed_point(x, frac_len, self.qtype, enabled=active)
 
     def _clip(self, x: Tensor, frac_len: Tensor, active: Tensor) -> Tensor:
+        check_float_tensor("x", x)
         step = power_of_two(-frac_len, torch.float64).to(x.dtype)
         if self.qtype.axis is not None:
             step = self.qtype.granularity.align(step, x.dim())
@@ -282,7 +290,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         """Load a state dict; if the number of channels was unknown, take it from there."""
         saved = state_dict.get(prefix + "frac_len")
         if self.qtype.axis is not None and self.frac_len.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
-            self._make_buffers(saved.numel())
+            self._give_length(saved.numel())
         self._qparams_known = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS, FLOAT_FORMATS, FloatFormat, ScaleRounding
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.float_blocks import fake_quantize_blocks
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.functional.validate import check_axis
+from tritonq.functional.validate import check_axis, check_float_tensor
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.quantized_type import QuantizedType
@@ -78,7 +79,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
         super().__init__()
         if format not in ELEMENT_FORMATS and format not in BLOCK_FORMATS:
             raise ValueError(f"unknown format {format!r}; known: {', '.join((*ELEMENT_FORMATS, *BLOCK_FORMATS))}")
-        if not isinstance(history, int) or history < 1:
+        batches = whole_number(history)
+        if batches is None or batches < 1:
             raise ValueError(f"history must be a positive number of batches, got {history!r}")
         self.format, self.ch_axis = format, ch_axis
         self.blocks = None
@@ -88,7 +90,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
             raise ValueError(f"scale_rounding is of block formats with powers of two as scales, got {format!r}")
         channels = 1 if self.blocks is not None or ch_axis is None else num_channels
         self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("amax_history", torch.zeros(history, channels))
+        self.register_buffer("amax_history", torch.zeros(batches, channels))
         # Whether the scale is known to rest on data.
         self._scale_known = not self.has_observed_scale
 
@@ -156,6 +158,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         if self.blocks is None and self.ch_axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)
             self.amax_history.resize_(len(self.amax_history), num_channels).zero_()
+            self._scale_known = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format.
@@ -166,8 +169,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         emptied first, see :meth:`allocate`. Gradients pass straight through; where single elements saturate they are 0.
 
         Raises:
+            TypeError: ``x`` is no float tensor.
             ValueError: ``x`` has no axis ``ch_axis``.
         """
+        check_float_tensor("x", x)
         if self.has_observed_scale:
             if self.blocks is None and self.ch_axis is not None:
                 self.allocate(x.shape[check_axis(x, self.ch_axis)])

@@ -14,6 +14,7 @@ from tritonq.code_precision import to_hold_codes
 from tritonq.factory import Factory, make_observer
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
+from tritonq.functional.validate import check_float_tensor
 from tritonq.observers import ObserverBase
 from tritonq.outliers import tells_range
 from tritonq.qparams import QParams
@@ -109,12 +110,6 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         """
         return self.batch_axis is not None and super().rests_on_examples()
 
-    def _begins_anew(self) -> bool:
-        """Whether the parameters are still those of example inputs, so that a training batch replaces them."""
-        if self._beginning is not None and not bool(self.begins):
-            self._beginning = None
-        return self._beginning is not None
-
     @property
     def _channels(self) -> int:
         """Number of elements of each parameter: 1 per tensor; per channel 0 as long as it is unknown."""
@@ -204,7 +199,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
         Raises:
             NotImplementedError: ``torch.compile`` traces, and the parameters are not known to be set.
+            TypeError: ``x`` is no float tensor.
         """
+        check_float_tensor("x", x)
         if torch.compiler.is_compiling() and not self._qparams_known:
             raise NotImplementedError(
                 f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
@@ -215,7 +212,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         waits = self.training and (self._beginning is not None or not self.has_qparams())
         may_observe = not torch.compiler.is_compiling() and not is_recomputing()
         may_observe = may_observe and tells_range(x, self.activation_post_process)
-        if waits and may_observe and bool(self.observer_enabled) and (self._begins_anew() or not self.has_qparams()):
+        may_observe = may_observe and waits and bool(self.observer_enabled)
+        if may_observe and (self.begins_with_next_batch() or not self.has_qparams()):
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():
             warn_once(

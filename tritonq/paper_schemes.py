@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import whole_number
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.gradients import with_gradient_of
@@ -67,11 +68,13 @@ class WeightScheme(FakeQuantizeBase):
     def allocate(self, num_channels: int) -> None:
         """Make ``scale`` (of ones) and ``zero_point`` (of zeros) ``num_channels`` long.
 
-        Nothing is done if there is one scale per tensor, or if they have that length.
+        Nothing is done if there is one scale per tensor, or if they have that length. Otherwise no scale is set then.
         """
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)
             self.zero_point.resize_(num_channels).zero_()
+            self.initialized.zero_()
+            self._qparams_known = False
 
     def rests_on_data(self) -> Tensor:
         """Return the buffer ``initialized``: 1 once a training step has set the scale."""
@@ -140,10 +143,11 @@ class DoReFaWeight(WeightScheme):
     """
 
     def __init__(self, bits: int) -> None:
-        if not isinstance(bits, int) or not 1 <= bits <= _MOST_BITS:
+        whole = whole_number(bits)
+        if whole is None or not 1 <= whole <= _MOST_BITS:
             raise ValueError(f"DoReFa weights have 1 to {_MOST_BITS} bits, got {bits!r}")
-        super().__init__(2**bits - 1, None)
-        self.bits = bits
+        super().__init__(2**whole - 1, None)
+        self.bits = whole
 
     def scale_of(self, weight: Tensor) -> Tensor:
         """Return ``1 / (2^bits - 1)``, or with one bit the mean of ``|weight|``.

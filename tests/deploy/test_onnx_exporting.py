@@ -207,3 +207,24 @@ def test_fixed_point_networks_that_keep_activations():
     model(X)
     expected = model.eval()(X)
     assert torch.equal(tritonq.convert(model)(X), expected)
+
+
+class Swapped(nn.Module):
+    """Returns tensors under keys that torch gives each other's tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return {"exp": y.cos(), "cos": y.exp(), "again": x}
+
+
+def test_a_key_may_be_the_name_of_a_later_output(tmp_path):
+    x = torch.randn(4, 8)
+    qat = after_one_batch(Swapped(), x)
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", x)
+    names = [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output]
+    assert names[:2] == ["exp", "cos"]
+    assert tritonq.verify(qat, tmp_path / "model.onnx", [x]).agrees()

@@ -1,6 +1,7 @@
 """Weights of few bits in ONNX files with two codes per byte."""
 
 import logging
+import warnings
 
 import numpy as np
 import onnx
@@ -83,3 +84,24 @@ def test_packed_floats_of_four_bits_are_not_told_as_integers(tmp_path, recwarn):
     kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT4E2M1 in kinds
     assert not [str(warning.message) for warning in recwarn if "run in float" in str(warning.message)]
+
+
+def opset_of(path):
+    return next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [(lambda: nn.LSTM(32, 32), torch.randn(5, 2, 32)), (lambda: nn.Linear(32, 4), torch.randn(5, 32))],
+    ids=["LSTM", "Linear"],
+)
+def test_groups_ask_for_an_opset_where_the_file_has_their_codes(net, x, tmp_path):
+    qat = after_one_batch(nn.Sequential(net()), x, qconfig=tritonq.get_qconfig("w4_g32"))
+    tritonq.export_onnx(qat, tmp_path / "codes.onnx", x)
+    assert opset_of(tmp_path / "codes.onnx") == 21
+    assert tritonq.verify(qat, tmp_path / "codes.onnx", [x]).agrees()
+    # Its weights are floats there, which an old engine reads.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorRT takes int8 codes")
+        tritonq.export_onnx(qat, tmp_path / "floats.onnx", x, target="tensorrt", opset=18)
+    assert opset_of(tmp_path / "floats.onnx") == 18

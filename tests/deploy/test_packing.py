@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import tritonq
-from tritonq.deploy.packing import pack_codes, unpack_codes
+from tritonq.deploy.modules import CodeTypes, QuantizedLinear
+from tritonq.deploy.packing import pack_codes, pack_weights, unpack_codes, unpack_weights
+from tritonq.quantized_type import QuantizedType
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -55,3 +57,15 @@ def test_damage_is_found(tmp_path):
         torch.save(damaged, tmp_path / "damaged.pt")
         with pytest.raises(ValueError, match="is damaged"):
             tritonq.load_converted(tmp_path / "damaged.pt", model)
+
+
+def test_codes_beyond_a_byte_stay_as_they_are():
+    """Eleven codes are four bits, but those from 1000 on are int16."""
+    types = CodeTypes(QuantizedType(1000, 1010, symmetric=False, axis=0), None)
+    codes = torch.randint(1000, 1011, (2, 3), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    tensors = {"weight": codes, "weight_scale": torch.ones(2)}
+    layer = QuantizedLinear({"in_features": 3, "out_features": 2}, types, tensors)
+    state = layer.state_dict()
+    unpacked = unpack_weights(*pack_weights(layer, state))
+    assert unpacked["weight"].dtype == torch.int16
+    assert torch.equal(unpacked["weight"], codes)

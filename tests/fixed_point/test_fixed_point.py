@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tolerances import FLOAT32, assert_close
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.functional.fixed_point import fixed_point_quantize, fixed_point_range, search_frac_len, statistic_frac_len
 from tritonq.quantized_type import QINT8_NARROW
 from tritonq.reference.fixed_point import frac_len_errors, power_of_two
@@ -230,3 +231,36 @@ def test_bad_input_of_the_choice_is_refused():
         statistic_frac_len(X, statistic="median")
     with pytest.raises(TypeError, match="float"):
         search_frac_len(torch.ones(3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("choice", ["search", "rms"])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_batches_without_a_finite_value_are_skipped(choice, axis):
+    quantizer = FixedPointFakeQuantize(axis=axis, choice=choice, num_channels=3)
+    for x in (torch.zeros(0, 3), torch.full((4, 3), math.nan)):
+        for _ in range(20):
+            quantizer(x)
+        assert set(quantizer.frac_len.tolist()) == {7.0}
+        assert quantizer.observed.tolist() == [0]
+    x = torch.full((4, 3), 30.0)
+    quantizer(x)
+    assert quantizer.observed.tolist() == [1]
+    before = quantizer.frac_len.clone()
+    assert set(before.tolist()) != {7.0}
+    x[:, 1] = math.nan
+    quantizer(x)
+    assert (quantizer.frac_len < before).tolist() == ([True] if axis is None else [True, False, True])
+    assert torch.equal(quantizer.eval()(x)[:, 0], x[:, 0].clamp(max=127 * float(quantizer.scale[0])))
+
+
+def test_the_length_comes_to_the_same_buffers():
+    """DDP lists a model's buffers once."""
+    quantizer = FixedPointFakeQuantize(axis=1)
+    held = dict(quantizer.named_buffers())
+    quantizer(torch.ones(2, 3))
+    assert quantizer.frac_len.numel() == 3
+    loaded = FixedPointFakeQuantize(axis=1)
+    other = dict(loaded.named_buffers())
+    loaded.load_state_dict(quantizer.state_dict())
+    for made, before in ((quantizer, held), (loaded, other)):
+        assert all(buffer is before[name] for name, buffer in made.named_buffers())

@@ -20,6 +20,7 @@ from conv_bn_cases import (
 )
 from tolerances import FLOAT64_LAYERS, assert_close
 from tritonq.functional.bias import quantize_bias
+from tritonq.functional.conv_bn import check_running_var
 from written_quantizers import WrittenWeight, straight_through
 
 MODES = ["approximate", "exact", "corrected"]
@@ -225,3 +226,18 @@ class TestBadInput:
             quantize_bias(torch.ones(2), torch.ones(1), torch.ones(3))
         with pytest.raises(TypeError, match="bias"):
             quantize_bias([1.0], torch.ones(1), torch.ones(1))
+
+
+def test_a_bias_of_nan_stays_nan():
+    """An integer made of NaN is the smallest one."""
+    bias = torch.tensor([float("nan"), 1.0, -1e-9], requires_grad=True)
+    y = quantize_bias(bias, torch.tensor([0.5]), torch.tensor([0.5]))
+    assert y[:1].isnan().tolist() == [True]
+    assert y[1:].tolist() == [1.0, 0.0]
+    assert not y[2].signbit()
+
+
+def test_a_variance_of_no_channels_is_fine():
+    check_running_var(torch.ones(0))
+    with pytest.raises(ValueError, match="must be finite and not negative"):
+        check_running_var(torch.tensor([-1.0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,3 +171,20 @@ def test_scales_per_channel_of_activations_are_found_after_preparing() -> None:
     qat(x)
     outputs = [module.activation_post_process for module in qat.modules() if isinstance(module, tritonq.nn.QATLayer)]
     assert [len(quantizer.scale) for quantizer in outputs] == [5, 4]
+
+
+def test_another_number_of_channels_forgets_that_a_scale_is_known() -> None:
+    quantizer = FloatFakeQuantize("fp8_e4m3", ch_axis=1)
+    quantizer(1000 * normal(4, 3))
+    quantizer.eval()(normal(4, 3))
+    x = 1000 * normal(4, 5)
+    with pytest.warns(UserWarning, match="has observed nothing"):
+        assert torch.equal(quantizer(x), x)
+    assert not quantizer.rounds()
+
+
+def test_a_history_is_a_whole_number() -> None:
+    assert len(FloatFakeQuantize("fp8_e4m3", history=np.int64(3)).amax_history) == 3  # type: ignore[arg-type]
+    for history in (True, 2.0, 0):
+        with pytest.raises(ValueError, match="history must be a positive number of batches"):
+            FloatFakeQuantize("fp8_e4m3", history=history)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import nn
 import tritonq
 from qat_models import FloatResidual, images
 from tritonq import graphs
+from tritonq.learned_base import LearnedFakeQuantize
 
 
 def recorded(model, inputs, num_warmup_iters):
@@ -124,3 +125,22 @@ def test_bad_arguments(model, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="on one CUDA device; these are on cpu"):
         tritonq.graphed(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_a_range_that_a_compiled_step_gave_is_kept(model):
+    quantizers = [m for m in model.modules() if isinstance(m, tritonq.FakeQuantize | LearnedFakeQuantize)]
+    for quantizer in quantizers:
+        if quantizer.begins_with_next_batch():
+            quantizer.begins.zero_()  # all that a step does in a graph
+    assert not any(quantizer.begins_with_next_batch() for quantizer in quantizers)
+    before = [(quantizer, quantizer.begins.clone()) for quantizer in quantizers]
+    tritonq.graphed(model, images(4))
+    assert all(torch.equal(quantizer.begins, begins) for quantizer, begins in before)
+
+
+def test_a_compiled_step_ends_the_beginning():
+    quantizer = tritonq.FakeQuantize(dtype=torch.qint8)
+    quantizer.begin_with({"scale": torch.ones(1)})
+    assert quantizer.begins_with_next_batch()
+    torch.compile(quantizer, backend="eager")(torch.randn(5))
+    assert not quantizer.begins_with_next_batch()

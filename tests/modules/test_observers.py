@@ -321,3 +321,19 @@ def test_a_quantizer_pickled_before_there_was_a_flag_goes_on():
     loaded = pickle.loads(pickle.dumps(quantizer))
     loaded.load_state_dict(quantizer.state_dict())
     assert torch.equal(loaded(torch.linspace(-1, 1, 9)), quantizer(torch.linspace(-1, 1, 9)))
+
+
+def test_what_a_passive_observer_was_given_is_taken_over_by_each_way_to_ask():
+    for ask in (lambda q: q.calculate_qparams().scale, lambda q: q.grid().scale, lambda q: q.has_qparams() and q.scale):
+        quantizer = tritonq.FakeQuantize(tritonq.PassiveObserver, dtype=torch.qint8)
+        quantizer.activation_post_process.set_qparams(0.5)
+        assert ask(quantizer).tolist() == [0.5]
+
+
+def test_a_passive_observer_keeps_its_buffers_as_it_learns_the_number_of_channels():
+    observer = tritonq.PassiveObserver(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
+    observer.set_qparams(0.5)
+    held = dict(observer.named_buffers())
+    observer.allocate(3)
+    assert observer.scale.tolist() == [0.5] * 3
+    assert all(buffer is held[name] for name, buffer in observer.named_buffers())

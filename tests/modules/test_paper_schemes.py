@@ -1,5 +1,6 @@
 """DoReFa, binary and ternary weights: each paper's formula and gradient in float64, then training and deployment."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -144,3 +145,18 @@ def test_a_weight_without_values_leaves_the_scale_alone(make):
     before = quantizer.scale.clone()
     assert quantizer(torch.zeros(3, 0)).shape == (3, 0)
     assert torch.equal(quantizer.scale, before)
+
+
+def test_bits_are_a_whole_number():
+    assert DoReFaWeight(np.int64(2)).bits == 2
+    for bits in (True, 2.0):
+        with pytest.raises(ValueError, match="DoReFa weights have 1 to 7 bits"):
+            DoReFaWeight(bits)
+
+
+def test_a_weight_of_another_length_has_no_scale_yet():
+    scheme = BinaryWeight()
+    scheme(torch.randn(3, 4))
+    weight = torch.randn(5, 4)
+    assert torch.equal(scheme.eval()(weight), weight)
+    assert not scheme.has_qparams()

@@ -300,3 +300,17 @@ def test_bad_options() -> None:
         fake_quantize_per_tensor_affine(X, 1.0, 0, -8, 7, backend="cudnn")
     with pytest.raises(RuntimeError, match="cpu" if has_triton() else "not installed"):
         fake_quantize_per_tensor_affine(X, 1.0, 0, -8, 7, backend="triton")
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_a_scale_gets_no_gradient(group_size: int | None) -> None:
+    shape = (4,) if group_size is None else (3, 2)
+    scale, zero = torch.full(shape, 0.5, requires_grad=True), torch.zeros(shape, dtype=torch.int32)
+    for x in (torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)):
+        y = fake_quantize_per_channel_affine(x, scale, zero, 1, -8, 7, group_size=group_size)
+        assert y.requires_grad == x.requires_grad
+        if group_size is None:
+            y = fake_quantize_per_tensor_affine(x, scale[:1], 0, -8, 7)
+            assert y.requires_grad == x.requires_grad
+    y.sum().backward()
+    assert scale.grad is None

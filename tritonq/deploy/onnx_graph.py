@@ -36,6 +36,7 @@ from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
 from tritonq.deploy.onnx_functions import CodeTable, code_table, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
+from tritonq.deploy.onnx_packed import PACKED_OPSET
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, grids_of, plain_quantizer, uint8_quantizer
 from tritonq.deploy.onnx_recurrent import rewrite_recurrent
 from tritonq.deploy.onnx_tables import rewrite_table
@@ -297,6 +298,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
             layer.keep(weight_scale=scale[0])
             zero, axis = zero[0], 0
         layer.weight_zero_point = zero
+    layer.least_opset = PACKED_OPSET if axis is not None and layer.has_groups else 0
     # ONNX Runtime adds bias and products in integers in a Gemm, which takes matrices; behind a MatMul it adds floats.
     flattens = target == "onnxruntime" and isinstance(layer, nn.Linear) and layer.multiplier is not None
     layer.forward = partial(_layer_forward, layer, axis, flattens)  # type: ignore[method-assign]

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.modules import QuantizedLayer, Quantizer
+from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, FLOATS_OPSET
 from tritonq.deploy.onnx_ops import quantize_dequantize, round_half_away
 from tritonq.deploy.onnx_packed import PACKED_OPSET
+from tritonq.deploy.quantizer import DeployedModule
 from tritonq.granularity import Granularity
 from tritonq.nn.unary import UnaryLayer
 from tritonq.reference.fake_quant import quantize
@@ -187,15 +188,16 @@ def grids_of(layer: UnaryLayer) -> tuple[Quantizer, Quantizer] | None:
 def least_opset(model: nn.Module) -> int:
     """Return the oldest opset with all that a model of :func:`onnx_form` needs: 21 or 19; 0 if any will do.
 
-    21 brought quantizers of 16 bits and weights in groups, 19 8-bit floats.
+    21 brought quantizers of 16 bits and weights in groups, 19 8-bit floats. Weights in groups count where the file has
+    their codes (:attr:`DeployedModule.least_opset`), not where it has their values.
     """
     modules = list(model.modules())
     quantizers = (module for module in modules if isinstance(module, TracedQuantizer))
     wide = any(quantizer.zero_point.dtype in (torch.int16, torch.uint16) for quantizer in quantizers)
-    if wide or any(isinstance(module, QuantizedLayer) and module.has_groups for module in modules):
-        return PACKED_OPSET
     held = (tensor for module in modules for tensor in module._buffers.values() if tensor is not None)
-    return FLOATS_OPSET if any(tensor.dtype in FLOAT_DTYPES.values() for tensor in held) else 0
+    has_floats = any(tensor.dtype in FLOAT_DTYPES.values() for tensor in held)
+    of_modules = (module.least_opset for module in modules if isinstance(module, DeployedModule))
+    return max(PACKED_OPSET if wide else 0, FLOATS_OPSET if has_floats else 0, *of_modules, 0)
 
 
 def quantize_twice(layer: nn.Module) -> None:

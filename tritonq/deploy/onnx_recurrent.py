@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonq.deploy.onnx_ops import dequantize
+from tritonq.deploy.onnx_packed import PACKED_OPSET
 from tritonq.deploy.recurrent import QuantizedRecurrent
 from tritonq.nn.recurrent_forward import RecurrentForward
 from tritonq.prepare.forwards.edited import set_inner_forward
@@ -92,6 +93,8 @@ def rewrite_recurrent(layer: QuantizedRecurrent, name: str, in_float: bool) -> N
         zero = torch.zeros_like(scale, dtype=codes.dtype) if zero is None else zero.to(codes.dtype)
         held = {key: codes, f"{key}_scale": scale, f"{key}_zero_point": zero}
         layer.keep(**{held_name: _gates(tensor, order) for held_name, tensor in held.items()})
+        if cast(QuantizedType, qtype).group is not None:
+            layer.least_opset = PACKED_OPSET
     for part in layer._all_weights:
         biases = [cast(Tensor, layer.held(key)) for key in part if key.startswith("bias")]
         if biases:

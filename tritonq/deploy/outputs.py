@@ -129,15 +129,15 @@ def name_outputs(model: Any, paths: Sequence[Path]) -> None:
     outputs = list(model.graph.outputs)
     if len(outputs) != len(paths):
         return
-    final = {value.name for value in model.graph.inputs}
+    final = list(model.graph.inputs)
     inner = {value.name for node in model.graph for value in node.outputs}
-    taken = final | set(model.graph.initializers) | inner - {value.name for value in outputs}
+    taken = {value.name for value in final} | set(model.graph.initializers) | inner - {value.name for value in outputs}
     for value, path in zip(outputs, paths, strict=True):
-        if value.name in final:
+        if any(value is other for other in final):
             continue
         name = output_name(path)
         while name in taken:
             name = f"{_DEFAULT}_{name}"
         value.name = name
-        final.add(name)
+        final.append(value)
         taken.add(name)

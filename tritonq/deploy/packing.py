@@ -21,7 +21,7 @@ _DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
 def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Pack the weight codes of a converted model's layers and tables that have 4 bits or fewer.
 
-    Those of recurrent layers stay as they are.
+    Those of recurrent layers stay as they are, and so do codes that neither int8 nor uint8 holds, such as 1000 to 1010.
 
     Args:
         model: the converted model.
@@ -37,7 +37,7 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
         name = f"{module_name}.weight".lstrip(".")
         qtype = _weight_type(module)
         weight = state.get(name)
-        if qtype is None or weight is None or qtype.bits > max(_WIDTHS):
+        if qtype is None or weight is None or qtype.bits > max(_WIDTHS) or weight.dtype not in _DTYPES.values():
             continue
         width = next(width for width in _WIDTHS if width >= qtype.bits)
         packed_state[name] = pack_codes(weight, qtype.quant_min, width)

@@ -40,6 +40,9 @@ class DeployedModule(FixedDtypeBuffers):
     parameter_names: ClassVar[tuple[str, ...]] = ()
     zero_points: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
+    # Of a module that was rewritten for an ONNX file: the oldest opset with its operators; 0: any will do.
+    least_opset: int = 0
+
     # The dtype that the model was given last, by ``half()`` and the like, which the module's own tensors don't take.
     float_dtype: torch.dtype = torch.float32
 

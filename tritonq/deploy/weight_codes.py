@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.groups import as_rows, group_rows
+from tritonq.functional.validate import check_axis
 from tritonq.grid import Grid
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import quantize
@@ -49,7 +50,7 @@ def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     if groups is not None:
         codes, scale, zero = codes_of_rows(*as_rows(rows, grid))
         return groups.join(codes), groups.join_values(scale), groups.join_values(zero)
-    if qtype.axis not in (None, 0):
+    if qtype.axis is not None and check_axis(rows, qtype.axis) != 0:
         raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")
     zeros = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
     scale, zero = (values.detach().reshape(-1).expand(len(rows)).clone() for values in (grid.scale, zeros))

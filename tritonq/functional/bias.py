@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
-from tritonq.functional.integer import bias_codes
+from tritonq.functional.integer import bias_steps
 from tritonq.functional.validate import check_float_tensor
 from tritonq.qparams import is_readable
 
@@ -19,7 +19,7 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Te
     ``s = fl(input_scale · weight_scale)``, ``y = clip(round(bias / s)) · s``: codes are clipped to ±(2^31 - 128), the
     largest number below 2^31 that float32 holds, and ties go to even. fl rounds to the dtype that torch gives the
     product of the scales, float32 for float32 scales. The quotient ``bias / s`` and the product of code and s are
-    computed in float64. The bias gets the gradient of the result, clipped or not; the scales get none.
+    computed in float64. NaN stays NaN. The bias gets the gradient of the result, clipped or not; the scales get none.
 
     Args:
         bias: (out,) float tensor.
@@ -56,7 +56,7 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Te
 class _QuantizeBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, scale: Tensor) -> Tensor:
-        return as_dtype(bias_codes(bias, scale).double() * scale.double(), bias.dtype)
+        return as_dtype(bias_steps(bias, scale) * scale.double(), bias.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:

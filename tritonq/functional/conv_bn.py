@@ -121,7 +121,7 @@ def check_running_var(running_var: Tensor) -> None:
 
     It passes unread if it is not on a CPU, and while ``torch.compile`` traces.
     """
-    if not is_readable(running_var):
+    if not is_readable(running_var) or running_var.numel() == 0:
         return
     low, high = torch.aminmax(running_var)
     if not (float(low) >= 0 and float(high) < math.inf):

@@ -129,7 +129,8 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
     """Round ``x`` to a grid: what both public functions and the modules call; differentiable.
 
     ``y = (clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; of float codes, the nearest number of the format to
-    ``x/s``, times s. Scales must be positive and finite, and as many as the grid's type asks for: that is not checked.
+    ``x/s``, times s. The scale gets no gradient. Only the dtype of ``x`` is checked: scales must be positive and
+    finite, and as many as the grid's type asks for.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
@@ -142,9 +143,13 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
         0, also at NaN.
 
     Raises:
+        TypeError: ``x`` is no float tensor.
         ValueError: the grid's groups don't divide their axis of ``x``, or an unknown backend.
         RuntimeError: a backend asked for, here or by ``use_backend``, that can't run on ``x``.
     """
+    check_float_tensor("x", x)
+    if grid.scale.requires_grad:
+        grid = grid.with_scale(grid.scale.detach())
     rows = group_rows(x, grid.granularity)
     if rows is not None:
         return rows.join(fake_quantize(*as_rows(x, grid), backend, blocks_ends))

@@ -256,8 +256,13 @@ def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
 
     ``bias`` and ``multiplier`` (input scale times weight scale) are finite float tensors, (out,) or one element.
     """
-    codes = (bias.double() / multiplier.double()).round()
-    return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
+    return bias_steps(bias, multiplier).to(torch.int32)
+
+
+def bias_steps(bias: Tensor, multiplier: Tensor) -> Tensor:
+    """Return the codes of :func:`bias_codes` as float64; NaN, which no integer stands for, stays NaN."""
+    steps = (bias.double() / multiplier.double()).round().clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE)
+    return steps + 0.0  # a code has no -0
 
 
 def _raise_scale_for_sums(

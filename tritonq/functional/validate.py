@@ -116,9 +116,10 @@ def check_zero_point(
 
 def _extremes(values: Tensor) -> tuple[float, float]:
     """Return the smallest and the largest value as floats; NaN, twice, if a value is NaN."""
+    values = values.detach()
     if values.numel() == 1:
         return float(values), float(values)
-    least, greatest = torch.aminmax(values.detach())
+    least, greatest = torch.aminmax(values)
     return float(least), float(greatest)
 
 

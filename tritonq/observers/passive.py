@@ -132,8 +132,10 @@ class PassiveObserver(ObserverBase):
         self.revision += 1
         for name in ("current_scale", "original_scale", "zero_point"):
             # An empty one has its first value to come, from a call or from a checkpoint.
-            if self.get_buffer(name).numel():
-                self.register_buffer(name, _repeated(self.get_buffer(name), num_channels))
+            held = self.get_buffer(name)
+            if held.numel():
+                repeated = _repeated(held, num_channels)
+                held.resize_(num_channels).copy_(repeated)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``; nothing is observed."""
