@@ -35,18 +35,20 @@ class QATBatchNormLayer(QATLayer):
     """A convolution or linear layer whose BatchNorm is part of it.
 
     ``mode`` says how training folds the BatchNorm into the quantized weight. ``op`` is the convolution or product, W
-    and b are its weight and bias, γ and β those of the BatchNorm, which is the child ``bn``:
+    and b are its weight and bias, γ and β those of the BatchNorm (1 and 0 without them), which is the child ``bn``.
+    A ReLU, if the layer has one, and fake quantization of the output follow y:
 
     - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
       before this step's update. In a channel with γ = 0, ``s = 1/σ``, so that nothing is divided by zero and γ can
       leave zero. The fastest: the layer runs once, and saves only its input and the convolution's output.
     - ``"exact"`` (MegEngine's ``approx=False``): ``y = op(x, FQ_w(W t)) + FQ_b(β - t μ)`` with ``t = γ/σ(v)``, where μ
       and v are mean and biased variance of this batch's ``op(x, W)``; gradients flow through them.
-    - ``"corrected"`` (torch.ao's slow path): folds the updated running variance and rescales to the batch's.
-    - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = -1`` where γ < 0, else 1. The weight is rounded as
-      it is, and deployment folds the BatchNorm into the scale: ``s_w |t|``. In the other modes each step's statistics
-      move ``W s`` relative to a trained scale, so that codes flip; and running statistics are averages over other
-      weights than the deployed ones. At 2 bits that costs points of accuracy. For symmetric types.
+    - ``"corrected"`` (torch.ao's slow path): ``y = op(x, FQ_w(W γ/σ(r))) σ(r)/σ(v) + β - t μ``, where r is the running
+      variance after this step's update; v, t and μ as in ``"exact"``.
+    - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = -1`` where γ < 0, else 1, and s_w the scale of the
+      weight's quantizer. Deployment folds the BatchNorm into that scale: ``s_w |t|``. In the other modes each step's
+      statistics move ``W s`` relative to a trained scale, so that codes flip; and running statistics are averages over
+      other weights than the deployed ones. At 2 bits that costs points of accuracy. For symmetric signed types.
 
     In eval mode, and in training with a frozen BatchNorm, all four compute ``y = op(x, FQ_w(W t)) + FQ_b(β + t (b -
     running_mean))`` with ``t = γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
@@ -54,14 +56,16 @@ class QATBatchNormLayer(QATLayer):
     Attributes:
         bn: the BatchNorm.
         freeze_bn: whether training normalises with the running statistics too, and does not update them.
-        batch_norm_place: refers to the module that stands where the BatchNorm was; if that is in eval mode, the
-            statistics are frozen, as the BatchNorm's were.
-        grouping: whether the operation is a transposed convolution, and its number of groups.
+        batch_norm_place: a Reference to the module that stands where the BatchNorm was in the model; while that is in
+            eval mode, the statistics are frozen, as the BatchNorm's were. Empty: there is none.
+        grouping: ``(whether the operation is a transposed convolution, its number of groups)``.
 
     Raises:
-        ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, a single value per
-            channel, or a running variance that is negative or not finite; in training with ``"exact"`` or
-            ``"corrected"``, a BatchNorm that has hooks or is synchronized over ranks.
+        ValueError: an unknown mode, or ``"scale"`` for a weight whose type is not symmetric and signed; in training, a
+            running variance on a CPU that is negative or not finite; in training whose BatchNorm is not frozen, a
+            single value per channel; then with ``"exact"`` or ``"corrected"`` also a BatchNorm that has hooks, is of
+            another class than torch's, or is synchronized over ranks; and an input that :meth:`check_input` refuses, if
+            one operator computes the step.
 
     Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training"; "scale" is Esser et al. (2020), LSQ, whose
         weights are rounded before BatchNorm.
@@ -85,9 +89,10 @@ class QATBatchNormLayer(QATLayer):
     def attach_batch_norm(
         self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str | None = None
     ) -> None:
-        """Create the child ``bn``, of the kind that the class names, and choose the mode of folding.
+        """Create the child ``bn``, of the class ``_bn_type``, and choose the mode of folding.
 
-        :meth:`attach_quantizers` comes before it: the qconfig may name the mode, and the weight's type may forbid it.
+        A subclass's constructor calls it, after :meth:`attach_quantizers`: the qconfig may name the mode, and the
+        weight's type may forbid it.
 
         Args:
             features: number of out channels.
@@ -109,8 +114,8 @@ class QATBatchNormLayer(QATLayer):
     def mode(self) -> Mode:
         """How training folds the BatchNorm into the weight.
 
-        One of "approximate", "exact", "corrected" and "scale", whose formulas the class has. It can be set; a mode that
-        the class refuses raises ValueError.
+        One of "approximate", "exact", "corrected" and "scale", whose formulas the class has. It can be set. Setting any
+        other text, or "scale" for a weight whose type is not symmetric and signed, raises ValueError.
         """
         return self._mode
 
@@ -125,8 +130,8 @@ class QATBatchNormLayer(QATLayer):
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
         """Return ``folded``, the weight with the BatchNorm folded in, rounded to its grid.
 
-        In mode "scale" codes are those that the weight has before folding, with the other sign where γ < 0; only their
-        scale is multiplied.
+        In mode "scale" the codes are those of :meth:`weight_to_quantize`; only their scale is multiplied by ``|t|``.
+        Without a weight quantizer the result is ``folded``.
         """
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):
@@ -146,7 +151,7 @@ class QATBatchNormLayer(QATLayer):
         return quantized if rounded is None else with_gradient_of(rounded, quantized)
 
     def weight_grid(self) -> Grid:
-        """Return the grid of the folded weight.
+        """Return the grid of the folded weight, for a layer with a weight quantizer.
 
         In mode "scale" its scales are those of the unfolded weight times ``|t|``, one for each channel or group, and at
         least 2^-23.
@@ -162,11 +167,11 @@ class QATBatchNormLayer(QATLayer):
         return Grid((grid.scale.detach() * factors).clamp(min=_LEAST_SCALE), None, qtype, grid.enabled)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the present weight about as its quantizer gets it in training, from running statistics, not rounded.
+        """Return the present weight as its quantizer gets it while the BatchNorm is frozen; not rounded.
 
         In mode "scale" it is W, multiplied by -1 where γ < 0. In the other modes it is ``W t`` with
-        ``t = γ/σ(running_var)``, which is 0 where γ = 0. Unless the BatchNorm is frozen, a training step of mode
-        "approximate" has ``W/σ`` there, and steps of "exact" and "corrected" fold statistics that count their batch.
+        ``t = γ/σ(running_var)``. Without freezing, a training step of mode "approximate" has ``W/σ`` where γ = 0,
+        "exact" folds the batch's variance, and "corrected" the running variance after the step's update.
         """
         if self._mode != "scale":
             return super().weight_to_quantize()
@@ -177,11 +182,10 @@ class QATBatchNormLayer(QATLayer):
         return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
 
     def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return weight ``W t`` and bias ``β + t (b - running_mean)`` with ``t = γ/σ(running_var)``.
+        """Return weight ``W t`` and bias ``β + t (b - running_mean)`` with ``t = γ/σ(running_var)``, not rounded.
 
-        The BatchNorm is folded in.
-
-        ``weight`` and ``bias`` are the W and b to fold; without them those of the layer.
+        ``weight`` and ``bias`` are the W and b to fold, with b = 0 for a bias of None. Without ``weight`` they are the
+        layer's own, and ``bias`` is not read.
         """
         weight, bias = super().folded_parameters(weight, bias)
         running_mean, scale = cast(Tensor, self.bn.running_mean), self.fold_factors()
@@ -220,15 +224,16 @@ class QATBatchNormLayer(QATLayer):
         It does in training mode, in mode "approximate", with a plain BatchNorm (torch's own class, not synchronized
         over ranks) that is not frozen and has no hooks, if the weight has no quantizer or one in whose place the
         operator can observe and round. Such a quantizer is a plain `FakeQuantize` to integers, without groups, with one
-        of the four observers of `tritonq.observers.min_max`, as :func:`tritonq.nn.fusable.has_observed_grid` says.
+        of the four observers of `tritonq.observers.min_max`, which has no process group; neither has hooks. The rest is
+        in :func:`tritonq.nn.fusable.has_observed_grid`.
         """
         return choose_path(self.path_state()) == "train_operator"
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return operation, BatchNorm, ReLU (if there is one) and fake quantization, with the given weight and bias.
 
-        These are neither folded nor rounded yet. An empty batch has no statistics: in training it is computed as with a
-        frozen BatchNorm, except in a graph of ``torch.compile``.
+        These are neither folded nor rounded yet; a bias of None is none. An empty batch has no statistics: in training
+        it is computed as with a frozen BatchNorm, except in a graph of ``torch.compile``.
         """
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
@@ -261,7 +266,11 @@ class QATBatchNormLayer(QATLayer):
         return self
 
     def update_bn_stats(self) -> QATBatchNormLayer:
-        """Undo :meth:`freeze_bn_stats`, and return the layer; a BatchNorm that the float model had frozen stays so."""
+        """Undo :meth:`freeze_bn_stats`, and return the layer.
+
+        A `FrozenBatchNorm`, whose numbers are fixed, stays frozen. So does any BatchNorm while the module at
+        ``batch_norm_place`` is in eval mode.
+        """
         if isinstance(self.bn, FrozenBatchNorm):
             return self
         self.freeze_bn = False

@@ -19,10 +19,11 @@ def names_taken(signature: inspect.Signature) -> frozenset[str]:
 
 
 def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of a call of ``module`` in the order of its forward's parameters, those given by name, too.
+    """Return the arguments of a call of ``module``, those given by name, too, in the order of its forward's parameters.
 
-    Defaults stand for those that were not given. Without ``kwargs`` the result is ``args`` as it is, without defaults.
-    Keyword-only arguments are left out.
+    For ``forward(x, mask=None, size=1)`` and the call ``module(x, mask=m)`` the result is ``(x, m, 1)``: defaults stand
+    for what was not given. Without ``kwargs`` it is ``args`` as it is, without defaults. Keyword-only arguments and
+    those that the forward takes as ``**kwargs`` are left out.
 
     Raises:
         TypeError: ``kwargs`` are given, and the arguments don't fit the forward.

@@ -33,9 +33,9 @@ class Clipping:
 
     @property
     def ceiling(self) -> float | None:
-        """The upper bound if the clip is a ReLU (its lower bound is 0): infinity for a plain one.
+        """The upper bound if the clip is a ReLU (infinity for a plain one), None if it is none.
 
-        None if it is no ReLU.
+        A clip is a ReLU if its lower bound is 0 and its upper bound is positive.
         """
         return bound_of_clip(self.low, self.high)
 
@@ -55,15 +55,15 @@ class Clipping:
 class Clip(ElementwiseLayer):
     """``FQ(min(max(x, low), high))``: what `prepare_qat` makes of ``nn.Hardtanh(-1, 1)`` or ``x.clamp(-1, 1)``.
 
-    ``low`` and ``high`` are the bounds of the one clip that does what ``earlier`` and then ``own`` do. Behind a layer
-    without an output quantizer, the clip's quantizer serves the layer, too: in eval mode the layer's sums are rounded
-    to its grid at once, and the clip changes codes.
+    ``low`` and ``high`` are the bounds of the one clip that does what ``earlier`` and then ``own`` do; the attribute
+    ``clipping`` has them. Behind a layer without an output quantizer, the clip's quantizer serves the layer, too: in
+    eval mode the layer's sums are rounded to the clip's grid at once, and the clip changes codes.
 
     Args:
         own: the bounds of the clip that the module replaces.
         earlier: bounds of a clip before it, which is applied first; None: there is none.
         qconfig: makes the quantizer of the output; None: the module has none of its own.
-        source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
+        source_type: name of the class of torch.nn that it replaces, such as "Hardtanh"; None: it replaces a function.
 
     Examples:
         >>> Clip(Clipping(-1.0, 1.0))(torch.tensor([-4.0, 0.5, 3.0]))
@@ -85,7 +85,7 @@ class Clip(ElementwiseLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> Clip:
-        """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; hooks stay with the float module.
+        """Return a Clip to replace a Hardtanh, ReLU6 or ReLU: in the same mode (training or eval), without its hooks.
 
         Args:
             module: the float module.
@@ -102,8 +102,8 @@ class Clip(ElementwiseLayer):
     def absorb(self, earlier: Clipping | None) -> None:
         """Let the module compute an earlier clip, too: its bounds are those of ``earlier`` followed by ``own``.
 
-        ``earlier`` has the bounds of the clip that stood before it; None: there was none. An ``earlier`` from before is
-        replaced.
+        ``earlier`` has the bounds of the clip that stood before it; None: there was none. It takes the place of the one
+        that the constructor or the last call got.
         """
         self.earlier = earlier
         self.clipping = self.own if earlier is None else earlier.then(self.own)
@@ -111,15 +111,15 @@ class Clip(ElementwiseLayer):
 
     @property
     def ceiling(self) -> float | None:
-        """The upper bound if the clip is a ReLU: infinity for a plain one. None if it is no ReLU."""
+        """The upper bound if ``earlier`` and ``own`` together are a ReLU (infinity for a plain one), else None."""
         return self.clipping.ceiling
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the clip as integer runtimes do: ``clip(round(x / s_out) · s_out)``, float32, without gradient.
 
         ``x`` has values of the grid ``source``, to which it is rounded first in float32; ``output`` is the grid of the
-        quantizer behind the clip, s_out its scale. Both grids are per tensor. Values are not clipped to the grid's
-        range.
+        quantizer behind the clip, s_out its scale. Both grids are per tensor. ``low`` and ``high`` need not be values
+        of the grid ``output``, and values may lie beyond it: the quantizer then rounds and clips the result.
         """
         with torch.no_grad():
             return self.function(requantized(x, source, output))

@@ -11,7 +11,7 @@ _ORIGINAL = "_orig_mod"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside of what ``torch.compile(model)`` returned; any other model as it is."""
+    """Return the very model inside of what ``torch.compile(model)`` returned, not a copy; any other model as it is."""
     # By name: importing the class takes a second, and who has no such model has not paid it yet.
     kinds = ((kind.__module__, kind.__qualname__) for kind in type(model).__mro__)
     original = getattr(model, _ORIGINAL) if _WRAPPER in kinds else None

@@ -18,7 +18,11 @@ from tritonq.nn.reference import Reference
 
 @dataclass(frozen=True)
 class Slot:
-    """Stand for a tensor in a program: the number under which it is kept."""
+    """The place of a tensor in recorded arguments and results.
+
+    Attributes:
+        index: the number under which the running program keeps the tensor; numbers need not be consecutive.
+    """
 
     index: int
 
@@ -28,9 +32,9 @@ class StateSlot:
     """A parameter or buffer that a program reads.
 
     Attributes:
-        slot: the number under which the program keeps it, as :class:`Slot` has it.
-        module: the module that holds it.
-        name: its name in that module.
+        slot: the number under which the program keeps it: the ``index`` of its :class:`Slot`.
+        module: a reference to the module that holds it.
+        name: its name in that module, such as "weight".
         exclusive: whether it is read for nothing but computed weights, so that a converted model needs no copy of it.
     """
 
@@ -48,9 +52,9 @@ class Step:
         call: the function, or a reference to the module.
         args: positional arguments, with a :class:`Slot` for each tensor.
         kwargs: named arguments, with a :class:`Slot` for each tensor.
-        output: the structure of its result, with a :class:`Slot` for each tensor.
-        writes: for each tensor that the call changes in place, the pair (slot before, slot after): the tensor is kept
-            under the second number, too.
+        output: the structure of its result (nested tuples and dicts), with a :class:`Slot` for each tensor.
+        writes: for each tensor that the call changes in place, the pair (number before, number after) that its slots
+            have: after the call the changed tensor is kept under the second number, too.
     """
 
     call: Callable[..., Any] | Reference[nn.Module]

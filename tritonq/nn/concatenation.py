@@ -31,14 +31,12 @@ Arrangement: TypeAlias = Literal["cat", "stack", "hstack", "vstack", "dstack", "
 class Cat(WithOutputQuantizer):
     """``FQ(cat(tensors, dim))``, or the same of a stack: the parts lie on one grid.
 
-    Without a qconfig nothing is rounded.
-
     In training the quantizer observes the result. In eval mode values are rounded as ``round(x / s) · s`` and clipped.
 
     Args:
         dim: the axis along which to concatenate; for ``"stack"`` the place of the new axis; not used by ``"hstack"``
             and the like, whose axis is fixed.
-        arrangement: name of torch's function, such as "cat", "stack" or "hstack".
+        arrangement: name of torch's function: "cat", "stack", "hstack", "vstack", "dstack" or "column_stack".
         qconfig: makes the quantizer of the output; None: the output stays in float.
 
     Examples:
@@ -55,7 +53,7 @@ class Cat(WithOutputQuantizer):
         self.dim, self.arrangement = dim, arrangement
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the fake-quantized concatenation of a sequence of tensors, in the shape of torch's function."""
+        """Return the fake-quantized concatenation of ``tensors``, in shape and dtype as torch's function returns it."""
         tensors, dim = _arranged(tuple(tensors), self.dim, self.arrangement)
         exact = None if self.training else self._exact(tensors, dim)
         if exact is not None:
@@ -96,7 +94,7 @@ class Cat(WithOutputQuantizer):
         return integer_concatenation(tensors, dim, grid).to(dtype)
 
     def extra_repr(self) -> str:
-        """Return the axis for ``repr``, and the function if it is not ``torch.cat``."""
+        """Return the text for ``repr``: ``"dim=1"``, or ``"dim=0, hstack"`` if the function is not ``torch.cat``."""
         return f"dim={self.dim}" + ("" if self.arrangement == "cat" else f", {self.arrangement}")
 
 

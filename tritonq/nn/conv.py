@@ -25,16 +25,19 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
     """``y = FQ_a(relu?(conv(x, FQ_w(W)) + b))``: the base of the convolutions here.
 
     FQ_w and FQ_a are fake quantization of weight and output. ``relu?`` is a ReLU if :attr:`QATLayer.ceiling` is a
-    number, its upper bound; nothing if that is None. The constructor is the float convolution's, plus ``qconfig=``.
+    number, its upper bound; nothing if that is None. A per-channel weight quantizer has one scale per out channel, in
+    transposed convolutions, too.
 
     Args:
-        *args: arguments of the float convolution.
+        *args: arguments of the float convolution; the qconfig may stand among them.
         qconfig: makes the quantizers of weight and output.
         **kwargs: named arguments of the float convolution.
 
     Raises:
-        TypeError: no QConfig given.
-        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0, or groups that don't fit the weight.
+        TypeError: no QConfig given, or two.
+        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0; scales per group of weights along
+            another axis than 1, or of a group size that does not divide ``in_channels / groups``; or what the float
+            convolution refuses.
 
     Source: torch.ao.nn.qat.
 
@@ -56,16 +59,18 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
-        """Return the quantization-aware form of ``mod``, in its mode and by its ``qconfig``.
+        """Return the layer of this class that replaces ``mod``, with quantizers of ``mod.qconfig``.
 
-        Weight and bias are the same parameters, not copies.
+        It is in training or eval mode as ``mod`` is. Weight and bias are the same parameters, not copies.
 
         Args:
             mod: the float convolution; for a class with ReLU the row of both in `tritonq.nn.intrinsic`.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: ``mod`` is not what this class replaces, or has no QConfig.
+            TypeError: ``mod`` is not exactly of the class that this one replaces, has no QConfig, or ends in an
+                activation that is no ReLU.
+            ValueError: a weight quantizer that the constructor refuses.
         """
         check_float_type(cls, mod, cls._fused_type or cls._float_type)
         conv = cast(nn.modules.conv._ConvNd, mod[0] if isinstance(mod, intrinsic.FusedModule) else mod)
@@ -158,7 +163,7 @@ class ConvReLU3d(Conv3d):
 
 
 class TakesOutputSize(nn.Module):
-    """Let a call of a transposed convolution give the size of its result, as torch's may.
+    """Let a call of a transposed convolution give the result's size, as in torch: ``layer(x, output_size=[7, 7])``.
 
     The size decides the output padding of this call alone. It is taken in ``__call__``, so that forwards, and what
     replaces them, do not get it.
@@ -207,8 +212,6 @@ class TakesOutputSize(nn.Module):
 class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
     """Quantization-aware ``nn.ConvTranspose2d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
-    A per-channel weight quantizer has one scale per out channel here, too.
-
     Examples:
         >>> import torch, tritonq
         >>> layer = tritonq.nn.ConvTranspose2d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
@@ -220,7 +223,7 @@ class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ig
 
 
 class ConvTransposeReLU2d(ConvTranspose2d):
-    """Quantization-aware ConvTranspose2d and ReLU: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
+    """Quantization-aware ConvTranspose2d and ReLU: the former's arguments and ``qconfig=``; formulas in `QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -247,7 +250,7 @@ class ConvTranspose1d(TakesOutputSize, QATConv, nn.ConvTranspose1d):  # type: ig
 
 
 class ConvTransposeReLU1d(ConvTranspose1d):
-    """Quantization-aware ConvTranspose1d and ReLU: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
+    """Quantization-aware ConvTranspose1d and ReLU: the former's arguments and ``qconfig=``; formulas in `QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -274,7 +277,7 @@ class ConvTranspose3d(TakesOutputSize, QATConv, nn.ConvTranspose3d):  # type: ig
 
 
 class ConvTransposeReLU3d(ConvTranspose3d):
-    """Quantization-aware ConvTranspose3d and ReLU: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
+    """Quantization-aware ConvTranspose3d and ReLU: the former's arguments and ``qconfig=``; formulas in `QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -317,7 +320,7 @@ def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
     A plain ReLU has infinity. Nothing happens if the class of ``qat`` has no ReLU (its ceiling is None).
 
     Raises:
-        TypeError: the row ends in something that is no ReLU, ReLU6 or ``Hardtanh(0, b)``.
+        TypeError: the row ends in something that is no ReLU, ReLU6 or ``Hardtanh(0, b)`` with b > 0.
     """
     if qat.ceiling is None:
         return
@@ -330,7 +333,7 @@ def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
 def share_parameters(qat: QATLayer, source: nn.Module) -> None:
     """Give ``qat``, built on the meta device, the weight and bias of ``source``: the same parameters, not copies.
 
-    A bias that is None is left out. The buffers of the quantizers move to the weight's device.
+    A bias that is None is left out. The quantizers of weight and output move to the device of ``source.weight``.
     """
     for name in ("weight", "bias"):
         parameter = getattr(source, name)

@@ -4,8 +4,9 @@ To *fold* a BatchNorm is to multiply the weight by γ/σ. Each function takes th
 and bias b (or None), neither folded nor rounded, and returns the layer's output: ReLU (if it has one) and fake
 quantization of the output follow the formulas here. ``op`` is the convolution or product, FQ_w and FQ_b are fake
 quantization of weight and bias (:func:`bias_on_grid`), BN is the BatchNorm, which normalises by the batch and updates
-the running statistics. Most modes are compositions of differentiable operators. The approximate mode has an operator of
-its own, `tritonq.functional.conv_bn`; its composition here serves quantizers that the operator can't take over.
+the running statistics. ``σ(v)`` is ``sqrt(v + eps)``; γ counts as 1, β and b as 0, where there are none. Most modes are
+compositions of differentiable operators. The approximate mode has an operator of its own,
+`tritonq.functional.conv_bn`; its composition here serves quantizers that the operator can't take over.
 Formulas: docs/conv-bn.md.
 """
 
@@ -41,8 +42,9 @@ _BITS = 8
 def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the approximate mode, ``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, in one operator.
 
-    ReLU and the output's quantizer follow; the operator computes them, too, if it can observe and round in the
-    quantizer's place.
+    ``running_var`` is that from before the step's update; s is ``1/σ`` where ``|γ/σ| < 1e-12``. The operator
+    computes ReLU, too, and the output's quantization if it can observe and round in the quantizer's place
+    (:func:`observed_grid`) and the grid is per tensor; else the quantizer follows.
     """
     layer.check_input(x)
     x, op = layer.linear_map.padded(x)
@@ -72,7 +74,8 @@ def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tens
 def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the approximate mode by several operators: ``BN(op(x, FQ_w(W s)) / s + b)``.
 
-    ``s = γ/σ(running_var)``, and ``1/σ`` in channels where γ is 0.
+    ``s = γ/σ(running_var)``, and ``1/σ`` in channels where γ is 0; ``running_var`` is that from before the step's
+    update.
     """
     running_var, bn = _running_var_of_step(layer), layer.bn
     scale = fold_scale(running_var, bn.weight, bn.eps)
@@ -116,6 +119,9 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
     ``t = γ/σ(rv)`` and ``shift = β - γ/σ(var) · mean``, not rounded. Mean and biased variance var are those of ``op(x,
     W)``. The running statistics, rv among them, are updated first. Gradients flow through mean and var: the layer runs
     twice. The bias b counts only in the running mean, and gets a gradient of zero.
+
+    Raises:
+        ValueError: as for :func:`exact`: fewer than two values per channel, or a BatchNorm that is not plain.
     """
     mean, inverse_std = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
@@ -150,8 +156,7 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
 def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the mode "scale": ``BN(op(x, u FQ_w(u W)) + b)`` with ``u = -1`` where γ < 0, else 1.
 
-    BN is the layer's BatchNorm, by the batch's statistics, which update the running ones. The weight's codes do not
-    depend on them.
+    The weight's codes depend on no statistics.
     """
     signs = gamma_signs(layer.bn)
     rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
@@ -182,10 +187,11 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 
 
 def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
-    """Return ``bias`` rounded to multiples of input scale × weight scale, as 32-bit codes have it.
+    """Return ``bias``, (out channels,), rounded to multiples of input scale × weight scale, in its dtype.
 
-    It is rounded only if input and weight have symmetric 8-bit grids that are switched on. A weight scale that is too
-    small for the bias, as in dead channels, counts as just large enough.
+    It is rounded only if input and weight have known symmetric 8-bit grids that are switched on and rest on data. The
+    gradient passes straight through. Where the weight scale is so small that the bias would exceed 32-bit codes, as in
+    dead channels, the smallest scale that fits takes its place.
     """
     # The input's quantizer first: a trained width of the weight is read from the device.
     if layer.input_quantizer is None or not _is_symmetric_int8(layer.input_quantizer):

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 class ForwardMode(TorchFunctionMode):
     """Base of torch function modes that are called for the torch functions of one forward.
 
-    Quantized layers switch them off while they compute (:class:`RestingModes`), so that their own calls are not seen.
+    Each `QATLayer` (convolution, linear layer) switches them off while it computes (:class:`RestingModes`), so that a
+    mode does not see the layer's own calls.
     """
 
 
@@ -28,7 +29,7 @@ class RestingModes:
     """Context manager that switches off each :class:`ForwardMode` at the top of torch's stack of function modes.
 
     It removes them, from the top down to the first mode of another class, and puts them back, in order, when the block
-    ends.
+    ends. Those below a mode of another class stay on.
     """
 
     __slots__ = ("_modes",)

@@ -38,7 +38,10 @@ class ElementwiseLayer(UnaryLayer):
     function: Function
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the function of ``input``, in its shape: fake-quantized, or in float without an output quantizer."""
+        """Return the function of ``input``, in its shape: fake-quantized, or in float without an output quantizer.
+
+        The output quantizer, which observes in training, is the layer's own or that named by :meth:`set_quantizers`.
+        """
         meet_hooks((self._source,), (input,), self.training)
         quantizer = self.output_quantizer
         if quantizer is None:
@@ -71,13 +74,13 @@ class FunctionLayer(ElementwiseLayer):
     In eval mode, if the grids of input and output are known, a table gives the result of each code (:meth:`exact`).
     Otherwise torch computes the function.
 
-    A function that a forward calls has its quantizer outside, as a child of the module with that forward, where earlier
-    versions had it. The layer then has none of its own, and :meth:`set_quantizers` names that one.
+    In place of a function that a forward calls, the layer has no quantizer of its own. That one is a child of the
+    module with that forward; :meth:`set_quantizers` names it, and the layer runs it.
 
     Args:
         function: the function, by name and arguments: ``Function("hardswish")``.
         qconfig: makes the quantizer of the output; None: the layer has none of its own.
-        source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
+        source_type: name of the class of torch.nn that it replaces, such as "SiLU"; None: it replaces a function.
 
     Examples:
         >>> import torch
@@ -92,14 +95,14 @@ class FunctionLayer(ElementwiseLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> FunctionLayer:
-        """Return the quantized form of a module of torch.nn, in its mode; hooks stay with the float module.
+        """Return the quantized layer for a module of torch.nn, in its training or eval mode, without its hooks.
 
         Args:
             module: the float module.
             qconfig: makes the quantizer of the output; None: the layer has none of its own.
 
         Raises:
-            TypeError: a module that is none of :data:`FUNCTION_MODULES`.
+            TypeError: the module's class is no key of :data:`FUNCTION_MODULES`; subclasses of the keys are none.
         """
         function = function_of(module)
         if function is None:
@@ -127,7 +130,7 @@ class FunctionLayer(ElementwiseLayer):
         return eval_mode.function(x, self.function, source, output)
 
     def extra_repr(self) -> str:
-        """Return name and arguments of the function for ``repr``."""
+        """Return name and arguments of the function for ``repr``: "leaky_relu, 0.1"."""
         return ", ".join((self.function.name, *(f"{argument:g}" for argument in self.function.arguments)))
 
 
@@ -138,7 +141,7 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     Args:
         num_parameters: number of slopes: 1, or the number of channels on axis 1. They begin at torch's 0.25:
-            ``init`` is no argument here.
+            ``init``, ``device`` and ``dtype`` are no arguments here.
         qconfig: makes the quantizer of the output; None: the layer has none of its own, but :meth:`set_quantizers` may
             name one.
     """
@@ -149,7 +152,7 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     @classmethod
     def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
-        """Return the quantized form of a float ``nn.PReLU``, in its mode; they share the weight.
+        """Return the quantized layer for a float ``nn.PReLU``, in its training or eval mode; they share the weight.
 
         Hooks stay with the float module.
 
@@ -175,7 +178,7 @@ class PReLU(UnaryLayer, nn.PReLU):
         """Return the result for ``torch.compile``, in the dtype of ``x``, without gradient.
 
         ``source`` and ``output`` are the grids of input and result. While both are switched on, which the graph reads
-        when it runs, it lies on the output's grid, not clipped, as integer runtimes round it (:meth:`exact`); else it
+        when it runs, the result lies on the output's grid, not clipped, as :meth:`exact` rounds it; else the result
         is ``max(0, x) + weight · min(0, x)`` in float.
         """
         from tritonq.functional.traced import eval_mode
@@ -199,6 +202,9 @@ FUNCTION_MODULES: Mapping[type[nn.Module], Callable[[Any], Function]] = {
 
 
 def function_of(module: object) -> Function | None:
-    """Return the ``Function`` that a module of torch.nn computes; None for any other module."""
+    """Return the ``Function`` that a module computes: ``Function("elu", (1.0,))`` for ``nn.ELU()``.
+
+    None unless its class is a key of :data:`FUNCTION_MODULES`; subclasses of the keys are none.
+    """
     made = FUNCTION_MODULES.get(type(module))  # type: ignore[arg-type]
     return None if made is None else made(module)

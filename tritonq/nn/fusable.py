@@ -37,7 +37,8 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
     """Return grid and running range of a quantizer, for an operator that observes and rounds in its place.
 
     The range is always returned. In eval mode, and while activation checkpointing runs the forward again, it is marked
-    as frozen: the operator reads it and observes nothing. Grid and range carry the quantizer's switches.
+    as frozen: the operator reads it and observes nothing. Grid and range hold the buffers of quantizer and observer,
+    switches too, not copies: the operator changes them in place. The zero point is None if it is always 0.
 
     None: the quantizer's module must run itself. That is so in each of these cases:
 
@@ -67,12 +68,12 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
 
 
 def has_observed_grid(quantizer: nn.Module) -> bool:
-    """Whether an operator can observe and round in a quantizer's place, so that :func:`observed_grid` gives its grid.
+    """Whether an operator can observe and round in a quantizer's place: :func:`observed_grid` then gives its grid.
 
-    It can for a plain `FakeQuantize` to integers, without groups, with one of tritonq's own min-max observers whose
-    ``process_group`` is None. It can't if one of the two modules has hooks. Nor can it if ``set_momentum`` gave an
-    observer with ``rule="megengine"`` a momentum that still waits: such a momentum takes effect after the observer's
-    next update.
+    It can for exactly a `FakeQuantize` to integers, without groups, with one of tritonq's own min-max observers (no
+    subclass) whose ``process_group`` is None. It can't if quantizer or observer has hooks. Nor can it if
+    ``set_momentum`` gave an observer with ``rule="megengine"`` a momentum that still waits: such a momentum takes
+    effect after the observer's next update.
     """
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False
@@ -90,7 +91,8 @@ def fixed_grid(quantizer: nn.Module) -> Grid | None:
 
     None: the quantizer's module must run itself. That is so unless it is a plain `FakeQuantize` to integers with one
     scale, in eval mode, without hooks, whose scale and zero point were observed, loaded or set; before that, running it
-    warns. A subclass is not plain. A quantizer that is switched off has a grid, too, with its switch.
+    warns. A subclass is not plain. A quantizer that is switched off has a grid, too, whose switch is 0. The grid's
+    tensors are the quantizer's own, not copies.
     """
     if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
         return None
@@ -100,9 +102,10 @@ def fixed_grid(quantizer: nn.Module) -> Grid | None:
 
 
 def warn_if_unobserved(quantizer: nn.Module) -> None:
-    """Warn once that values pass unrounded, if ``quantizer`` is a `FakeQuantize` that has observed nothing.
+    """Warn (UserWarning) that values pass unrounded, if ``quantizer`` is a `FakeQuantize` without a known scale.
 
-    For operators that round in a quantizer's place. While ``torch.compile`` traces nothing is said.
+    Its scale was then neither observed, loaded nor set. It warns once for each quantizer, and never while
+    ``torch.compile`` traces. Call it after an operator that observes and rounds in the quantizer's place.
     """
     if torch.compiler.is_compiling():
         return
@@ -124,7 +127,7 @@ def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
 def ceiling_of(activation: nn.Module | None) -> float | None:
     """Return the upper bound of a ReLU (infinity), ReLU6 or ``Hardtanh(0, b)``.
 
-    None for any other module and for None.
+    None for any other module, such as one of a user's subclass of these or ``Hardtanh(-1, 1)``, and for None.
     """
     kind = original_class(activation)
     if kind is nn.ReLU:
@@ -150,8 +153,8 @@ def checked_ceiling(ceiling: float | None) -> float | None:
     """Return ``ceiling`` as a float, or None, if it can be the upper bound of a ReLU.
 
     Raises:
-        TypeError: it is neither a number nor None.
-        ValueError: it is not positive.
+        TypeError: it is neither an int, a float nor None; a bool is refused, too.
+        ValueError: it is not positive, or NaN.
     """
     if ceiling is None:
         return None
@@ -170,7 +173,7 @@ def describe_relu(ceiling: float | None) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module itself has hooks: forward or backward, before or after it runs; children do not count."""
+    """Whether a module itself has forward or backward hooks or pre-hooks; those of children do not count."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

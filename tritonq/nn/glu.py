@@ -22,7 +22,11 @@ class GLU(Mul):
 
     Attributes:
         dim: the axis that is halved.
-        gate: the sigmoid.
+        gate: the `FunctionLayer` that computes ``FQ(sigmoid(b))``.
+
+    Raises:
+        TypeError: a ceiling that is not a number.
+        ValueError: a ceiling that is not positive.
 
     Examples:
         >>> import torch, tritonq
@@ -48,7 +52,10 @@ class GLU(Mul):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Return ``FQ(relu?(a * FQ(sigmoid(b))))`` with a the first half of ``input`` along ``dim``, b the second.
 
+        The result has the shape of a.
+
         Raises:
+            IndexError: ``input`` has no axis ``dim``.
             ValueError: the size along ``dim`` is odd.
         """
         if input.shape[self.dim] % 2:

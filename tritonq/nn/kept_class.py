@@ -33,9 +33,9 @@ class KeepsClass(nn.Module):
 
 
 def keep_class(kind: type[nn.Module], made: nn.Module) -> None:
-    """Let ``made`` be of the class ``kind``, too; its own class comes first.
+    """Let ``made`` be of the class ``kind``, too: change its class in place to that of :func:`joined_class`.
 
-    Nothing happens if Python can't join the two.
+    Its own class comes first. Nothing happens if it is of the class ``kind`` already, or if Python can't join the two.
     """
     if isinstance(made, kind):
         return
@@ -44,7 +44,10 @@ def keep_class(kind: type[nn.Module], made: nn.Module) -> None:
 
 
 def users_class(module: nn.Module) -> type[nn.Module]:
-    """Return the replaced module's class, which :func:`keep_class` gave to a module; without it the module's own."""
+    """Return the replaced module's class, which :func:`keep_class` gave to a module; without it the module's own.
+
+    Of another module whose forward was edited it is the class that its author wrote (:func:`original_class`).
+    """
     kind: type[nn.Module] = original_class(module)
     return kind._tritonq_joined[1] if issubclass(kind, KeepsClass) else kind
 
@@ -73,7 +76,7 @@ def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Mod
         second: the class of the module that was replaced.
 
     Raises:
-        TypeError: Python can't make such a class.
+        TypeError: Python can't make such a class, such as for classes whose orders of bases or metaclasses conflict.
     """
     known = _joined.get((first, second))
     if known is not None:
