@@ -241,3 +241,16 @@ def test_a_variance_of_no_channels_is_fine():
     check_running_var(torch.ones(0))
     with pytest.raises(ValueError, match="must be finite and not negative"):
         check_running_var(torch.tensor([-1.0]))
+
+
+@pytest.mark.parametrize("mode", ["approximate", "exact", "corrected", "scale"])
+def test_inputs_without_a_batch_are_refused_in_training(mode):
+    layer = tritonq.nn.ConvBn2d(1, 4, 3, mode=mode, qconfig=tritonq.get_qconfig()).train()
+    with pytest.raises(ValueError, match="expected"):
+        layer(torch.rand(1, 6, 6))
+
+
+def test_the_batch_norm_is_made_where_the_layer_is():
+    layer = tritonq.nn.ConvBn2d(1, 4, 3, device="meta", dtype=torch.float64, qconfig=tritonq.get_qconfig())
+    assert layer.bn.weight.device.type == "meta"
+    assert layer.bn.running_mean.dtype == torch.float64

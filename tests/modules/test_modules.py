@@ -280,6 +280,18 @@ def test_deepcopy_and_pickle_keep_the_link_to_the_input_quantizer():
             ValueError,
             "ch_axis=0",
         ),
+        (
+            lambda: tritonq.nn.AvgPool2d(2, qconfig="x86"),
+            TypeError,
+            "qconfig of AvgPool2d must be a QConfig or None, got",
+        ),
+        (lambda: tritonq.nn.Cat(qconfig="x86"), TypeError, "qconfig of Cat must be a QConfig or None, got"),
+        (
+            lambda: tritonq.nn.Cat(arrangement="pile"),
+            ValueError,
+            "arrangement must be one of cat, .*, got 'pile'",
+        ),
+        (lambda: tritonq.nn.Einsum("0a,0b->0ab"), ValueError, "indices are letters, got '0a,0b->0ab'"),
     ],
 )
 def test_bad_construction(make, error, message):

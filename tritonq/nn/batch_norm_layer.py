@@ -104,7 +104,7 @@ class QATBatchNormLayer(QATLayer):
         Raises:
             ValueError: an unknown mode, or ``"scale"`` for a weight whose type is not symmetric and signed.
         """
-        self.bn = self._bn_type(features, eps=eps, momentum=momentum)
+        self.bn = self._bn_type(features, eps, momentum, device=self.weight.device, dtype=self.weight.dtype)
         self.mode = check_mode(mode or self.qconfig.folding or "approximate")
         self.step_memory = StepMemory()
         if freeze_bn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Cat(WithOutputQuantizer):
 
     def __init__(self, dim: int = 0, *, arrangement: Arrangement = "cat", qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
+        if arrangement not in get_args(Arrangement):
+            raise ValueError(f"arrangement must be one of {', '.join(get_args(Arrangement))}, got {arrangement!r}")
         self.dim, self.arrangement = dim, arrangement
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -1,10 +1,10 @@
 """Quantization-aware convolution + BatchNorm, with and without ReLU, and the same for linear layers.
 
 ``op`` is the convolution or product with weight W and bias b, t is ``γ/σ``, and FQ is fake quantization. In eval mode
-each class computes ``FQ_a(relu?(op(x, FQ_w(W t)) + β + t (b - mean)))`` with the running statistics. In training the
-argument ``mode`` says how the BatchNorm is folded: "approximate" (the default), "exact", "corrected" or "scale";
-:class:`QATBatchNormLayer` has a formula for each. Without FQ all are ``relu?(BN(op(x, W) + b))``, where BN normalises
-by the batch. Constructors take the float layer's arguments, eps, momentum, freeze_bn, qconfig (required) and mode.
+each class computes ``FQ_a(relu?(op(x, FQ_w(W t)) + FQ_b(β + t (b - mean))))`` with the running statistics. In training
+``mode`` says how the BatchNorm is folded: "approximate", "exact", "corrected" or "scale"; :class:`QATBatchNormLayer`
+has formulas. Without FQ all are ``relu?(BN(op(x, W) + b))``, BN normalising by the batch. Constructors take the float
+layer's arguments, then eps=1e-5, momentum=0.1, freeze_bn=False, qconfig (required) and, by name only, mode=None.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class _ConvBn(QATBatchNormLayer):
-    """The constructor and `from_float` of the convolutions with BatchNorm; positional arguments as torch.ao's.
+    """The constructor and `from_float` of the convolutions with BatchNorm; a QConfig may stand at any position.
 
     The convolution has no bias by default; a transposed one, which torch.ao lacks, has one.
     """
@@ -69,16 +69,16 @@ class _ConvBn(QATBatchNormLayer):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _ConvBn:
-        """Return the quantization-aware form of the fused row ``mod``; it shares convolution parameters and BatchNorm.
+        """Return a new layer for the row ``mod``, in its mode (training or eval); parameters and BatchNorm are shared.
 
         Args:
             mod: the row of `tritonq.nn.intrinsic` with this class's name: convolution and BatchNorm, with ReLU for
-                classes that have one.
+                classes that have one. Its attribute ``qconfig`` makes the quantizers and chooses the folding.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
             TypeError: not the row that this class replaces, or no QConfig on it.
-            ValueError: a BatchNorm without running statistics.
+            ValueError: a BatchNorm without running statistics, or folding "scale" for a weight with zero points.
         """
         check_float_type(cls, mod, cast(Any, cls)._fused_type)
         conv, bn = cast(nn.Sequential, mod)[0], cast(nn.Sequential, mod)[1]
@@ -290,9 +290,9 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         *args: arguments of ``nn.Linear``, which eps, momentum and freeze_bn may follow.
         eps: of the BatchNorm.
         momentum: of the BatchNorm; None: running statistics are plain averages.
-        freeze_bn: whether to begin with frozen statistics.
-        qconfig: makes the quantizers of weight and output.
-        mode: how training folds the BatchNorm; None: the qconfig's mode, or "approximate".
+        freeze_bn: whether training, too, normalises with the running statistics and does not update them.
+        qconfig: makes the quantizers of weight and output; required, and may stand among ``args``.
+        mode: how training folds the BatchNorm; None: ``qconfig.folding``, or "approximate" if that is None.
         **kwargs: named arguments of ``nn.Linear``.
 
     Examples:
@@ -322,22 +322,22 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn, mode)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` has the shape (batch, features)."""
+        """Raise ValueError unless ``x`` has two axes, (batch, features); their sizes are not checked."""
         if x.dim() != 2:
             raise ValueError(f"expected an input of shape (batch, features), got {tuple(x.shape)}")
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> LinearBn1d:
-        """Return the quantization-aware form of the fused row ``mod``; it shares linear parameters and BatchNorm.
+        """Return a new layer for the row ``mod``, in its mode (training or eval); parameters and BatchNorm are shared.
 
         Args:
             mod: the row of `tritonq.nn.intrinsic` with this class's name: linear layer and BatchNorm, with ReLU for the
-                class that has one.
+                class that has one. Its attribute ``qconfig`` makes the quantizers and chooses the folding.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
             TypeError: not the row that this class replaces, or no QConfig on it.
-            ValueError: a BatchNorm without running statistics.
+            ValueError: a BatchNorm without running statistics, or folding "scale" for a weight with zero points.
         """
         check_float_type(cls, mod, cls._expected_type)
         bn = cast(nn.Sequential, mod)[1]
@@ -364,10 +364,10 @@ class LinearBnReLU1d(LinearBn1d):
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:
-    """Return ``bn``, typed as a BatchNorm. Its class is not checked: callers have done that.
+    """Return ``bn`` itself, typed as a BatchNorm; callers must have checked its class.
 
     Raises:
-        ValueError: it keeps no running statistics (``track_running_stats=False``).
+        ValueError: ``bn`` keeps no running statistics (``track_running_stats=False``).
     """
     if getattr(bn, "running_var", None) is None:
         raise ValueError("a BatchNorm with track_running_stats=False has no statistics to fold into a convolution")

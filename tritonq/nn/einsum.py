@@ -24,18 +24,19 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 class Einsum(MatMul):
     """``FQ(relu?(einsum(equation, a, b)))`` for an equation that is one product of batches of matrices.
 
-    Every index of an operand must be in the other operand or in the result, and none may be repeated within one of the
-    three. Axes of size 1 broadcast. The operands are permuted and reshaped to batches of matrices, and multiplied as by
-    :class:`MatMul`.
+    Every index of an operand must be in the other operand or in the result, and none may occur twice in one operand or
+    in the result. Axes of size 1 broadcast. The operands are permuted and reshaped to batches of matrices, and
+    multiplied as by :class:`MatMul`.
 
     Args:
-        equation: as :func:`torch.einsum` takes it, with two operands.
+        equation: text as :func:`torch.einsum` takes it, with two operands, with or without ``->``.
         ceiling: upper bound of the ReLU, infinity for a plain one; None: no ReLU.
         qconfig: makes the quantizer of the output; None: the output stays in float.
 
     Raises:
-        TypeError: an equation that is no text.
-        ValueError: any other equation; in the forward, operands that don't fit it.
+        TypeError: an equation that is no text, or a ceiling that is not a number.
+        ValueError: an equation that breaks these rules, or a ceiling that is not positive; in the forward, operands
+            whose axes or sizes don't fit the equation, or in eval mode sums that :class:`MatMul` refuses as too large.
 
     Examples:
         >>> import torch, tritonq
@@ -56,7 +57,8 @@ class Einsum(MatMul):
         """Return ``FQ(relu?(einsum(equation, a, b)))`` for two float tensors, in the axes of the equation's result.
 
         Raises:
-            ValueError: operands that do not fit the equation.
+            ValueError: operands whose axes or sizes don't fit the equation, or in eval mode, on known grids, sums that
+                may pass 31 bits (53 where an operand has more than 8 bits).
         """
         contraction = self._contraction.without_ellipsis(a.dim(), b.dim())
         sizes = contraction.sizes(a, b)
@@ -64,16 +66,17 @@ class Einsum(MatMul):
         return contraction.result(self.joined(first, second), sizes)
 
     def extra_repr(self) -> str:
-        """Return the equation for ``repr``, and the ReLU if there is one."""
+        """Return the equation for ``repr``, and the ReLU if there is one, such as "'ij,jk->ik', relu up to 6"."""
         return ", ".join(filter(None, (repr(self.equation), super().extra_repr())))
 
 
 def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-    """Return ``(equation, operands)`` of a call of :func:`torch.einsum`, in each of its forms.
+    """Return ``(equation, operands)`` from ``args``, the positional arguments of a valid call of :func:`torch.einsum`.
 
-    These are: an equation and operands; an equation and a list of operands; operands each followed by a list of
-    indices, with a list for the result at the end or without. In the last form the lists become an equation: 0 to 25
-    are "A" to "Z", 26 to 51 "a" to "z". Without a list for the result it has no ``->``.
+    They may be: an equation and operands; an equation and a list of operands; operands each followed by a list of
+    indices, with a list for the result at the end or without. In the last case the lists become an equation: 0 to 25
+    are "A" to "Z", 26 to 51 "a" to "z", so that ``(a, [0, 1], b, [1, 26], [0, 26])`` gives
+    ``("AB,Ba->Aa", (a, b))``. Without a list for the result the equation has no ``->``.
     """
     first, *rest = args
     if not isinstance(first, str):
@@ -86,7 +89,7 @@ def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def einsum_operands(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-    """Return the operands of a call of :func:`torch.einsum`; ``kwargs`` is not used, as it has no named arguments."""
+    """Return the operands in ``args`` of a call of :func:`torch.einsum`; ``kwargs`` is not used, as it takes none."""
     return einsum_call(args)[1]
 
 
@@ -107,8 +110,8 @@ class Contraction:
 
     Attributes:
         a: the indices of the first operand, one letter per axis, in order; ``.`` stands for an ellipsis.
-        b: the indices of the second operand, in the same form.
-        out: the indices of the result, in the same form.
+        b: the indices of the second operand, written likewise.
+        out: the indices of the result, written likewise.
     """
 
     a: str
@@ -123,24 +126,27 @@ class Contraction:
         alphabetical order.
 
         Raises:
-            ValueError: there are not two operands; or an index is repeated within an operand or the result, is in one
-                operand alone and not in the result, or is in the result alone.
+            ValueError: there are not two operands; an index that is no letter; or an index is repeated within an
+                operand or the result, is in only one operand and not in the result, or is only in the result; an
+                ellipsis counts as an index.
         """
         left, arrow, out = equation.replace(" ", "").replace("...", _ELLIPSIS).partition("->")
         a, comma, b = left.partition(",")
         if not comma or "," in b:
             raise ValueError(f"expected two operands, got {equation!r}")
+        if not {*a, *b, *out} <= {*_LETTERS, _ELLIPSIS}:
+            raise ValueError(f"indices are letters, got {equation!r}")
         if not arrow:
             once = sorted(index for index in {*a, *b} - {_ELLIPSIS} if (a + b).count(index) == 1)
             out = (_ELLIPSIS if _ELLIPSIS in a + b else "") + "".join(once)
         return cls(a, b, out).checked(equation)
 
     def checked(self, equation: str) -> Contraction:
-        """Return the contraction itself if it is one product of batches of matrices; errors name ``equation``.
+        """Return this contraction if it is one product of batches of matrices; errors quote the text ``equation``.
 
         Raises:
-            ValueError: an index is repeated within an operand or the result, is in one operand alone and not in the
-                result, or is in the result alone.
+            ValueError: an index is repeated within an operand or the result, is in only one operand and not in the
+                result, or is only in the result.
         """
         repeated = any(len(set(part)) < len(part) for part in (self.a, self.b, self.out))
         lone = {*self.a} ^ {*self.b}
@@ -153,11 +159,13 @@ class Contraction:
     def without_ellipsis(self, a_axes: int, b_axes: int) -> Contraction:
         """Return the contraction for operands with ``a_axes`` and ``b_axes`` axes, without an ellipsis.
 
-        Each axis of an ellipsis gets an index of its own. The axes of two ellipses are matched from the last one on, as
-        in broadcasting. A contraction without an ellipsis is returned as it is, whatever the numbers of axes.
+        Each axis of an ellipsis gets a digit as its index: for 4 and 3 axes "...qd,...kd->...qk" becomes
+        "01qd,1kd->01qk". The axes of two ellipses are matched from the last one on, as in broadcasting. A contraction
+        without an ellipsis is returned as it is, whatever the numbers of axes.
 
         Raises:
-            ValueError: fewer axes than indices, or axes that only one ellipsis has and that the result lacks.
+            ValueError: an operand has fewer axes than indices, or only one ellipsis has an axis that the result lacks;
+                too many axes of an operand without an ellipsis may be found only by :meth:`sizes`.
         """
         if _ELLIPSIS not in self.a + self.b:
             return self
@@ -185,13 +193,13 @@ class Contraction:
         return "".join(index for index in self.a if index in self.b and index not in self.out)
 
     def sizes(self, a: Tensor, b: Tensor) -> dict[str, int]:
-        """Return the size of each index by its letter, for the operands ``a`` and ``b``.
+        """Return the size of each index by its letter, such as ``{"b": 2, "q": 3}``, for the operands ``a`` and ``b``.
 
         An axis of size 1 broadcasts to the other operand's. Ellipses must have been replaced
         (:meth:`without_ellipsis`).
 
         Raises:
-            ValueError: an operand has another number of axes than the equation, or sizes differ.
+            ValueError: an operand has more or fewer axes than indices, or an index has two sizes of which none is 1.
         """
         found: dict[str, int] = {}
         for name, operand in ((self.a, a), (self.b, b)):
@@ -207,17 +215,18 @@ class Contraction:
     def matrices(self, a: Tensor, b: Tensor, sizes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
         """Return the operands as matrices (batch..., m, k) and (batch..., k, n), for a product by ``torch.matmul``.
 
-        The batch axes are those of :attr:`batch`; k is the product of the sizes of :attr:`summed`, m and n those of the
-        indices that only ``a`` or only ``b`` has. ``sizes`` is from :meth:`sizes`.
+        The batch axes are those of :attr:`batch`, of size 1 where an operand broadcasts; k is the product of the sizes
+        of :attr:`summed`, m and n those of the indices that only ``a`` or only ``b`` has, 1 if there are none.
+        ``sizes`` is what :meth:`sizes` returned for ``a`` and ``b``. Views where possible, else copies.
         """
         rows, columns = self._free(self.a), self._free(self.b)
         first = self._arranged(a, self.a, (rows, self.summed), sizes)
         return first, self._arranged(b, self.b, (self.summed, columns), sizes)
 
     def result(self, y: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Return the product of the matrices in the axes of the equation's result.
+        """Return ``y``, the product of the matrices, with the axes of the equation's result.
 
-        ``y`` is (batch..., m, n), the product of what :meth:`matrices` returned; ``sizes`` is from :meth:`sizes`.
+        ``y`` is (batch..., m, n), the product of what :meth:`matrices` returned; ``sizes`` is what it was given.
         """
         order = self.batch + self._free(self.a) + self._free(self.b)
         return y.reshape([sizes[index] for index in order]).permute([order.index(index) for index in self.out])

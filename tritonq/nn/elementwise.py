@@ -55,7 +55,7 @@ class Joint(WithOutputQuantizer):
         qconfig: makes the quantizer of the output; None: the output stays in float.
 
     Attributes:
-        kind: name of the operation f, such as "add".
+        kind: name of f, set by the subclass: "add", "sub", "mul", "matmul", "minimum" or "maximum".
 
     Raises:
         TypeError: a ceiling that is not a number.
@@ -77,19 +77,19 @@ class Joint(WithOutputQuantizer):
         self._pickled_after_relu: tuple[bool, ...] | None = None
 
     def set_producers(self, a: Referred, b: Referred) -> None:
-        """Set the modules (producers) that put a and b on their grids, for eval mode; None: unknown."""
+        """Set the producers of a and b, whose grids the forward reads; None: unknown, eval mode computes in float."""
         self._producers, self._pickled_after_relu = (Reference.to(a), Reference.to(b)), None
 
     def set_operand_producers(self, *producers: Referred) -> None:
-        """Set the modules (producers) that put the forward's arguments on their grids, one for each; None: unknown."""
+        """Set the producers of the forward's tensors, one for each, in their order; None: unknown."""
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers on whose grids a and b lie (None: unknown); :attr:`after_relu` is then False for both."""
+        """Set quantizers as producers of a and b (None: unknown); :attr:`after_relu` is then (False, False)."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Replace producers: ``replacements`` maps old modules to those in their places now; others stay."""
+        """Replace producers in place: ``replacements`` maps old modules to new; others stay. No route is kept."""
         self._producers = tuple(
             Reference(None if held.module is None else replacements.get(held.module, held.module))
             for held in self._producers
@@ -97,7 +97,7 @@ class Joint(WithOutputQuantizer):
 
     @property
     def producers(self) -> tuple[nn.Module | None, ...]:
-        """The modules that put the operands on their grids; None for one that is not known."""
+        """The producers of the operands, in order, None if unknown or if a later hook or module changes the tensor."""
         return tuple(held.module for held in self._producers)
 
     @property
@@ -107,9 +107,9 @@ class Joint(WithOutputQuantizer):
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The quantizers on whose grids the operands lie, which other modules own and a saved file must name.
+        """The :attr:`input_quantizers`, which other modules own and whose names in the model a converted file holds.
 
-        None for one that is not known.
+        A name is text such as "conv1.activation_post_process".
         """
         return self.input_quantizers
 
@@ -117,8 +117,8 @@ class Joint(WithOutputQuantizer):
     def after_relu(self) -> tuple[bool, ...]:
         """For each operand whether its producer computes a ReLU before its quantizer.
 
-        False if the producer is not known or is a quantizer alone; models that version 0.1.0 pickled keep their values.
-        The rounding of a sum depends on it: deployment stores codes behind a ReLU from the code of zero on.
+        False if the producer is not known or is a quantizer itself; models pickled by version 0.1.0 keep their values.
+        The rounding of a sum depends on it: behind a ReLU deployment stores only codes from the zero point up.
         """
         if self._pickled_after_relu is not None:
             return self._pickled_after_relu
@@ -132,11 +132,11 @@ class Joint(WithOutputQuantizer):
         super().__setstate__(state)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return ``FQ(relu?(f(a, b)))`` of two float tensors, which broadcast; the quantizer observes in training."""
+        """Return ``FQ(relu?(f(a, b)))`` of float tensors that broadcast, in torch's dtype; FQ observes in training."""
         return self.joined(a, b)
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return ``FQ(relu?(f(a, b)))``. It is apart from forward because tracing for a file replaces this method."""
+        """Return ``FQ(relu?(f(a, b)))``; forward calls it, and ONNX export puts another function in its place."""
         meet_hooks(self._producers, (a, b), self.training)
         if not self.training and can_use_codes(a) and can_use_codes(b) and (y := self._on_codes(a, b)) is not None:
             return y
@@ -231,7 +231,7 @@ class Joint(WithOutputQuantizer):
 
 
 class Add(Joint):
-    """``FQ(relu?(a + b))``, such as the sum of a residual block. Arguments: ``ceiling=None``, ``qconfig=None``.
+    """``FQ(relu?(a + b))``, such as the sum of a residual block. Arguments: ``ceiling=None, *, qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -244,7 +244,7 @@ class Add(Joint):
 
 
 class Sub(Joint):
-    """``FQ(relu?(a - b))``. Arguments: ``ceiling=None``, ``qconfig=None``.
+    """``FQ(relu?(a - b))``. Arguments: ``ceiling=None, *, qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -256,7 +256,7 @@ class Sub(Joint):
 
 
 class Mul(Joint):
-    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation. Arguments: ``ceiling=None``, ``qconfig=None``.
+    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation. Arguments: ``ceiling=None, *, qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -278,7 +278,7 @@ class Extremum(Joint):
     """The base of Minimum and Maximum: ``FQ(relu?(f(a, b)))`` with f the smaller or larger of two values.
 
     Engines compare values in float32, and only rounding the result to its grid makes codes of it. So the operands need
-    no grid: one may be a constant.
+    no grid: one may be a constant tensor.
 
     Examples:
         >>> import torch, tritonq
@@ -300,7 +300,7 @@ class Extremum(Joint):
 
 
 class Minimum(Extremum):
-    """``FQ(relu?(min(a, b)))``. Arguments: ``ceiling=None``, ``qconfig=None``.
+    """``FQ(relu?(min(a, b)))``. Arguments: ``ceiling=None, *, qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -312,7 +312,7 @@ class Minimum(Extremum):
 
 
 class Maximum(Extremum):
-    """``FQ(relu?(max(a, b)))``. Arguments: ``ceiling=None``, ``qconfig=None``.
+    """``FQ(relu?(max(a, b)))``. Arguments: ``ceiling=None, *, qconfig=None``.
 
     Examples:
         >>> import torch, tritonq
@@ -329,7 +329,7 @@ def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
 
 
 class QuantStub(nn.Module):
-    """Return the input, rounded once torch.ao's flow (`prepare_qat` without examples) has added a quantizer as a child.
+    """Return the input, rounded if torch.ao's flow (`prepare_qat` without examples) has added a quantizer as a child.
 
     The argument ``qconfig`` becomes an attribute, which that flow reads; None sets no attribute.
 
@@ -376,7 +376,7 @@ class FloatFunctional(WithOutputQuantizer):
         return cast(Tensor, self.activation_post_process(torch.add(x, y)))
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
-        """Return ``x + y``, unquantized."""
+        """Return ``x + y``, neither rounded nor observed."""
         return torch.add(x, y)
 
     def mul(self, x: Tensor, y: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ class FloatFunctional(WithOutputQuantizer):
         return cast(Tensor, self.activation_post_process(torch.mul(x, y)))
 
     def mul_scalar(self, x: Tensor, y: float) -> Tensor:
-        """Return ``x * y``, unquantized."""
+        """Return ``x * y``, neither rounded nor observed."""
         return torch.mul(x, y)
 
     def cat(self, x: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -36,7 +36,7 @@ class _QATTable(nn.Module):
         """Keep ``qconfig`` and create its weight quantizer; one with a scale per row gets buffers for ``rows`` rows.
 
         Raises:
-            TypeError: no QConfig.
+            TypeError: ``qconfig`` is None or no QConfig of tritonq.
             ValueError: the quantizer has scales per group, or along another axis than the rows.
         """
         self.qconfig = qconfig = checked_qconfig(self, qconfig)
@@ -53,7 +53,10 @@ class _QATTable(nn.Module):
             self.weight_fake_quant.allocate(rows)  # type: ignore[operator]
 
     def table(self) -> Tensor:
-        """Return the quantized table; a copy if the quantizer passes the weight and ``max_norm`` scales rows."""
+        """Return the quantized table, (rows, embedding_dim), whose rows a caller with ``max_norm`` scales in place.
+
+        If the quantizer returns ``weight`` itself, so does this method; with ``max_norm`` it returns a copy of it.
+        """
         weight = cast(Tensor, self.weight)
         table = cast(Tensor, self.weight_fake_quant(weight))
         return table.clone() if table is weight and self.max_norm is not None else table
@@ -63,7 +66,7 @@ class Embedding(_QATTable, nn.Embedding):
     """``nn.Embedding`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
 
     torch.ao uses float zero points here; tritonq's are integers, so that zero is on the grid of every row. With
-    ``max_norm`` the rounded rows are scaled; the table itself is not, as it is in torch.
+    ``max_norm`` the rounded rows are scaled; the parameter ``weight`` is not changed, while torch scales it in place.
 
     Args:
         *args: arguments of ``nn.Embedding``.
@@ -71,7 +74,7 @@ class Embedding(_QATTable, nn.Embedding):
         **kwargs: named arguments of ``nn.Embedding``.
 
     Raises:
-        TypeError: no QConfig given.
+        TypeError: no QConfig given, or one by position and one by name.
         ValueError: the quantizer has scales per group, or along another axis than the rows.
 
     Source: torch.ao.nn.qat.Embedding.
@@ -104,7 +107,8 @@ class Embedding(_QATTable, nn.Embedding):
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: ``mod`` is no ``nn.Embedding``, or has no QConfig.
+            TypeError: ``mod`` is no ``nn.Embedding``, is of a subclass of it, or has no QConfig.
+            ValueError: the quantizer has scales per group, or along another axis than the rows.
         """
         check_float_type(cls, mod, nn.Embedding)
         return cast(Embedding, _from_float(cls, mod, ("padding_idx",)))
@@ -113,7 +117,8 @@ class Embedding(_QATTable, nn.Embedding):
 class EmbeddingBag(_QATTable, nn.EmbeddingBag):
     """``nn.EmbeddingBag`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
 
-    With ``max_norm`` the rounded rows are scaled; the table itself is not, as it is in torch.
+    With ``max_norm`` the rounded rows are scaled; the parameter ``weight`` is not changed, while torch scales it in
+    place.
 
     Args:
         *args: arguments of ``nn.EmbeddingBag``.
@@ -121,7 +126,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         **kwargs: named arguments of ``nn.EmbeddingBag``.
 
     Raises:
-        TypeError: no QConfig given.
+        TypeError: no QConfig given, or one by position and one by name.
         ValueError: the quantizer has scales per group, or along another axis than the rows.
 
     Source: torch.ao.nn.qat.EmbeddingBag.
@@ -137,9 +142,14 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         """Return (bags, embedding_dim): for each bag the sum, mean or maximum of its rows of the quantized table.
 
         Args:
-            input: integer indices: (bags, size), or all bags one after the other.
-            offsets: where each bag begins, if ``input`` has one axis; None if it has two.
-            per_sample_weights: a factor for each index, for mode "sum"; None: 1.
+            input: integer indices of rows: (bags, size), or one axis with all bags one after the other.
+            offsets: the place in ``input`` where each bag begins, if ``input`` has one axis; None if it has two. With
+                ``include_last_offset`` the length of ``input`` follows as one more element.
+            per_sample_weights: a factor for each index, in the shape of ``input``, for mode "sum" only; None: 1.
+
+        Raises:
+            ValueError: ``input`` has one axis and no ``offsets``, two axes and ``offsets``, or more axes.
+            NotImplementedError: ``per_sample_weights`` in mode "mean" or "max".
         """
         return embedding_bag(self, self.table(), input, offsets, per_sample_weights)
 
@@ -152,7 +162,8 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: ``mod`` is no ``nn.EmbeddingBag``, or has no QConfig.
+            TypeError: ``mod`` is no ``nn.EmbeddingBag``, is of a subclass of it, or has no QConfig.
+            ValueError: the quantizer has scales per group, or along another axis than the rows.
         """
         check_float_type(cls, mod, nn.EmbeddingBag)
         return cast(EmbeddingBag, _from_float(cls, mod, ("mode", "include_last_offset", "padding_idx")))
@@ -163,9 +174,10 @@ def embedding_bag(
 ) -> Tensor:
     """Return the result (bags, embedding_dim) of ``bag`` with ``table``, (rows, embedding_dim), in place of its weight.
 
-    ``input`` has indices, (bags, size) or one axis with all bags; then ``offsets`` says where each begins. With
-    ``per_sample_weights`` each row is multiplied by a number; None: by 1. If ``bag`` has a ``max_norm``, longer rows of
-    ``table`` that are read are scaled down to it in place.
+    ``input`` has indices of rows: (bags, size) with ``offsets`` None, or one axis with all bags, where ``offsets`` are
+    the places at which the bags begin. ``per_sample_weights``, in the shape of ``input``, are factors of the rows that
+    are read, for mode "sum" only; None: 1. If ``bag`` has a ``max_norm``, rows of ``table`` that are read are scaled
+    down in place to at most this norm.
     """
     return F.embedding_bag(
         input,

@@ -39,7 +39,7 @@ def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, computed in float; differentiable.
 
-    On a GPU one kernel does it where the table of launch sizes, which was measured, says that this is faster.
+    On a GPU one kernel computes op and ReLU of a 2-d convolution, at sizes where this was measured to be faster.
     """
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
@@ -54,8 +54,8 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, with sums in integers and the bias as int32 codes.
 
-    ``x`` lies on the grid of the layer's input quantizer; the layer must know the grids of input and weight. The
-    gradient is that of the same formula computed in float (:func:`eval_float`).
+    ``x`` must lie on the grid of the layer's input quantizer. `QATLayer.integer_quantizers` must not be None, and both
+    quantizers must have their grids and be switched on. The gradient is that of the same formula computed in float.
     """
     if can_use_codes(x):
         packed = _run_packed(layer, x, weight, bias)
@@ -113,9 +113,9 @@ def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
 def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode in a graph of ``torch.compile``.
 
-    The graph reads the switches when it runs: sums are computed in integers if the grids of input and weight are on,
-    else in float. Without grids that allow integer sums (`QATLayer.integer_quantizers`) it has the float computation
-    alone.
+    When it runs, the graph reads the switches of the quantizers of input and weight: if both round, sums are computed
+    in integers, else in float. If `QATLayer.integer_quantizers` is None, because a grid does not allow integer sums,
+    they are always computed in float.
     """
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantizers = layer.linear_map, layer.integer_quantizers()

@@ -98,7 +98,7 @@ class FixedPointConv2d(_FixedPointConvolution):
 
         Raises:
             TypeError: not an ``nn.Conv2d``, or one of a subclass.
-            ValueError: a geometry that has no fixed-point form, or a qconfig that the class refuses.
+            ValueError: groups, padding or a qconfig that the constructor refuses.
         """
         check_float_type(cls, mod, nn.Conv2d)
         layer = cls(**conv_arguments(cast(nn.Conv2d, mod)), qconfig=getattr(mod, "qconfig", None))
@@ -111,8 +111,9 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     With ``xq`` the rounded input, divided by the layer's scaling factor η, training computes ``y0 = conv(η xq, W) + b``
     in float for the batch statistics μ and v (which update the running ones, v unbiased). Then it computes ``y =
     conv(xq, W') + b'`` with ``W' = FQ(γ/σ(v) · W η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``; η_next is the
-    factor of the layer that follows (1: none). Gradients flow through μ and v. Eval mode uses the running
-    statistics, and computes in exact integers with a 32-bit bias. The convolution's bias has no effect in training.
+    factor of the layer that follows (1: none). ``σ(v)`` is ``sqrt(v + eps)``. Gradients flow through μ and v. Eval mode
+    uses the running statistics, and computes in exact integers if ``bias_word_len`` is given. In training the
+    convolution's bias changes the running mean, not the output.
 
     Args:
         *args: arguments of ``nn.Conv2d``.
@@ -127,7 +128,8 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
     Raises:
         ValueError: grouped but not depthwise, padding with other values than zeros or unequal on two sides, a qconfig
-            that isn't fixed point, or ``bias_word_len`` out of range.
+            that isn't fixed point, or whose weights are unsigned or per another axis than 0, or ``bias_word_len`` out
+            of range.
 
     Source: docs/fixed-point.md.
 
@@ -160,6 +162,9 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
         It runs while the input's format is in the phase "floating_wo_clip". In training mode the BatchNorm uses this
         batch's statistics and updates the running ones. ``input_factor`` is not used.
+
+        Raises:
+            ValueError: in training mode, fewer than two values per channel.
         """
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
@@ -175,12 +180,12 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     def fixed_forward(self, x: Tensor) -> Tensor:
         """Return ``conv(x, FQ(γ/σ · W η/η_next)) + (β + γ(b - mean)/σ) / η_next``; differentiable.
 
-        ``x`` is the input after rounding, xq, in units of η. In training mean and variance are those of this batch's
-        ``conv(η x, W) + b``, and the running statistics are updated; in eval mode, or with ``bn`` in eval mode, they
-        are the running ones. Exact integers are not used here.
+        ``x`` is the input after rounding, xq, in units of η; η counts with ``input_factor``. In training mean and
+        variance are those of this batch's ``conv(η x, W) + b``, and the running statistics are updated; in eval mode,
+        or with ``bn`` in eval mode, they are the running ones. It is computed in float.
 
         Raises:
-            ValueError: in training, fewer than two values per channel.
+            ValueError: layer and ``bn`` are in training mode, and there are fewer than two values per channel.
         """
         if not (self.training and self.bn.training):
             return super().fixed_forward(x)
@@ -212,7 +217,8 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         """Return the fixed-point form of a fused row Conv2d, BatchNorm2d(, ReLU): it shares parameters and BatchNorm.
 
         A ReLU becomes part of the rounding in the layer that reads the output. The input of the layer is unsigned
-        (``signed_input=False``), and its bias has 32 bits in eval mode.
+        (``signed_input=False``), and its bias has 32 bits in eval mode. The layer gets the mode of ``mod``, and so does
+        the shared BatchNorm, even if it was in eval mode.
 
         Args:
             mod: a ``ConvBn2d`` or ``ConvBnReLU2d`` of `tritonq.nn.intrinsic`; its attribute ``qconfig`` makes the
@@ -220,8 +226,8 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
         Raises:
             TypeError: another class, or a subclass.
-            ValueError: a geometry that has no fixed-point form, a BatchNorm without affine or running statistics, or a
-                qconfig that isn't fixed point.
+            ValueError: groups, padding or a qconfig that the constructor refuses, or a BatchNorm without γ and β or
+                without running statistics.
         """
         has_relu = type(mod) is intrinsic.ConvBnReLU2d
         check_float_type(cls, mod, intrinsic.ConvBnReLU2d if has_relu else intrinsic.ConvBn2d)

@@ -29,9 +29,9 @@ class FixedPointAdd(ReferringModule):
         following: the format in which the sum is read; None: the network returns it, divided by no factor.
 
     Attributes:
-        formats: the summands' own formats, by position ("0", "1").
+        formats: ``nn.ModuleDict`` of the summands' own formats, by position "0" or "1"; without those that are None.
         observes: for each summand whether this addition is the first to read it, and so observes it.
-        raw_output: whether the sum isn't rounded before it is read: by another addition.
+        raw_output: whether another addition reads the sum without rounding it first; `prepare_qat` sets it.
 
     Examples:
         >>> import torch
@@ -66,7 +66,7 @@ class FixedPointAdd(ReferringModule):
 
     @property
     def sources(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The modules that make the two summands; None for a summand that has a format of its own.
+        """The modules that make the summands a and b, in this order; None for one that has a format of its own.
 
         Deployment reads the fractional lengths of their results. Both are None until :meth:`set_sources` was called; an
         addition with a summand without a format has no deployed form before that.
@@ -89,8 +89,9 @@ class FixedPointAdd(ReferringModule):
         """Return the sum of two tensors of one shape, divided by the η of the format that follows (None: by nothing).
 
         A summand without a format of its own was divided by that η before, and is added as it is. One with a format
-        was divided by that format's η'. It is rounded, and multiplied by ``η' / η`` if a format follows. In phase
-        ``"floating_wo_clip"`` nothing is rounded or has a factor; an unsigned format applies a ReLU to its summand.
+        was divided by that format's η'. It is rounded (in phase ``"floating"`` clipped), and multiplied by ``η' / η``
+        if a format follows. In phase ``"floating_wo_clip"`` nothing is rounded or has a factor; an unsigned format
+        applies a ReLU to its summand. If one summand is float64, the sum is.
         """
         left, right = self._read(0, a), self._read(1, b)
         return left + right
@@ -116,10 +117,11 @@ class FixedPointAvgPool2d(ReferringModule):
 
     Args:
         kernel_size: window, (height, width); None: the whole image, whose area must then be given.
-        stride: distance of windows, (vertical, horizontal) or one number; None: the window.
-        padding: zeros on each side, (vertical, horizontal) or one number; they count in the average.
+        stride: distance of windows, (vertical, horizontal) or one number; None: the window. The whole image has none.
+        padding: zeros on each side, (vertical, horizontal) or one number; they count in the average. The whole image
+            gets none.
         input_format: format of the input.
-        area: values per window; needed only for the whole image.
+        area: height times width of the whole image; not used if ``kernel_size`` is given.
         observes: whether this layer is the first reader of its input, and so observes it.
         following: format in which the output is read; None: the network returns it, divided by no factor.
         keepdim: whether the average of a whole image keeps its two axes.
@@ -127,7 +129,7 @@ class FixedPointAvgPool2d(ReferringModule):
     Raises:
         ValueError: the window is the whole image and no area is given.
 
-    Shapes: (n, c, h, w) to (n, c, h', w').
+    Shapes: (n, c, h, w) to (n, c, h', w'); for the whole image to (n, c, 1, 1), or (n, c) without ``keepdim``.
 
     Source: docs/fixed-point.md.
 
@@ -183,8 +185,7 @@ class FixedPointAvgPool2d(ReferringModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``.
 
-        The phase is that of ``input_format``. In this phase the network computes in float. In the others the next
-        layer's weights have the factor.
+        The phase is that of ``input_format``. In the other phases the next layer's weights have the factor.
 
         The mean is that of ``input_format.read(input, observes)``: of the rounded input in phase ``"fixed"``, of the
         clipped one in ``"floating"``, and in ``"floating_wo_clip"`` of its ReLU, or of the input as it is if the format
@@ -219,13 +220,15 @@ class FixedPointAvgPool2d(ReferringModule):
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, divisor_override=1)
 
     def extra_repr(self) -> str:
-        """Return window, shift and remaining factor for ``repr``."""
+        """Return the text for ``repr``, such as ``"(3, 3), stride=(3, 3), shift=3, remaining_factor=0.8889"``."""
         window = "whole image" if self.kernel_size is None else f"{self.kernel_size}, stride={self.stride}"
         return f"{window}, shift={self.shift}, remaining_factor={self.remaining_factor:.4g}"
 
 
 class FixedPointMaxPool2d(nn.MaxPool2d):
     """Max pooling of float values or of integer codes: the largest code is the code of the largest value.
+
+    The constructor is that of ``nn.MaxPool2d``; ``return_indices`` must stay False.
 
     Examples:
         >>> import torch
@@ -243,7 +246,7 @@ class FixedPointMaxPool2d(nn.MaxPool2d):
 
 
 def pooling_shift(area: int) -> int:
-    """Return ``round(log2 area)`` for the number of values in a window: 9 gives 3. Computed in integers."""
+    """Return ``round(log2 area)`` for the number of values in a window, at least 1: 9 gives 3."""
     below = area.bit_length() - 1
     # Nearer to the next power of two where area > 2^(below + 1/2), that is area² > 2^(2 below + 1).
     return below + int(area * area > 2 ** (2 * below + 1))

@@ -58,14 +58,14 @@ class ActivationFormat(FixedPointFakeQuantize):
         self.alpha = nn.Parameter(torch.full((1,), _INITIAL_ALPHA), requires_grad=scaled)
 
     def share_step(self, other: ActivationFormat) -> None:
-        """Take over α and ``levels`` of ``other``, so that both have the step ``|α| / levels`` from now on.
+        """Share the parameter α of ``other`` and take its ``levels``, so that both have the step ``|α| / levels``.
 
-        Their η then differ only by a power of two. Another α of this format is dropped.
+        Their η then differ only by a power of two. This format's former α is dropped.
         """
         self.alpha, self.levels = other.alpha, other.levels
 
     def eta(self) -> Tensor:
-        """Return the scaling factor η, a 0-d tensor, differentiable in α; 1 for a network's input.
+        """Return the scaling factor η, 0-d, in α's dtype and differentiable in α; 1 if ``scaled`` is False.
 
         It does not depend on the phase: in ``"floating_wo_clip"`` the layers leave it out.
         """
@@ -75,21 +75,26 @@ class ActivationFormat(FixedPointFakeQuantize):
         return (power * self.alpha.abs() / self.levels).view(())
 
     def power_between(self, following: ActivationFormat) -> Tensor:
-        """Return ``η / η_following`` of two formats with one step: ``2^(fl - fl_following)``, float64 (1,)."""
+        """Return ``η / η_following``, which is ``2^(fl - fl_following)``: float64 (1,), without gradient.
+
+        Both formats must have one step (:meth:`share_step`).
+        """
         return power_of_two(self.rounded_frac_len() - following.rounded_frac_len(), torch.float64)
 
     def read(self, x: Tensor, observes: bool) -> Tensor:
         """Return ``x`` rounded to the format: ``clamp(round(x * 2^fl), lo, hi) * 2^-fl``.
 
-        lo..hi is ``-(2^(wl-1) - 1)..2^(wl-1) - 1`` if the format is signed, else ``0..2^wl - 1``.
-        In phase ``"floating"`` it is clipped to ``lo * 2^-fl..hi * 2^-fl`` and not rounded. In phase
-        ``"floating_wo_clip"`` it is only a ReLU, if the format is unsigned, or ``x`` itself. In eval mode it is ``x``
-        itself until a training batch was observed or a fractional length loaded.
+        lo..hi is ``-(2^(wl-1) - 1)..2^(wl-1) - 1`` if the format is signed, else ``0..2^wl - 1``. fl is that of the
+        batch in training, and the rounded running one in eval mode.
+        In phase ``"floating"`` the result is ``x`` clipped to ``lo * 2^-fl..hi * 2^-fl``, not rounded. In phase
+        ``"floating_wo_clip"`` it is the ReLU of ``x``, if the format is unsigned, else ``x`` itself. In the other
+        phases it has the values of ``x`` while ``fake_quant_enabled`` is 0, and in eval mode until a training batch was
+        observed or a fractional length loaded.
 
         Args:
-            x: the tensor, divided by η.
-            observes: whether this reader of the tensor is the first, and so observes it; later readers round with the
-                fractional length that the first one found.
+            x: the tensor, divided by η; in phase ``"floating_wo_clip"`` real values.
+            observes: whether this reader of the tensor is the first, and so observes it in training; later readers
+                round with the fractional length that the first one found.
         """
         return self(x) if observes or self.phase == "floating_wo_clip" or self._is_unseen() else self.quantize(x)
 
@@ -108,7 +113,7 @@ class FixedPointIntegers(NamedTuple):
 
     Attributes:
         weight: codes, integer-valued float64, in the weight's shape.
-        bias: codes, integer-valued float64 (out,).
+        bias: codes, integer-valued float64 (out,); 0 without a bias.
         frac_len: int32 (out,): fractional length of input plus that of weight.
     """
 
@@ -126,10 +131,10 @@ class FixedPointLayer(ReferringModule):
     Attributes:
         input_format: format of the input, with α and η of this layer.
         weight_fake_quant: rounds the weight; its fractional length is chosen anew in every forward.
-        observes: whether this layer is the first reader of its input, which moves the running fractional length.
+        observes: whether this layer is the first reader of its input, and so observes it in training.
         input_factor: constant to be multiplied into the weight, from an average pooling before this layer; else 1.
         bias_word_len: eval rounds the bias to this many bits at the accumulator's fractional length; None: not at all.
-        raw_output: whether the output isn't rounded before it is read: by an addition.
+        raw_output: whether an addition reads the output without rounding it first; `prepare_qat` sets it.
     """
 
     weight: Tensor
@@ -141,7 +146,9 @@ class FixedPointLayer(ReferringModule):
     _references = ("_following",)
 
     def attach_formats(self, qconfig: QConfig | None, signed_input: bool, bias_word_len: int | None) -> None:
-        """Create the formats of input and weight by ``qconfig``.
+        """Create the formats of input and weight by ``qconfig``, and set the other attributes, with no layer following.
+
+        Constructors call it when the weight is there.
 
         Args:
             qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
@@ -197,7 +204,7 @@ class FixedPointLayer(ReferringModule):
 
     @property
     def linear_map(self) -> LinearMap:
-        """The convolution or product of input and weight that the layer computes, with its stride and the like."""
+        """The function of input, weight and bias (or None) that the layer computes: its convolution or product."""
         return linear_map_of(self)
 
     @abstractmethod
@@ -217,7 +224,7 @@ class FixedPointLayer(ReferringModule):
         and weight are rounded and ``bias_word_len`` is given. In phase "floating_wo_clip" it is the float layer.
 
         Outputs that are computed in integers are float64 between layers: a 32-bit accumulator must not be rounded
-        before the next layer rounds it to 8 bits.
+        before the next layer rounds it to 8 bits. If no layer follows, they have the weight's dtype.
         """
         rounded = self.input_format.read(input, self.observes)
         if self.input_format.phase == "floating_wo_clip":
@@ -244,7 +251,7 @@ class FixedPointLayer(ReferringModule):
     def fixed_forward(self, x: Tensor) -> Tensor:
         """Return ``op(x, FQ(weight)) + bias`` with weight and bias of :meth:`effective_parameters`; differentiable.
 
-        ``x`` is the input after rounding, in units of η. FQ rounds to fixed point; the bias is not rounded.
+        ``x`` is the input after rounding, in units of η. FQ is :meth:`rounded_weight`; the bias is not rounded.
         """
         weight, bias = self.effective_parameters()
         return self.linear_map(x, self.rounded_weight(weight), bias)
@@ -252,7 +259,8 @@ class FixedPointLayer(ReferringModule):
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """Return ``weight`` in fixed point, with the fractional length that suits it best now; differentiable (STE).
 
-        "Best" is the ``choice`` of ``weight_fake_quant``. In training the length is noted in its ``batch_frac_len``.
+        ``choice`` of ``weight_fake_quant`` says what suits best. In training the length is written to its buffer
+        ``batch_frac_len``. In phase "floating" the weight is clipped only; while rounding is off its values stay.
         """
         quantizer = self.weight_fake_quant
         frac_len = quantizer.choose(weight)
@@ -264,8 +272,8 @@ class FixedPointLayer(ReferringModule):
         """Whether eval mode computes in integers: input and weight are rounded, and so is the bias.
 
         That is in the phase "fixed" with a ``bias_word_len``, while rounding is switched on and a fractional length of
-        the input is known. Reads switches from the device. While ``torch.compile`` traces, switches do not count: the
-        graph reads them when it runs.
+        the input is known; the layer's own mode does not count. Reads switches from the device. While ``torch.compile``
+        traces, only phase and ``bias_word_len`` count: the graph reads the rest when it runs.
         """
         if self.weight_fake_quant.phase != "fixed" or self.bias_word_len is None:
             return False
@@ -283,7 +291,7 @@ class FixedPointLayer(ReferringModule):
 
         They are ``round(w 2^fl_w)`` and ``round(b 2^(fl_x + fl_w))``, clamped to their bits, of the effective
         parameters; the fractional length of the accumulator is ``fl_x + fl_w``. A layer with a bias must have a
-        ``bias_word_len``; without a bias its codes are 0.
+        ``bias_word_len``. The phase must be "fixed" and rounding switched on: else the weights are no integers.
         """
         weight, bias = self.effective_parameters()
         weight = weight if weight.dtype == torch.float64 else weight.float()
@@ -304,8 +312,8 @@ class FixedPointLayer(ReferringModule):
         """Return ``clamp(Σ input code · weight code + bias code, ±(2^31 - 1)) · 2^-frac_len``, exact in float64.
 
         ``x`` is the input after rounding, in units of η. Codes of weight and bias, and the accumulator's frac_len, are
-        those of :meth:`integers`; a layer with a bias must have a ``bias_word_len``. The result is float64, without
-        gradient; if no layer follows, it has the weight's dtype.
+        those of :meth:`integers`, whose conditions hold here too. The result has no gradient; it is float64 if a layer
+        follows, else it has the weight's dtype.
         """
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)

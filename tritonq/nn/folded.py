@@ -15,12 +15,12 @@ class FoldedBatchNorm(nn.Identity):
     """Return the input unchanged, in the place of a BatchNorm that is part of a layer now.
 
     Args:
-        kind: class name of the BatchNorm.
-        layer: name of the layer that it is part of.
+        kind: class name of the BatchNorm, such as ``"BatchNorm2d"``.
+        layer: qualified name, in the model, of the layer that it is part of, such as ``"backbone.conv1"``.
 
     Attributes:
-        kind: class name of the BatchNorm.
-        layer: name of the layer that it is part of.
+        kind: as the argument.
+        layer: as the argument.
 
     Raises:
         AttributeError: a BatchNorm's statistics, weight or settings are read. ``fuse()`` of YOLO and ``reparameterize``
@@ -41,5 +41,5 @@ class FoldedBatchNorm(nn.Identity):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """Return the text for ``repr``: the layer that the BatchNorm is part of."""
+        """Return the text for ``repr``, such as ``"BatchNorm2d is part of backbone.conv1"``."""
         return f"{self.kind} is part of {self.layer}"

@@ -222,10 +222,12 @@ def _batch_statistics(
     ``σ = sqrt(variance + eps)`` with the biased variance. The bias counts only in the running mean.
 
     Raises:
-        ValueError: a BatchNorm of another class than torch's, with hooks, or synchronized over ranks.
+        ValueError: a BatchNorm of another class than torch's, with hooks, or synchronized over ranks; or an input
+            without a batch.
     """
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
+    layer.check_input(x)
     c = layer.mapped(x, weight)
     mean, var = channel_moments(c)
     with torch.no_grad():

@@ -29,8 +29,9 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
         **kwargs: named arguments of ``nn.Linear``.
 
     Raises:
-        TypeError: no QConfig given.
-        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0, or groups that don't fit the weight.
+        TypeError: no QConfig, one given twice, or one whose factories or ``round_summands`` have a wrong type.
+        ValueError: an unknown option in the QConfig; a per-channel weight quantizer with ``ch_axis`` other than 0; or
+            groups of weights along another axis than 1, or of a size that does not divide ``in_features``.
 
     Source: torch.ao.nn.qat.Linear.
 
@@ -53,14 +54,17 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:
-        """Return the quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+        """Return a layer of this class with the parameters of ``mod``, not copies, its ``qconfig`` and training mode.
 
         Args:
-            mod: the float linear layer, or the fused row with ReLU.
+            mod: the float layer, which has the attribute ``qconfig``: an ``nn.Linear``; for LinearReLU the fused row
+                ``tritonq.nn.intrinsic.LinearReLU``. Subclasses are refused.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: ``mod`` is not what this class replaces, or has no QConfig.
+            TypeError: ``mod`` is of another class, its row does not end in a ReLU, ReLU6 or ``Hardtanh(0, b)``, or it
+                has no valid QConfig.
+            ValueError: as the constructor.
         """
         # MultiheadAttention's output layer is a Linear by another name.
         renamed = nn.modules.linear.NonDynamicallyQuantizableLinear

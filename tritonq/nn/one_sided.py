@@ -17,10 +17,10 @@ from tritonq.nn.qat import QATLayer
 
 @torch.no_grad()
 def one_sided_layers(model: nn.Module) -> list[str]:
-    """Return the names of layers that have one-sided filters and a rule that gives these a zero point.
+    """Return the qualified names of quantization-aware layers that give their one-sided filters a zero point.
 
-    That is ``rule="torch_v1"``, torch.ao's fused operator: it gives a symmetric type per channel a zero point in
-    channels without negative or without positive values. Layers on the meta device are left out.
+    Such a layer's weight quantizer is symmetric, per channel, and its observer has ``rule="torch_v1"``: torch.ao's
+    fused operator. Weights are read on the host, before a BatchNorm is folded in; meta ones are left out.
     """
     return [name for name, layer in model.named_modules() if isinstance(layer, QATLayer) and _is_one_sided(layer)]
 
@@ -40,10 +40,11 @@ def _is_one_sided(layer: QATLayer) -> bool:
 
 
 def warn_of_weight_zero_points(names: Sequence[str], stacklevel: int) -> None:
-    """Warn of the layers ``names``, whose weight zero points differ between channels, and say what to do.
+    """Warn (UserWarning) of layers whose weight zero points differ between channels, and say what to do.
 
-    Nothing happens without names. ``stacklevel`` counts from the function that calls this one, as for
-    ``warnings.warn``.
+    Args:
+        names: the layers' qualified names; nothing happens if there are none.
+        stacklevel: whose line the warning names: 1 for the function that calls this one, 2 for its caller.
     """
     if names:
         warnings.warn(

@@ -17,6 +17,7 @@ from tritonq.grid import Grid
 from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import check_qconfig
 from tritonq.quantized_type import QuantizedType
 from tritonq.switched_quantizer import SwitchedQuantizer
 
@@ -30,6 +31,8 @@ class WithOutputQuantizer(ReferringModule):
 
     def __init__(self, qconfig: QConfig | None = None) -> None:
         super().__init__()
+        if qconfig is not None:
+            check_qconfig(qconfig, f"qconfig of {type(self).__name__}")
         self.activation_post_process: nn.Module = nn.Identity() if qconfig is None else qconfig.activation()
 
 
@@ -44,16 +47,17 @@ class GridSource(Protocol):
     qtype: QuantizedType
 
     def is_enabled_on_host(self) -> bool:
-        """Whether its switch is on, so that it rounds; reading the switch may synchronise with the device."""
+        """Whether it rounds: it is switched on and has a scale. To find out may synchronise with the device."""
 
     def grid(self) -> Grid:
-        """Return the grid, with the switch that turns rounding on and off on the device."""
+        """Return the grid, whose ``enabled`` is the switch of rounding; its tensors may be the module's own buffers."""
 
 
 def is_grid_source(module: object) -> TypeGuard[GridSource]:
     """Whether ``module`` puts values on a grid of integers: a fake quantizer, or what it becomes in deployment.
 
-    False for float formats. A :class:`GridSource` is found by its methods, faster than by ``isinstance``.
+    False for a quantizer to a float format, such as FP8, and for None. A :class:`GridSource` is found by its methods,
+    faster than by ``isinstance``.
     """
     kind = type(module)
     if not callable(getattr(kind, "is_enabled_on_host", None)) or not callable(getattr(kind, "grid", None)):
@@ -65,7 +69,8 @@ def is_grid_source(module: object) -> TypeGuard[GridSource]:
 def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
     """Return the output quantizer of ``producer``, a module that puts a tensor on a grid.
 
-    That is the producer itself if it is a quantizer. If it has none: the ``nn.Identity`` in its place, or None.
+    That is the producer itself if it is a quantizer, else its child ``activation_post_process``, which is an
+    ``nn.Identity`` if the output stays in float. None for a producer without such a child, and for None.
     """
     if producer is None or isinstance(producer, SwitchedQuantizer) or is_grid_source(producer):
         return cast("nn.Module | None", producer)
@@ -75,8 +80,8 @@ def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
 def ends_in_relu(producer: nn.Module | None) -> bool:
     """Whether ``producer``, a module that puts a tensor on a grid, computes a ReLU before its quantizer.
 
-    That is so for a module with a ``ceiling`` (infinity for a plain ReLU, 6 for ReLU6), and for a ReLU, ReLU6 or
-    ``Hardtanh(0, b)`` module with a quantizer of its own.
+    That is so for a module whose ``ceiling`` is not None (infinity for a plain ReLU, 6 for ReLU6), and for a ReLU,
+    ReLU6 or ``Hardtanh(0, b)`` module. False for None.
     """
     ceiling = getattr(producer, "ceiling", None)
     return ceiling is not None or ceiling_of(producer) is not None
@@ -86,8 +91,8 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
     """Return the grid with the codes that deployment uses: behind a ReLU only those from the code of zero on.
 
     ``relu`` says whether a ReLU comes before the quantizer. Then, if the type fixes the zero point (such as 0 of codes
-    -128..127), ``quant_min`` is raised to it (codes 0..127), and the type is no longer symmetric; else the grid is
-    returned as it is.
+    -128..127), the result is a new grid with the same tensors, whose type has it as ``quant_min`` (codes 0..127) and
+    is not symmetric; else it is ``grid`` itself.
     """
     zero = grid.qtype.fixed_zero_point
     if zero is None or not relu:
@@ -98,14 +103,16 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
 def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor], training: bool) -> None:
     """Watch hooks that users put, since preparation, on modules between each operand's quantizer and its reader.
 
-    To watch a hook is to note whether it changes what it is given. While one on the way has, the ``module`` of the
-    Reference is None, so that the reader computes in float. A new hook has run for the operand before it is watched:
+    To watch a hook is to note whether it changes what it is given. Once one on the way has, the ``module`` of the
+    Reference is None until that hook is removed, so that the reader computes in float.
+
+    A new hook has run for the operand before it is watched:
     outside of training, if the operand is off its quantizer's grid, all new hooks on its way count as hooks that change
     it. Otherwise a new hook counts as changing nothing until it changes a tensor in a later call. Under
     ``torch.compile`` nothing is watched, and every hook that is not watched yet counts as one that changes the operand.
 
     Args:
-        references: for each operand the Reference to the module that rounds it.
+        references: for each operand the Reference to its producer, which may be empty.
         operands: the tensors that the reader was given.
         training: whether the reader is in training mode.
     """
@@ -116,8 +123,8 @@ def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor],
 def lies_on_grid(producer: nn.Module, x: Tensor) -> bool:
     """Whether the float32 tensor ``x`` has only values that the quantizer of ``producer`` can return.
 
-    Values up to a hundredth of a step off count: 16 bits are less exact in float32 than their codes. True without a
-    per-tensor grid of integers that is on, for other dtypes, and for an empty ``x``.
+    Values up to a hundredth of the scale off count. True if the producer has no per-tensor grid of integers that is
+    switched on, for other dtypes, and for an empty ``x``. Waits for the device of ``x``.
     """
     quantizer = quantizer_of(producer)
     if not is_grid_source(quantizer) or quantizer.qtype.axis is not None or x.dtype != torch.float32 or not x.numel():

@@ -16,8 +16,8 @@ INPUT_QUANTIZER = "input_fake_quant"
 def quantize_read(quantizer: nn.Module, x: Tensor, observes: bool) -> Tensor:
     """Return ``x`` rounded by ``quantizer``, whose range is updated with it in training.
 
-    ``observes`` False: the range stays, since another reader of ``x`` updates it. A quantizer with a forward of its own
-    is called all the same, and decides itself.
+    ``observes`` False: the range stays, since another reader of ``x`` updates it. It has no effect on a quantizer whose
+    forward is not that of `FakeQuantize`, such as a subclass that overrides it.
     """
     if not observes and type(quantizer).forward is FakeQuantize.forward:
         return cast(Tensor, quantizer(x, observe=False))
@@ -31,8 +31,8 @@ class QuantizesInput(nn.Module):
     model, are rounded so.
 
     Attributes:
-        observes_input: whether the child observes in this layer's calls; if several layers share it, it observes in
-            one.
+        observes_input: whether the child observes in this layer's calls in training; `prepare_qat` sets it to False
+            where another layer that shares the child lets it observe.
     """
 
     observes_input: bool = True
@@ -55,21 +55,23 @@ class QuantizedBehindClip(nn.Module):
 
     @property
     def quantizer_behind_clip(self) -> nn.Module | None:
-        """The quantizer of the clip that follows the layer, which rounds the layer's output, too.
+        """The quantizer of the clip that follows the layer.
 
-        None if there is none.
+        None if no clip follows, or if a module or hook that changes the tensor was put between them.
 
-        With it, eval mode rounds the layer's sums to the quantizer's grid at once, and the clip then changes codes.
+        Eval mode rounds the layer's sums to its grid at once, and the clip then changes codes; in training only the
+        clip calls it.
         """
         return self._behind_clip.module
 
     def set_quantizer_behind_clip(self, quantizer: Referred) -> None:
-        """Set the quantizer of the clip that follows the layer, or a Reference to it; None: no clip follows."""
+        """Set the quantizer of the clip that follows, or a Reference to it; None: no clip follows. It is no child."""
         self._behind_clip = Reference.to(quantizer)
 
     def last_quantizer(self, own: nn.Module) -> nn.Module | None:
         """Return the quantizer that rounds the layer's output: its own, or that of the clip behind it.
 
-        ``own`` is the child for the output; if it is an Identity, the clip's quantizer is returned, None without one.
+        ``own`` is the layer's child ``activation_post_process``. If that is an Identity, :attr:`quantizer_behind_clip`
+        is returned, which may be None.
         """
         return self.quantizer_behind_clip if isinstance(own, nn.Identity) else own

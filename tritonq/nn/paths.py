@@ -30,13 +30,13 @@ class LayerState:
     Attributes:
         training: whether the layer is in training mode.
         tracing: whether ``torch.compile`` traces it.
-        knows_grids: whether input and weight have per-tensor or per-channel grids that are switched on. Read only in
-            eval mode outside of ``torch.compile``, since reading a switch may synchronise with a device.
+        knows_grids: whether input and weight have known grids of integers that are switched on, the input's per
+            tensor, the weight's per tensor or per channel. False in training and while ``torch.compile`` traces.
         mode: how training folds its BatchNorm: ``"approximate"``, ``"exact"``, ``"corrected"`` or ``"scale"``, whose
             formulas :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer` has; None without a BatchNorm.
         frozen: whether its BatchNorm normalises with running statistics in training too.
-        fits_operator: whether one operator can do a training step in mode ``"approximate"``: it can take over the
-            BatchNorm and the weight's quantizer, if there is one, and neither has hooks.
+        fits_operator: whether one operator can do a training step in mode ``"approximate"``: it can stand for the
+            BatchNorm and the weight's quantizer, if there is one. False in other modes and in eval mode.
     """
 
     training: bool
@@ -51,7 +51,7 @@ def choose_path(state: LayerState) -> Path:
     """Return the name of the computation for a layer in this state: the first of the following that fits.
 
     - ``"train"``: training without a BatchNorm: the weight is rounded, and the layer runs in float.
-    - ``"train_frozen"``: training with a ``frozen`` BatchNorm: running statistics are folded into weight and bias.
+    - ``"train_frozen"``: training with a ``frozen`` BatchNorm, in any mode: it is folded by its running statistics.
     - ``"train_operator"``, ``"train_approximate"``: training in mode "approximate", in one operator if the state
       ``fits_operator``, else in several.
     - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: training in mode "exact", "corrected" or "scale".

@@ -38,7 +38,7 @@ class MatMul(Joint):
 
 
 class AddMatMul(Add):
-    """``FQ(relu?(c + FQ(a @ b)))``: what :func:`torch.addmm` and :func:`torch.baddbmm` compute of activations.
+    """``FQ(relu?(c + FQ(a @ b)))``: :func:`torch.addmm` and :func:`torch.baddbmm` with alpha and beta 1.
 
     Called with (c, a, b).
 
@@ -70,16 +70,16 @@ class AddMatMul(Add):
         self.set_producers(summand, self.product)
 
     def forward(self, input: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the fake-quantized sum of ``input`` and the fake-quantized product ``a @ b``."""
+        """Return ``FQ(relu?(input + FQ(a @ b)))``; ``input`` and the product broadcast."""
         return self.joined(input, self.product(a, b))
 
 
 class ScaledDotProductAttention(MatMul):
     """``FQ(FQ_w(softmax(FQ_s(q kᵀ) · scale + mask)) v)``: :func:`torch.nn.functional.scaled_dot_product_attention`.
 
-    FQ_s and FQ_w are fake quantization of scores and softmax. In eval mode both matrix products run in integers if the
-    grids of their operands are known; the softmax between them is computed in float. Dropout acts on the rounded
-    softmax.
+    FQ_s and FQ_w are fake quantization of scores and softmax. In eval mode each matrix product runs in integers if the
+    grids of its operands and its result are known and on; the softmax between them is computed in float. Dropout acts
+    on the rounded softmax.
 
     Args:
         qconfig: makes the quantizers of scores, softmax and result; with ``islands="float"`` the scores stay in float.
@@ -138,7 +138,7 @@ class ScaledDotProductAttention(MatMul):
             is_causal: whether each query reads only the keys up to its own position; with ``attn_mask``, those of them
                 that the mask lets count, as torch computes it on CPUs (its other kernels refuse both together).
             scale: factor of the scores; None: ``1 / sqrt(width)``.
-            enable_gqa: whether keys and values have fewer heads than queries, and are repeated.
+            enable_gqa: whether keys and values have fewer heads (axis -3) than queries, and are repeated.
         """
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
@@ -164,7 +164,7 @@ class ScaledDotProductAttention(MatMul):
 
 
 def attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of a call of ``F.scaled_dot_product_attention`` by position, with defaults filled in.
+    """Return the eight arguments of a call of ``F.scaled_dot_product_attention``, with torch's defaults filled in.
 
     The order is ``query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa``; ``args`` and ``kwargs`` are
     those of the call.

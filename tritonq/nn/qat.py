@@ -80,9 +80,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         """Create ``weight_fake_quant`` and ``activation_post_process`` as children, with buffers in final shapes.
 
         Raises:
-            TypeError: no QConfig.
-            ValueError: a weight quantizer with another channel axis than 0, the out channels (of transposed
-                convolutions, too); or groups along another axis than 1 or that don't divide a row's input channels.
+            TypeError: no QConfig, or a factory or option of a wrong type in it.
+            ValueError: an unknown option; a weight quantizer with another channel axis than 0 (also if transposed);
+                groups along another axis than 1, or of a size that does not divide a row's input channels.
         """
         self.qconfig = qconfig = checked_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
@@ -128,13 +128,13 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | Reference[FakeQuantizeBase] | None) -> None:
         """Set the quantizer on whose grid this layer's input lies, or a Reference to it; None: unknown. It is no child.
 
-        Eval mode computes in exact integers, as the deployed layer does, if it has one scale, the weight's has no
-        groups, and both are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
+        Eval mode computes in exact integers, as the deployed layer does, if ``quantizer`` has one scale, the weight's
+        no groups, and both are on and round to integers; else in float. Training may save codes: ``save_input_codes``.
         """
         self._input_quantizer = Reference.to(quantizer)
 
     def extra_repr(self) -> str:
-        """Return sizes, stride and the like for ``repr``, and the ReLU's bound if the class name does not tell it."""
+        """Return the float layer's text for ``repr``, with a finite :attr:`ceiling` at its end: "…, relu up to 6"."""
         text = super().extra_repr() if self.computed is None else self._computed_repr()
         return text if self.ceiling in (None, math.inf) else f"{text}, {describe_relu(self.ceiling)}"
 
@@ -147,7 +147,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def input_quantizer(self) -> FakeQuantizeBase | None:
-        """The quantizer on whose grid this layer's input lies; None if it is not known."""
+        """The quantizer on whose grid this layer's input lies; None: unknown, or what lies between was changed."""
         return self._input_quantizer.module
 
     @property
@@ -158,7 +158,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def float_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias (or None) before folding and quantization.
 
-        They are the layer's own, or computed from other parameters.
+        They are the layer's own, not copies, or computed anew from other parameters by :attr:`computed`.
         """
         return (self.weight, self.bias) if self.computed is None else self.computed()
 
@@ -195,20 +195,20 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return weight, ranging.grid_or_warning()
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_grid: Grid | None = None) -> Tensor:
-        """Return the layer's convolution or product, plus bias, in a form that saves little for the backward.
+        """Return the layer's convolution or product, plus bias; little is saved for the backward.
 
         Args:
             x: the input.
             weight: the weight, as :meth:`weight_to_map` returned it.
             bias: the bias, (out channels,); None: none is added.
-            weight_grid: the grid to round the weight to; None: it is rounded already.
+            weight_grid: the grid that :meth:`weight_to_map` returned with it; None: the weight is used as it is.
         """
         if torch.compiler.is_compiling():
             return self.linear_map(x, weight, bias)
         return rounded_map(x, weight, bias, self.linear_map, self.saved_input_grid(), weight_grid)
 
     def saved_input_grid(self) -> Grid | None:
-        """Return the grid, of any width, to save the input on; None: unwanted, unknown, off, per channel, compiling."""
+        """Return the input's grid, any bits; None: not ``save_input_codes``, unknown, off, per channel, compiling."""
         return input_grid(self.input_quantizer) if self.save_input_codes else None
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def weight_grid(self) -> Grid:
         """Return the grid to which eval mode and deployment round the weight, with its switch (``Grid.enabled``).
 
-        With a BatchNorm it is the folded weight that is rounded.
+        With a BatchNorm the folded weight is rounded. The weight's quantizer must be a FakeQuantizeBase.
         """
         return cast(FakeQuantizeBase, self.weight_fake_quant).grid()
 
@@ -236,7 +236,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return folded if is_nearest else self.quantized_folded_weight(folded)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the present weight, not rounded; a BatchNorm, if any, is folded in by its running variance."""
+        """Return the weight of :meth:`folded_parameters`, not rounded; in folding mode "scale" ±W, by the sign of γ."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
@@ -259,9 +259,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             return self.compute(input, weight, bias)
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return operation, BatchNorm, ReLU (if any) and fake quantization for a weight and bias that are not folded.
+        """Return the layer's output for a weight and bias that are neither folded nor rounded yet.
 
-        The forward calls it with torch function modes switched off; neither weight nor bias is rounded yet.
+        The forward calls it, with torch function modes switched off outside of ``torch.compile``.
         """
         input = self.quantized_input(input)
         meet_hooks((self._input_quantizer,), (input,), self.training)
@@ -292,7 +292,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def packed(self) -> Memo[PackedLayer | None]:
-        """A memo, filled by eval mode, of the layer in the form of torch's integer kernels, or of None if it has none.
+        """A memo, filled by eval mode, of the layer as torch's integer kernels take it, or of None if they can't.
 
         It is made anew when a weight or grid has changed, emptied by ``train()``, and not copied with the layer.
         """
@@ -305,7 +305,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return super().train(mode)
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return the values besides tensors on which eval mode's integers depend: they are made anew if one changes."""
+        """Return what eval mode's integers depend on besides tensors: they are made anew if the result differs."""
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
         return (self.ceiling, types, [vars(self).get(name) for name in (*_GEOMETRY, "output_padding")])
 
@@ -329,8 +329,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer that rounds the whole output to one grid.
 
-        It is the layer's own; if that is an Identity, that of a clip module behind it (:attr:`quantizer_behind_clip`).
-        None if there is neither, if it is per channel, or if it is no FakeQuantizeBase.
+        It is that of :meth:`last_quantizer`; None if there is none, or it is per channel or no FakeQuantizeBase.
         """
         quantizer = self.last_quantizer(self.activation_post_process)
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
@@ -372,10 +371,11 @@ def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tup
 
 
 def checked_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
-    """Return ``qconfig`` if it is tritonq's QConfig; ``layer`` is named in the message of the error.
+    """Return ``qconfig`` if it is a valid QConfig of tritonq; error messages name the class of ``layer``.
 
     Raises:
-        TypeError: anything else; the message says where a class of the same name comes from.
+        TypeError: anything else (the message says where a class of that name comes from), or wrong types in it.
+        ValueError: an unknown target, folding or choice for islands.
     """
     check_qconfig(qconfig, f"qconfig of {type(layer).__name__}", "a QConfig")
     return cast(QConfig, qconfig)

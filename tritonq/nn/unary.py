@@ -24,6 +24,7 @@ from tritonq.nn.fusable import observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import is_grid_source, meet_hooks
 from tritonq.nn.reference import Reference, Referred
 from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import check_qconfig
 
 
 class UnaryLayer(nn.Module):
@@ -52,6 +53,8 @@ class UnaryLayer(nn.Module):
         None: the output stays in float, or another module quantizes it; the child is then an Identity. What
         :meth:`set_quantizers` has set is forgotten.
         """
+        if qconfig is not None:
+            check_qconfig(qconfig, f"qconfig of {type(self).__name__}")
         self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
         self._source: Reference[nn.Module] = Reference()
         self._output: Reference[nn.Module] = Reference()
