@@ -7,6 +7,7 @@ a NumPy scalar, in the same precision and with the same roundings.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from functools import lru_cache
@@ -199,6 +200,26 @@ def whole_number(value: object, *, of_floats: bool = False) -> int | None:
         return int(value)
     number = float(value)
     return int(number) if number.is_integer() else None
+
+
+def real_number(value: object) -> float | None:
+    """Return a real number of Python or NumPy as a float; None for anything else, bools and tensors among them.
+
+    An int beyond float64's range becomes an infinity.
+
+    Examples:
+        >>> import numpy
+        >>> real_number(numpy.float32(0.5)), real_number(2), real_number(True)
+        (0.5, 2.0, None)
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
 
 
 def keep_whole_numbers(record: object, **fields: int | None) -> None:

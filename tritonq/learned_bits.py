@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tritonq.arithmetic import real_number
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.learned_base import LearnedFakeQuantize, floored
@@ -81,9 +82,10 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     ) -> None:
         if not (isinstance(min_bits, int) and isinstance(max_bits, int) and 2 <= min_bits < max_bits <= 8):
             raise ValueError(f"min_bits < max_bits are whole numbers from 2 to 8, got {min_bits!r} and {max_bits!r}")
-        if not isinstance(initial_bits, (int, float)):
+        number = real_number(initial_bits)
+        if number is None:
             raise TypeError(f"initial_bits must be a number, got {initial_bits!r}")
-        if not min_bits <= initial_bits <= max_bits:
+        if not min_bits <= number <= max_bits:
             raise ValueError(f"initial_bits must lie between {min_bits} and {max_bits}, got {initial_bits!r}")
         if ch_axis not in (None, 0):
             raise ValueError(f"weights have a scale per tensor (ch_axis=None) or per out channel (0), got {ch_axis!r}")
@@ -95,7 +97,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         channel_axis = {} if ch_axis is None else {"ch_axis": ch_axis}
         super().__init__(observer, None, None, dtype=dtype, averaging_constant=1.0, **channel_axis)
         self.scale = nn.Parameter(torch.ones(self._channels))
-        self.bits = nn.Parameter(torch.tensor([float(initial_bits)]))
+        self.bits = nn.Parameter(torch.tensor([number]))
         self.register_buffer("zero_point", torch.zeros(self._channels, dtype=torch.int32))
         relative = torch.tensor(NORMAL_STEPS) / NORMAL_STEPS[max_bits - _FEWEST_BITS]
         self.register_buffer("relative_steps", relative, persistent=False)
@@ -133,7 +135,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         self.activation_post_process.allocate(num_channels)
         if self._widest.axis is not None and self.scale.numel() != num_channels:
             self.scale.data = self.scale.data.new_ones(num_channels)
-            self.zero_point = self.zero_point.new_zeros(num_channels)
+            # The same object, which others may hold: DDP lists buffers, nn.DataParallel copies from them.
+            self.zero_point.resize_(num_channels).zero_()
 
     def calculate_qparams(self) -> QParams:
         """Return the scale of the grid with the nearest whole number of bits, and the buffer ``zero_point``, zeros."""

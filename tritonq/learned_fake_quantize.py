@@ -116,7 +116,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         """
         super().allocate(num_channels)
         if self.qtype.axis is not None and self.zero_point.numel() != num_channels:
-            self.zero_point = self.zero_point.new_zeros(num_channels)
+            # The same object, which others may hold: DDP lists buffers, nn.DataParallel copies from them.
+            self.zero_point.resize_(num_channels).zero_()
 
     def calculate_qparams(self) -> QParams:
         """Return the scale that :meth:`forward` rounds with, and the zero point, rounded and clamped, as int32.

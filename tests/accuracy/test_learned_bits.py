@@ -169,3 +169,10 @@ def test_switches_and_mistakes():
     for arguments in ({"initial_bits": 1.0}, {"min_bits": 1}, {"min_bits": 8, "initial_bits": 8.0}, {"ch_axis": 1}):
         with pytest.raises(ValueError, match="got"):
             LearnedBitsFakeQuantize(**arguments)
+
+
+def test_a_fixed_quantizer_takes_its_length_from_the_first_tensor():
+    quantizer = LearnedBitsFakeQuantize(4.0).fixed().train()
+    assert not quantizer.has_qparams()
+    assert quantizer(torch.randn(3, 5)).shape == (3, 5)
+    assert quantizer.scale.shape == (3,)

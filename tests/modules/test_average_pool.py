@@ -88,6 +88,7 @@ AVERAGES = {
     "window of the input's size": lambda: lambda y: F.avg_pool2d(y, y.shape[2:]),
     "windows": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
     "function": lambda: lambda y: F.avg_pool2d(y, 2),
+    "windows with an empty stride": lambda: nn.AvgPool2d(2, ()),
     "sizes that don't divide": lambda: nn.AdaptiveAvgPool2d((3, 4)),
 }
 

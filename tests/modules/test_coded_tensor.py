@@ -57,6 +57,7 @@ OPERATORS = {
     "max pool": (lambda x: F.max_pool2d(x, 3, 2, 1), True),
     "max pool, odd": (lambda x: F.max_pool2d(x, (2, 3), (3, 2), (1, 0), ceil_mode=True), True),
     "max pool, dilated": (lambda x: F.max_pool2d(x, 2, 1, 0, (2, 3)), True),
+    "max pool with an empty stride": (lambda x: F.max_pool2d(x, 2, ()), True),
     "max pool with indices": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], False),
     "relu6": (F.relu6, False),
     "mean": (lambda x: x.mean((2, 3)), False),

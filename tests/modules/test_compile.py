@@ -232,7 +232,9 @@ def test_structures_survive_as_plain_arguments(missing, axis):
             assert vars(found) == vars(value)
 
 
-@pytest.mark.parametrize("kind", [dict[str, int], list[list[int]], tuple[int | None, ...]])
+@pytest.mark.parametrize(
+    "kind", [dict[str, int], list[list[int]], tuple[int | None, ...], tuple[int, str], tuple, tuple[()]]
+)
 def test_a_type_that_no_plain_argument_stands_for_is_refused(kind):
     with pytest.raises(TypeError, match="x: an operator can't take"):
         parts.describe("x", kind)

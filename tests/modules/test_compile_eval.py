@@ -231,6 +231,19 @@ def test_where_a_device_may_not_be_asked_both_answers_are_computed(active, monke
     assert torch.equal(eval_mode.run_join("add", *sums), expected_sum)
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_sums_too_long_for_integers_are_refused_only_where_grids_are_on(readable, monkeypatch):
+    monkeypatch.setattr(eval_mode, "is_readable", lambda values: readable)
+    a = torch.zeros(1, 140_000)
+    for active in SWITCHES[1:]:
+        source, _, output = grids(active)
+        operands = (a, a.mT, source, replace(source, enabled=torch.tensor([active[1]], dtype=torch.uint8)), output)
+        assert torch.equal(eval_mode.run_join("matmul", *operands), a @ a.mT)
+    source, _, output = grids((1, 1, 1))
+    with pytest.raises(ValueError, match="140000 elements"):
+        eval_mode.run_join("matmul", a, a.mT, source, source, output)
+
+
 def test_nothing_is_read_back(monkeypatch):
     """On the meta device, which autocast does not know, there is nothing to read."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())

@@ -305,3 +305,22 @@ def test_in_a_qconfig():
     assert layer.weight_fake_quant.scale.shape == (4,)
     assert not torch.equal(layer.weight_fake_quant.scale, before[0])
     assert not torch.equal(layer.activation_post_process.alpha, before[1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tritonq.LearnedBitsFakeQuantize,
+        lambda: LearnedStepFakeQuantize(tritonq.HistogramObserver, dtype="qint8", qscheme=torch.per_channel_symmetric),
+        lambda: LearnedStepFakeQuantize(tritonq.MovingAveragePerChannelMinMaxObserver, dtype="qint8"),
+        lambda: tritonq.FakeQuantize(tritonq.HistogramObserver, dtype="qint8", qscheme=torch.per_channel_symmetric),
+    ],
+)
+def test_buffers_stay_the_same_objects(make):
+    quantizer = make()
+    buffers, parameters = dict(quantizer.named_buffers()), dict(quantizer.named_parameters())
+    quantizer(torch.randn(3, 5))
+    quantizer.activation_post_process(torch.randn(3, 5))
+    for name, after in [*quantizer.named_buffers(), *quantizer.named_parameters()]:
+        assert after is {**buffers, **parameters}[name], f"{name}: DDP and nn.DataParallel hold buffers"
+    assert quantizer.scale.shape == quantizer.zero_point.shape == (3,)

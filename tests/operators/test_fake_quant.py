@@ -249,6 +249,8 @@ ZEROS = torch.zeros(3, dtype=torch.int32)
     [
         ((X.int(), 1.0, 0, -8, 7), TypeError, "torch.int32"),
         (([1.0], 1.0, 0, -8, 7), TypeError, "list"),
+        ((X, True, 0, -8, 7), TypeError, "scale must be a float or a tensor, got bool"),
+        ((X, 10**400, 0, -8, 7), ValueError, "positive and finite"),
         ((X, 0.0, 0, -8, 7), ValueError, "positive"),
         ((X, -1.0, 0, -8, 7), ValueError, "positive"),
         ((X, math.nan, 0, -8, 7), ValueError, "finite"),

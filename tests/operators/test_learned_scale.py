@@ -207,7 +207,11 @@ def test_half_precision_computes_in_float32(dtype):
         (lambda x, s: fake_quantize_learnable(x, s, 0, -8, 7, method="lsq"), ValueError, "unknown method 'lsq'"),
         (lambda x, s: fake_quantize_learnable(x, s * math.nan, 0, -8, 7, method="megengine"), ValueError, "finite"),
         (lambda x, s: trained_threshold_quantize(x, s * math.inf, -8, 7), ValueError, "must be finite"),
-        (lambda x, s: clipped_quantize(x, s * 0, 15), ValueError, "positive and finite"),
+        (lambda x, s: fake_quantize_learnable(x, 0.1, 0, -8, 7, 0, group_size=3), TypeError, "scale must be a tensor"),
+        (lambda x, s: trained_threshold_quantize(x, s * 200, -8, 7), ValueError, r"2 \*\* log2_threshold must be"),
+        (lambda x, s: trained_threshold_quantize(x, s * -200, -8, 7), ValueError, r"2 \*\* log2_threshold must be"),
+        (lambda x, s: trained_threshold_quantize(x, s.expand(2), -8, 7), ValueError, "log2_threshold must have one"),
+        (lambda x, s: clipped_quantize(x, s * 0, 15), ValueError, "alpha must be positive and finite"),
         (lambda x, s: clipped_quantize(x, s, 0), ValueError, "quant_min must be below quant_max"),
     ],
 )

@@ -243,3 +243,21 @@ def test_no_operator_is_left_out() -> None:
             call(normal(2, 4, 5, 6))
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritonq::")}
     assert checked.names == registered
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        ((), {"rounding": 1}, "unexpected keyword argument 'rounding'"),
+        ((None, None), {}, "too many positional"),
+        ((), {"x": None}, "multiple values for argument 'x'"),
+    ],
+)
+def test_a_traced_form_refuses_the_arguments_that_eager_code_refuses(positional, named, message):
+    """Its reference has the parameters x and grid."""
+    traced_form, x, grid = traced.FAMILIES["fake_quant"].fake_quantize, normal(3), Grid(torch.ones(1), None, QINT8)
+    assert torch.equal(traced_form(x, grid=grid), traced_form(x, grid))
+    with pytest.raises(TypeError, match=message):
+        traced_form(x, grid, *positional, **named)
+    with pytest.raises(TypeError, match="missing a required argument: 'grid'"):
+        traced_form(x)

@@ -47,3 +47,15 @@ def test_whole_numbers_of_fraction_bits(value):
 def test_other_fraction_bits(value):
     with pytest.raises(ValueError, match=r"frac_len must be a whole number in 0\.\.7"):
         tritonq.fixed_point_quantize(X, value)
+
+
+@pytest.mark.parametrize("number", [numpy.float16, numpy.float32, numpy.float64, numpy.int64])
+def test_numbers_of_numpy_are_numbers(number):
+    assert torch.equal(
+        tritonq.fake_quantize_per_tensor_affine(X, number(2), 0, -8, 7),
+        tritonq.fake_quantize_per_tensor_affine(X, 2.0, 0, -8, 7),
+    )
+    assert torch.equal(
+        tritonq.LearnedBitsFakeQuantize(number(4)).bits.detach(), tritonq.LearnedBitsFakeQuantize(4.0).bits.detach()
+    )
+    assert tritonq.nn.Add(number(6)).ceiling == 6.0

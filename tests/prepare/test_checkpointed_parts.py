@@ -1,5 +1,7 @@
 """Parts of a forward that `torch.utils.checkpoint` runs again: their joins are answered in the backward, too."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tritonq
+from tritonq.functional import recomputation
 
 
 class Block(nn.Module):
@@ -67,3 +70,20 @@ def test_no_graph_takes_the_place_of_a_function_that_is_run_again():
     prepared, calls = trained(Traceable, False)
     assert calls == 4
     assert {row.kind: row.status for row in tritonq.summary(prepared).layers}["cat"] == "quantized"
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_norm_that_is_run_again_keeps_its_state(tracks, momentum, monkeypatch):
+    norm, x = nn.BatchNorm1d(4, momentum=momentum).train(), torch.randn(3, 4)
+    norm(x)
+    norm.track_running_stats = tracks
+    buffers, state = dict(norm.named_buffers()), copy.deepcopy(norm.state_dict())
+    monkeypatch.setattr(recomputation, "is_recomputing", lambda: True)
+    assert torch.equal(recomputation.normalize_once(norm, x), copy.deepcopy(norm)(x))
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        recomputation.normalize_once(norm, torch.randn(3, 4, 1, 1))
+    assert norm.momentum == momentum
+    for name, buffer in norm.named_buffers():
+        assert buffer is buffers[name]
+        assert torch.equal(buffer, state[name])

@@ -241,7 +241,9 @@ class _Writer:
     def _max_pool(self, pool: nn.MaxPool2d, source: str, node: fx.Node) -> str:
         if _dtype(node) not in (torch.int8, torch.uint8):
             raise ValueError(f"{node.name}: ONNX pools codes, not accumulators")
-        pairs = {"kernel_shape": pool.kernel_size, "strides": pool.stride, "dilations": pool.dilation}
+        stride: Any = pool.stride
+        step = pool.kernel_size if stride in ([], ()) else stride
+        pairs = {"kernel_shape": pool.kernel_size, "strides": step, "dilations": pool.dilation}
         attributes: dict[str, Any] = {
             name: [value, value] if isinstance(value, int) else list(value) for name, value in pairs.items()
         }

@@ -93,7 +93,7 @@ def in_groups(
         group_size: elements of a group.
 
     Raises:
-        TypeError: the group size or the axis is no int.
+        TypeError: the group size or the axis is no int, or the scale is no tensor.
         ValueError: there is no axis, it is out of range, the group size is below 1 or does not divide the axis, or
             scale or zero point have another shape.
     """
@@ -101,6 +101,8 @@ def in_groups(
         raise ValueError("groups lie along an axis, got axis=None")
     if whole_number(group_size) is None:
         raise TypeError(f"group_size must be an int, got {group_size!r}")
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"with groups scale must be a tensor, one element per group, got {type(scale).__name__}")
     rows = GroupRows(tuple(x.shape), Granularity(check_axis(x, axis), group_size))
     flat_zero = rows.flatten("zero_point", zero_point) if isinstance(zero_point, Tensor) else zero_point
     return rows.join(function(rows.split(x), rows.flatten("scale", scale), flat_zero))

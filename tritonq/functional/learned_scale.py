@@ -148,7 +148,8 @@ def trained_threshold_quantize(
         TypeError: ``x`` or ``log2_threshold`` is not a floating point tensor; or ``quant_min``, ``quant_max`` or
             ``axis`` is no int.
         ValueError: ``quant_min`` not below ``quant_max``, an axis out of range, an unknown backend, a threshold of
-            another shape or device, or one that is not finite, which is checked on a CPU only and not while
+            another shape or device, or one that is not finite or whose ``2^t`` is 0 or infinite in float32. Values are
+            checked on a CPU only and not while
             ``torch.compile`` traces.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
@@ -163,7 +164,9 @@ def trained_threshold_quantize(
     axis, channels = _axis_and_channels(x, axis)
     qtype = QuantizedType(quant_min, quant_max, False, axis, "half_away")
     _check_parameter("log2_threshold", log2_threshold, x, channels, positive=False)
-    return learned_fake_quantize(x, Grid(torch.exp2(log2_threshold), None, qtype), "tqt", backend=backend)
+    scale = torch.exp2(log2_threshold)
+    _check_parameter("2 ** log2_threshold", scale, x, channels, positive=True)
+    return learned_fake_quantize(x, Grid(scale, None, qtype), "tqt", backend=backend)
 
 
 def clipped_quantize(
@@ -321,10 +324,10 @@ def _check_parameter(name: str, value: Tensor, x: Tensor, channels: int | None, 
     check_float_tensor(name, value)
     detached = value.detach()
     if positive:
-        check_scale(detached, x, channels)
+        check_scale(detached, x, channels, name)
         return
     # Of a parameter that may have any sign, shape and device count, and that it is finite.
-    check_scale(torch.ones_like(detached), x, channels)
+    check_scale(torch.ones_like(detached), x, channels, name)
     if is_readable(detached) and not bool(torch.isfinite(detached).all()):
         raise ValueError(f"{name} must be finite, got {detached.flatten()[:8].tolist()}")
 

@@ -24,7 +24,7 @@ def max_pool_codes(
     Args:
         codes: uint8 (n, c, h, w) or (c, h, w); any memory format.
         kernel_size: height and width of a window: a list of two, or one number for both.
-        stride: distance of windows, a list of two or one number; None or an empty list: the kernel's size.
+        stride: distance of windows, a list of two or one number; None or an empty list or tuple: the kernel's size.
         padding: rows and columns of code 0, the smallest code, added on each side; a list of two or one number.
         dilation: distance of the elements of a window, a list of two or one number.
         ceil_mode: whether a last window may reach beyond the padded input.
@@ -36,7 +36,7 @@ def max_pool_codes(
         RuntimeError: sizes, or a number of axes, that torch refuses, such as a padding of more than half of the window;
             the message is torch's.
     """
-    stride = kernel_size if stride is None or stride == [] else stride
+    stride = kernel_size if stride in (None, [], ()) else stride
     pairs = [_pair(value) for value in (kernel_size, stride, padding, dilation)]
     sizes = tuple(zip(*pairs, strict=False))
     is_plain = codes.dim() in (3, 4) and all(len(pair) == 2 for pair in pairs)

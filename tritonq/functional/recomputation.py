@@ -63,11 +63,11 @@ def normalize_once(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     """Return ``bn(x)``; in a recomputation running statistics and ``num_batches_tracked`` are left as they are."""
     if not (is_recomputing() and bn.training):
         return cast(Tensor, bn(x))
-    momentum = bn.momentum
+    momentum, counter = bn.momentum, bn.num_batches_tracked
     bn.momentum = 0.0
+    # Whether this forward counts the batch depends on the module: it does so in a copy.
+    bn.num_batches_tracked = None if counter is None else counter.clone()
     try:
         return cast(Tensor, bn(x))
     finally:
-        bn.momentum = momentum
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.sub_(1)
+        bn.momentum, bn.num_batches_tracked = momentum, counter

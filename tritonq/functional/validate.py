@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import whole_number
+from tritonq.arithmetic import real_number, whole_number
 from tritonq.qparams import is_readable
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -44,36 +44,38 @@ def check_axis(x: Tensor, axis: int) -> int:
     return whole % x.dim()
 
 
-def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
+def check_scale(scale: float | Tensor, x: Tensor, channels: int | None, name: str = "scale") -> Tensor:
     """Return ``scale`` as a float32 tensor on ``x``'s device: 0-d for a number, else of the tensor's shape.
 
     A float32 tensor is returned itself. Values of numbers are checked, those of tensors only on a CPU and not while
     ``torch.compile`` traces.
 
     Args:
-        scale: a Python int or float, or a tensor of a floating point dtype on ``x``'s device.
+        scale: a number of Python or NumPy (a bool is none), or a tensor of a floating point dtype on ``x``'s device.
         x: the tensor that is to be rounded.
         channels: ``scale`` must have the shape ``(channels,)`` if it is a tensor; None: one element, in any shape.
+        name: what messages call it.
 
     Raises:
         TypeError: neither a number nor a floating point tensor.
         ValueError: wrong shape or device, or a value that float32 holds as 0 or infinity, is NaN or negative.
     """
     if not isinstance(scale, Tensor):
-        if not isinstance(scale, (int, float)):
-            raise TypeError(f"scale must be a float or a tensor, got {type(scale).__name__}")
-        if not _ROUNDED_TO_ZERO < scale <= _LARGEST:
-            raise ValueError(f"scale must be positive and finite in float32, got {scale}")
-        return torch.full((), scale, dtype=torch.float32, device=x.device)
+        number = real_number(scale)
+        if number is None:
+            raise TypeError(f"{name} must be a float or a tensor, got {type(scale).__name__}")
+        if not _ROUNDED_TO_ZERO < number <= _LARGEST:
+            raise ValueError(f"{name} must be positive and finite in float32, got {scale}")
+        return torch.full((), number, dtype=torch.float32, device=x.device)
     if not scale.is_floating_point():
-        raise TypeError(f"scale must be floating point, got {scale.dtype}")
-    _check_shape_and_device("scale", scale, x, channels)
+        raise TypeError(f"{name} must be floating point, got {scale.dtype}")
+    _check_shape_and_device(name, scale, x, channels)
     held = scale.to(torch.float32)
     if is_readable(held) and held.numel():
         least, greatest = _extremes(held)
         if not 0 < least <= greatest < math.inf:
             shown = scale.detach().flatten()[:8].tolist()
-            raise ValueError(f"scale must be positive and finite in float32, got {shown}")
+            raise ValueError(f"{name} must be positive and finite in float32, got {shown}")
     return held
 
 

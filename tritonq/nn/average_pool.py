@@ -241,7 +241,8 @@ def window_average(pool: Any) -> WindowAverage:
     ``count_include_pad`` and the ``divisor_override`` (None: the number of elements) of the pool.
     """
     rank = _rank(pool)
-    kernel, stride, padding = (per_axis(value, rank) for value in (pool.kernel_size, pool.stride, pool.padding))
+    step = pool.kernel_size if pool.stride in ([], ()) else pool.stride
+    kernel, stride, padding = (per_axis(value, rank) for value in (pool.kernel_size, step, pool.padding))
     divisor = getattr(pool, "divisor_override", None)
     return WindowAverage(kernel, stride, padding, bool(pool.ceil_mode), bool(pool.count_include_pad), divisor)
 

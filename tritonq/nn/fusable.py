@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.arithmetic import real_number
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
@@ -158,11 +159,12 @@ def checked_ceiling(ceiling: float | None) -> float | None:
     """
     if ceiling is None:
         return None
-    if isinstance(ceiling, bool) or not isinstance(ceiling, (int, float)):
+    number = real_number(ceiling)
+    if number is None:
         raise TypeError(f"ceiling must be a number or None, got {ceiling!r}")
-    if not ceiling > 0:
+    if not number > 0:
         raise ValueError(f"ceiling must be positive, got {ceiling}")
-    return float(ceiling)
+    return number
 
 
 def describe_relu(ceiling: float | None) -> str:

@@ -196,14 +196,15 @@ class RangeObserver(ObserverBase):
     def allocate(self, num_channels: int) -> None:
         """Give ``min_val`` and ``max_val`` the length ``num_channels``, with +inf and -inf.
 
-        An observer with one range per tensor stays as it is, and so does one that has this length.
+        An observer with one range per tensor stays as it is, and so does one that has this length; 0 says that the
+        number is unknown still.
 
         Raises:
             ValueError: they already have another length.
         """
-        if self.qtype.axis is None or self.num_channels == num_channels:
+        if self.qtype.axis is None or (self.num_channels or 0) == num_channels:
             return
-        if self.num_channels is not None:
+        if self.num_channels:
             raise ValueError(
                 f"this observer keeps {self.num_channels} channels along axis {self.qtype.axis}, got {num_channels}"
             )

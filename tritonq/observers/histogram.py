@@ -149,8 +149,8 @@ class HistogramObserver(RangeObserver):
         """
         super().allocate(num_channels)
         if self.histogram.shape[:-1] != self.min_val.shape:
-            self.histogram = self._empty_histogram(self.min_val)
-            self.common_histogram = torch.zeros_like(self.histogram)
+            for counts in (self.histogram, self.common_histogram):
+                counts.resize_(*self.min_val.shape, self.prefix_bins.count).zero_()
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
         """Return pairs of a buffer that observing changes and the number that it holds before.

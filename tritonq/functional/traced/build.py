@@ -61,8 +61,8 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
     signature, hints = inspect.signature(reference), get_type_hints(reference)
     parameters = [parameter for name, parameter in signature.parameters.items() if name not in spec.scratch]
     described = tuple((p.name, parts.describe(p.name, hints[p.name])) for p in parameters)
-    defaults = {p.name: p.default for p in parameters}
-    positions = {name: i for i, name in enumerate(signature.parameters) if name in defaults}
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    names = tuple(signature.parameters)
 
     def run(*flat: Any, choose: Choice | None = choose) -> Any:
         tensors = _tensors(flat)
@@ -82,9 +82,11 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
         make_visible(call, partial(run, choose=None), spec.has_kernel, spec.made_again)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        arguments = {
-            name: args[i] if i < len(args) else kwargs.get(name, defaults[name]) for name, i in positions.items()
-        }
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        is_surplus = len(given) < len(args) + len(kwargs) or any(name not in names for name in kwargs)
+        if is_surplus or any(name not in given and name not in defaults for name, _ in described):
+            signature.bind(*args, **kwargs)  # raises the TypeError of a plain function
+        arguments = {name: given[name] if name in given else defaults[name] for name, _ in described}
         return results.restore(spec.returns, arguments, call(*parts.flatten_all(described, arguments)))
 
     traced.__name__, traced.__doc__ = reference.__name__, reference.__doc__

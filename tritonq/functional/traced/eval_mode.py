@@ -314,11 +314,18 @@ def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> T
 def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[], Tensor]) -> Tensor:
     """Return ``on()`` if all grids are on, else ``off()``.
 
-    Both are computed if reading a switch would wait for a device.
+    Both are computed if reading a switch would wait for a device. Only where ``on()`` raises ValueError, such as for
+    sums too long for its integers, this waits: the error is raised if the grids are on.
     """
     if all(grid.enabled is None or is_readable(grid.enabled) for grid in grids):
         return on() if all(grid.is_enabled_on_host() for grid in grids) else off()
-    return torch.where(torch.stack([grid.enabled_on_device() for grid in grids]).all(), on(), off())
+    try:
+        integers = on()
+    except ValueError:
+        if all(grid.is_enabled_on_host() for grid in grids):
+            raise
+        return off()
+    return torch.where(torch.stack([grid.enabled_on_device() for grid in grids]).all(), integers, off())
 
 
 _affine, _join = traced_operator("eval_affine", run_affine), traced_operator("eval_join", run_join)

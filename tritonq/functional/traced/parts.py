@@ -92,15 +92,16 @@ def describe(name: str, hint: Any, optional: bool = False) -> Part:
     mark = "?" if optional or can_be_none else ""
     if get_origin(hint) is Literal:
         return Leaf(name, f"str{mark}")
-    if get_origin(hint) in (tuple, list) and get_args(hint)[0] in _PLAIN:
+    elements = [kind for kind in dict.fromkeys(get_args(hint)) if kind is not Ellipsis]
+    if get_origin(hint) in (tuple, list) and len(elements) == 1 and elements[0] in _PLAIN:
         kept = tuple if get_origin(hint) is tuple else None
-        return Leaf(name, f"{_PLAIN[get_args(hint)[0]]}[]{mark}", kept)
+        return Leaf(name, f"{_PLAIN[elements[0]]}[]{mark}", kept)
     if hint in _PLAIN:
         return Leaf(name, f"{_PLAIN[hint]}{mark}")
-    if not isinstance(hint, type) or not (dataclasses.is_dataclass(hint) or issubclass(hint, tuple)):
+    if not isinstance(hint, type) or not (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields")):
         raise TypeError(f"{name}: an operator can't take {hint}")
     hints = get_type_hints(hint)
-    names = [field.name for field in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else hint._fields  # type: ignore[attr-defined]
+    names = [field.name for field in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else hint._fields
     fields = tuple((field, describe(f"{name}_{field}", hints[field], optional or can_be_none)) for field in names)
     # Structures without tensors are few: each is made, and checked, once.
     make = hint if any(kind.startswith("Tensor") for _, kind in _arguments(fields)) else lru_cache(hint)
