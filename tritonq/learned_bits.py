@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tritonq.arithmetic import real_number
+from tritonq.arithmetic import real_number, whole_number
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.gradients import needs_gradient, with_gradient_of
 from tritonq.learned_base import LearnedFakeQuantize, floored
@@ -80,8 +80,10 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     def __init__(
         self, initial_bits: float = 8.0, *, min_bits: int = 2, max_bits: int = 8, ch_axis: int | None = 0
     ) -> None:
-        if not (isinstance(min_bits, int) and isinstance(max_bits, int) and 2 <= min_bits < max_bits <= 8):
+        least, most = whole_number(min_bits), whole_number(max_bits)
+        if least is None or most is None or not 2 <= least < most <= 8:
             raise ValueError(f"min_bits < max_bits are whole numbers from 2 to 8, got {min_bits!r} and {max_bits!r}")
+        min_bits, max_bits = least, most
         number = real_number(initial_bits)
         if number is None:
             raise TypeError(f"initial_bits must be a number, got {initial_bits!r}")

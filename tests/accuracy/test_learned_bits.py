@@ -1,5 +1,6 @@
 """Trained bit widths: FracBits' formula and gradients in float64, the penalty, the end of the search, deployment."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -176,3 +177,7 @@ def test_a_fixed_quantizer_takes_its_length_from_the_first_tensor():
     assert not quantizer.has_qparams()
     assert quantizer(torch.randn(3, 5)).shape == (3, 5)
     assert quantizer.scale.shape == (3,)
+
+
+def test_bounds_may_be_integers_of_numpy():
+    assert tritonq.LearnedBitsFakeQuantize(4.0, min_bits=np.int64(2), max_bits=np.int64(6)).bounds == (2, 6)
