@@ -35,8 +35,8 @@ def tell_outlier(observer: ObserverBase, before: float) -> float:
     """Return the largest magnitude of an observer's running range, ``max(-min_val, max_val)``; warn if it leapt up.
 
     If it is more than 100 times ``before``, and ``before`` is positive, a UserWarning says so, once per observer. A GPU
-    is not waited for: every 16th range is copied to the host, and compared in a later step, when it has arrived. A
-    range that becomes smaller before may cause no warning there.
+    is not waited for: in every 16th call the range is copied to the host, and compared in a later call, when it has
+    arrived. A range that is small again by the next copy causes no warning there.
 
     Args:
         observer: a MinMaxObserver with one range for the tensor; for others ``before`` is returned.

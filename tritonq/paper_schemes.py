@@ -23,8 +23,8 @@ _MOST_BITS = 7
 class WeightScheme(FakeQuantizeBase):
     """Base class of fake quantizers of weights whose codes follow from a formula of the whole tensor.
 
-    The codes are not those nearest to the weight. In training the scale follows from the weight of each step; eval mode
-    and deployment use the last one. Until a step was taken, values pass through.
+    The codes are not those nearest to the weight. In training mode each forward computes the scale from its weight;
+    eval mode and deployment use the last one. Before the first such forward, values pass through.
 
     Args:
         quant_max: largest code; the smallest is its negative.
@@ -52,12 +52,13 @@ class WeightScheme(FakeQuantizeBase):
         """Return the scale for ``weight`` by the paper's formula, in training and in eval mode alike.
 
         :meth:`forward` calls it in training mode alone, and keeps the result in the buffer ``scale`` for eval mode,
-        unless ``observer_enabled`` is 0. It broadcasts against the weight: (channels, 1, …), or (1, 1, …) per tensor.
+        unless ``observer_enabled`` is 0. The result has the weight's dtype and as many axes: (channels, 1, …), or
+        (1, 1, …) per tensor.
         """
 
     @abstractmethod
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return the values of the weight's codes, ``code * scale``, with the paper's gradient.
+        """Return the values of the weight's codes, ``code * scale``, in its dtype and with the paper's gradient.
 
         Args:
             weight: the weight, in any float dtype.
@@ -66,7 +67,7 @@ class WeightScheme(FakeQuantizeBase):
         """
 
     def allocate(self, num_channels: int) -> None:
-        """Make ``scale`` (of ones) and ``zero_point`` (of zeros) ``num_channels`` long.
+        """Resize ``scale`` (to ones) and ``zero_point`` (to zeros) to ``num_channels`` elements, in place.
 
         Nothing is done if there is one scale per tensor, or if they have that length. Otherwise no scale is set then.
         """
@@ -77,7 +78,7 @@ class WeightScheme(FakeQuantizeBase):
             self._qparams_known = False
 
     def rests_on_data(self) -> Tensor:
-        """Return the buffer ``initialized``: 1 once a training step has set the scale."""
+        """Return the buffer ``initialized``, uint8, (1,): 1 once a forward in training mode set the scale, else 0."""
         return self.initialized
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -180,7 +181,10 @@ class DoReFaActivation(FakeQuantize):
     The gradient passes where ``0 <= x <= 1``. The first layer reads values below zero: it wants another quantizer.
 
     Args:
-        bits: of the codes.
+        bits: of the codes, 1 to 32.
+
+    Raises:
+        TypeError, ValueError: ``bits`` is no whole number, or out of range.
 
     Source: Zhou et al., DoReFa-Net, 2016, equations 5, 6 and 11.
 
@@ -194,7 +198,7 @@ class DoReFaActivation(FakeQuantize):
         cast(PassiveObserver, self.activation_post_process).set_qparams(1 / self.qtype.quant_max, 0)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Clip ``x`` to ``[0, 1]`` and round it to multiples of ``1 / (2^bits - 1)``; if switched off, do neither."""
+        """Clip ``x`` to ``[0, 1]`` and round it to multiples of ``1 / (2^bits - 1)``; with rounding off, do neither."""
         return super().quantize(torch.where(self.fake_quant_enabled != 0, x.clamp(0, 1), x))
 
 
@@ -205,6 +209,9 @@ class BinaryWeight(WeightScheme):
 
     Args:
         ch_axis: 0, as in the paper, or None for one ``a``, the mean of the whole weight.
+
+    Raises:
+        ValueError: another axis.
 
     Source: Rastegari et al., XNOR-Net, 2016, section 3.1.
 
@@ -243,6 +250,9 @@ class TernaryWeight(WeightScheme):
     Args:
         ch_axis: None, as in the paper, or 0 for one threshold and scale per output channel.
 
+    Raises:
+        ValueError: another axis.
+
     Source: Li, Zhang and Liu, Ternary Weight Networks, 2016, equations 5 and 6.
 
     Examples:
@@ -260,7 +270,7 @@ class TernaryWeight(WeightScheme):
     def scale_of(self, weight: Tensor) -> Tensor:
         """Return the mean of those ``|weight|`` that are larger than 0.7 times the mean of all; 1 if none is.
 
-        It is one number, or one per output channel, in a shape that broadcasts against the weight.
+        Both means are of the tensor, (1, 1, …), or with ``ch_axis`` 0 of each output channel, (channels, 1, …).
         """
         large = self._codes(weight).abs()
         share = self._means(large)

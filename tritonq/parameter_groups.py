@@ -21,7 +21,7 @@ _NORMALIZATIONS = (
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, scale_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return the parameters of a prepared model in groups, as every optimizer of ``torch.optim`` takes them.
+    """Return the parameters of a model in groups, each once, as every optimizer of ``torch.optim`` takes them.
 
     Weight decay pulls towards 0, which regularizes weights, but narrows the grid of a trained scale, threshold or zero
     point, and shrinks a normalization. So weights and biases decay; normalizations and quantizers do not.

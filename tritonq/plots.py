@@ -39,11 +39,12 @@ def plot_histogram(
     Args:
         observer: a histogram observer that has seen values.
         path: file to write; any format that matplotlib knows by its ending.
-        channel: which channel of a per-channel observer.
+        channel: index of the channel to draw, for an observer per channel; None for one per tensor.
         title: what to write above; None names the observer and its type.
 
     Raises:
-        ValueError: nothing was observed, or the channel is missing, not wanted or out of range.
+        ValueError: nothing was observed, the channel is missing, not wanted or out of range, or matplotlib does not
+            know the ending of ``path``.
         ImportError: matplotlib is not installed (extra ``report``).
 
     Examples:

@@ -18,9 +18,9 @@ class PassiveObserver(ObserverBase):
     """Holds a scale and a zero point that come from elsewhere; assigning to ``scale`` replaces the scale later.
 
     Attributes:
-        scale: float32 buffer, one element or (channels,).
-        zero_point: int32 buffer, as ``scale``.
-        original_scale: the scale that ``set_qparams`` was given last.
+        scale: float32, one element or (channels,), empty while their number is unknown; the buffer ``current_scale``.
+        zero_point: int32 buffer of the same shape.
+        original_scale: buffer with a copy of the scale that ``set_qparams`` was given last; 1 before the first.
 
     Source: MegEngine's PassiveObserver; docs/numbers.md, "Observers".
 
@@ -144,7 +144,8 @@ class PassiveObserver(ObserverBase):
     def calculate_qparams(self) -> QParams:
         """Return the scale in use and the zero point that :meth:`set_qparams` set last.
 
-        Before its first call, and if no state was loaded, the zero point is 0, and the scale 1 or what was assigned.
+        Before :meth:`set_qparams` is called or a state dict loaded, the zero point is 0, the scale 1 or what was
+        assigned. Both are the observer's buffers, not copies.
         """
         return QParams(self.current_scale, self.zero_point)
 

@@ -85,7 +85,7 @@ def prepare_qat(
             module whose training forward fails on ``example_inputs`` runs in eval mode in that run, and a line of the
             log (logger ``tritonq``) says so.
         strict: raise ValueError if a layer with weights, an addition or a concatenation stays in float unasked. A
-            qconfig of None asks for it. Needs ``example_inputs``.
+            qconfig of None asks for it. Ignored without ``example_inputs``.
         warn: warn of such layers, with names and reasons; and of weights with zero points that engines don't run fast.
 
     Returns:

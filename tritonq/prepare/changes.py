@@ -31,7 +31,7 @@ _NAMES_SHOWN = 5
 
 
 def note_report(model: nn.Module, records: tuple[LayerRecord, ...]) -> None:
-    """Set the report of a model, ``records``, and note the class of each module that it has now, as its attributes."""
+    """Keep ``records`` as a model's report, and the class of each of its modules by name, in attributes of it."""
     vars(model)[REPORT] = records
     vars(model)[_CLASSES] = {name: _class_name(original_class(module)) for name, module in model.named_modules()}
 
@@ -39,8 +39,8 @@ def note_report(model: nn.Module, records: tuple[LayerRecord, ...]) -> None:
 def report_of(model: nn.Module) -> tuple[LayerRecord, ...] | None:
     """Return the records of what became of each layer of a model, as it is now; None if no module of it has a report.
 
-    Layers that moved, into an adapter around them, have their present names. What was added has rows of its own. A
-    model that became part of another one, such as an adapted one, is found in it.
+    Layers that moved, into an adapter around them, have their present names. Added layers have rows of status "float".
+    A prepared model that became part of ``model``, such as one with adapters, is found in it.
     """
     holders = [(name, module) for name, module in model.named_modules() if REPORT in vars(module)]
     if not holders:
@@ -61,7 +61,7 @@ def take_report(model: nn.Module) -> tuple[LayerRecord, ...] | None:
 
 
 def warn_of_changes(model: nn.Module, stacklevel: int = 1) -> None:
-    """Warn (UserWarning) of layers that were put into a prepared model and so stay in float; nothing without such.
+    """Warn (UserWarning) of layers that were put into a prepared model and so stay in float, if there are any.
 
     The warning also names what had become part of layers that are gone, so that nothing computes it now. Layers and
     joins that read the results of the new ones compute in float, and one of them warns of that when it runs, once per
@@ -91,7 +91,7 @@ def silence_references(model: nn.Module) -> None:
     """Keep the layers and joins of a model from warning that what they read comes from a module put into the model.
 
     A layer or join that finds such a module between itself and the quantizer of its input computes in float, and warns
-    once per model. That warning counts as given: :func:`warn_of_changes` has named the modules.
+    once per model. That warning counts as given: call this after telling the user which modules were put in.
     """
     for reference in (reference for module in model.modules() for reference in references_of(module)):
         if reference.route is not None:

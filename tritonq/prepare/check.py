@@ -43,8 +43,9 @@ def check_same_output(model: nn.Module, run: Run) -> None:
     """Repeat a recorded run with the prepared model, rounding off, and compare the result with the recorded one.
 
     Tensors at the same paths must have equal shapes and dtypes. Those of floats must agree up to 1/1000 of the largest
-    element (float16: 0.1, bfloat16: 0.3), or up to the model's own rounding errors: four times the difference between
-    its results in float32 and in float64, at most 5 % of the largest element. Other values are not compared.
+    element (float16: 1/10, bfloat16: 3/10), or up to the prepared model's own rounding errors: four times the
+    difference between its results in float32 and in float64, at most 5 % of the largest element. Other values are not
+    compared.
 
     Args:
         model: the prepared model, left as it is.
@@ -129,8 +130,8 @@ def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
 
     Returns:
         A dict: its keys are the quantizers (modules of ``model``) that observed something, its values dicts of copies
-        of their parameters and buffers by name, with those of the observer and without both switches. Empty if the
-        model fails.
+        of their parameters and buffers by name, with those of the observer, but without ``fake_quant_enabled`` and
+        ``observer_enabled``. Empty if the model fails.
     """
     found: Ranges = {}
     learned = [module for module in model.modules() if isinstance(module, LearnedFakeQuantize)]

@@ -22,7 +22,7 @@ class ActivationChoice:
     Args:
         analysis: the model and its record.
         qconfigs: the qconfig of each module; None leaves a module in float.
-        inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
+        inputs: the rule of a ``QConfigMapping`` for inputs of the model, which holds their qconfig; None without one.
     """
 
     def __init__(

@@ -23,6 +23,8 @@ from tritonq.prepare.record.dataflow import ValueIndex
 def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]:
     """Return the names of the layers that are part of an adapter, each with the reason why it stays in float.
 
+    A reason is "it belongs to an adapter of low rank beside attention.query, which is frozen".
+
     A reads what a frozen layer reads, and returns fewer channels than that layer reads and than it returns. B reads the
     result of A, and returns a tensor of the frozen layer's shape. Operations that only move values, such as dropout,
     may stand before A and B. Both have parameters that train. Layers that are functions are not searched.

@@ -82,7 +82,7 @@ class Analysis:
             name there.
 
     Attributes:
-        constants: tells which values follow from parameters and buffers alone.
+        constants: its ``values`` are the indices of the values that follow only from parameters and buffers.
         modules: the model's modules by name, except those inside of a RepVGG block.
         leaves: names of the modules whose calls were recorded as one operation.
     """
@@ -176,7 +176,7 @@ class Analysis:
         return {call.run for call in calls} == set(range(self.flow.runs))
 
     def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
-        """Return why ``calls``, all made in the run of one mode, stay in float: a report's text that names the mode."""
+        """Return why calls of one run stay in float: "it runs in training mode only, and would not be deployed"."""
         if {call.run for call in calls} == {0}:
             return "it runs in eval mode only, so that training would not teach its range"
         return "it runs in training mode only, and would not be deployed"
@@ -215,7 +215,7 @@ class Analysis:
         """Whether a call returns only values of its first input (and 0), so that its result lies on the input's grid.
 
         Further inputs must be indices, or tensors that give only a shape. A plain ReLU counts: 0 is on every grid.
-        So does dropout, which scales in training. False if the first input is a parameter or buffer.
+        So does dropout, which scales in training. False without an input, or if the first is a parameter or buffer.
         """
         target = call.target
         moved, *indices = call.inputs or (None,)
@@ -252,11 +252,11 @@ class Analysis:
         return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
 
     def source_of(self, call: Call, through_norms: bool = False) -> ValueIndex | None:
-        """Return the index of the input whose grid a call keeps, or that constants or a mask scale or shift; else None.
+        """Return the index of the input whose grid a call keeps, or that it scales or shifts by constants or a mask.
 
         Args:
-            call: any recorded call.
-            through_norms: whether a softmax or norm counts as such a call, too.
+            call: any recorded call; others than these give None.
+            through_norms: whether to return the input of a softmax or norm, too.
         """
         if self.keeps_grid(call):
             return call.inputs[0]
@@ -285,7 +285,7 @@ class Analysis:
         return self._masks[call.index]
 
     def enters(self, value: ValueIndex | None, is_end: Callable[[Call], bool]) -> bool:
-        """Whether one call alone reads a value, as its first input, and ``is_end`` holds for that call.
+        """Whether only one call reads a value, as its first input, and ``is_end`` holds for that call.
 
         The value may be moved, scaled and shifted by constants on the way. False for None, or if the model returns it.
         """
