@@ -72,6 +72,10 @@ def test_passive_observer():
     assert (observer.scale.tolist(), observer.original_scale.tolist()) == ([0.125], [2.0])
     with pytest.raises(ValueError, match="zero point 0, got"):
         tritonq.PassiveObserver(dtype="qint8").set_qparams(torch.tensor([1.0]), torch.tensor([3]))
+    affine = tritonq.PassiveObserver(dtype=torch.quint8, qscheme=torch.per_channel_affine, ch_axis=0)
+    affine.set_qparams(torch.ones(3), torch.tensor([1, 2, 3]))
+    affine.set_qparams(0.5, 0)
+    assert affine.calculate_qparams().zero_point.unique().tolist() == [0]
     with pytest.raises(ValueError, match="zero_point must be a whole number"):
         tritonq.PassiveObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine).set_qparams(0.5, 3.7)
 

@@ -24,14 +24,15 @@ class QATRecurrent(nn.Module):
     """The base of quantization-aware recurrent layers and cells: a quantizer for each weight matrix.
 
     The quantizer of ``weight_hh_l0`` is the child ``weight_hh_l0_fake_quant``. It has one scale per row of the matrix
-    if the qconfig's weights have one per channel, and one per group along each row if they have groups. Parameters keep
-    their names, so that float checkpoints load. Biases, gates and states stay in float, but for the hidden state that a
-    cell returns: ``activation_post_process`` rounds it, and of a layer the returned sequence.
+    if the qconfig's weights have one per channel, one per group along each row if they have groups, else one in all.
+    Parameters keep their names, so that float checkpoints load. ``activation_post_process`` rounds the sequence that a
+    layer returns, or the hidden state that a cell returns. Biases, gates and other states stay in float.
 
     Attributes:
         qconfig: the qconfig that made the quantizers.
-        float_type: the float class that the class replaces.
-        geometry_names: names of the constructor's arguments that the float module has as attributes.
+        float_type: the float class that the class replaces, such as ``nn.LSTM``.
+        geometry_names: names of the constructor's arguments that :meth:`from_float` reads as attributes of the float
+            module, such as "hidden_size".
 
     Examples:
         >>> import torch, tritonq
@@ -51,14 +52,14 @@ class QATRecurrent(nn.Module):
         - one between each two layers, ``layers - 1`` in all; a cell, which is one step of one layer, has none;
         - one for the output, ``activation_post_process``.
 
-        The input's quantizer is the business of ``prepare_qat``.
+        The constructor calls it once, after torch's. ``prepare_qat`` adds the input's quantizer, not this method.
 
         Args:
             qconfig: makes the quantizers.
             layers: how many layers the module runs one after the other.
 
         Raises:
-            TypeError: no QConfig.
+            TypeError: ``qconfig`` is None or no QConfig.
             ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another
                 axis than 1 or don't divide the length of a row.
         """
@@ -87,24 +88,34 @@ class QATRecurrent(nn.Module):
         self.activation_post_process = qconfig.activation()
 
     def weight_quantizer(self, name: str) -> nn.Module:
-        """Return the quantizer of the weight with this name."""
+        """Return the quantizer of the weight called ``name``, such as "weight_hh_l0", of a cell "weight_hh".
+
+        Raises:
+            KeyError: no weight has this name.
+        """
         return cast(nn.Module, self._modules[name + WEIGHT_QUANTIZER])
 
     def quantized(self, name: str) -> Tensor:
-        """Return a named parameter: a weight rounded by its quantizer, which observes in training; a bias as it is."""
+        """Return the parameter ``name``, such as "weight_hh_l0": a weight rounded by its quantizer, a bias as it is.
+
+        In training mode the quantizer also observes the weight.
+        """
         value = cast(Tensor, getattr(self, name))
         return cast(Tensor, self.weight_quantizer(name)(value)) if name.startswith("weight") else value
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
-        """Return the quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+        """Return a new module of this class that shares the parameters of ``mod`` and uses ``mod.qconfig``.
+
+        It has the mode, training or eval, of ``mod``, and its quantizers lie on the device of the parameters.
 
         Args:
-            mod: the float layer or cell.
+            mod: the float layer or cell; its weights and biases are parameters, not computed by ``weight_norm``.
             use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: ``mod`` is not what this class replaces, or has no QConfig.
+            TypeError: ``mod`` is not exactly a :attr:`float_type`, or its ``qconfig`` is missing or no QConfig.
+            ValueError: a weight quantizer that :meth:`attach_quantizers` refuses.
         """
         check_float_type(cls, mod, cls.float_type)
         arguments = {name: getattr(mod, name) for name in cls.geometry_names}
@@ -220,6 +231,11 @@ class LSTMCell(_QATCell, nn.LSTMCell):
     :class:`QATRecurrent` describes the quantizers. The input is rounded only if there is a child ``input_fake_quant``,
     which ``prepare_qat`` adds where needed. The cell state is returned in float.
 
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another axis
+            than 1 or don't divide the length of a row.
+
     Examples:
         >>> import torch, tritonq
         >>> h, c = tritonq.nn.LSTMCell(4, 8, qconfig=tritonq.get_qconfig())(torch.randn(3, 4))
@@ -236,6 +252,11 @@ class GRUCell(_QATCell, nn.GRUCell):
     :class:`QATRecurrent` describes the quantizers. The input is rounded only if there is a child ``input_fake_quant``,
     which ``prepare_qat`` adds where needed.
 
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another axis
+            than 1 or don't divide the length of a row.
+
     Examples:
         >>> import torch, tritonq
         >>> tritonq.nn.GRUCell(4, 8, qconfig=tritonq.get_qconfig())(torch.randn(3, 4)).shape
@@ -250,6 +271,11 @@ class RNNCell(_QATCell, nn.RNNCell):
 
     :class:`QATRecurrent` describes the quantizers. The input is rounded only if there is a child ``input_fake_quant``,
     which ``prepare_qat`` adds where needed.
+
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: weights with one scale per index of another axis than 0, or with groups that lie along another axis
+            than 1 or don't divide the length of a row.
 
     Examples:
         >>> import torch, tritonq

@@ -23,14 +23,17 @@ _BETWEEN = "layer_fake_quant_{}"
 
 
 def weight_names(layer: nn.Module) -> tuple[str, ...]:
-    """Return the names of a float recurrent layer's weights, without biases: ``("weight_ih_l0", "weight_hh_l0")``."""
+    """Return the names of the parameters of a recurrent layer or cell that are weights, not biases.
+
+    Of a layer these are such as ``("weight_ih_l0", "weight_hh_l0")``, of a cell ``("weight_ih", "weight_hh")``.
+    """
     return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight"))
 
 
 def has_computed_weights(module: nn.Module) -> bool:
     """Whether ``module`` is recurrent and one of its weights or biases is no parameter of its own.
 
-    That is so if ``weight_norm`` or a parametrization computes it. The biases of a cell do not count.
+    That is so if ``weight_norm`` or a parametrization computes it. The biases of a cell are not looked at.
     """
     if isinstance(module, nn.RNNCellBase):
         names = ["weight_ih", "weight_hh"]
@@ -40,7 +43,10 @@ def has_computed_weights(module: nn.Module) -> bool:
 
 
 def is_weight_quantizer(name: str) -> bool:
-    """Whether a module's qualified name is that of a weight's quantizer: the last part is "weight…_fake_quant"."""
+    """Whether a module's qualified name is that of a weight's quantizer, such as "rnn.weight_hh_l0_fake_quant".
+
+    Its last part begins with "weight" and ends in "_fake_quant", as those of convolutions and Linears do, too.
+    """
     child = name.rpartition(".")[2]
     return child.startswith("weight") and child.endswith(WEIGHT_QUANTIZER)
 
@@ -51,16 +57,17 @@ class RoundsWeights(QuantizesInput):
     A subclass defines :meth:`quantized`, which returns each weight (rounded) and each bias by its name.
 
     Attributes:
-        input_fake_quant: rounds the input; a child that is there if the input is to be rounded.
-        activation_post_process: the quantizer of the returned sequence, of a cell that of the hidden state.
+        input_fake_quant: the quantizer of the input; missing if the module does not round its input.
+        activation_post_process: the quantizer of the sequence that a layer returns, or of a cell's hidden state.
     """
 
     activation_post_process: nn.Module
 
     def quantized(self, name: str) -> Tensor:
-        """Return a parameter by its name as the forward uses it: a weight rounded, as floats, a bias as it is.
+        """Return the parameter ``name``, such as "weight_hh_l0", as the forward uses it.
 
-        Before conversion fake quantizers round the weights; after it they are the values of their codes.
+        A bias is returned as it is, a weight rounded, as floats: before conversion by its fake quantizer, after it as
+        the values that the stored codes stand for.
 
         Raises:
             NotImplementedError: a subclass must define it.
@@ -78,10 +85,10 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
     """
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return weights (rounded) and biases of one layer, counted from 0, in the order of torch's functions.
+        """Return weights (rounded) and biases of one layer, in the order of torch's functions.
 
-        The order is ``weight_ih, weight_hh``, both biases if there are any, ``weight_hr`` of an LSTM with projections;
-        all of one direction, then all of the other.
+        Layer 0 reads the input. The order is ``weight_ih, weight_hh``, then ``bias_ih, bias_hh`` if there are any, then
+        ``weight_hr`` of an LSTM with projections; those of the reverse direction, if there is one, follow likewise.
         """
         names = self._all_weights[layer * self._directions : (layer + 1) * self._directions]
         return [self.quantized(name) for part in names for name in part]
@@ -108,10 +115,11 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
         Args:
             input: the sequence, a tensor or a ``PackedSequence``; it is rounded by the input's quantizer, if there is
                 one.
-            hx: the states to begin with; None: zeros.
+            hx: the states to begin with, ``h_0`` or the tuple ``(h_0, c_0)``; None: zeros.
 
         Raises:
-            ValueError: an input of other than 2 or 3 axes.
+            ValueError: an input of other than 2 or 3 axes, or, outside of autocast, of another dtype than the weights;
+                or another number of states than the layer has.
             RuntimeError: sizes of input or states that the layer does not take, as in torch.
         """
         packed = input if isinstance(input, PackedSequence) else None
@@ -121,7 +129,10 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
             raise ValueError(f"{type(self).__name__} takes 2 or 3 axes, got the shape {tuple(x.shape)}")
         batch_axis = 0 if self.batch_first else 1
         is_batched = packed is not None or x.dim() == 3
-        given = None if hx is None else (hx if isinstance(hx, tuple) else (hx,))
+        given = None if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        expected = ("h_0", "c_0") if self.mode == "LSTM" else ("h_0",)
+        if given is not None and len(given) != len(expected):
+            raise ValueError(f"hx of {type(self).__name__} is ({', '.join(expected)}), got {len(given)} of them")
         if not is_batched:
             x = x.unsqueeze(batch_axis)
             given = None if given is None else tuple(state.unsqueeze(1) for state in given)
@@ -179,14 +190,14 @@ class RecurrentForward(RoundsWeights, nn.RNNBase):
     def run_layer(
         self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None, parameters: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Run one layer in float; return the sequence that it makes of ``x``, followed by its last states.
+        """Run one layer in float; return its ``(sequence, h)``, of an LSTM ``(sequence, h, c)``, with the last states.
 
         Args:
             x: the layer's input, (time, batch, features), or with ``batch_first`` (batch, time, features); of a packed
-                sequence its rows, (rows, features). The returned sequence has the same axes.
+                sequence its rows, (rows, features). The returned sequence has the same order of axes.
             states: the states to begin with, (directions, batch, size): two for an LSTM, else one. The last states have
                 these shapes.
-            sizes: batch sizes of a packed sequence; None for a plain tensor.
+            sizes: ``batch_sizes`` of a packed sequence, int64 on the CPU; None for a plain tensor.
             parameters: weights and biases of the layer, as :meth:`parameters_of` returns them.
         """
         run: Any = getattr(torch._VF, _SEQUENCES[self.mode])
@@ -219,10 +230,12 @@ class RecurrentCellForward(RoundsWeights, nn.RNNCellBase):
 
         Args:
             input: (batch, features) or (features,); it is rounded by the input's quantizer, if there is one.
-            hx: the state to begin with, (batch, hidden_size) or (hidden_size,), for an LSTM a pair; None: zeros.
+            hx: the state to begin with, (batch, hidden_size) or (hidden_size,), for an LSTM a pair (hidden state, cell
+                state) of such; None: zeros.
 
         Raises:
             ValueError: an input of other than 1 or 2 axes.
+            RuntimeError: sizes of input or states that the cell does not take.
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__} takes 1 or 2 axes, got the shape {tuple(input.shape)}")

@@ -22,10 +22,10 @@ class ChildPlace(NamedTuple):
     """Where a module stood when a Reference was made.
 
     Attributes:
-        siblings: the children of its parent, by attribute: the parent's own dict, which lives with the model.
-        attribute: the attribute.
+        siblings: the children of the module's parent, by attribute: the parent's own ``_modules``, not a copy.
+        attribute: the attribute of the parent, such as "conv".
         module: the module.
-        name: its qualified name, for messages.
+        name: the module's qualified name, such as "layer1.conv", for messages.
     """
 
     siblings: dict[str, nn.Module | None]
@@ -34,9 +34,9 @@ class ChildPlace(NamedTuple):
     name: str
 
     def is_kept(self) -> bool:
-        """Whether the child of that name is still the module, or a wrapper that returns its results.
+        """Whether :attr:`module` still stands under :attr:`attribute`, or a wrapper that returns its results.
 
-        :func:`hands_on` says which wrappers do.
+        Such wrappers are those of ``torch.compile``, FSDP and others that :func:`hands_on` knows.
         """
         occupant = self.siblings.get(self.attribute)
         return occupant is self.module or hands_on(occupant, self.module)
@@ -46,8 +46,8 @@ def hands_on(wrapper: nn.Module | None, module: nn.Module) -> bool:
     """Whether ``wrapper`` is ``module``, or torch's own wrapper of it, which returns what ``module`` returns.
 
     Such wrappers are what ``torch.compile`` makes, checkpoint wrappers, FSDP, DistributedDataParallel, DataParallel,
-    and an ``nn.Sequential`` of one module. Any other class may compute something of its own, torch's too, such as
-    attention or a ``torch.fx.GraphModule``. Wrappers may lie around wrappers. A ``wrapper`` of None gives False.
+    and an ``nn.Sequential`` of one module. Wrappers may lie around wrappers. A wrapper of another class gives False,
+    one of torch's too, such as attention or a ``torch.fx.GraphModule``; so does None.
     """
     while wrapper is not None and wrapper is not module:
         if type(wrapper) is not nn.Sequential and not type(wrapper).__module__.startswith(_WRAPPING_PACKAGES):
@@ -69,8 +69,9 @@ class WatchedHook:
 
     Attributes:
         hook: the hook.
-        changes: whether it ever returned other objects than it was given, even equal ones, or changed in place a tensor
-            that it was given by itself or in a tuple. In-place changes of inference tensors are not seen.
+        changes: whether the hook ever returned other objects than it was given, even equal ones (None is no change), or
+            changed in place a tensor that it was given by itself or in a tuple. In-place changes of inference tensors,
+            and of tensors in lists or dicts, are not seen. :meth:`Reference.meet` may set it to True, too.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
@@ -107,7 +108,7 @@ class HookPlace(NamedTuple):
 
     Attributes:
         name: the module's qualified name.
-        hooks: the hooks by their keys: the module's own dict.
+        hooks: the hooks by torch's keys for them: the module's own ``_forward_hooks`` or ``_forward_pre_hooks``.
         known: keys of the hooks that were there when the model was recorded.
     """
 
@@ -116,7 +117,10 @@ class HookPlace(NamedTuple):
     known: frozenset[int]
 
     def unwatched(self) -> list[int]:
-        """Return the keys of users' hooks that were put here after the model was recorded and are not watched yet."""
+        """Return the keys of users' hooks that were put here after the model was recorded and are not watched yet.
+
+        A user's hook is one that is defined in neither torch nor tritonq.
+        """
         return [
             key
             for key, hook in self.hooks.items()
@@ -148,7 +152,7 @@ class Route:
         self._dicts = tuple(place.hooks for place in hooks)
 
     def change(self) -> str | None:
-        """Return what has changed on the way, as text for a warning; None: nothing.
+        """Return what has changed on the way, such as "Adapter was put in the place of 'layer1.conv'"; None: nothing.
 
         A change is another module, or none, in one of the places, or a hook of a user that changes tensors; under
         ``torch.compile`` also a hook that is not watched yet.
@@ -169,10 +173,10 @@ class Route:
         return None
 
     def new_hooks(self) -> list[WatchedHook]:
-        """Watch the users' hooks that were put on the way since the last call, and return the watched forms.
+        """Watch the users' hooks that were put on the way since the last call, and return their WatchedHooks.
 
         To watch is to put a :class:`WatchedHook` in the hook's place, in the module's own dict. Under ``torch.compile``
-        nothing is done.
+        nothing is done, and the list is empty.
         """
         found = []
         if any(self._dicts) and not torch.compiler.is_compiling():
@@ -206,10 +210,10 @@ class Reference(Generic[M]):
     copy of the user refers to the copy of the owner. It keeps the module alive.
 
     Args:
-        module: the module.
-        route: what lies between the module and whoever holds the Reference; None: nothing that counts. Once another
-            module stands in one of its places, such as an adapter around a layer, or a hook changes what passes, the
-            tensor is another one and the Reference is empty.
+        module: the module; None: the Reference refers to nothing.
+        route: what lies between the module and whoever holds the Reference; None: nothing that counts. While another
+            module stands in one of the route's places, such as an adapter around a layer, or once a hook has changed
+            what passes, the property ``module`` is None.
     """
 
     __slots__ = ("_module", "route")
@@ -219,7 +223,7 @@ class Reference(Generic[M]):
 
     @classmethod
     def to(cls, module: M | Reference[M] | None) -> Reference[M]:
-        """Return a Reference to ``module``; a Reference is returned as it is. None: one that refers to nothing."""
+        """Return a Reference to ``module``, without a route; a Reference as it is; for None one that has no module."""
         return module if isinstance(module, Reference) else cls(module)
 
     @property
@@ -236,18 +240,19 @@ class Reference(Generic[M]):
 
     @property
     def change(self) -> str | None:
-        """What has changed on the route, as text; None: nothing."""
+        """What :meth:`Route.change` tells of the route, without a warning; None if nothing, or without a route."""
         return None if self.route is None else self.route.change()
 
     def meet(self, x: Tensor, lies_on_grid: Callable[[M, Tensor], bool] | None) -> None:
         """Watch users' hooks that are new on the route, and find out whether they have changed the tensor ``x``.
 
-        To watch a hook is to note whether it returns another tensor than it was given. New hooks have run for ``x``
-        before they were watched: if ``x`` is off the grid, they all count as hooks that change tensors.
+        The holder calls it with each tensor that it reads, before it asks for :attr:`module`. Without a route, or under
+        ``torch.compile``, nothing is done. New hooks have run for ``x`` before they were watched: if ``x`` is off the
+        grid, they all count as hooks that change tensors.
 
         Args:
             x: the tensor as it arrived.
-            lies_on_grid: called as ``lies_on_grid(module, x)``, it says whether x is as the module rounds; None: that
+            lies_on_grid: called as ``lies_on_grid(module, x)``, it says whether x lies on the module's grid; None: that
                 can't be told, as in training mode, where dropout may stand between. New hooks are then watched, and
                 count as changing nothing until one changes a tensor in a later call.
         """
@@ -270,13 +275,13 @@ Referred: TypeAlias = nn.Module | Reference[nn.Module] | None
 
 
 def references_of(module: nn.Module) -> list[Reference[nn.Module]]:
-    """Return the References that a module holds as attributes, alone or in a tuple; not those of its children."""
+    """Return the References, empty ones too, that a module holds as attributes or in tuples; not its children's."""
     held = (item if isinstance(item, tuple) else (item,) for item in vars(module).values())
     return [item for items in held for item in items if isinstance(item, Reference)]
 
 
 class ReferringModule(nn.Module):
-    """Base of modules that hold :class:`Reference` objects in the attributes named by ``_references``.
+    """Base of modules that hold :class:`Reference` objects in the attributes that the class names in ``_references``.
 
     In version 0.1.0 these attributes were tuples of one module; they become References when such a pickle is loaded.
     """

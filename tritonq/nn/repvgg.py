@@ -31,9 +31,9 @@ _KERNEL = 3
 
 
 class RepVGGBlock(nn.Module):
-    """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, in both modes by its branches.
+    """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, computed branch by branch in training and eval mode.
 
-    In eval mode the sum is that of one 3×3 convolution, which :meth:`reparametrize` makes. The identity branch
+    In eval mode the sum equals one 3×3 convolution, which :meth:`reparametrize` makes. The identity branch
     ``BN_id(x)`` needs as many channels in as out, and stride 1.
 
     Args:
@@ -51,7 +51,8 @@ class RepVGGBlock(nn.Module):
         dtype: of the parameters, as in torch.
 
     Raises:
-        ValueError: an unknown name of an activation, or an identity branch although the shapes don't allow it.
+        ValueError: an unknown name of an activation, an identity branch although the shapes don't allow it, or channels
+            that ``groups`` doesn't divide.
         TypeError: an activation that is neither a module nor a name.
 
     Source: Ding et al. (2021), "RepVGG"; PaddleDetection (learned α).
@@ -99,7 +100,10 @@ class RepVGGBlock(nn.Module):
         self.activation = _activation(activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the block's output (batch, out_channels, h', w') for ``input`` (batch, in_channels, h, w)."""
+        """Return the block's output (batch, out_channels, h', w') for ``input`` (batch, in_channels, h, w).
+
+        h' is h / stride, rounded up, and w' is w / stride, rounded up.
+        """
         pointwise = self.bn1(self.conv1(input))
         y = self.bn3(self.conv3(input)) + (pointwise if self.alpha is None else self.alpha * pointwise)
         if self.bn_identity is not None:
@@ -119,7 +123,8 @@ class RepVGGBlock(nn.Module):
         """Return kernel (out, in/groups, 3, 3) and bias (out,) of the one convolution, differentiable in every branch.
 
         ``K = t3 K3 + pad(α t1 K1) + t_id I`` and ``B = B3 + α B1 + B_id``, with ``t = γ/σ(running_var)`` and ``B_i = β
-        - running_mean t`` of each branch's BatchNorm. Without an identity branch its terms are missing.
+        - running_mean t`` of each branch's BatchNorm. ``pad`` puts a 1×1 kernel in the centre of a 3×3 kernel of zeros;
+        I is the kernel that passes its input through. Without an identity branch its terms are missing.
         """
         kernel, bias = _folded(self.conv3.weight, self.bn3)
         point, point_bias = _folded(self.conv1.weight, self.bn1)
@@ -141,7 +146,10 @@ class RepVGGBlock(nn.Module):
         return kernel
 
     def reparametrize(self) -> nn.Conv2d:
-        """Return one float convolution that computes the sum of the branches in eval mode, before the activation."""
+        """Return one float convolution that computes the sum of the branches in eval mode, before the activation.
+
+        Its parameters are new, on the block's device and in its dtype; the block is not changed.
+        """
         kernel, bias = self.merged_parameters()
         conv = nn.Conv2d(
             self.in_channels,
@@ -159,7 +167,7 @@ class RepVGGBlock(nn.Module):
         return conv
 
     def extra_repr(self) -> str:
-        """Return channels, stride and groups for ``repr``."""
+        """Return channels, stride and groups for ``repr``, such as "4, 4, stride=1, groups=1"."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, groups={self.groups}"
 
 
@@ -180,8 +188,9 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     """A RepVGG block in QAT: each step merges the branches and runs one quantized convolution.
 
     ``y = FQ_a(act(conv(x, FQ_w(K)) + FQ_b(B)))`` with K and B of :meth:`RepVGGBlock.merged_parameters`; FQ_w, FQ_b and
-    FQ_a are fake quantization of weight, bias and output. Gradients reach every branch. The BatchNorms use the running
-    statistics of float training, which are not updated.
+    FQ_a are fake quantization of weight, bias and output. FQ_b rounds to multiples of input scale × weight scale if
+    both are symmetric 8-bit grids that are on, else not at all. Gradients reach every branch. The BatchNorms use the
+    running statistics of float training, which are not updated.
 
     Args:
         *args: arguments of :class:`RepVGGBlock`.
@@ -210,7 +219,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     @property
     def bias(self) -> None:  # type: ignore[override]
-        """None: the block has no bias parameter; the merged one comes from the BatchNorms."""
+        """Always None, as the block has no bias parameter; :meth:`float_parameters` returns the merged bias."""
 
     @property
     def linear_map(self) -> Convolution:
@@ -224,7 +233,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def float_parameters(self) -> tuple[Tensor, Tensor]:
         """Return the merged kernel (out, in/groups, 3, 3) and bias (out,) of the branches, not rounded.
 
-        In eval mode without gradients they are kept until a branch changes.
+        In eval mode without gradients each call returns the same two tensors until a branch or α changes: don't write
+        to them.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.merged_parameters()
@@ -245,7 +255,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
             return self.merged_parameters()
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return the values besides tensors on which eval mode depends: the base class's, and the BatchNorms' eps.
+        """Return the values besides tensors on which eval mode depends, such as ceiling, geometry and BatchNorms' eps.
 
         What eval mode keeps from call to call is made anew when one of them changes.
         """
@@ -260,7 +270,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def rectified(self, y: Tensor) -> Tensor:
         """Return ``y`` after the block's activation, or as it is without one.
 
-        In training the activation's module runs, so that its hooks do; in eval mode a ReLU is computed without it.
+        In training the activation's module runs, so that its hooks do; in eval mode a ReLU, ReLU6 or ``Hardtanh(0, b)``
+        is computed without its module.
         """
         return rectify(y, self.ceiling) if self.ends_in_ceiling and not self.training else self.activated(y)
 
@@ -276,7 +287,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer of the block's output if the convolution's sums can be rounded to its grid at once.
 
-        None if it is per channel, missing or no FakeQuantizeBase, or if the activation is neither missing nor an
+        It is the block's own; if that is an Identity, that of a clip module behind the block. None if it is per
+        channel, missing or no FakeQuantizeBase, or if the activation is neither missing nor an
         Identity, ReLU, ReLU6 or ``Hardtanh(0, b)``.
         """
         on_grid = self.ends_in_ceiling or isinstance(self.activation, nn.Identity)
@@ -284,9 +296,9 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:
-        """Return the quantization-aware form of ``mod``, whose branches it shares and whose ``qconfig`` it uses.
+        """Return a new block of this class that shares branches, α and activation of ``mod`` and uses ``mod.qconfig``.
 
-        The shared BatchNorms are switched to eval mode.
+        It has the mode, training or eval, of ``mod``. The shared BatchNorms are switched to eval mode.
 
         Args:
             mod: the float block.

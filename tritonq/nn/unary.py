@@ -30,9 +30,9 @@ from tritonq.qconfig_mapping import check_qconfig
 class UnaryLayer(nn.Module):
     """``FQ(f(x))`` for an operation f of one tensor.
 
-    In eval mode, if the grids of input and output are known, switched on and have one scale each, the codes of the
-    result are computed from those of the input (:meth:`exact`). Otherwise torch computes the operation
-    (:meth:`compute`).
+    In eval mode the result is computed as integer runtimes do (:meth:`exact_codes`, else :meth:`exact`), if the grids
+    of input and output are known, have integer codes and one scale each, and rounding to both is switched on. Otherwise
+    torch computes the operation (:meth:`compute`). Subclasses call :meth:`attach_quantizers` when they are created.
 
     Attributes:
         activation_post_process: quantizer of the output; an Identity if another module quantizes it, or none does.
@@ -50,8 +50,8 @@ class UnaryLayer(nn.Module):
     def attach_quantizers(self, qconfig: QConfig | None) -> None:
         """Create the output's quantizer by ``qconfig``, as the child ``activation_post_process``.
 
-        None: the output stays in float, or another module quantizes it; the child is then an Identity. What
-        :meth:`set_quantizers` has set is forgotten.
+        ``qconfig`` None: the output stays in float, or another module quantizes it; the child is then an Identity. The
+        quantizers that :meth:`set_quantizers` was given are forgotten.
         """
         if qconfig is not None:
             check_qconfig(qconfig, f"qconfig of {type(self).__name__}")
@@ -63,24 +63,26 @@ class UnaryLayer(nn.Module):
         """Set the quantizers of input and output, which other modules own.
 
         Args:
-            source: the quantizer on whose grid the input lies; None: unknown.
-            output: if the module has no quantizer of its own, the one that alone reads its result; else None.
+            source: the quantizer on whose grid the input lies, or a reference to it; None: unknown.
+            output: the quantizer that follows the module, if it is the only reader of the result; None: there is none.
+                Not used while the module has a quantizer of its own.
         """
         self._source, self._output = Reference.to(source), Reference.to(output)
 
     def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
         """Refer to the modules that took the places of the input's and the output's quantizer in the model.
 
-        The dict has the new module by the old one. The child ``activation_post_process`` stays.
+        ``replacements`` maps each old module to the new one; a quantizer that it does not name is kept. The child
+        ``activation_post_process`` stays.
         """
         found = [None if held is None else replacements.get(held, held) for held in self.linked_quantizers]
         self.set_quantizers(*found)
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The quantizers of input and output, None for one that is not known; a saved file must name them.
+        """The quantizers of input and output, which a converted file names; None for one that is not known.
 
-        That of the output is the module's own if it has one, else the quantizer that follows the module.
+        The output's is the module's own if it has one, else the quantizer that :meth:`set_quantizers` was given.
         """
         return self.input_quantizer, self.output_quantizer
 
@@ -91,7 +93,7 @@ class UnaryLayer(nn.Module):
 
     @property
     def output_quantizer(self) -> nn.Module | None:
-        """The quantizer of the result: the module's own, or the one that follows it; None if there is neither."""
+        """The quantizer of the result, the module's own or the one that follows it; None if there is neither."""
         own = self.activation_post_process
         # Not by type: while torch.export traces, modules have classes of its own.
         return self._output.module if isinstance(own, nn.Identity) else own
@@ -100,16 +102,16 @@ class UnaryLayer(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         """Return the operation's result in float, as torch computes it: differentiable, and not rounded.
 
-        Training calls it, and so does eval mode while a grid is unknown or off, or for the gradient of the exact
-        result.
+        Training calls it, and so does eval mode for the gradient of the exact result, and while a grid is unknown, is
+        off, or has several scales or float codes.
         """
 
     @abstractmethod
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result as integer runtimes compute it: float32 on the output's grid, before clipping; no gradient.
 
-        The output's quantizer clips it. Eval mode calls it while both grids are known and switched on, unless
-        :meth:`exact_codes` gave the result.
+        The output's quantizer clips it. Eval mode calls it outside of ``torch.compile`` while both grids are known and
+        switched on, unless :meth:`exact_codes` gave the result.
 
         Args:
             x: float tensor of values on the grid of ``source``.
@@ -131,7 +133,11 @@ class UnaryLayer(nn.Module):
         """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``FQ(f(input))``; shapes as torch's operation has them. In training FQ observes ``f(input)`` first."""
+        """Return ``FQ(f(input))``; shapes as torch's operation has them. In training FQ observes ``f(input)`` first.
+
+        FQ is the child ``activation_post_process``: with an Identity there the result is ``f(input)``. The gradient is
+        that of :meth:`compute`, in eval mode too.
+        """
         meet_hooks((self._source,), (input,), self.training)
         own = self.activation_post_process
         observed = observed_grid(own, input) if self.training else None
@@ -142,13 +148,14 @@ class UnaryLayer(nn.Module):
         return y
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the result, clipped; None if only :meth:`exact` can compute it, as is the case here.
+        """Return the codes of the result, clipped; None if only :meth:`exact` can compute it.
 
+        Here it is always None; subclasses override it. Eval mode calls it on the CPU if no gradient is needed.
         The codes of input and result are uint8, counted from the smallest code of their grid: a quantizer's own code
         minus its ``quant_min``. Those of the result lie in ``0..output.largest``.
 
         Args:
-            codes: codes of the input.
+            codes: codes of the input, in its shape.
             source: the input's grid.
             output: the result's grid.
         """

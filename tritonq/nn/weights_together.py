@@ -22,21 +22,23 @@ from tritonq.reference.weight import WeightCodes
 def quantize_weights_together(model: nn.Module) -> RemovableHandle:
     """Quantize the weights of all Conv-BN layers in one launch, each time ``model`` is called in training mode.
 
-    It helps models of small layers, whose steps are bound by the number of launches. Results are the same, bit for bit.
+    There is one launch for each device. It helps models of small layers, whose steps are bound by the number of
+    launches. Results are the same, bit for bit. Call it once for a model: each call adds a hook, which observes again.
     "Conv-BN layers" are all quantization-aware layers with a BatchNorm, linear ones among them.
     Only the forward changes; gradients still arrive layer by layer. All weights' codes exist at once, four bytes for
     each weight.
 
-    Layers that the operator cannot take work as before: with another mode of folding than "approximate", a quantizer
-    that is no plain `FakeQuantize` with a min-max observer per channel, hooks, a frozen BatchNorm, weights that aren't
-    float32 or that something computes (weight_norm), or on a device without kernels. Under ``torch.compile`` nothing
-    changes. It must not be used with sharded parameters (FSDP2), which are whole only inside of their layers.
+    Layers that the operator cannot take work as before: with another mode of folding than "approximate", a weight
+    quantizer that is no plain `FakeQuantize` to integers with a min-max observer per channel (without groups or a
+    process group), hooks, a frozen or synchronized BatchNorm, weights that aren't float32 or that something computes
+    (weight_norm), or on a device without kernels. Under ``torch.compile`` nothing changes. It must not be used with
+    sharded parameters (FSDP2), which are whole only inside of their layers.
 
     Args:
         model: a model with quantization-aware layers; the hook runs when this module is called, not its parts.
 
     Returns:
-        A handle whose ``remove()`` undoes it.
+        The handle of the hook: its ``remove()`` makes each layer quantize its own weight again.
 
     Raises:
         ValueError: no Conv-BN layer in ``model``.

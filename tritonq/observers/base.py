@@ -49,12 +49,15 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
     Args:
         dtype: ``torch.qint8``, ``torch.quint8`` and their plain integer twins, ``torch.qint32``, a
             :class:`~tritonq.quantized_type.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
-        qscheme: ``torch.per_tensor_affine`` (None means it), ``torch.per_tensor_symmetric`` or their per-channel
-            twins. A QuantizedType says it itself; its name says symmetric or affine.
-        reduce_range: halve the code range of an 8-bit type, as torch.ao does for kernels that would overflow.
-        quant_min: smallest code; needs ``quant_max``.
+        qscheme: ``torch.per_tensor_affine``, ``torch.per_tensor_symmetric`` or their per-channel twins. None: what a
+            QuantizedType says; per tensor, and symmetric or affine as the type is, for its name; else
+            ``torch.per_tensor_affine``.
+        reduce_range: halve smallest and largest code of an 8-bit torch dtype, as torch.ao does for kernels that would
+            overflow. Wider torch dtypes ignore it; a QuantizedType or its name contradicts it.
+        quant_min: smallest code, given together with ``quant_max``; None for both: all codes of the type.
         quant_max: largest code.
-        factory_kwargs: ``device`` for the buffers.
+        factory_kwargs: a dict whose ``"device"`` the buffers are created on, such as ``{"device": "cuda"}``; other keys
+            are ignored. None: torch's default device.
         eps: floor under the scale; None takes the rule's own (torch 1.19e-7, MegEngine 1e-5). The rule ``"torch_v1"``
             ignores it.
         is_dynamic: accepted for torch.ao's sake; only False is supported.
@@ -63,12 +66,12 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
             says.
         rule: how a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``; formulas in
             :func:`tritonq.qparams.range_to_qparams`.
-        num_channels: length of the per-channel buffers, when known; else it is taken from the first tensor.
+        num_channels: length of the per-channel buffers; None: that of the first tensor. Ignored per tensor.
 
     Raises:
-        ValueError: an unknown dtype, qscheme or rule, an empty or half-given code range, ``is_dynamic=True``, an eps
-            that is not positive and finite, a negative ``num_channels``, or an argument that contradicts the
-            QuantizedType given or named.
+        ValueError: an unknown dtype, qscheme, rounding or rule, a code range that is empty, half-given or wider than
+            the torch dtype, ``is_dynamic=True``, an eps that is not positive and finite, a negative ``num_channels``,
+            or an argument that contradicts the QuantizedType given or named.
 
     Examples:
         >>> import tritonq
@@ -124,7 +127,10 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
 
     @property
     def fixed_zero_point(self) -> int | None:
-        """The zero point if type and rule decide it without data, else None."""
+        """The zero point of a symmetric type, which does not depend on data; None for an affine type.
+
+        With ``rule="torch_v1"`` a range with values of one sign still gets another zero point.
+        """
         return fixed_zero_point(self.qtype, self.rule)
 
     @abstractmethod
@@ -132,15 +138,15 @@ class ObserverBase(WithQuantizedType, WithArgs, FixedDtypeBuffers, ABC):
         """Observe ``x``, a float tensor of any shape, and return ``x`` itself.
 
         An implementation updates the observer's buffers in place, without gradient; per channel the first tensor gives
-        their length (:meth:`allocate`) if it isn't known. Values that are not finite don't count.
+        their length (:meth:`allocate`) if it isn't known. NaN and infinities are left out.
         """
 
     @abstractmethod
     def calculate_qparams(self) -> QParams:
         """Return scale (float32) and zero point (int32) for what was observed so far: (1,) or (channels,).
 
-        Before anything was observed they are a valid scale and zero point without meaning; :meth:`has_observed` tells
-        so.
+        Before anything was observed (:meth:`has_observed` is False) they are valid numbers without meaning, or empty
+        while the number of channels is unknown.
         """
 
     @abstractmethod
@@ -166,9 +172,13 @@ class RangeObserver(ObserverBase):
 
     Args:
         *args: arguments of :class:`ObserverBase`.
-        process_group: the ranks whose batches make up one observation: None (this rank alone), ``"world"``, ``"auto"``
-            (the world where torch.distributed is initialised), or a group.
+        process_group: the ranks whose batches make up one observation: None, the default (only this rank),
+            ``"world"`` (all ranks; torch.distributed must be initialised before the first batch), ``"auto"`` (all ranks
+            where it is initialised, else only this one), or a group of torch.distributed.
         **kwargs: named arguments of :class:`ObserverBase`.
+
+    Raises:
+        ValueError: another string as ``process_group``, or what :class:`ObserverBase` refuses.
 
     Examples:
         >>> class LastBatch(RangeObserver):
@@ -226,14 +236,14 @@ class RangeObserver(ObserverBase):
 
     @abstractmethod
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """Update the range with ``x``, and then scale and zero point. Nothing is read back from the device.
+        """Update the range with ``x``, and then scale and zero point in ``qparams``. The host reads no GPU tensor.
 
         Buffers are updated in place, without gradient. Values that are not finite are counted and left out.
 
         Args:
-            x: float tensor.
+            x: float tensor of any shape, on the buffers' device.
             qparams: scale and zero point to update in place; None: there are none.
-            enabled: one element on the device; 0 leaves everything as it is. None: as 1.
+            enabled: a switch, one element on that device; 0 leaves everything as it is. None: as 1.
         """
 
     def merge(self, other: RangeObserver) -> None:
@@ -243,7 +253,8 @@ class RangeObserver(ObserverBase):
 
         Raises:
             TypeError: ``other`` is of another class.
-            ValueError: ``other`` keeps another number of channels, or only one of the two keeps a range per channel.
+            ValueError: both know their numbers of channels and these differ, or only one of the two observers keeps a
+                range per channel.
         """
         if type(other) is not type(self):
             raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
@@ -269,9 +280,9 @@ class RangeObserver(ObserverBase):
         return x if rows is None else rows.split(x)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range that scale and zero point are computed from, float32, 0-d or (channels,).
+        """Return the range ``(low, high)`` that scale and zero point are computed from, float32, 0-d or (channels,).
 
-        Here it is the running range; histogram observers search for a better one.
+        Here it is the buffers ``min_val`` and ``max_val`` themselves; histogram observers search for a better one.
         """
         return self.min_val, self.max_val
 
@@ -292,7 +303,7 @@ class RangeObserver(ObserverBase):
                 write_if(enabled, target, value)
 
     def has_observed(self) -> Tensor:
-        """Return a 0-d bool tensor: whether any channel has seen a value."""
+        """Return a 0-d bool tensor on the buffers' device: whether any channel has seen a finite value."""
         if self.min_val.numel() == 0:
             return torch.zeros((), dtype=torch.bool, device=self.min_val.device)
         return (self.min_val <= self.max_val).any()
@@ -314,14 +325,17 @@ class RangeObserver(ObserverBase):
             buffer.copy_(torch.where(flag, empty, buffer))
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return pairs of a buffer, or a part of one, that observing changes and the number that it holds before.
+        """Return pairs of a buffer, or a view of a part, that observing changes and its number before the first batch.
 
         Here: ``[(min_val, inf), (max_val, -inf), (nonfinite_count, 0)]``.
         """
         return [(self.min_val, torch.inf), (self.max_val, -torch.inf), (self.nonfinite_count, 0)]
 
     def extra_repr(self) -> str:
-        """Return the range as text, for ``repr``."""
+        """Return the range as text, for ``repr``: ``"min_val=-1, max_val=2"``, or ``unset`` for each without a value.
+
+        Several channels are told by their extremes: ``"min_val=[-1 .. 0.5; 8 channels], ..."``.
+        """
         return f"min_val={_short(self.min_val)}, max_val={_short(self.max_val)}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -335,15 +349,15 @@ class RangeObserver(ObserverBase):
 def write_if(enabled: Tensor | None, target: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``target``, unless the flag ``enabled`` is 0.
 
-    The flag is one element on the device, which the host does not read; None stands for 1. ``value`` may have another
-    shape of as many elements.
+    The flag is one element on the device of ``target``, which the host does not read; None stands for 1. ``value`` may
+    have another shape of as many elements, and another dtype, which is converted.
     """
     value = value.view_as(target)
     target.copy_(value if enabled is None else torch.where(enabled.view(()) != 0, value, target))
 
 
 def known_off(enabled: Tensor | None) -> bool:
-    """Whether ``enabled`` is 0, and the host can know that without waiting for a device. False for None."""
+    """Whether the host sees ``enabled`` to be 0; False for None, for a GPU's tensor and under ``torch.compile``."""
     return enabled is not None and is_readable(enabled) and not bool(enabled)
 
 

@@ -29,8 +29,10 @@ class HistogramObserver(RangeObserver):
             the least squared distance to the centres of equal cells, one per code (torch's and MegEngine's measure);
             ``"percentile"``; ``"kl"``: the least Kullback-Leibler divergence between the clipped histogram and its
             quantized form (TensorRT). :func:`tritonq.reference.search.search_range` computes them.
-        percentile: percent of the values inside the range, for ``search="percentile"``.
-        mantissa_bits: the resolution, in place of ``bins``: ``2^mantissa_bits`` steps per octave, 0..8.
+        percentile: p for ``search="percentile"``, in (50, 100]. Symmetric types: p percent of the magnitudes lie in
+            the range. Affine ones: the range goes from the quantile of 100 - p percent to that of p percent.
+        mantissa_bits: the resolution, in place of ``bins``, which is then ignored: ``2^mantissa_bits`` steps per
+            octave, 0..8. None: ``bins`` decides.
         **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 
     Attributes:
@@ -38,8 +40,8 @@ class HistogramObserver(RangeObserver):
         prefix_bins: the :class:`~tritonq.bins.FloatPrefixBins` that are counted over.
 
     Raises:
-        ValueError: bins or mantissa bits out of range, an unknown search, a percentile outside (50, 100], or
-            ``search="kl"`` for a type of more than 11 bits.
+        ValueError: bins or mantissa bits out of range, an unknown search, a percentile outside (50, 100],
+            ``search="kl"`` for a type of more than 11 bits, or what the base classes refuse.
 
     Source: docs/numbers.md, "Histograms"; torch.ao.quantization.HistogramObserver for the arguments.
 
@@ -82,7 +84,14 @@ class HistogramObserver(RangeObserver):
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Count the values of ``x`` and update the range, and scale and zero point in ``qparams`` unless that is None.
 
-        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1.
+        ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. Values that are not finite are
+        left out and counted in ``nonfinite_count``. With a process group the values of all ranks in it are counted, and
+        each of them must call this.
+
+        Raises:
+            TypeError: ``x`` is no floating point tensor.
+            ValueError: ``x`` has another number of channels than the observer.
+            RuntimeError: a process group is wanted, and torch.distributed is not initialised.
         """
         x = self._checked(x)
         group = self.process_group.resolve()
@@ -105,9 +114,10 @@ class HistogramObserver(RangeObserver):
         self._write_qparams(qparams, enabled)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range ``(lo, hi)`` within ``min_val..max_val`` that is best by the argument ``search``.
+        """Return the range ``(lo, hi)`` that is best by the argument ``search``.
 
-        Both are float32, 0-d or (channels,). If nothing was seen they are +inf and -inf.
+        It lies within ``min_val..max_val``; except for "percentile" that range is first widened to contain 0. Both are
+        float32, 0-d or (channels,). If nothing was seen they are +inf and -inf.
         """
         find = search_range
         if torch.compiler.is_compiling():
@@ -130,8 +140,8 @@ class HistogramObserver(RangeObserver):
 
         Raises:
             TypeError: ``other`` is of another class.
-            ValueError: ``other`` has another resolution or number of channels, or only one of the two counts per
-                channel; nothing is changed then.
+            ValueError: the observers have different resolutions or known numbers of channels, or only one of them
+                counts per channel; nothing is changed then.
         """
         if isinstance(other, HistogramObserver) and other.prefix_bins != self.prefix_bins:
             raise ValueError(f"cannot merge histograms over {other.prefix_bins} and {self.prefix_bins}")
@@ -153,25 +163,27 @@ class HistogramObserver(RangeObserver):
                 counts.resize_(*self.min_val.shape, self.prefix_bins.count).zero_()
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return pairs of a buffer that observing changes and the number that it holds before.
+        """Return pairs of a buffer that observing changes and the number that it holds before the first batch.
 
         Besides those of the base class they are ``histogram``, ``common_histogram`` and ``common_nonfinite``, each
-        with 0. The last two hold the part of ``histogram`` and ``nonfinite_count`` that all ranks have shared already.
+        with 0. The last two hold the part of ``histogram`` and ``nonfinite_count`` that is the same on all ranks:
+        added up over them, or loaded.
         """
         counts = (self.histogram, self.common_histogram, self.common_nonfinite)
         return [*super().empty_state(), *((count, 0) for count in counts)]
 
     def own_counts(self) -> list[Tensor]:
-        """Return ``[counts, nonfinite]``, int64, that this rank has not shared yet.
+        """Return ``[counts, nonfinite]``, new int64 tensors, what is not added up over the ranks yet.
 
-        They are the counts of its histogram and the number of values that were not finite, in the buffers' shapes.
+        They are this rank's part of ``histogram`` and of ``nonfinite_count``, in the buffers' shapes.
         """
         return [self.histogram - self.common_histogram, self.nonfinite_count - self.common_nonfinite]
 
     def add_shared(self, counts: Tensor, nonfinite: Tensor) -> None:
         """Put ``counts`` and ``nonfinite``, the sums of all ranks' :meth:`own_counts`, in the place of this rank's own.
 
-        The buffers then hold what all ranks have counted, and :meth:`own_counts` are zeros.
+        The buffers then hold what all ranks have counted, and :meth:`own_counts` are zeros. The range stays: the caller
+        updates ``min_val`` and ``max_val``.
         """
         self.common_histogram.add_(counts)
         self.common_nonfinite.add_(nonfinite)

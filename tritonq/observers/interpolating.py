@@ -23,8 +23,10 @@ class InterpolatingHistogramObserver(RangeObserver):
     The search gives up 1e-5 of the counts, again and again, from the end where that frees more bins, until the squared
     distance to the centres of equal cells, one per code, first rises.
 
-    What it proposes depends on the order of batches; that of :class:`HistogramObserver` does not, and takes less time.
-    Here for compatibility. On a GPU every step is taken in every batch, whether the range has grown or not, and the
+    Its scale and zero point depend on the order of batches; those of :class:`HistogramObserver` do not, and take
+    less time. Here for compatibility.
+
+    On a GPU every step is taken in every batch, whether the range has grown or not, and the
     search computes the error of every window that it might look at: so no value is read on the host.
 
     Args:
@@ -39,7 +41,8 @@ class InterpolatingHistogramObserver(RangeObserver):
         histogram: float64 buffer (bins,) over ``min_val`` .. ``max_val``.
 
     Raises:
-        ValueError: fewer than 2 bins, an unknown interpolation, an upsampling rate below 1, or a per-channel scheme.
+        ValueError: fewer than 2 bins, an unknown interpolation, an upsampling rate below 1, a per-channel scheme, or
+            what the base classes refuse.
 
     Source: torch.ao.quantization.HistogramObserver; MegEngine's HistogramObserver; docs/numbers.md, "Histograms".
 
@@ -93,9 +96,10 @@ class InterpolatingHistogramObserver(RangeObserver):
 
     @property
     def cells(self) -> int:
-        """Number of codes that the search assumes: ``quant_max - quant_min + 1``.
+        """The number of codes that the search assumes, ``quant_max - quant_min + 1``.
 
-        With ``interpolation="torch"`` and a torch dtype it is that of all codes of the dtype, even if fewer are used.
+        With ``interpolation="torch"`` and a torch dtype in the attribute ``dtype`` it is the number of all codes of
+        that dtype, such as 256 for ``torch.qint8``, even if fewer are used.
         """
         if self.interpolation == "torch" and isinstance(self.dtype, torch.dtype):
             return int(2 ** torch.iinfo(self.dtype).bits)
@@ -104,8 +108,13 @@ class InterpolatingHistogramObserver(RangeObserver):
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """Count the values of ``x`` and update the range, and scale and zero point in ``qparams`` unless that is None.
 
-        ``enabled``: one element, 0 leaves everything as it is; None: as 1. Values that are not finite are left out and
-        counted. With a process group ``x`` of all ranks in it is counted, and each of them must call this.
+        ``enabled``: one element, 0 leaves everything as it is; None: as 1. While no finite value was seen ``qparams``
+        stays as it is. With a process group ``x`` of all ranks in it is counted, and each of them must call this.
+        Values that are not finite are left out; ``nonfinite_count`` counts those of this rank only.
+
+        Raises:
+            TypeError: ``x`` is no floating point tensor.
+            RuntimeError: a process group is wanted, and torch.distributed is not initialised.
         """
         x = self._checked(x)
         if known_off(enabled):
@@ -177,14 +186,14 @@ class InterpolatingHistogramObserver(RangeObserver):
     def add_shared(self, counts: Tensor, limits: Range) -> None:
         """Make the histogram what was shared before plus ``counts``, the sum of all ranks' :meth:`own_counts`.
 
-        The range becomes ``limits``, ``(low, high)``, over which they are counted. What was shared before is re-binned
-        to that range, which must contain its own. All of it then counts as shared. ``counts`` are on the CPU.
+        ``counts``, float64 (bins,) on the CPU, are over ``limits``, ``(low, high)``, which becomes the range. It must
+        contain the range of what was shared before, which is re-binned to it. All counts are shared then.
         """
         self._adopt(self._common_over(limits) + counts, limits)
         self.mark_common()
 
     def mark_common(self) -> None:
-        """Note the present counts and range as those that all ranks have, so that :meth:`own_counts` are zeros."""
+        """Mark all counts so far, and their range, as held by all ranks, so that :meth:`own_counts` are zeros."""
         self.common_histogram.copy_(self.histogram)
         self.common_limits.copy_(self._range())
 
@@ -198,18 +207,18 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.mark_common()
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return the range that the greedy search proposes: float32, 0-d. If nothing was seen it is +inf and -inf."""
+        """Return the range ``(low, high)`` that the greedy search proposes, float32, 0-d; (+inf, -inf) before data."""
         limits, seen = self._range(), self.has_observed()
         found = without_kernel("interpolating", limits).greedy_range(self.histogram, limits, self.cells)
         low, high = torch.where(seen, found, limits).float().unbind()
         return low, high
 
     def merge(self, other: RangeObserver) -> None:
-        """Add to this observer what ``other`` counted; both are counted over a range that contains both.
+        """Add to this observer what ``other`` counted; its range becomes the smallest that contains both ranges.
 
         Raises:
             TypeError: ``other`` is no InterpolatingHistogramObserver.
-            ValueError: it has another number of bins; nothing is changed then.
+            ValueError: ``other`` has another number of bins; nothing is changed then.
         """
         if not isinstance(other, InterpolatingHistogramObserver):
             raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
@@ -222,7 +231,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.nonfinite_count.add_(other.nonfinite_count)
 
     def empty_state(self) -> list[tuple[Tensor, float]]:
-        """Return pairs of a buffer, or a part of one, that observing changes and the number that it holds before.
+        """Return pairs of a buffer, or a view of a part, that observing changes and its number before the first batch.
 
         Besides those of the base class they are the histogram and the counts that all ranks have in common (0), and the
         ends of these counts' range (+inf and -inf).

@@ -41,11 +41,12 @@ class MinMaxObserver(RangeObserver):
         """Update the range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
 
         ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. With a process group the range
-        is updated with ``x`` of all ranks in it, and each of them must call this. Without one this is one pass over
-        ``x``.
+        is updated with ``x`` of all ranks in it, and each of them must call this; ``nonfinite_count`` counts the values
+        of this rank only.
 
         Raises:
             TypeError: ``x`` is no floating point tensor.
+            ValueError: ``x`` has another number of channels than the observer.
             RuntimeError: a process group is wanted, and torch.distributed is not initialised.
         """
         x = self._checked(x)
@@ -59,12 +60,12 @@ class MinMaxObserver(RangeObserver):
     def statistics(self, enabled: Tensor | None, frozen: bool = False, has_data: bool = False) -> RangeStatistics:
         """Return a `RangeStatistics`: the running range and how a batch changes it, for operators that observe.
 
-        Its tensors are the observer's own buffers, which such an operator updates in place.
+        Its tensors are the observer's own buffers, which such an operator updates in place. It holds no process group.
 
         Args:
             enabled: one element on the device; 0 leaves the range as it is. None: always on.
             frozen: True: the operator only reads the range.
-            has_data: True: the host knows that something was observed, so that the operator need not check it.
+            has_data: True: the host knows that something was observed; False: the operator checks it.
         """
         return RangeStatistics(
             self.min_val,
@@ -106,16 +107,16 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
     Args:
         averaging_constant: weight of the new batch, in (0, 1].
-        copy_above: a batch whose largest magnitude is more than this many times the running one's, at least 1, is
-            copied too: growth is followed at once, as in a residual branch whose last γ starts at 0. Averaged, the
-            range would lag behind for hundreds of steps and clip what the branch learns. With it a batch whose largest
-            magnitude is less than a hundredth of the running one's is copied as well, unless it is all zeros: such an
-            outlier is forgotten at once, where an average keeps it for hundreds of batches. None (torch.ao): never.
+        copy_above: a factor of at least 1. A batch whose largest magnitude is more than this many times the running
+            range's is copied too: growth is followed at once, as in a residual branch whose last γ starts at 0.
+            Averaged, the range would lag behind for hundreds of steps and clip what the branch learns. A batch whose
+            largest magnitude is less than a hundredth of the running range's is copied as well, unless it is all zeros:
+            an outlier before it is forgotten at once. None (torch.ao): only the first batch is copied.
         *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
         **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 
     Raises:
-        ValueError: averaging constant outside (0, 1], or ``copy_above`` below 1.
+        ValueError: averaging constant outside (0, 1], ``copy_above`` below 1, or what the base classes refuse.
 
     Source: torch.ao.quantization.MovingAverageMinMaxObserver; docs/numbers.md, "Observers".
 
@@ -141,8 +142,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     def set_momentum(self, momentum: float) -> None:
         """Set the fraction of the old range that is kept, ``1 - averaging_constant``, in [0, 1), as in MegEngine.
 
-        With ``rule="megengine"`` it may also be 1, which keeps the range. There any momentum takes effect one update
-        later, as in MegEngine.
+        With ``rule="megengine"`` it may also be 1, which keeps the range, and the next update still uses the momentum
+        before, as in MegEngine.
 
         Raises:
             ValueError: a momentum outside of these bounds.
@@ -158,8 +159,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         """Update the averaged range with ``x``, and then scale and zero point in ``qparams`` unless that is None.
 
         ``enabled``: one element on the device, 0 leaves everything as it is; None: as 1. A momentum that
-        :meth:`set_momentum` set for ``rule="megengine"`` counts from the next update on. Process groups and errors are
-        as in :meth:`MinMaxObserver.observe`.
+        :meth:`set_momentum` set for ``rule="megengine"`` is not used in this call yet, but from the next one on.
+        Process groups and errors are as in :meth:`MinMaxObserver.observe`.
         """
         super().observe(x, qparams, enabled)
         if self.later_constant is not None and not known_off(enabled):
@@ -199,10 +200,11 @@ class PerChannelMinMaxObserver(MinMaxObserver):
         ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
         dtype: a torch dtype, a name of a type (``"qint4"``), or a QuantizedType with an axis.
         **kwargs: named arguments of :class:`MinMaxObserver`. ``qscheme``, if not given, is
-            ``torch.per_channel_affine``, or ``torch.per_channel_symmetric`` for the name of a symmetric type.
+            ``torch.per_channel_affine``, or ``torch.per_channel_symmetric`` for the name of a symmetric type; a
+            QuantizedType brings its own.
 
     Raises:
-        ValueError: a scheme or type per tensor.
+        ValueError: a scheme or type per tensor, or what :class:`MinMaxObserver` refuses.
 
     Examples:
         >>> observer = PerChannelMinMaxObserver(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
@@ -225,7 +227,8 @@ class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
         ch_axis: the channel axis; None: 0, or the axis of a QuantizedType.
         dtype: a torch dtype, a name of a type (``"qint4"``), or a QuantizedType with an axis.
         **kwargs: named arguments of :class:`MovingAverageMinMaxObserver`. ``qscheme``, if not given, is
-            ``torch.per_channel_affine``, or ``torch.per_channel_symmetric`` for the name of a symmetric type.
+            ``torch.per_channel_affine``, or ``torch.per_channel_symmetric`` for the name of a symmetric type; a
+            QuantizedType brings its own.
 
     Raises:
         ValueError: a scheme or type per tensor, or what :class:`MovingAverageMinMaxObserver` refuses.

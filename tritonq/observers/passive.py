@@ -68,8 +68,8 @@ class PassiveObserver(ObserverBase):
             raise ValueError(f"zero_point must be in {self.quant_min}..{self.quant_max}, got {zero_point}")
         if fixed is not None and bool((zero_point != fixed).any()):
             raise ValueError(f"this symmetric type has the zero point {fixed}, got {zero_point}")
-        self.scale = scale
-        self.original_scale = self.scale.clone()
+        self.current_scale = scale
+        self.original_scale = scale.clone()
         self.zero_point = zero_point.to(self.zero_point).reshape(-1).expand_as(self.scale).clone()
         self.is_set.fill_(True)
         self.revision += 1

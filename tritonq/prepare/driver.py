@@ -40,13 +40,18 @@ class Scheme(Protocol):
         """Return the names of the layers that it quantizes; "" is the model itself."""
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
-        """Edit the model by ``editor``, and return a record of what became of each layer."""
+        """Edit the model by ``editor``, and return a record of what became of each layer.
+
+        Raises:
+            ValueError: a layer can't be quantized; the message names it.
+        """
 
     def check(self) -> None:
-        """Raise RuntimeError unless the edited model computes what the float model did; then let its quantizers begin.
+        """Raise RuntimeError unless the edited model computes what the float model did; then get it ready to train.
 
-        The recorded runs are repeated with rounding off. Results may differ by rounding errors, as
-        :func:`tritonq.prepare.check.check_same_output` says.
+        Its quantizers get first ranges, or in fixed point the phase ``"fixed"``. A fixed-point model whose float model
+        has ReLU6 is not compared. For others the recorded runs are repeated with rounding off. Results may differ by
+        rounding errors, as :func:`tritonq.prepare.check.check_same_output` says.
         """
 
 
@@ -64,15 +69,17 @@ def prepare_recorded(
     Args:
         model: the float model.
         types: float type to quantization-aware type.
-        qconfigs: the qconfig of each module; that of the model decides between fixed point and fake quantization.
+        qconfigs: the qconfig of each module, None to leave it in float; that of the model itself decides between fixed
+            point and fake quantization (None: fake quantization).
         recording: runs of the model on its example inputs.
         warn: whether to warn of layers and joins that stay in float unasked.
         strict: whether these are an error.
         inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
 
     Raises:
-        ValueError: the model has no layer to quantize, or is one itself; with ``strict`` one stays in float unasked;
-            or, in fixed point, a part without a fixed-point form or a rule for inputs.
+        ValueError: the model has no layer to quantize, is one itself, or has one that can't be quantized; with
+            ``strict`` a layer or join stays in float unasked; or, in fixed point, a part without a fixed-point form, a
+            layer with another qconfig, or a rule for inputs.
         RuntimeError: the prepared model would not compute what the float model does.
     """
     _log_obstacle(type(model).__name__, recording)
@@ -219,8 +226,9 @@ class FixedPointScheme:
         recording: the recorded runs: their inputs are the example inputs, and the edited model is compared with them.
 
     Raises:
-        ValueError: a following layer can't be found, a layer is called twice and the like; the message names it.
-            :meth:`edit` raises one for a layer without a fixed-point form, such as a grouped but not depthwise one.
+        ValueError: no layer is called, a following layer can't be found, a layer is called twice or of a subclass, and
+            the like; the message names it. :meth:`edit` raises one for a layer whose qconfig is None or not of fixed
+            point, or that has no fixed-point form, such as a grouped but not depthwise one.
 
     Source: F8Net (Jin et al., 2022), section 3.
     """

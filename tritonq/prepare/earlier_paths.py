@@ -22,7 +22,10 @@ EARLIER_PATHS = {
 
 
 def register_earlier_paths() -> None:
-    """Make the module paths of 0.1.0 import the modules that hold the same classes and functions now."""
+    """Make the module paths of 0.1.0, in ``sys.modules``, import the modules that hold the same things now.
+
+    ``tritonq.prepare.fuse`` is then the module ``tritonq.prepare.edit.fuse``, for example.
+    """
     package = __name__.rpartition(".")[0]
     for old, new in EARLIER_PATHS.items():
         sys.modules[f"{package}.{old}"] = importlib.import_module(f"{package}.{new}")

@@ -46,13 +46,13 @@ class CalledLayer:
     """A convolution or ``F.linear`` at one place in a forward, which becomes a layer.
 
     Attributes:
-        owner: name of the module in whose forward it is called.
+        owner: qualified name of the module in whose forward it is called; "" for the model.
         child: name of the child of ``owner`` that will take its place.
         kind: the float layer that computes the same, such as ``nn.Conv2d``.
         site: where it is called: the place in the forward that will be edited.
         geometry: arguments of that layer's constructor, by name, ``bias`` (a bool) among them.
         given: those arguments of the call that are not input, weight or bias, by name.
-        calls: its recorded calls.
+        calls: its recorded calls, in all recorded modes.
         program: how its weight and its bias (if it has one) are computed from parameters and buffers.
     """
 
@@ -67,14 +67,14 @@ class CalledLayer:
 
     @property
     def name(self) -> str:
-        """Name of the child in the model, such as "block.conv"; in the model's own forward that of the child alone."""
+        """Qualified name of the child, such as "block.conv"; for a call in the model's own forward just ``child``."""
         return f"{self.owner}.{self.child}".lstrip(".")
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
     """Return all arguments of a call of a convolution or ``F.linear`` by name, with defaults.
 
-    In the place of a tensor stands a ``Ref``: the number of its value in the record.
+    In the place of a tensor stands a ``Ref``, which holds its index in ``Dataflow.values``; no bias is None.
     """
     names = argument_names(call.name)
     defaults = {name: _DEFAULTS[name] for name in names[2:]}
@@ -84,10 +84,10 @@ def arguments_of(call: Call) -> dict[str, Any]:
 def find_called_layer(call: Call, child: str, analysis: Analysis) -> CalledLayer | str:
     """Return the layer that a call of a convolution or ``F.linear`` becomes, or the reason why it stays in float.
 
-    All calls at its place must be alike (function, stride, padding and so on), run outside of ``torch.vmap`` and the
-    like, read a tensor as input, and take the same weight and bias, which a program can compute from parameters and
-    buffers. There must be calls in each recorded mode, the input of one at least must be no constant, and the forward
-    must be editable.
+    A reason is a text for users: "its weight depends on the model's input". To become a layer, all calls at its
+    place must be alike (function, stride, padding and so on), run outside of ``torch.vmap`` and the like, read a tensor
+    as input, and take the same weight and bias, which a program can compute from parameters and buffers. There must be
+    calls in each recorded mode, the input of one at least must be no constant, and the forward must be editable.
 
     Args:
         call: the first of its calls.
@@ -147,7 +147,10 @@ def _weights(arguments: Mapping[str, Any]) -> list[int]:
 
 
 def exclusive_state(layers: Iterable[CalledLayer], analysis: Analysis) -> frozenset[str]:
-    """Return names of the parameters and buffers that are read for nothing but the weights and biases of ``layers``."""
+    """Return qualified names of the parameters and buffers that only the weights and biases of ``layers`` need.
+
+    Empty if there are no layers.
+    """
     calls = [call for layer in layers for call in layer.calls]
     ends = [(value, call.index) for call in calls for value in _weights(arguments_of(call))]
     return analysis.constants.exclusive(ends) if ends else frozenset()

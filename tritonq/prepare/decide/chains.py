@@ -37,10 +37,10 @@ class Chains:
     def row(self, call: Call) -> tuple[Call, ...]:
         """Return the calls that become one operation, the last of which is ``call``, from first to last.
 
-        Before ``call`` stand those that only the next one reads: clips before a clip, and any clip, arithmetic or
-        function where one of two neighbours is arithmetic with a number. A call in the middle of a longer row gives the
-        part up to it. If no other call joins it, or if it is neither clip, arithmetic nor function, that is
-        ``(call,)``.
+        Before ``call`` stand those whose numbers are fixed and whose result the next one alone reads, without a grid
+        or hook between: clips before a clip, and any clip, arithmetic or function where one of two neighbours is
+        arithmetic with a number. A call in the middle of a longer row gives the part up to it. If no other call joins
+        it, or if it is neither clip, arithmetic nor function, that is ``(call,)``.
         """
         found: tuple[Call, ...] = (call,)
         while _function_of_step(found[0]) is not None:
@@ -107,7 +107,7 @@ def joined_clips(row: Sequence[Call]) -> Clipping | None:
 def joined_function(row: Sequence[Call]) -> Function | None:
     """Return the one ``Function`` that a row of calls computes, the first call's function first.
 
-    None if no call is arithmetic with a number, or if some call is no function of one tensor.
+    None if no call is arithmetic with a number, or if some call is neither clip, arithmetic nor function.
     """
     if not any(arithmetic_of_call(call) for call in row):
         return None
@@ -121,7 +121,7 @@ def joined_function(row: Sequence[Call]) -> Function | None:
 def is_checked(call: Call) -> bool:
     """Whether a forward that keeps its branches must compare a call's numbers with the recorded ones when it runs.
 
-    That is so for arithmetic with a number, and for clips that are functions.
+    That is so for arithmetic with a number, and for clips that are no modules, ``F.relu`` included.
     """
     return has_number(call) or (bounds_of_call(call) is not None and call.kind == "function")
 

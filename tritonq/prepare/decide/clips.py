@@ -49,7 +49,7 @@ def bounds_of_call(call: Call) -> Clipping | None:
     """Return the bounds of a call that clips, a plain ReLU included; None for other calls.
 
     They are the numbers of this call; the forward may compute others in the next (`Chains.has_fixed_number`). A clamp
-    to bounds that are tensors, or that hold no values, is no such call.
+    to bounds that are tensors, or whose lower bound exceeds the upper or is NaN, is no such call.
     """
     if isinstance(call.target, nn.Module):
         return clipping_of(call.target)

@@ -26,9 +26,9 @@ class PlannedProgram:
     """The calls that compute some constants from parameters and buffers.
 
     Attributes:
-        state: the parameters and buffers that they read: index of the value, and qualified name.
-        calls: the calls, in order.
-        results: indices of the values that they compute.
+        state: qualified name of each parameter and buffer that the constants need, by index of its value.
+        calls: the calls, in order of execution.
+        results: indices of the constants; one may be a parameter or buffer itself, which no call computes.
     """
 
     state: Mapping[ValueIndex, str]
@@ -36,7 +36,7 @@ class PlannedProgram:
     results: tuple[ValueIndex, ...]
 
     def only(self, result: ValueIndex) -> PlannedProgram:
-        """Return a program with the same calls and ``result`` as its only result."""
+        """Return a program with the same calls and ``result``, one of ``results``, as its only result."""
         return replace(self, results=(result,))
 
 
@@ -53,7 +53,7 @@ class Constants:
 
     @cached_property
     def values(self) -> frozenset[ValueIndex]:
-        """Indices of the values that are parameters or buffers, or computed from these alone without random numbers."""
+        """Indices of the values that are parameters or buffers, or computed without other tensors or random numbers."""
         found = {value.index for value in self._flow.values if value.source == "state"}
         for call in self._flow.calls:
             written = {after for _, after in call.writes}
@@ -127,9 +127,10 @@ class Constants:
         return seen
 
     def exclusive(self, weights: Iterable[tuple[ValueIndex, CallIndex]]) -> frozenset[str]:
-        """Return names of the parameters and buffers that are read for nothing but the computation of some weights.
+        """Return qualified names of the parameters and buffers that only the computation of some weights reads.
 
-        ``weights`` holds ``(value, index of the call)`` for each weight and bias that a layer reads.
+        Those of a module whose call was recorded as one are left out: it counts as reading all of its own.
+        ``weights`` holds ``(value, index of the call that reads it)`` for each weight and bias of a layer.
         """
         ends = set(weights)
         useful: set[ValueIndex] = set()  # constants that are read by something else, directly or not

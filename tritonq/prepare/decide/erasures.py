@@ -16,7 +16,7 @@ def erasures(analysis: Analysis, erased: frozenset[CallIndex]) -> tuple[tuple[st
 
     Returns:
         Names of the modules that are replaced by ``nn.Identity``, and the places that are taken out of forwards:
-        ``(name of the module whose forward it is, node of the site)``.
+        ``(name of the module whose forward it is, Site.node)``, such as ``("block", "relu_1")``.
     """
     modules: dict[str, None] = {}
     nodes: dict[tuple[str, str], None] = {}
@@ -33,7 +33,7 @@ def erasures(analysis: Analysis, erased: frozenset[CallIndex]) -> tuple[tuple[st
 
 
 def stuck_relus(analysis: Analysis, plan: Plan) -> frozenset[CallIndex]:
-    """Return the indices of ReLU6 calls and the like that a plan makes part of a layer but can't remove.
+    """Return the indices of ReLU6 calls and the like that a plan makes part of a layer or join but can't remove.
 
     The plan removes a call if its module is in ``plan.erased_modules``, or its place in ``plan.erased_nodes``.
 

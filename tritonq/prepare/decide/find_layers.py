@@ -40,7 +40,8 @@ class LayerSearch:
         kept: indices of the calls of ReLUs that no layer may absorb.
 
     Attributes:
-        reasons: by name, why a layer stays in float, or why a BatchNorm is not part of a layer.
+        reasons: by qualified name, why a layer stays in float, or why a BatchNorm is not part of a layer, such as "its
+            qconfig is None"; a function's name is that in ``float_functions``.
         single_mode: names of modules left in float because they run in eval mode only, or in training mode only;
             functions are not among them.
         float_functions: the first call of each function left in float, by the qualified name that its layer would

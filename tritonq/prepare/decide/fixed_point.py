@@ -64,8 +64,8 @@ class Group:
 
     Attributes:
         values: indices of the tensors' values.
-        readers: ``(call, operand)`` of layers, additions and poolings that read one of them, in order of execution.
-        rectified: whether all these readers come after a ReLU, so that codes are unsigned.
+        readers: ``(call, place among its operands)`` of layers, additions and poolings that read one, in call order.
+        rectified: whether all these readers come after a ReLU, so that codes are unsigned; False without readers.
         scaled: whether their values are divided by a factor η; False for the network's input, whose values are real.
         has_format: whether they are rounded to a format of their own. False if nothing reads them, or if one addition
             alone reads what one layer, addition or pooling made, without a ReLU between the two.
@@ -79,7 +79,7 @@ class Group:
 
     @property
     def returned(self) -> bool:
-        """Whether nothing in the network reads them, so that they are real values."""
+        """Whether no layer, addition or pooling reads the tensors, so that they hold real values."""
         return not self.readers
 
 
@@ -90,7 +90,7 @@ class Links:
     Attributes:
         analysis: the model and its record.
         layers: each layer, by index of the call that it begins with (the convolution's, before its BatchNorm).
-        ends: index of the value that each layer, addition or pooling returns, by index of its (first) call.
+        ends: index of the result of each layer (with its BatchNorm), addition or pooling, by index of its (first) call.
         additions: each addition, as its call, by index of that call.
         poolings: each average pooling, by index of its call.
         groups: the group that each value belongs to, by index of the value; values of one group share one object.
@@ -119,7 +119,7 @@ class Links:
 
 
 def find_links(analysis: Analysis, all_runs: Analysis) -> Links:
-    """Find layers, additions, poolings and groups of the run in eval mode; ``all_runs`` tells what both runs fuse.
+    """Return layers, additions, poolings and groups of ``analysis``, the eval run; ``all_runs`` has training, too.
 
     Raises:
         ValueError: no layer; a layer, or an operation between layers, that has no fixed-point form or runs more than

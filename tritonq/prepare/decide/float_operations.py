@@ -47,7 +47,8 @@ def why_between(call: Call, analysis: Analysis) -> str:
     """Return the text for :attr:`LayerRecord.reason` of a call that computes in float between quantized tensors.
 
     The caller has made sure that the call is such a one (:func:`float_operations`). The text is ``"computed in float
-    between quantized tensors"``. Four kinds of calls have more behind a colon, the first that fits:
+    between quantized tensors"``. Four kinds of calls have more behind it, such as ``": it changes a tensor in place"``,
+    the first that fits:
 
     - ``batch_norm``: that an ``nn.BatchNorm`` in its place would become part of the layer before it.
     - A call that could be a join: that one of its operands is a constant.

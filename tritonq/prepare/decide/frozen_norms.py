@@ -29,10 +29,11 @@ class AffineStep:
     Attributes:
         operation: ``"add"``, ``"sub"``, ``"mul"`` or ``"div"`` of x and the operand; ``"reversed_sub"``, which is
             ``operand - x``; or ``"batch_norm"``.
-        number: the operand, if it is a number; for ``"batch_norm"`` its epsilon.
+        number: the operand, if it is a number; 0.0 if it is a tensor; for ``"batch_norm"`` its epsilon.
         operands: the calls that compute the operand from parameters and buffers, if it is a tensor; for
             ``"batch_norm"`` those of all ``roles``, with a result for each. None if the operand is a number.
-        roles: for ``"batch_norm"`` what the operands are, such as ``("running_mean", "running_var", "weight")``.
+        roles: for ``"batch_norm"`` what the operands are, such as ``("running_mean", "running_var", "weight")``;
+            else empty.
     """
 
     operation: Operation
@@ -42,7 +43,7 @@ class AffineStep:
 
     @property
     def key(self) -> object:
-        """What the operation computes, without the indices of recorded values, which differ from run to run."""
+        """Description of what the operation computes, equal (``==``) for runs that compute the same."""
         if self.operands is None:
             return (self.operation, self.number)
         names: dict[int, object] = dict(self.operands.state)
@@ -69,7 +70,7 @@ class FrozenNorm:
         steps: the operations of the first recorded run, in order; without calls that keep values, such as ``to``.
         starts: for each recorded run of the module the first call of a function on its input, ``to`` included.
         ends: for each recorded run the last call of a function on what follows from its input, ``to`` included.
-        remainder: names of its children that it calls behind these, one after the other, such as an activation.
+        remainder: qualified names of the modules that it calls behind these, in order, such as an activation.
     """
 
     channels: int
@@ -83,9 +84,9 @@ class FrozenNorm:
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
     """Return the frozen norm that a module computes.
 
-    None if it computes something else, computes by other operations, operands or numbers in another run (as in another
-    mode), or has parameters that train.
-    Children may follow, such as an activation.
+    None if it never ran, computes something else, computes by other operations, operands or numbers in another run (as
+    in another mode), or multiplies or shifts by parameters that train (``requires_grad``).
+    Children may follow, such as an activation, whose parameters may train.
 
     Args:
         owner: qualified name of the module.

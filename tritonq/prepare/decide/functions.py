@@ -46,7 +46,7 @@ def joins_layer(call: Call, fuses_functions: bool) -> bool:
 
 
 def prelu_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> type[nn.PReLU] | None:
-    """Return ``nn.PReLU`` if a call is one of such a module, else None.
+    """Return ``nn.PReLU`` if a call is one of such a module (no subclass), else None.
 
     ``shape`` and ``has_fixed_arguments`` are not used.
     """

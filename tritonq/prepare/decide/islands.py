@@ -13,19 +13,18 @@ from tritonq.prepare.record.dataflow import ValueIndex
 
 
 def enters_island(value: ValueIndex, analysis: Analysis) -> bool:
-    """Whether exactly one call reads a value, and that call is an island; the value is its first input.
+    """Whether a value leads, by one reader after the other, to the first input of an island and to nothing else.
 
-    On the way the value may be moved, scaled or shifted by constants, or shifted by an attention mask; each result on
-    the way must have one reader, too. False if nothing or several calls read it, even if all of them are islands, or if
-    the model returns it.
+    On the way it may be moved, scaled or shifted by constants, or shifted by an attention mask. False if nothing or
+    several calls read it or a result on the way, even if all of them are islands, or if the model returns one of these.
     """
     return analysis.enters(value, analysis.is_island)
 
 
 def ends_of_islands(analysis: Analysis) -> Iterator[tuple[str, ValueIndex]]:
-    """Yield ``(module name, value)`` twice for each island: with the value that it reads, and with the one it returns.
+    """Yield ``(module name, value)`` twice for each recorded call of an island: its first input, then its result.
 
-    The module is the one whose qconfig counts: the island itself, or the owner of a function.
+    The module is the one whose qconfig counts: the island itself, or the owner of a function ("" for the model).
     """
     for call in analysis.flow.calls:
         result = analysis.value_of(call)

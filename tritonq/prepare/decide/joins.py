@@ -49,8 +49,8 @@ class Join:
         owner: name of the module in whose forward it stands.
         site: its place there; None if it stays in float.
         reason: why it stays in float; "" if it does not.
-        setting: a constant that its module needs: the axis of a concatenation, the equation of an einsum; else None.
-        calls: indices of its calls.
+        setting: a constant that its module needs: the axis of a concatenation or GLU, an einsum's equation; else None.
+        calls: indices of its calls, in all recorded modes.
         ends: for each call the index of the ReLU behind it that becomes part of the join, or of the call itself.
         relus: indices of these ReLU calls.
         ceiling: upper bound of these ReLUs, infinity for plain ones; None if there are none.
@@ -78,7 +78,7 @@ class Join:
 
     @property
     def operands(self) -> Operands:
-        """The function that takes a node of a graph and returns the arguments of the join's module."""
+        """The function that takes the join's ``fx.Node`` and returns a tuple: the arguments of the join's module."""
         return KINDS[self.kind].operands
 
     @property
@@ -92,7 +92,7 @@ class Join:
 
     @property
     def is_product(self) -> bool:
-        """Whether its kind is matmul, einsum, addmm, baddbmm or attention; False for products of elements."""
+        """Whether its kind is matmul, einsum, addmm, baddbmm or attention; False for ``mul``, ``inner`` and so on."""
         return self.kind in _PRODUCTS
 
     def module(self, qconfig: QConfig | None) -> nn.Module:
@@ -110,10 +110,11 @@ class JoinKind:
 
     Attributes:
         read: takes a Call; returns its operands, and what keeps it from becoming a module ("" if nothing does).
-        module: takes a Join and a QConfig or None; returns the module that takes the place of the join.
+        module: takes a Join and a QConfig or None; returns the module that takes the place of the join. Raises a
+            ValueError for kinds that always stay in float, such as "inner".
         setting: takes a Call; returns what the module needs of it besides its operands, such as the axis of a
             concatenation. By default it returns None.
-        operands: takes a node of a graph and returns the arguments of the module.
+        operands: takes the ``fx.Node`` of a join and returns a tuple: the arguments of the module.
         takes_relu: whether the module computes the ReLU behind it as well.
         constants: what happens to an operand computed from parameters and buffers alone. ``"rounded"``: rounded as the
             others; ``"kept"``: not rounded; ``"refused"``: a call with such an operand is no join.

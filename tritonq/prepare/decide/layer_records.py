@@ -22,7 +22,7 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS
-from tritonq.prepare.record.dataflow import Call, CallIndex
+from tritonq.prepare.record.dataflow import Call, ValueIndex
 
 WITHOUT_COMPUTATION = (nn.Identity, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 Status = Literal["quantized", "moves values", "float"]
@@ -38,11 +38,12 @@ class LayerRecord:
     """What became of one layer of the float model.
 
     Attributes:
-        name: qualified name in the float model; for additions and concatenations the name of their new module.
+        name: qualified name in the float model; for an operation that of its new module, or in float, such as
+            ``"block.add_1"``, that of the module whose forward calls it, the operation and a number to tell them apart.
         kind: class name of the layer such as ``"Conv2d"``, or name of the operation such as ``"add"``.
         fused_with: qualified names of the modules that became one layer with it, such as its BatchNorm and ReLU.
-        status: ``"quantized"``; ``"float"``; or ``"moves values"`` for an operation that leaves values as they are, so
-            that codes stay codes (reshape, max pool, …).
+        status: ``"quantized"``; ``"float"``; or ``"moves values"`` for a module that returns only values of its input
+            and 0, so that codes stay codes (max pool, dropout, a ReLU that became part of nothing, …).
         reason: why it is in float, or "".
         part: what it counts as. ``"layer"``: it has weights and is no part of another layer; ``"join"``: an operation
             on several activations; ``"other"``: any other operation, such as a function of one tensor, arithmetic with
@@ -63,7 +64,7 @@ class LayerRecord:
 
 
 def layer_records(
-    analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[CallIndex, str]
+    analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[ValueIndex, str]
 ) -> tuple[LayerRecord, ...]:
     """Return a record for each layer of the float model, addition and the like, in order of their first call.
 
@@ -73,8 +74,8 @@ def layer_records(
         analysis: the model and its record.
         plan: the plan that was carried out.
         join_names: qualified name of the module that each join became.
-        unary_names: qualified name of the module that each operation of one tensor in a forward became, by the value
-            that it returns.
+        unary_names: qualified name of the module that each operation of one tensor in a forward became, by its key in
+            ``plan.unary``.
     """
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}
@@ -258,10 +259,10 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
 
 
 def clip_reason(layer: str) -> str:
-    """Return the text for :attr:`LayerRecord.reason` of a clip that stays in the model as it is.
+    """Return why a clip stays in the model as it is: ``"the quantizer of stem.0 stands behind it"``.
 
-    The clip (a ReLU6, say) directly follows the layer named ``layer``. That layer's output quantizer was moved behind
-    the clip, so that values are clipped first and rounded once.
+    The text is for :attr:`LayerRecord.reason`. The clip (a ReLU6, say) directly follows the layer named ``layer``. That
+    layer's output quantizer was moved behind the clip, so that values are clipped first and rounded once.
     """
     return f"the quantizer of {layer} stands behind it"
 

@@ -28,9 +28,9 @@ class Layer:
 
     Attributes:
         name: qualified name of the module; for a function that of the child which will take its place.
-        row: float types of its parts, such as ``(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)``: the key into ``ROWS`` if there
-            is more than one. A part may be of a subclass.
-        batch_norm: name of the BatchNorm that becomes part of it; None without one.
+        row: float types of its parts, such as ``(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)``: the key into ``rows.ROWS`` if
+            there is more than one. A part may be of a subclass.
+        batch_norm: name of the BatchNorm or frozen norm that becomes part of it; None without one.
         remainder: names of the modules inside of that BatchNorm that stay, such as the activation of a BatchNorm with
             one; empty without such modules.
         calls: indices of its calls.
@@ -56,7 +56,7 @@ class Layer:
     def home(self) -> str:
         """Name of the float module whose qconfig and device the layer has.
 
-        That is the layer's own module, or for a function the module whose forward calls it.
+        That is the layer's own module, or for a function the module whose forward calls it, "" for the model.
         """
         return self.name if self.function is None else self.function.owner
 
@@ -94,8 +94,8 @@ def find_layer(
 ) -> tuple[Layer, str | None]:
     """Return the layer that begins with a module or function, and why the BatchNorm behind it is not part of it.
 
-    The reason is None if there is no such BatchNorm, if it is part of the layer, or if it is left apart only because no
-    type in ``swapped`` has both. A frozen norm counts as a BatchNorm.
+    The reason is a text such as ``"hooks stand between the two"``; None if there is no such BatchNorm, if it is part of
+    the layer, or if it is left apart only because no type in ``swapped`` has both. A frozen norm counts as a BatchNorm.
 
     Args:
         name: name of the module, or of the child that a function will become.
@@ -187,9 +187,9 @@ def relus_after(
         kept: indices of ReLU calls that must not become part of a layer.
 
     Returns:
-        ``(calls, upper bound)``, infinity for plain ReLUs. ``([], None)`` if a call has no such ReLU or one of
-        ``kept``, if the bounds differ, if a ReLU has hooks, or if a forward that makes one of these calls depends on
-        the mode and was not recorded in training mode.
+        ``(calls, upper bound)``, infinity for plain ReLUs. ``([], None)`` if ``calls`` is empty, a call has no such
+        ReLU or one of ``kept``, the bounds differ, a ReLU has hooks, or a forward that makes one of these calls depends
+        on the mode and was not recorded in training mode.
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]

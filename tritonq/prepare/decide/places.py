@@ -23,7 +23,7 @@ class Origin:
     Attributes:
         where: ``"output"``: behind the module ``owner``; ``"node"``: behind a node in the forward of ``owner``;
             ``"consumer"``: in the layers and joins that read the value.
-        owner: see ``where``; "" for ``"consumer"``.
+        owner: name of the module that ``where`` speaks of, "" for the model itself; for ``"consumer"`` always "".
         values: indices of the values.
         site: for ``"node"`` the :class:`~tritonq.prepare.forwards.proof.Site`, the place in that forward; else None.
     """
@@ -55,7 +55,7 @@ def grid_behind(
     Args:
         ends: indices of the calls, such as the last calls of layers.
         analysis: the model and its record.
-        grids: for each value that lies on a grid, by index, the quantizer that gives it that grid.
+        grids: for each value that lies on a grid, by index, the layer, join or planned quantizer that gives it.
         chains: finds clips that follow each other, which become one.
 
     Returns:
@@ -69,7 +69,10 @@ def grid_behind(
 
 
 def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[ValueIndex]:
-    """Return the indices of the values that calls return, in order, without calls that return no single tensor."""
+    """Return the indices of the values that calls return, in order, without calls that return no single tensor.
+
+    Of a recurrent layer's result the first tensor counts.
+    """
     values = (analysis.value_of(call) for call in calls)
     return [value for value in values if value is not None]
 

@@ -31,9 +31,11 @@ class PlannedQuantizer:
         label: what the quantizer of a node is named after, for ``"node"``; else "".
         in_place: whether that node overwrites its first operand; False where there is no node.
         qconfig: the qconfig whose activation factory makes it.
-        like: name of a layer that reads the tensor; the quantizer lives on the device of that layer.
+        like: name of the module on whose device the quantizer lives, such as a layer that reads the tensor, or the
+            module whose forward calls the join or function that reads it.
         consumers: the layers and joins that read the tensor, for ``"consumer"``.
-        input_path: for an input of the model, the keys that lead to it in the model's arguments; else empty.
+        input_path: for an input of the model, the keys that lead to it in the model's arguments, such as ``(0,)`` or
+            ``("x", "mask")``; else empty.
     """
 
     where: Where
@@ -70,8 +72,8 @@ class Plan:
         operands: for each join what gives each of its operands a grid; None for an operand if several do, or none.
         unary: operations of one tensor that can be computed on codes, by the index of the value that their quantizer
             rounds.
-        erased: ReLU calls that became part of a layer or join.
-        erased_modules: names of ReLU modules all of whose calls did.
+        erased: ReLU calls that became part of a layer or join, and clips that became part of a clip behind them.
+        erased_modules: names of ReLU and clip modules all of whose calls did.
         erased_nodes: ``(owner, node)`` of the other such calls that can be removed from a forward.
         float_reasons: for each module and function left in float, the reason.
         single_mode: names of modules left in float because they run in eval mode only, or in training mode only.
@@ -79,7 +81,8 @@ class Plan:
             them.
         float_functions: for each function with weights left in float, by name, its first call.
         float_joins: joins left in float, each with the reason.
-        summands: names of layers whose results are rounded together with the join that reads them, and not before.
+        summands: names of layers that do not round their results, since a join that reads these rounds, or an island
+            reads them unrounded.
         unread: names of layers whose results nothing reads, so that they need no quantizer.
         float_results: joins whose results softmax or a norm reads unrounded.
         on_grid: indices of the values that lie on grids.
@@ -93,7 +96,7 @@ class Plan:
     quantizers: tuple[PlannedQuantizer, ...]
     inputs: Mapping[str, GridSource]
     operands: Mapping[Join, tuple[GridSource | None, ...]]
-    unary: Mapping[CallIndex, PlannedUnary]
+    unary: Mapping[ValueIndex, PlannedUnary]
     erased: frozenset[CallIndex]
     erased_modules: tuple[str, ...]
     erased_nodes: tuple[tuple[str, str], ...]

@@ -364,7 +364,7 @@ class _Planner:
         own = self.at_readers.get((id(part), operand))
         return self._grid(value) if own is None else own
 
-    def _unary(self) -> dict[CallIndex, PlannedUnary]:
+    def _unary(self) -> dict[ValueIndex, PlannedUnary]:
         found = ((place, find_unary(place, self.analysis, self.chains, self._grid)) for place in self.quantizers)
         return {place.value: operation for place, operation in found if operation is not None}
 

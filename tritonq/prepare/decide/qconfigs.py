@@ -58,10 +58,11 @@ def mapped_qconfigs(
 def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], flow: Dataflow) -> tuple[str, str]:
     """Return the names of the first and the last quantizable layer in order of execution.
 
-    ``quantizable`` holds the module classes that count, ``flow`` is the recorded run.
+    ``quantizable`` holds the module classes that count, ``flow`` is the record. Functions and the model itself do not
+    count.
 
     Raises:
-        ValueError: the recorded run called no quantizable layer.
+        ValueError: the record has no call of such a layer.
     """
     layers = [
         call.module_name

@@ -14,13 +14,14 @@ Operation = TypeVar("Operation")
 def read_call(call: Call, readers: Mapping[str, Callable[..., Operation]], name: str | None = None) -> Operation | None:
     """Return the operation that a call of a function of one tensor computes; None if no reader takes the call.
 
-    A reader is a function with the parameters of a torch function, which returns the operation. It raises TypeError or
+    A reader is a function with the parameters of a torch function, which returns the operation. It gets the recorded
+    arguments, in which a ``Ref`` stands for the tensor. It raises TypeError or
     ValueError for arguments that it can't take. A call that reads more than one tensor has no operation.
 
     Args:
         call: any recorded call.
-        readers: a reader for each name of an operation.
-        name: which reader; None: the one for the call's name.
+        readers: a reader for each name of an operation, such as ``"clamp"``.
+        name: the name in ``readers``; None: the call's name.
     """
     reader = readers.get(call.name if name is None else name)
     if reader is None or len(call.inputs) != 1:

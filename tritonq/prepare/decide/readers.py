@@ -33,7 +33,7 @@ class Reading:
     def home(self) -> str:
         """Name of the module whose qconfig and device the reader has.
 
-        That is a layer's own module, or for a function or a join the module whose forward calls it.
+        That is a layer's own module, or for a function or a join the module whose forward calls it, "" for the model.
         """
         return self.part.home
 

@@ -70,8 +70,8 @@ class PlannedUnary:
     Attributes:
         operation: what it computes, as plain data: an ``Averaging``, a ``Function`` or a ``Clipping``, or the class
             ``nn.PReLU``.
-        source: the layer, join or planned quantizer that gives its input a grid; None if there is none (only functions
-            and clips are planned then), or if it is another one in some call.
+        source: the layer, join or planned quantizer that gives its input a grid; None if there is none or calls have
+            different ones (only functions and clips are planned then).
         calls: indices of its calls, one for each time that it runs.
         earlier: for a clip, the bounds that all clips directly before it amount to together, which its module computes
             too; None: no clip stands before it, or the operation is no clip.
@@ -98,7 +98,10 @@ class QuantizerPlace(Protocol):
 
     @property
     def owner(self) -> str:
-        """Qualified name of the module behind which, or in whose forward, it stands; "" for ``"consumer"``."""
+        """Qualified name of the module behind which, or in whose forward, it stands.
+
+        "" for the model itself and for ``"consumer"``.
+        """
 
     @property
     def node(self) -> str:
@@ -124,7 +127,7 @@ def find_unary(
         place: where the quantizer stands.
         analysis: the model and its record.
         chains: finds the calls that become one operation with another.
-        grid_of: returns what gives a value its grid; None without one.
+        grid_of: returns the layer, join or planned quantizer that gives a value, by index, its grid; None without one.
     """
     found = _calls_at(place, analysis)
     if found is None:

@@ -83,9 +83,9 @@ class Unrounded:
                 self.makers.update(dict.fromkeys(values, layer))
 
     def add_joins(self) -> list[Join]:
-        """Return the joins whose results only islands read, if their qconfig leaves islands' inputs unrounded.
+        """Return the joins whose results only islands read, where the qconfig has ``islands="float"``.
 
-        Their results are added to ``values``.
+        That is the qconfig of the module in whose forward the join stands. Their results are added to ``values``.
         """
         found: list[Join] = []
         for join in self.joins:

@@ -40,7 +40,7 @@ from tritonq.prepare.edit.routes import Routes
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
 from tritonq.prepare.forwards.graph import ForwardGraph, first_node, layer_operands
 from tritonq.prepare.forwards.quantized import Read
-from tritonq.prepare.record.dataflow import Call, CallIndex, ValueIndex
+from tritonq.prepare.record.dataflow import Call, ValueIndex
 from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig, with_one_weight_scale
 from tritonq.reference.functions import Function
@@ -55,7 +55,7 @@ def apply_plan(
     types: Types,
     qconfigs: Mapping[nn.Module, QConfig | None],
     keep_classes: bool = False,
-) -> tuple[dict[Join, str], dict[CallIndex, str]]:
+) -> tuple[dict[Join, str], dict[ValueIndex, str]]:
     """Carry out a plan with an editor.
 
     Args:
@@ -99,13 +99,13 @@ class _PlanWork:
         keep_classes: bool,
     ) -> None:
         self.join_names: dict[Join, str] = {}
-        self.unary_names: dict[CallIndex, str] = {}
+        self.unary_names: dict[ValueIndex, str] = {}
         self._editor, self._analysis, self._plan = editor, analysis, plan
         self._types, self._qconfigs, self._keep_classes = types, qconfigs, keep_classes
         self._float_modules = dict(editor.modules)
         # The quantizer modules, by the identity of what was planned.
         self._quantizers: dict[int, nn.Module] = {}
-        self._unary: dict[CallIndex, tuple[UnaryLayer, nn.Module]] = {}
+        self._unary: dict[ValueIndex, tuple[UnaryLayer, nn.Module]] = {}
         # For each input of the model the names of the quantizer that its readers share.
         self._input_names: dict[Path, list[str]] = {}
 
