@@ -51,6 +51,7 @@ def tensors(result):
 def test_states_in_a_list_are_those_of_a_tuple():
     layer, x = tritonq.nn.LSTM(3, 4, qconfig=tritonq.get_qconfig()), torch.rand(5, 2, 3)
     layer(x)
+    layer.eval()
     states = [torch.rand(1, 2, 4), torch.rand(1, 2, 4)]
     assert torch.equal(layer(x, states)[0], layer(x, tuple(states))[0])
     with pytest.raises(ValueError, match=r"hx of LSTM is \(h_0, c_0\), got 1 of them"):

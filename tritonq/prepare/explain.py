@@ -49,14 +49,15 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
     Args:
         model: a float model.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of named ones.
-        qconfig: the qconfig of the model; None: that of the default preset.
+        qconfig: the qconfig of the model; None: that of the default preset. A module's own attribute ``qconfig`` wins.
 
     Returns:
         Four parts of text: the record of the run in eval mode, the plan (fixed point has none), each edited forward,
         and the modules of the prepared model.
 
     Raises:
-        ValueError: ``prepare_qat`` refuses the model.
+        ValueError: ``prepare_qat`` refuses the model, or the model rejects ``example_inputs``.
+        TypeError: ``example_inputs`` of another type.
 
     Examples:
         >>> print(explain(ThreeLines(), torch.randn(1, 4, 8, 8)).splitlines()[0])

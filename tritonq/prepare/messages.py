@@ -28,13 +28,13 @@ def report_float_layers(
 ) -> None:
     """Log how many layers and joins are quantized, and warn (UserWarning) of those left in float unasked.
 
-    A join is an addition, concatenation or other operation of several tensors.
+    The logger is "tritonq", the level INFO. A join is an addition, concatenation or other operation of several tensors.
 
     Args:
         model: the prepared model.
-        records: what became of each layer.
+        records: what became of each layer and join.
         warn: whether to warn.
-        strict: whether to raise instead.
+        strict: whether to raise instead, whatever ``warn`` is.
         depth: which line the warning names: 1 is the line in this function, 2 that of its caller, and so on.
 
     Raises:

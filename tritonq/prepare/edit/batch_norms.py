@@ -14,8 +14,8 @@ from tritonq.prepare.edit.called_layers import computed_parameters
 def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
     """Return ``bn`` itself if its class is ``kind``, no subclass; else a BatchNorm that computes the same.
 
-    The new one is a synchronized BatchNorm if ``bn`` is, else a ``kind``. It shares the parameters and buffers of
-    ``bn`` and is in its mode.
+    The new one is a :class:`~tritonq.nn.batch_norm.SyncBatchNorm` if ``bn`` is a synchronized BatchNorm, else a
+    ``kind``. It shares the parameters and buffers of ``bn`` and is in the mode of ``bn``, training or eval.
     """
     if type(bn) is kind:
         return bn
@@ -33,8 +33,8 @@ def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module])
 def frozen_batch_norm(norm: FrozenNorm, model: nn.Module) -> FrozenBatchNorm:
     """Return a BatchNorm with one factor and one summand per channel that computes all steps of a frozen norm.
 
-    A frozen norm is a module that normalises each channel by fixed numbers; these are computed from the state of
-    ``model``.
+    A frozen norm is a module that multiplies and shifts each channel by constants. Factors and summands are computed
+    from the parameters and buffers of ``model`` now; later changes of these have no effect.
     """
     weight, bias = torch.ones(()), torch.zeros(())
     for step in norm.steps:

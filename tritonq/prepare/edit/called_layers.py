@@ -16,12 +16,13 @@ from tritonq.prepare.record.dataflow import Call, replace_refs
 
 
 def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.Module:
-    """Return a float layer that computes what a function does, on the device of the function's weight.
+    """Return a float layer that computes what a function does, such as an ``nn.Conv2d`` for ``F.conv2d``.
 
-    The values of its parameters are undefined; ``computed_parameters`` provides them later.
+    Its parameters have the device and dtype of the first tensor that the weight is computed from. Their values are
+    undefined: the caller has the layer compute them by :func:`computed_parameters`.
 
     Args:
-        function: the function.
+        function: the recorded call of the function.
         model: the model, whose parameters the weight is computed from.
         training: whether the layer is in training mode.
     """
@@ -34,12 +35,14 @@ def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.M
 def computed_parameters(
     program: PlannedProgram, model: nn.Module, exclusive: Container[str] = ()
 ) -> ComputedParameters:
-    """Return an object that computes weight and bias of a layer from the state of ``model``.
+    """Return an object that computes weight and bias of a layer from the parameters and buffers of ``model``.
+
+    It reads them anew each time that it is called.
 
     Args:
         program: the recorded calls that compute them; its results are the weight and, if there is one, the bias.
         model: the model, with its modules in their final places.
-        exclusive: names of parameters and buffers that are read for nothing else, which conversion drops.
+        exclusive: qualified names of parameters and buffers that only such computations read; conversion drops them.
     """
     state = []
     for value, name in program.state.items():

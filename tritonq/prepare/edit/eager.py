@@ -48,13 +48,13 @@ FIXED_OUTPUTS: dict[type[nn.Module], tuple[float, int]] = {
 def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]], qconfigs: QConfigs) -> None:
     """Replace float modules by ``mapping`` and add output quantizers, in place, as torch.ao's ``prepare_qat`` does.
 
-    ``model`` itself is not replaced, nor are children of fused modules and of ``nn.MultiheadAttention``. Each module of
-    the float model gets its qconfig, or None, as attribute ``qconfig``.
+    ``model`` itself gets neither. Direct children of fused modules and of ``nn.MultiheadAttention`` don't, either. Each
+    module of the float model gets its qconfig, or None, as attribute ``qconfig``.
 
     Args:
         model: the float model.
-        mapping: float type to quantization-aware type.
-        qconfigs: the qconfig of each module; None, or no entry, leaves it in float.
+        mapping: float type to quantization-aware type; a module of a subclass is not replaced.
+        qconfigs: the qconfig of each module of ``model``; None, or no entry, leaves it in float.
     """
     swapped: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
@@ -81,7 +81,7 @@ def _quantizer(qconfig: QConfig, like: nn.Module) -> nn.Module:
 
 
 def fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
-    """Return a new quantizer with unsigned 8 bits that never observes: scale and zero point stay as given."""
+    """Return a new quantizer on the CPU, with codes 0 to 255, that never observes: its grid stays as given."""
     quantizer = FakeQuantize(PassiveObserver, dtype=QUINT8)
     observer = cast(PassiveObserver, quantizer.activation_post_process)
     observer.set_qparams(scale, torch.tensor([zero_point], dtype=torch.int32))

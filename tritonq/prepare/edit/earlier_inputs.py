@@ -31,8 +31,9 @@ class InputPlace:
     Attributes:
         key: name of its quantizer in ``input_fake_quants``.
         position: index among the positional arguments; None if it is passed by name only.
-        name: name of the parameter; None if it is passed by position only.
-        path: keys that lead from the argument to the tensor; empty if the argument is the tensor.
+        name: name of the forward's parameter; None if it is passed by position only.
+        path: dict keys and list indices that lead from the argument to the tensor, such as ``("images", 0)``; empty if
+            the argument is the tensor.
     """
 
     key: str
@@ -96,7 +97,9 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
 
     Args:
         model: the model.
-        names: for each input, by its path in the arguments, the names of the quantizers in the layers that read it.
+        names: for each input the qualified names of the quantizers in the layers that read it, such as
+            ``{("x",): ["conv1.input_fake_quant"]}``. The key is the argument's position or name, then the keys that
+            lead to the tensor in it.
     """
     earlier: dict[str, str] = {}
     keys: list[str] = []
@@ -149,7 +152,7 @@ def quantize_first_argument_hook(module: nn.Module, args: tuple[Any, ...]) -> No
 
 
 def quantize_output_hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
-    """Return ``output`` after the module's child ``activation_post_process``: a forward hook of version 0.1.0."""
+    """Return ``output``, rounded by the module's child ``activation_post_process``: a forward hook of version 0.1.0."""
     quantized: Tensor = module.activation_post_process(output)  # type: ignore[operator]
     return quantized
 
@@ -178,12 +181,13 @@ def replace_hooks(model: nn.Module) -> None:
 
 
 def hooked_forward(data: ForwardData | None, hooks: Collection[str], places: Iterable[InputPlace]) -> ForwardData:
-    """Return forward data that make a forward do what a module did with some hooks.
+    """Return new forward data, for ``apply_forward``, that make a forward do what a module did with some hooks.
 
     Args:
         data: data of the module's edited forward; None if the forward is its class's own.
         hooks: names of the hooks in files of version 0.1.0: "quantize_inputs" rounded arguments, "quantize_output" the
-            result by the child ``activation_post_process``; "quantize_first_argument" layers do themselves today.
+            result by the child ``activation_post_process``; "quantize_first_argument" adds nothing, since layers round
+            their first argument themselves today.
         places: which arguments of this forward are rounded by the hook "quantize_inputs", and by which quantizer; empty
             for a module without that hook.
 

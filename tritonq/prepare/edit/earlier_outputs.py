@@ -15,9 +15,10 @@ _FACTORY = "earlier_output"
 
 
 def note_earlier_output(layer: nn.Module, factory: Callable[..., nn.Module]) -> None:
-    """Let a layer without output quantizer get one when it loads a state dict that has one.
+    """Let a layer without output quantizer get one when it loads a state dict with ``activation_post_process.…``.
 
-    The layer then computes as it was trained. ``factory``, called without arguments, makes the quantizer.
+    The layer's child ``activation_post_process`` is an ``nn.Identity`` until then. ``factory``, called without
+    arguments, makes the quantizer, which gets the layer's mode and device.
     """
     setattr(layer, _FACTORY, factory)
     layer.register_load_state_dict_pre_hook(_take_quantizer)

@@ -22,12 +22,12 @@ class ModelEditor:
 
     Args:
         model: the model.
-        modules: the modules that may be edited, by name.
+        modules: the modules that may be edited, by qualified name; "" is the model.
         forward: takes the name of a module and returns its forward, to be edited.
 
     Attributes:
         model: the model.
-        modules: what is now in the place of each module.
+        modules: the module that is now in the place of each float module, by the float module's name.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class ModelEditor:
     def replace(self, name: str, new: nn.Module) -> None:
         """Put a module in the place of the module ``name`` under every parent that holds it.
 
-        ``new`` gets the mode of the old module; children of ``new`` keep theirs.
+        ``new`` gets the mode of the old module; children of ``new`` keep theirs. Hooks are not moved. The model itself
+        has no parent and stays.
         """
         old = self.modules[name]
         new.training = old.training
@@ -94,7 +95,10 @@ class ModelEditor:
         return name
 
     def set_child(self, owner: nn.Module, name: str, child: nn.Module) -> None:
-        """Add a child under the name ``name``, in its owner's mode, as one of the owner's ``children()``."""
+        """Add a child under the name ``name``, in its owner's mode; a child of that name is replaced.
+
+        It is not hidden: the owner's ``children()`` has it.
+        """
         owner.add_module(name, child.train(owner.training))
         self._places.setdefault(child, {})[owner, name] = None
         self._note_children(child)
@@ -114,13 +118,18 @@ class ModelEditor:
         self._returns[module] = child
 
     def rewrite(self, owner: str) -> EditableForward:
-        """Return the forward of the module ``owner``, to be edited; the same object in every call."""
+        """Return the forward of the module named ``owner``, to be edited; the same object in every call.
+
+        The caller must know that this forward can be edited.
+        """
         if owner not in self._graphs:
             self._graphs[owner] = self._forward(owner)
         return self._graphs[owner]
 
     def apply(self) -> None:
         """Put edited forwards on their modules, and hide the children that :meth:`add_child` added.
+
+        It is called once, after all other edits.
 
         ``children()`` leaves hidden children out, and a container does not run, count or index them; they are still in
         ``named_modules()`` and state dicts. A ``torch.fx.GraphModule`` hides no children.

@@ -68,7 +68,7 @@ def apply_plan(
 
     Returns:
         The qualified names of the new modules: those that joins became, by join; and those that operations of one
-            tensor in a forward became, by the value that they return.
+            tensor in a forward became, by the index of the value that they return.
 
     Raises:
         ValueError: a layer can't be quantized; the message names the layer.

@@ -20,8 +20,9 @@ def fuse_row(parts: Sequence[nn.Module], types: Types | None = None) -> intrinsi
     """Return the fused float module of a row such as Conv2d, BatchNorm2d, ReLU, in the mode of its first part.
 
     Args:
-        parts: the modules in order of execution.
-        types: the types that the parts stand for; None: their own types, ReLU for ReLU6 and the like.
+        parts: the modules in order of execution, which become children of the fused module as they are.
+        types: the type to look up for each part, such as nn.Conv2d for a subclass; None: their own types, and nn.ReLU
+            for each ReLU, clipped or not.
 
     Raises:
         ValueError: no such row exists, or its BatchNorm can't be fused; the message says why.
@@ -46,13 +47,13 @@ def fuse_known_modules(
 ) -> list[nn.Module]:
     """Return the modules that replace a row: the fused one first, ``nn.Identity`` for the others.
 
-    Pre-hooks of the first module and forward hooks of the last one move to the fused module, as in torch.ao.
+    Forward pre-hooks of the first module, and forward and backward hooks of the last one, move to the fused module.
 
     Args:
         mod_list: the modules in order of execution.
         is_qat: passed on to the fuser method; the rows known here are made for QAT.
-        additional_fuser_method_mapping: for tuples of types, fuser methods ``f(is_qat, *modules)`` that return the
-            fused module; they win over the known rows. None: there are none.
+        additional_fuser_method_mapping: for tuples of the modules' exact types, fuser methods ``f(is_qat, *modules)``
+            that return the fused module; they win over the known rows. None: there are none.
 
     Raises:
         ValueError: an unknown row, modules in different modes, or a BatchNorm that can't be fused.
@@ -82,17 +83,17 @@ def fuse_modules_qat(
 
     Args:
         model: the model that holds the modules.
-        modules_to_fuse: one row of names, or a list of rows.
-        inplace: change ``model`` itself instead of a copy.
+        modules_to_fuse: one row of qualified names in order of execution, or a list of rows.
+        inplace: whether to change ``model`` itself instead of a copy.
         fuser_func: returns the replacements of one row, as :func:`~tritonq.prepare.edit.fuse.fuse_known_modules` does.
         fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``; None: no further rows.
 
     Returns:
-        The model with fused modules.
+        The model with fused modules: ``model`` itself if ``inplace``.
 
     Raises:
-        ValueError: an unknown name or row, modules in different modes, or a BatchNorm that can't be fused; ``model`` is
-            then as it was.
+        ValueError: an unknown name or row, modules in different modes, a BatchNorm that can't be fused, or a
+            ``fuser_func`` that returns more or fewer modules than the row has; ``model`` is then as it was.
 
     Source: torch.ao.quantization.fuse_modules_qat.
 
@@ -117,7 +118,7 @@ def fuse_rows(
     """Fuse named rows of modules by ``fuser_func``, for :func:`fuse_modules_qat` and torch.ao's ``fuse_modules``.
 
     Arguments, result and errors are those of the former; ``fuser_func`` is called with the modules of a row, ``is_qat``
-    and the mapping.
+    and the mapping "additional_fuser_method_mapping", ``{}`` without one.
     """
     custom = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
     is_one_row = all(isinstance(item, str) for item in modules_to_fuse)

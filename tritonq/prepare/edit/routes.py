@@ -20,7 +20,8 @@ from tritonq.prepare.record.dataflow import Call, FrameIndex, ValueIndex
 class Routes:
     """Finds the places of an edited model that stand between a quantizer and its readers.
 
-    A module that is put into one of them later, such as an adapter around a layer, may return something else.
+    A module that is put into one of them later, such as an adapter around a layer, may return another tensor than the
+    quantizer's.
 
     Args:
         analysis: the float model and its record.

@@ -19,8 +19,8 @@ def swap(
 ) -> nn.Module:
     """Return the quantization-aware form of a float module, with its parameters, attributes, hooks, device and mode.
 
-    Parameters are shared. Hooks move: ``module`` has none afterwards. Of the attributes the result gets those that it
-    lacks (:func:`take_place`). The caller puts the result into the parent.
+    Parameters are shared. Forward and backward hooks move: ``module`` has none afterwards. Of the public attributes the
+    result gets those that it lacks (:func:`take_place`). The caller puts the result into the parent.
 
     Args:
         module: the float module.
@@ -84,7 +84,7 @@ def take_place_again(module: nn.Module, made: nn.Module) -> None:
 def kept_names(made: nn.Module) -> tuple[str, ...]:
     """Return names of the attributes, parameters and buffers that a module has from the one that it replaced.
 
-    ``made`` is the replacement; ``()`` for a module that replaced none or lacked nothing.
+    For example ``("temperature",)``. ``made`` is the replacement; ``()`` if it replaced none or lacked nothing.
     """
     names: tuple[str, ...] = made.__dict__.get(_KEPT, ())
     return names
@@ -99,7 +99,7 @@ def keep_attributes(module: nn.Module, made: nn.Module, without: Container[str] 
     Args:
         module: the float module.
         made: what takes its place.
-        without: names that are not given.
+        without: names of attributes, parameters and buffers that ``made`` does not get.
     """
     parameters, buffers, own = _registries(module)
     own = {name: value for name, value in own.items() if not name.startswith("_")}
@@ -139,9 +139,10 @@ def _is_data(name: str, value: object) -> bool:
 
 
 def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> Any:
-    """Return ``target.from_float(module)``, the form of ``module`` of the class ``target``.
+    """Return ``target.from_float(module)``, a new module of the class ``target``.
 
-    Meanwhile ``qconfig`` is an attribute of the module; then it has its own ``qconfig`` again, or none.
+    Meanwhile ``qconfig`` is an attribute of ``module``; then ``module`` has its own ``qconfig`` again, or none.
+    Errors of ``target.from_float``, such as ValueError for a layer that it can't quantize, pass through.
     """
     had_own, before = "qconfig" in vars(module), vars(module).get("qconfig")
     module.qconfig = qconfig  # type: ignore[assignment]
@@ -157,8 +158,8 @@ def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> 
 def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
     """Let a module pass its output through ``quantizer``, which becomes its child ``activation_post_process``.
 
-    The module is changed in place, and ``quantizer`` gets its mode. An output that is no floating-point tensor is
-    returned as it is. Edits that the module's forward had are replaced (:func:`apply_forward`).
+    The module is changed in place, and ``quantizer`` gets its mode, training or eval. An output that is no
+    floating-point tensor stays as it is. Edits that the module's forward had are replaced (:func:`apply_forward`).
     """
     name = "activation_post_process"
     module.add_module(name, quantizer.train(module.training))

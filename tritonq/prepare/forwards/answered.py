@@ -74,7 +74,7 @@ class AnsweredForward:
     """Collect the edits of a forward that keeps its branches, with the methods of ``ForwardGraph``.
 
     The argument ``node`` of these methods is here the place of a call: ``Call.place`` of
-    :class:`~tritonq.prepare.record.dataflow.Call`.
+    :class:`~tritonq.prepare.record.dataflow.Call`, such as ``"models.net:Net.forward:3.8-3.20#0"``.
 
     Args:
         reason: why no graph can stand for the forward; "" if not told.
@@ -106,10 +106,10 @@ class AnsweredForward:
             child: name of the child module.
             operands: the function by which a graph finds the arguments that the child gets, such as ``node_operands``.
             in_place: not used here; a graph needs it.
-            joined: whether the child computes other calls, too, which were erased. It matters where the child is
-                given tensors alone, and :meth:`expect` noted numbers or flags of the call. If a later run makes the
-                call with others, its forward raises ValueError if ``joined``; else the call runs as written, and the
-                output quantizer of ``child`` rounds its result.
+            joined: whether the child computes other calls, too, which were erased. It matters where the child gets only
+                tensors, and :meth:`expect` noted numbers or flags of the call. If a later run makes the call with
+                others, its forward raises ValueError if ``joined``; else the call runs as written, and its result is
+                rounded by the child of :meth:`insert_after`, or without one by the output quantizer of ``child``.
         """
         self._answer(node)[:3] = ["replace", child, _OPERANDS[operands]]
         if joined:
@@ -120,7 +120,7 @@ class AnsweredForward:
         self._answer(node)[3] = child
 
     def erase(self, node: str) -> None:
-        """Let the call at the place ``node`` return its first operand instead of its result."""
+        """Let the call at the place ``node`` return its first tensor argument instead of its result."""
         self._answer(node)[:3] = ["erase", "", "first"]
         self._joined.add(node)
 
@@ -133,8 +133,9 @@ class AnsweredForward:
 
         "answers" has a list by place: ``"run"``, ``"replace"`` or ``"erase"``; the child that replaces the call; the
         kind of its operands, such as ``"tensors"``; the child that the result goes through. The last three are "" where
-        there is none. If the kind is "tensors", "sequence" or "first" and the recorded arguments are not tensors alone,
-        these arguments are a fifth item, and a sixth is True where the call is erased or its child computes others too.
+        there is none. If the kind is "tensors", "sequence" or "first" and the recorded arguments are not only tensors,
+        a fifth item lists them, as ``numbers_of_call`` returns them, for each recorded call at the place; a sixth item
+        is True where the call is erased or its child computes others too.
         "expected" has for "eval" and "train" the places of edited calls that the recorded run in this mode made.
         """
         modes = {"eval": self._expected[False], "train": self._expected[True]}
@@ -158,7 +159,7 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
         owner: class name of the module, for messages.
 
     Raises:
-        ValueError: the data have another form, or name another child.
+        ValueError: the data are no such dict, or name another child. Items behind the fourth are not checked.
     """
     known = set(children)
     if not isinstance(answers, Mapping):
@@ -184,10 +185,10 @@ def answering(
             written), "replace" (by a child), or "erase" (the first tensor argument is returned). Then come the child's
             name, what the child gets of the call's arguments (a text of ``_OPERANDS``, such as "tensors" for all
             tensors), and the name of a child that the result goes through. A fifth item holds the arguments that were
-            recorded: a call with others runs as written, and its result is rounded. If there is a sixth item, such a
-            call raises ValueError.
-        expected: for "eval" and "train", the places of calls that a run in this mode makes; a run that leaves one out
-            warns, once per module. None: no run warns.
+            recorded: a call with others runs as written, and its result is rounded as the child's would be. If there is
+            a sixth item, such a call raises ValueError.
+        expected: for "eval" and "train", the places of calls that a run in this mode makes; a run that leaves one out,
+            or makes it with others than the recorded arguments, warns, once per module. None: no run warns.
     """
     places = frozenset(key.rpartition("#")[0] for key in answers)
     functions = frozenset(function_of_place(place) for place in places)
@@ -213,8 +214,8 @@ class Answering(ForwardMode):
         answers: how each call is answered, by place: a list of "run", "replace" or "erase", the name of the child that
             replaces the call, what operands that child gets, and the name of the child that the result goes through.
             The comment of ``Answer`` in this file has the details.
-        places: the places of these calls, without their occurrence (``#0``).
-        functions: the parts of the places that name functions.
+        places: the places of these calls without ``#0``, the count of earlier calls at the same place in the run.
+        functions: the parts of the places that name functions, such as ``"models.net:Net.forward"``.
     """
 
     def __init__(self, owner: nn.Module, answers: Answers, places: frozenset[str], functions: frozenset[str]) -> None:
@@ -289,7 +290,10 @@ class Answering(ForwardMode):
         return repeated
 
     def missing(self, expected: Sequence[str]) -> list[str]:
-        """Return the places in ``expected`` where this run made no call, or one with other arguments than recorded."""
+        """Return the places in ``expected`` where this run made no call, or one with other arguments than recorded.
+
+        It is called after the run.
+        """
         found = []
         for key in expected:
             place, _, occurrence = key.rpartition("#")
@@ -298,7 +302,10 @@ class Answering(ForwardMode):
         return found
 
     def description(self, missing: Sequence[str]) -> str:
-        """Return the text of a warning about recorded calls that this run did not make, given their places."""
+        """Return the text of a warning about calls that this run did not make as recorded.
+
+        ``missing`` are their places, from :meth:`missing`.
+        """
         what = f" ({children})" if (children := self._children_of(missing)) else ""
         return (
             f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did not "

@@ -46,11 +46,10 @@ def frozen_branch(module: nn.Module) -> str | None:
 
 
 def fixed_number(module: nn.Module) -> str | None:
-    """Return a floating-point attribute that a module's forward reads, as text such as ``"`self.temperature`"``.
+    """Return the first attribute that is a Python float and that a module's forward reads.
 
-    A list or tuple that holds a float counts, too. None if there is none.
-
-    A trace would keep its present value, but training code may change it.
+    It is text such as ``"`self.temperature`"``. A list or tuple that holds a float counts, too; a tensor does not. None
+    if there is none.
     """
     for source, _, value in _attributes(module):
         if _holds_floats(value):

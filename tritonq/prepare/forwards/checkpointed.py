@@ -25,12 +25,12 @@ def wrap_repetitions(
     ends: Callable[[FrameType], bool],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> None:
-    """Replace the functions that checkpoints will run again by wrapped ones, each once.
+    """Wrap the functions that checkpoints will run again, in place; one that this function wrapped before stays.
 
     Args:
         frame: a frame of Python inside of a forward; the checkpoints that called it are searched outwards.
-        ends: tells whether a frame is what called the forward; the search stops there.
-        wrap: takes a function and returns the one that the checkpoint runs instead.
+        ends: tells whether a frame is what called the forward; the search stops there, or where no frame is left.
+        wrap: takes a function and returns a new one, which the checkpoint runs instead; it is marked by an attribute.
     """
     while frame is not None and not ends(frame):
         for holder, name in _repeated(frame):

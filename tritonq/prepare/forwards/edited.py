@@ -97,10 +97,10 @@ def forward_source(module: nn.Module) -> dict[str, str]:
     The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same, as those of a
     GraphModule always do: it shows its graph, edited or not, with the quantizers of arguments and results.
     A forward that keeps its branches has no graph: it runs as written, but some of its calls are *answered*, which is
-    to say that a child's result takes the place of the call's. Then the one key is
+    to say that a child's result or the first operand takes the place of the call's result. Then the one key is
     ``"its own forward, with these calls answered"``, and the text has a line ``place -> answer`` for each of these
-    calls, such as ``place -> self.child(tensors)``. Quantized arguments and results of other modules are not shown;
-    the dict is empty if the edit did nothing else, or if there is none.
+    calls, such as ``net:Net.forward:3.8-3.20#0 -> self.child(tensors), then self.quantizer``. Only a GraphModule shows
+    quantized arguments and results; the dict is empty if the edit did nothing else, or if there is none.
     """
     data = forward_data(module)
     if data is not None and "answers" in data:
@@ -120,17 +120,19 @@ def forward_source(module: nn.Module) -> dict[str, str]:
 def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = ()) -> None:
     """Give ``module`` the forward that ``data`` describes, in place; its type becomes a subclass of its class.
 
-    The edits before are replaced. A ``torch.fx.GraphModule`` gets the edited graph for its own instead, and hides no
-    children. If the module has a forward on the instance, that one is edited, not its class's.
+    The edits before are replaced. A ``torch.fx.GraphModule`` keeps its type, gets the edited graph for its own, and
+    hides no children. If the module has a forward on the instance, that one is edited, not its class's.
 
     Args:
         module: the module.
-        data: forward data, from ``to_data`` of an edited forward, :func:`forward_data` or :func:`quantizing_data`.
+        data: forward data, from ``to_data`` of a graph, :func:`forward_data` or :func:`quantizing_data`; or
+            ``quantizing_data() | answers``, with ``answers`` from ``to_data`` of a forward that keeps its branches.
         hidden: names of children that ``children()`` leaves out, and that a container does not run, count or index,
             besides those that ``data`` names.
 
     Raises:
-        ValueError: data that don't describe a forward, or that call children which ``module`` doesn't have.
+        ValueError: data that don't describe a forward, or that call children which ``module`` doesn't have; for a
+            GraphModule also what :func:`~tritonq.prepare.forwards.graph_module.write_graph` refuses, such as "answers".
     """
     plain = _checked(module, data)
     if data["eval"] is not None or "answers" in data:
@@ -206,8 +208,8 @@ def quantizing_data(reads: Iterable[Read] = (), returns: str | None = None) -> F
 def quantizing_part(module: nn.Module) -> ForwardData | None:
     """Return the part of a module's forward data that quantizes arguments and results; None if it quantizes none.
 
-    The part is forward data too, with the keys "version", "eval" (None: no graph), "reads" and "returns". A module
-    without forward data quantizes none.
+    The part is forward data too, with the keys "version", "eval" (None: no graph), "reads" and "returns". It is None
+    for a module without forward data, and for a GraphModule, whose graph calls such quantizers itself.
     """
     data = forward_data(module) or {}
     if not data.get("reads") and data.get("returns") is None:
@@ -217,6 +219,8 @@ def quantizing_part(module: nn.Module) -> ForwardData | None:
 
 def set_inner_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Let a module run ``forward`` in place of its own; it still quantizes arguments and results as before.
+
+    A GraphModule no longer does: its graph, which called the quantizers, does not run.
 
     To be used on copies that are traced: the new forward is an attribute of the instance, and may keep the module from
     being pickled.

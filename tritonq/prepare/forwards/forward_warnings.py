@@ -15,7 +15,8 @@ _TOLD = "_tritonq_told_missing"
 def tell_once(owner: nn.Module, message: str) -> None:
     """Give the UserWarning ``message``, unless this function warned of the module ``owner`` before, by any message.
 
-    Under ``torch.compile`` the warning comes while it traces, each time, since a compiled graph can't warn.
+    A copy of ``owner`` counts as warned, too. Under ``torch.compile`` the warning comes while it traces, each time,
+    since a compiled graph can't warn.
     """
     if torch.compiler.is_compiling():
         _warn(message)

@@ -17,7 +17,10 @@ _TENSORS = len(_LINEAR)
 
 
 def argument_names(function: str) -> tuple[str, ...]:
-    """Return the names of all arguments of a function, by position; ``function`` is "linear", "conv2d" and the like."""
+    """Return the names of all arguments of a function, by position: ``("input", "weight", "bias")`` for "linear".
+
+    ``function`` is "linear", or a convolution such as "conv1d" or "conv_transpose3d".
+    """
     return _LINEAR if function == "linear" else _TRANSPOSED if "transpose" in function else _CONV
 
 
@@ -34,7 +37,7 @@ def geometry_of(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def check_geometry(layer: nn.Module, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Check that a function is called with the stride, padding and so on that the layer in its place has.
 
-    Only arguments that the call gives are compared.
+    Only arguments that the call gives are compared; one number stands for all axes.
 
     Args:
         layer: the layer, which has these as attributes.

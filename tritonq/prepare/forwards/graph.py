@@ -37,6 +37,9 @@ Operands = Callable[[fx.Node], tuple[Any, ...]]
 class ForwardGraph:
     """The forward of one module as a graph, to be edited. Nodes are named as in the graph of eval mode.
 
+    Edits and checks of a node raise ValueError if the eval graph has no node of that name. Call them only for nodes for
+    which :meth:`can_edit` is True, and no more once the node was replaced or erased. Both graphs are changed in place.
+
     Args:
         eval_graph: the graph of eval mode.
         train_graph: the graph of training mode; None if it is the same.
@@ -55,6 +58,12 @@ class ForwardGraph:
     @classmethod
     def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> Self:
         """Return the forward of ``module``, traced in both modes, with arguments as in the recorded ``frames``.
+
+        The module is left as it is.
+
+        Args:
+            module: the module.
+            frames: all recorded runs of its forward, one at least.
 
         Raises:
             TraceError: no graph can stand for the forward; the message says why.
@@ -90,7 +99,10 @@ class ForwardGraph:
         return cls(data_to_graph(data["eval"]), None if train is None else data_to_graph(train))
 
     def to_data(self) -> ForwardData:
-        """Return plain data for JSON: ``{"version", "eval": nodes, "train": nodes, or None if it is the same}``."""
+        """Return plain data for JSON: ``{"version", "eval": nodes, "train": nodes, or None if it is the same}``.
+
+        ``nodes`` is a list with one dict per node of the graph, such as ``{"name": "x", "op": "placeholder", …}``.
+        """
         train: GraphData | None = None if self._train_graph is None else graph_to_data(self._train_graph)
         return {"version": DATA_VERSION, "eval": graph_to_data(self.eval_graph), "train": train}
 
@@ -115,9 +127,9 @@ class ForwardGraph:
         return self._train_graph is not None
 
     def can_edit(self, node: str) -> bool:
-        """Whether a node exists in the graphs of both modes, so that it can be edited.
+        """Whether a node of the eval graph exists in the training graph, too, so that it can be edited.
 
-        ``node`` is its name in the eval graph.
+        ``node`` is its name in the eval graph. True for any name if both modes run the same graph.
         """
         return self._train_graph is None or node in self._train_names
 
@@ -132,12 +144,12 @@ class ForwardGraph:
     def check_geometry(self, node: str, recorded: Mapping[str, Any]) -> None:
         """Insert checks before a call of a convolution or ``F.linear``: its stride and the like must be as recorded.
 
-        A check is inserted for each argument that the forward computes. It raises ValueError when the forward runs and
-        the argument differs.
+        A check is inserted for each argument that the forward computes and ``recorded`` has. It raises ValueError when
+        the forward runs and the argument differs.
 
         Args:
             node: name of the call's node.
-            recorded: the recorded arguments by name, such as padding and groups.
+            recorded: the recorded arguments by name, such as ``{"padding": 1, "groups": 4}``.
         """
         for graph, found in self._find(node):
             function = operation_name(found.target) if callable(found.target) else str(found.target)
@@ -181,7 +193,7 @@ class ForwardGraph:
             _redirect(found, call, in_place)
 
     def erase(self, node: str) -> None:
-        """Remove a node from the graphs; its readers get its first operand instead."""
+        """Remove a node from the graphs; its readers get its first operand, which must be a node, instead."""
         for graph, found in self._find(node):
             found.replace_all_uses_with(first_operand(found))
             graph.erase_node(found)
@@ -226,13 +238,13 @@ def first_operand(node: fx.Node) -> fx.Node:
 def node_operands(node: fx.Node) -> tuple[Any, ...]:
     """Return all arguments of a node that are nodes themselves, named ones last: for an addition its two operands.
 
-    Nodes inside lists are not among them.
+    A node that is read twice, as in ``x + x``, is there twice. Nodes inside lists are not among them.
     """
     return tuple(argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node))
 
 
 def first_node(node: fx.Node) -> tuple[Any, ...]:
-    """Return the first node among the arguments of a node, as a tuple of one."""
+    """Return ``(first_operand(node),)``; ValueError if no argument is a node."""
     return (first_operand(node),)
 
 
@@ -251,22 +263,31 @@ def layer_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[A
 
 
 def attention_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return all arguments of a node that calls scaled dot-product attention, by position, with defaults."""
+    """Return all eight arguments of a node that calls ``F.scaled_dot_product_attention``, in its order.
+
+    Those that the call does not give are torch's defaults.
+    """
     return attention_arguments(node.args, node.kwargs)
 
 
 def product_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return the tensors of a node that calls ``torch.einsum``, in whichever of its forms."""
+    """Return the operands of a node that calls ``torch.einsum``: ``(a, b)`` for ``einsum("ij,jk", a, b)``.
+
+    The call may also give them as a list, or each with a list of indices behind it.
+    """
     return einsum_operands(node.args)
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
-    """Return the list of parts that a concatenation is given, as it is, in a tuple of one."""
+    """Return the sequence that a concatenation is given, in a tuple of one: ``([a, b],)`` for ``cat([a, b])``."""
     return (node.args[0] if node.args else node.kwargs["tensors"],)
 
 
 def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
-    """Return the function ``forward(self, …)`` that a graph describes; ``name`` appears in tracebacks."""
+    """Return the function ``forward(self, …)`` that a graph describes.
+
+    ``name`` is the module's class name, for tracebacks: they show the file ``"<tritonq forward 0 of Net>"``.
+    """
     code = graph.python_code("self")
     filename = f"<tritonq forward {next(_sources)} of {name}>"
     namespace = dict(code.globals)

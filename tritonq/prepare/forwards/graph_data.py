@@ -102,8 +102,12 @@ def _names() -> dict[Callable[..., Any], str]:
 def graph_to_data(graph: fx.Graph) -> GraphData:
     """Return a graph as a list with one dict per node, which JSON can hold.
 
+    For ``relu(x)`` the dict is ``{"name": "relu", "op": "call_function", "target": "torch.relu",
+    "args": [{"node": "x"}], "kwargs": {}}``. Arguments that are no nodes are as :func:`constant_to_data` writes them.
+
     Raises:
-        ValueError: a function outside of the table, or an argument that is no plain constant.
+        ValueError: a function outside of the table, a method that is none of ``torch.Tensor`` or not public, a private
+            attribute, or an argument that is neither a node nor a constant.
     """
     return [_node_to_data(node) for node in graph.nodes]
 
@@ -115,7 +119,7 @@ def data_to_graph(data: GraphData) -> fx.Graph:
         data: a list with one dict per node, which has ``"op"``, ``"name"``, ``"target"``, ``"args"``, ``"kwargs"``.
 
     Raises:
-        ValueError: data that don't describe a graph, or that name an unknown function.
+        ValueError: data that don't describe a graph, or that call or read what :func:`graph_to_data` refuses.
     """
     if not isinstance(data, list):
         raise ValueError(f"a graph must be a list of nodes, got {type(data).__qualname__}")
@@ -146,9 +150,9 @@ def _refusing(message: str) -> Iterator[None]:
 
 
 def constant_to_data(value: Any) -> Any:
-    """Return a constant in a form that JSON can hold: ``(1, None)`` gives ``{"tuple": [1, None]}``.
+    """Return a constant as plain data, which JSON can hold: ``(1, None)`` gives ``{"tuple": [1, None]}``.
 
-    None, bools, integers, texts and finite floats stay, and a list becomes a list of its items in this form. Other
+    None, bools, integers, texts and finite floats stay, and a list becomes a list of its items, written likewise. Other
     constants become a dict with their kind as the one key: tuples (also ``torch.Size``), dicts (``{"dict": [[key,
     value], ...]}``), slices (``{"slice": [start, stop, step]}``), ``...`` (``{"ellipsis": True}``), devices, dtypes,
     layouts and memory formats (``{"dtype": "float32"}``), and floats that are not finite (``{"float": "inf"}``).

@@ -12,9 +12,9 @@ from tritonq.prepare.forwards.quantized import Read
 
 
 def read_graph(module: fx.GraphModule) -> ForwardData | None:
-    """Return the forward data of a GraphModule's graph.
+    """Return the forward data of a GraphModule's graph; None if plain data can't hold it.
 
-    None if plain data can't hold it, so that it was never edited.
+    Quantizers of arguments and results are calls in the graph, so there are no "reads" and "returns".
     """
     try:
         return {"version": DATA_VERSION, "eval": graph_to_data(module.graph), "train": None, "hidden": []}
@@ -32,8 +32,8 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
 
     Raises:
         ValueError: the data have "answers" or a graph under "train", since a GraphModule has one graph for both modes;
-            or they quantize an argument by name, one at a position that the graph does not have, or a tensor inside of
-            an argument.
+            or they quantize an argument that has no position, one at a position that the graph does not have, or a
+            tensor inside of an argument; or "eval" is None and plain data can't hold the module's own graph.
     """
     if "answers" in data or data.get("train") is not None:
         raise ValueError("the forward of a GraphModule is one graph")
@@ -57,7 +57,7 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
 def differs_by_mode(module: fx.GraphModule) -> bool:
     """Whether a GraphModule keeps further graphs, such as one for training, which compute something else than its own.
 
-    torchvision's feature extractors are such: ``train()`` makes one of two graphs the present one.
+    torchvision's feature extractors are such: ``train()`` sets the attribute ``graph`` to one of two that they keep.
     """
     code = module.graph.python_code("self").src
     return any(graph.python_code("self").src != code for graph in _further_graphs(module).values())

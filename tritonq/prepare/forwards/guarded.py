@@ -36,7 +36,8 @@ class GuardedGraph(ForwardGraph):
 
     Attributes:
         values: the values for which the graph was traced, by the paths of attributes, such as ``{"config.depth": 4}``.
-        places: for each node the places in the source that made its recorded calls.
+        places: by the name of a node, the places in the source (``Call.place``) that made its recorded calls, such as
+            ``{"relu": ("net:Net.forward:3.8-3.20#0",)}``.
     """
 
     def __init__(self, eval_graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
@@ -47,12 +48,12 @@ class GuardedGraph(ForwardGraph):
         self._forward: AnsweredForward | None = None
 
     def guard(self, values: Mapping[str, Any], forward: AnsweredForward, calls: Iterable[tuple[str, str]]) -> None:
-        """Let the forward itself run once one of the values has changed.
+        """Let the forward itself run once one of the values has changed. Call this before any edit.
 
         Args:
             values: the values for which the graph was traced, by the paths of attributes.
-            forward: the forward itself.
-            calls: ``(node, place)`` of each recorded call that can be answered.
+            forward: the forward itself, not edited yet; later edits change this object.
+            calls: ``(name of a node, place)`` of each recorded call that can be answered.
         """
         self.values, self._forward, self._is_guarded = values, forward, True
         for node, place in dict.fromkeys(calls):
@@ -71,8 +72,9 @@ class GuardedGraph(ForwardGraph):
                 the child's result, too.
             joined: whether the child computes other calls, too, which were erased. The forward itself then raises
                 ValueError for a call whose numbers or flags are not the recorded ones; without ``joined`` it runs such
-                a call as written, and rounds the result. It compares calls that were recorded with numbers or flags,
-                and only with ``node_operands``, ``first_node`` or ``sequence_operand``.
+                a call as written, and the output quantizer of ``child`` rounds the result. Calls are compared only if
+                numbers or flags were recorded, and ``operands`` is ``node_operands``, ``first_node`` or
+                ``sequence_operand``.
         """
         super().replace(node, child, operands, in_place, joined)
         self._edit_forward(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
@@ -114,7 +116,7 @@ class GuardedGraph(ForwardGraph):
     def to_data(self) -> ForwardData:
         """Return forward data of the graph; after :meth:`guard` with "values" and "otherwise", too.
 
-        "otherwise" holds forward data of the forward itself, or None if it was dropped.
+        "otherwise" has the edits of the forward itself, ``{"answers": …, "expected": …}``, or None if it was dropped.
         """
         data = super().to_data()
         if self._is_guarded:
@@ -127,14 +129,15 @@ def guarded(graph: Callable[..., Any], original: Callable[..., Any], data: Forwa
     """Return a forward that runs ``graph`` while the module has the values for which it was traced, else ``original``.
 
     ``original`` also runs for a call with ``*args`` or ``**kwargs`` that were empty when the graph was traced. An
-    attribute that the module has no more counts as unchanged. Once a value has changed, the module warns (UserWarning),
-    once.
+    attribute that the module has no more counts as unchanged. The first time that ``original`` runs for a changed
+    value, the module warns (UserWarning).
 
     Args:
         graph: the function compiled from the graph.
-        original: the forward as its author wrote it; its recorded calls are answered.
-        data: what :meth:`GuardedGraph.to_data` returned. If its "otherwise" is None, ``original`` never runs: the
-            forward then raises ValueError for a changed value, and TypeError for such ``*args`` or ``**kwargs``.
+        original: the forward as its author wrote it; calls that are edited are answered when it runs.
+        data: what :meth:`GuardedGraph.to_data` returned after :meth:`GuardedGraph.guard`. If its "otherwise" is
+            None, ``original`` never runs: the forward then raises ValueError for a changed value, and TypeError for
+            such ``*args`` or ``**kwargs``.
     """
     values = [(path, path.split("."), constant_from_data(value)) for path, value in data["values"].items()]
     otherwise = data["otherwise"]

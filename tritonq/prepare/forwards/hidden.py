@@ -48,15 +48,17 @@ class HidesChildren(nn.Module):
 
 
 def container_methods(original: type[nn.Module], hidden: frozenset[str]) -> dict[str, Callable[..., Any]]:
-    """Return methods that let a container pass over hidden children: its length, iteration, keys and indexing.
+    """Return methods that let a container pass over hidden children: its length and iteration, keys or indexing.
+
+    ``[…]`` of a ModuleDict still finds a hidden child. A slice is a plain Sequential or ModuleList.
 
     Args:
         original: the container's class.
         hidden: names of the hidden children.
 
     Returns:
-        Methods by name, for a subclass of ``original``; empty if nothing is hidden, or if ``original`` is no container
-        of torch.
+        Methods by name, such as "__len__", for a subclass of ``original``; empty if nothing is hidden, or if
+        ``original`` is no Sequential, ModuleList or ModuleDict.
     """
     if not hidden:
         return {}

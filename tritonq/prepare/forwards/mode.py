@@ -10,9 +10,10 @@ from torch import nn
 
 
 def reads_mode(kind: type[nn.Module]) -> bool:
-    """Whether any method of a class, or of its bases below ``nn.Module``, reads an attribute called ``training``.
+    """Whether any method of a class, or of its bases except ``nn.Module``, reads an attribute called ``training``.
 
-    A method that hands the module to a function which reads the mode is not found.
+    It may be that of any object, and a method that only sets it counts, too. A method that
+    hands the module to a function which reads the mode is not found.
     """
     bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
     return any("training" in code.co_names for base in bases for code in _code_of(vars(base).values()))

@@ -33,7 +33,7 @@ def numbers_of_call(call: Call) -> Numbers:
     ``{"0": "a tensor", "input": "a tensor", "1": 0.5, "p": 0.5}``.
     If Python can't find the signature of the function, as of ``torch.clamp``, an argument has only the key by which it
     was given, and a further key "as written" is True. The argument ``inplace`` is "any".
-    Tuples become lists; what is no number, text, None, list or dict becomes its ``repr``.
+    Tuples become lists; what is no tensor, number, text, None, list or dict becomes its ``repr``: "torch.float32".
     """
     given, names = _by_key(call.args, call.kwargs), _parameters(call.target)
     if not names:
@@ -64,7 +64,7 @@ def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequen
     Args:
         args: positional arguments of the call.
         kwargs: named arguments of the call.
-        recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them.
+        recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them; False if empty.
     """
     given = _by_key(args, kwargs)
     return any(
@@ -84,14 +84,15 @@ def changed_numbers(
     """Return the text of an error: a call has other numbers or flags than were recorded, so it can't be made.
 
     The caller has compared them (:func:`has_numbers`). The call can't be made because it became one module together
-    with another operation, and that module computes with the recorded numbers.
+    with another operation, and that module computes with the recorded numbers. The text begins like
+    ``"mul in the forward of Net was recorded with the arguments (a tensor, 2) and is called with (a tensor, 3)"``.
 
     Args:
         owner: class name of the module whose forward makes the call.
         function: the called function.
         args: positional arguments of the call.
         kwargs: named arguments of the call.
-        recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them.
+        recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them; the text shows the first.
     """
     given = _by_key(args, kwargs)
     before = {key: value for key, value in recorded[0].items() if key in given and value != _ANY}

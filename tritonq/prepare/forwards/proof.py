@@ -20,9 +20,10 @@ class Site:
     """The node of a graph, or the place in a forward, that makes a recorded call.
 
     Attributes:
-        node: name of the node in the eval graph; for a forward without a graph ``Call.place`` of the call, such as
-            ``"module:function:position#occurrence"``.
-        in_place: whether the call overwrites its first operand; False for a forward without a graph.
+        node: name of the node in the eval graph (from :func:`match_frame` in the graph that it was given); for a
+            forward without a graph ``Call.place`` of the call, such as ``"models.net:Net.forward:3.8-3.20#0"``.
+        in_place: whether the node overwrites an operand; False for ``+=``, of which a trace makes ``+``, and for a
+            forward without a graph.
         label: what a child that is added for the call is named after, such as "add"; "" if not set.
     """
 
@@ -38,7 +39,7 @@ class Recorded:
     Attributes:
         flow: the record.
         modules: the model's modules by qualified name.
-        state: the value that each run of the model read of each parameter or buffer, by ``(run, id(tensor))``.
+        state: for each parameter or buffer that a run read the :class:`Ref` of its value, by ``(run, id(tensor))``.
     """
 
     flow: Dataflow
@@ -47,7 +48,7 @@ class Recorded:
 
     @classmethod
     def of(cls, model: nn.Module, flow: Dataflow) -> Recorded:
-        """Return a record with its model: modules by name, and values of the parameters and buffers that it read."""
+        """Return the record ``flow`` together with ``model``, which must be the object that was recorded."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         held = [value for value in flow.values if value.source == "state"]
         state = {(value.run, id(tensors[str(value.path[0])])): Ref(value.index) for value in held}
@@ -57,8 +58,8 @@ class Recorded:
 def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[CallIndex, Site]:
     """Find the node that makes each call of one recorded frame; return its :class:`Site` by the index of the call.
 
-    The graph is run with recorded values in place of tensors. Each call must agree with the recorded one in its
-    operation and its operands.
+    The graph is followed with recorded values in place of tensors; nothing is computed. Each call must agree with the
+    recorded one in its operation and its operands. Calls that the forwards of children made are left out.
 
     Args:
         graph: the traced forward, in the mode of the frame.
@@ -66,7 +67,8 @@ def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[Ca
         frame: one recorded run of the forward.
 
     Raises:
-        TraceError: the graph doesn't make the recorded calls.
+        TraceError: the graph doesn't make the recorded calls or returns other tensors, or the forward changes its
+            argument in place and doesn't return it.
     """
     return _Follower(graph, recorded, frame).sites()
 
@@ -89,13 +91,13 @@ class _Follower:
         self._sites: dict[CallIndex, Site] = {}
 
     def sites(self) -> Mapping[CallIndex, Site]:
-        """Match every node of the graph with what was recorded, in order.
+        """Match the nodes of the graph with the events of the frame, in order; call it once.
 
         Returns:
-            For each recorded call (the key is its index in the record) the :class:`Site` with the node that makes it.
+            For each call of the frame itself, by its index in the record, the :class:`Site` with its node.
 
         Raises:
-            TraceError: a node and the call in its place differ, or one of them is missing.
+            TraceError: as :func:`match_frame` does.
         """
         arguments = bind_frame(inspect.signature(self._owner.forward), self._frame)
         for node in self._graph.nodes:

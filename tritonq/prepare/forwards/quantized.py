@@ -19,9 +19,10 @@ class Read:
 
     Attributes:
         child: name of the quantizer below the module, with dots for deeper ones.
-        position: index among the positional arguments; None if it is passed by name only.
-        name: name of the parameter; None if it is passed by position only.
-        path: keys that lead from the argument to the tensor; empty if the argument is the tensor.
+        position: index among the positional arguments, without self; None if it is passed by name only.
+        name: name of the parameter; None if it is passed by position only. A call that gives this name is looked up
+            by it, any other by ``position``.
+        path: keys that lead from the argument to the tensor, such as ``(0, "mask")``; empty if it is the tensor.
         observes: whether the quantizer observes the tensor here in training. If several modules read one tensor with
             one quantizer, only one of them observes.
     """
@@ -37,7 +38,11 @@ class Read:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return ``(args, kwargs)`` of a call of ``module``'s forward with this argument quantized.
 
-        They are returned as they are if the argument was not given or is no floating-point tensor.
+        Both keep their contents if the argument was not given or is no floating-point tensor. The
+        returned dict is always a new one, and containers on the way to the tensor are copied.
+
+        Raises:
+            TypeError: ``path`` leads into something that is no tuple, list or plain dict.
         """
         quantizer = reduce(getattr, self.child.split("."), module)
 
@@ -59,7 +64,7 @@ class Read:
         """Return the object whose attributes are the items of the list ``data``, in their order.
 
         Raises:
-            ValueError: data that don't describe one.
+            ValueError: ``data`` is no list of five items with the types of the attributes (``path`` as a list).
         """
         kinds: tuple[Any, ...] = (str, (int, type(None)), (str, type(None)), list, bool)
         fits = isinstance(data, list) and len(data) == len(kinds)
@@ -73,10 +78,10 @@ def quantizing(inner: Callable[..., Any], reads: Iterable[Read], returns: str | 
     """Return a forward that quantizes arguments, runs ``inner`` on them, and quantizes the result.
 
     Args:
-        inner: the forward, called with the module first.
+        inner: the forward, called with the module first, as the returned one is.
         reads: the arguments to quantize; those that a call does not give are skipped.
-        returns: name of the child that quantizes the result, if that is a floating-point tensor, and observes it in
-            training; None: it is returned as it is.
+        returns: name of the child that quantizes the result and observes it in training; None: no child does. A
+            result that is no floating-point tensor, such as a tuple, is returned as it is.
     """
     places = tuple(reads)
 

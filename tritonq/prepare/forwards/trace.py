@@ -33,7 +33,7 @@ _CHANGED_BY_MOVES = frozenset(["device", "dtype", "get_device", "is_cpu", "is_cu
 class TraceError(Exception):
     """Say that no graph can stand for a forward.
 
-    The message completes a sentence about it, such as "it writes to a buffer".
+    The message is a clause in which "it" is the forward, such as "it writes to a buffer".
     """
 
 
@@ -44,7 +44,8 @@ class Arguments:
     Attributes:
         traced: names of the parameters that stay symbolic: tensors, containers of tensors, and numbers that may have
             been computed from a shape.
-        constants: the other parameters by name, with the values for which the graph is made.
+        constants: the other parameters by name, with the values (None, bool, int, float or str) for which the graph is
+            made; the graph checks that it is given them. ``*args`` and ``**kwargs`` without items are left out.
     """
 
     traced: tuple[str, ...]
@@ -56,8 +57,8 @@ def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
 
     Args:
         signature: of the forward, without self.
-        frame: the recorded run; its arguments have a :class:`~tritonq.prepare.record.dataflow.Ref` in the place of
-            each tensor, and so has the result.
+        frame: the recorded run; its arguments, and so the returned ones, have a
+            :class:`~tritonq.prepare.record.dataflow.Ref` in the place of each tensor.
 
     Raises:
         TraceError: the signature doesn't take these arguments.
@@ -73,16 +74,17 @@ def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
 def classify_arguments(signature: inspect.Signature, frames: Iterable[Frame]) -> Arguments:
     """Return which parameters of a forward a trace keeps symbolic, and which it fixes.
 
-    Tensors and containers of tensors stay symbolic. So does a number that is not the parameter's default in the first
-    run, since it may have been computed from a shape. Any other argument is fixed, and must be the same in all runs.
+    Tensors and containers with a tensor stay symbolic. So does an int or float (no bool) that is not the parameter's
+    default in the first frame, since it may have been computed from a shape. Any other argument is fixed: it must be
+    None, a bool, int, float or str, and the same in all frames.
 
     Args:
         signature: of the forward, without self.
-        frames: all recorded runs of the forward.
+        frames: all recorded runs of the forward; at least one.
 
     Raises:
-        TraceError: a constant that differs between runs, an argument that is neither tensor nor constant, or ``*args``
-            and ``**kwargs`` that hold anything but tensors.
+        TraceError: arguments that don't fit the signature, a fixed argument that differs between frames or has another
+            type, such as a tuple of numbers, or ``*args`` or ``**kwargs`` with items but no tensor.
     """
     calls = [bind_frame(signature, frame) for frame in frames]
     traced, constants = [], {}
@@ -117,12 +119,14 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     Args:
         module: the module.
         arguments: which parameters of the forward stay symbolic.
-        training: trace as it runs in training mode; else as in eval mode.
+        training: the value of ``self.training`` that the forward sees.
 
     Raises:
-        TraceError: the forward branches on tensors, has side effects, draws random numbers in Python or NumPy, uses
-            contexts such as autocast, reads values that a graph would keep as constants, was replaced on the instance,
-            or raises any other error while torch.fx runs it.
+        TraceError: the forward branches on tensors, has side effects, draws random numbers in Python or NumPy, switches
+            autocast or gradients, hands functions to torch's checkpoint, takes tensors through ``*args`` or
+            ``**kwargs``, builds containers such as named tuples, reads values that a graph would keep as constants or
+            tensors that are neither parameter nor buffer, was replaced on the instance, is the graph of a torch.export
+            program, or raises any other error while torch.fx runs it.
     """
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")

@@ -16,12 +16,13 @@ from torch import nn
 
 
 def rebind_closures(original: nn.Module, copied: nn.Module) -> None:
-    """Let functions that a copied model holds refer to its own modules, parameters and buffers.
+    """Let functions that a copied model holds refer to the copy's modules, parameters and buffers.
 
-    They are Python functions, bound methods and ``functools.partial`` objects, in attributes and in dicts, lists and
-    tuples that are attributes, as those of hooks are. A new function takes the place of each that refers to the
-    original, which keeps its own: by closure, default values, owner or fixed arguments. What else these hold stays the
-    same object, such as the dict that a hook fills for its author.
+    ``copied`` is changed in place; ``original`` and its functions stay as they are. The functions are Python functions,
+    bound methods and ``functools.partial`` objects, in attributes of modules and in dicts, lists and tuples that are
+    attributes, as those of hooks are. A new function takes the place of each that refers to the original in its
+    closure, default values, owner (``__self__``) or fixed arguments. What else these hold stays the same object, such
+    as the dict that a hook fills for its author.
     """
     rebinder = _Rebinder(_counterparts(original, copied))
     for module in copied.modules():
@@ -45,8 +46,8 @@ def error_text(error: BaseException) -> str:
     """Return the text of an error for a message: its class and its own message, such as ``"ValueError: no batch"``.
 
     A KeyError whose key is a module has another text. It comes from a forward that looks a module up in a dict with
-    modules as keys: the dict holds the original modules, and the model that runs has copies. The text names the
-    function and line that did so, and advises to use names as keys.
+    modules as keys: the dict holds the original modules, and the model that runs has copies. The text begins as
+    ``"forward, line 12 of net.py looks a Conv2d up in a table of modules"``, and advises to use names as keys.
     """
     if not isinstance(error, KeyError) or not error.args or not isinstance(error.args[0], nn.Module):
         return f"{type(error).__name__}: {error}"
@@ -78,9 +79,9 @@ class _Rebinder:
     def rebound(self, item: Any) -> Any:
         """Return a function that refers to the copied model where ``item`` refers to the original; else ``item``.
 
-        ``item`` is a Python function, a bound method or a ``functools.partial``. What it holds is replaced: in its
-        closure, default values, owner or arguments, and in functions among these. The result is then a new object, and
-        ``item`` stays as it is. Anything else is returned as it is, a module or tensor too.
+        A Python function, bound method or ``functools.partial`` is searched: its closure, default values, owner and
+        arguments, and functions among these, but no containers. The result is then a new object, and ``item`` stays as
+        it is. Any other ``item`` is returned as it is, also a module or tensor of the original.
         """
         if isinstance(item, FunctionType):
             return self._rebound_function(item)

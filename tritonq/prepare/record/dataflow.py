@@ -55,12 +55,14 @@ class Value:
             parameter or buffer); ``"unknown"`` (code that torch functions can't see, such as NumPy).
         producer: index of the call that produced it, for source ``"call"``; else None.
         path: for an input the keys that lead to it, the first a position or an argument name, such as ``(0,)`` or
-            ``("x", "mask")``; for state ``(qualified name,)``; else empty.
-        tensor: number of the tensor object that held it. An in-place operation gives the same tensor a new value.
+            ``("x", "mask")``; for state the qualified name, as ``("conv.weight",)``; else empty.
+        tensor: number of the tensor object that held it, counted in the record from 0. An in-place operation gives the
+            same tensor a new value.
         shape: shape of the tensor at that time.
         dtype: dtype of the tensor at that time.
-        consumers: indices of the calls that read it, in order.
-        output_paths: the keys under which the model's result holds it; empty if the model does not return it.
+        consumers: indices of the calls that read it, each once, in order.
+        output_paths: each path of keys under which the model's result holds it, such as ``((0, "boxes"),)``; ``((),)``
+            if it is the result; empty if the model does not return it.
         run: 0; in a record of two runs 1 for the values of the second.
     """
 
@@ -95,17 +97,18 @@ class Call:
         frame: index of the frame that made the call.
         owner: qualified name of the module whose forward made the call: the innermost running one that is no leaf.
         ordinal: for a function, how many functions its frame had called before; for a module, how often the module had
-            been called before.
-        args: positional arguments, with a :class:`Ref` for each tensor.
-        kwargs: named arguments, with a :class:`Ref` for each tensor.
-        output: the result, with a :class:`Ref` for each tensor.
-        inputs: indices of the values read, in order of the arguments.
+            been called before in this run.
+        args: positional arguments, with a :class:`Ref` for each tensor; other objects that are no constants have an
+            :class:`~tritonq.prepare.record.structure.Opaque`.
+        kwargs: named arguments, likewise.
+        output: the result, likewise.
+        inputs: indices of the values read, in order of the arguments, one for each tensor object.
         outputs: indices of the values produced, including new values of tensors that it changed in place.
-        writes: for each tensor changed in place the pair ``(value before, value after)``.
+        writes: for each tensor changed in place, views too, the indices ``(value before, value after)``.
         place: for a function, the position in the source that called it, and how often the same position had called one
-            in this frame before: ``"module:function:position#occurrence"``. Empty for a module, or if not known.
-        use: for a function that writes to its operand, how the source uses the result; see
-            :func:`tritonq.prepare.record.place.use_of_result`. ``"used"`` for all others.
+            in this frame before: ``"models.net:Net.forward:3.8-3.20#0"``. Empty for a module, or if not known.
+        use: for a function that writes to its operand, how the source uses the result: ``"dropped"`` (not at all),
+            ``"rebound"`` (as ``x += y``), ``"temporary"`` (the operand has no name) or ``"used"``, as for all others.
         run: 0, or 1 for calls of the second run that :meth:`Dataflow.joined` added.
         transformed: whether it was made inside of `torch.vmap`, `torch.func.grad` or the like.
         dwarfing: for a sum of two tensors the value that dwarfs the other, by index: its largest magnitude is at least
@@ -138,13 +141,13 @@ class Frame:
     """One run of the forward of a module that is not a leaf.
 
     Attributes:
-        index: position in ``Dataflow.frames``; frame 0 is the model's.
-        owner: qualified name of the module ("" is the model).
+        index: position in ``Dataflow.frames``; frame 0 is the model's in run 0.
+        owner: qualified name of the module (the first name, if it is shared).
         parent: index of the frame that called the module; None for the model's frame.
         args: positional arguments, with a :class:`Ref` for each tensor.
         kwargs: named arguments, with a :class:`Ref` for each tensor.
-        output: the result, with a :class:`Ref` for each tensor.
-        events: what the forward called, in order: ``("call", index)`` or ``("frame", index)``.
+        output: the result, with a :class:`Ref` for each tensor; None if the forward raised an error that was caught.
+        events: what the forward called, in order: ``("call", index in calls)`` or ``("frame", index in frames)``.
         training: whether the module was in training mode.
         run: 0; in a record of two runs 1 for the frames of the second.
     """
@@ -179,8 +182,8 @@ class Dataflow:
     def joined(self, other: Dataflow) -> Dataflow:
         """Return one record that holds this run and, after it, another run of the same model.
 
-        The indices of ``other`` are shifted, and its parts get ``run=1``. A module that each run calls once then has
-        two calls, so that a question about all calls of a module is answered for both runs.
+        Each of the two holds one run and stays as it is. In the result the indices of ``other`` are shifted, and its
+        parts have ``run=1``. A module that each run calls once then has two calls.
         """
         calls, values, frames = len(self.calls), len(self.values), len(self.frames)
         tensors = 1 + max((value.tensor for value in self.values), default=-1)
@@ -299,7 +302,7 @@ class Dataflow:
         return self._calls_by_module.get(module_name, ())
 
     def functions_of(self, owner: str) -> tuple[Call, ...]:
-        """Return every call of a function that the forward of the module ``owner`` made, in order."""
+        """Return every call of a function that the forward of the module ``owner`` made, in order; empty if none."""
         return self._functions_by_owner.get(owner, ())
 
     def frames_of(self, owner: str) -> tuple[Frame, ...]:
@@ -307,7 +310,7 @@ class Dataflow:
         return self._frames_by_owner.get(owner, ())
 
     def frames_returning(self, value: ValueIndex) -> tuple[Frame, ...]:
-        """Return the frames whose whole result is this one value, in the order in which they began."""
+        """Return the frames whose result is this value, not a container of it, in the order in which they began."""
         return self._frames_by_output.get(value, ())
 
     def first_call_in(self, frame: Frame) -> CallIndex | None:
@@ -325,7 +328,7 @@ class Dataflow:
         return frame == outer
 
     def is_state(self, value: ValueIndex) -> bool:
-        """Whether a value is a parameter or buffer."""
+        """Whether a value is a parameter or buffer as the run found it, before any write to it."""
         return self.values[value].source == "state"
 
     @cached_property
@@ -361,7 +364,7 @@ def refs_in(structure: Any) -> tuple[ValueIndex, ...]:
 
 
 def replace_refs(structure: Any, leaf: Callable[[Ref], Any]) -> Any:
-    """Return recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`, which stands for a tensor.
+    """Return a copy of recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`.
 
     Tuples and dicts are searched at any depth. A record holds no other containers: lists are recorded as tuples,
     other mappings and dataclasses as dicts.

@@ -27,10 +27,10 @@ class Run:
 
     Attributes:
         flow: the record of the run.
-        args: positional arguments of the model.
-        kwargs: named arguments of the model.
-        result: what the model returned.
-        modes: for each module, by qualified name, whether it ran in training mode.
+        args: positional arguments of the model, as given; the run read copies of their tensors.
+        kwargs: named arguments of the model, likewise.
+        result: what the model returned, without gradients.
+        modes: for each module, by qualified name, whether it ran in training mode; False for every BatchNorm.
     """
 
     flow: Dataflow
@@ -53,8 +53,8 @@ class Recording:
         in_eval: the run in eval mode.
         in_training: the run in training mode; None if the model can't run so on its example inputs.
         held: qualified names of modules that ran in eval mode in the training run, because their own forward raises an
-            error in training mode. Their children ran in training mode.
-        obstacle: text of the error that kept the model, or the modules in ``held``, from running in training mode; ""
+            error in training mode. Their children ran in training mode. Empty if ``in_training`` is None.
+        obstacle: text of the first error in training mode, such as ``"ValueError: no targets (in 'head', a Head)"``; ""
             if there was none.
     """
 
@@ -80,7 +80,7 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
 
     BatchNorms use their running statistics in both runs, so that a batch of one image is enough. If the forward of a
     module fails in training mode (a detector without targets, for example), that module runs in eval mode and its
-    children still run in training mode.
+    children still run in training mode. If the model fails all the same, there is no training run.
 
     Args:
         model: the model, left as it is. If it is in training mode, submodules in eval mode stay in eval mode.
@@ -90,8 +90,9 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
 
     Raises:
         ValueError: the model rejects ``example_inputs`` in eval mode, or ``training_inputs`` in training mode; it
-            returns an iterator; or it has tensors on the device "meta", which hold no values.
-        TypeError: inputs of another type.
+            returns an iterator in eval mode; it has lazy parameters; or it has tensors on the device "meta", which hold
+            no values.
+        TypeError: inputs of another type, or a dict whose keys are not all strings.
     """
     _check_values(model)
     args, kwargs = example_arguments(example_inputs)
@@ -224,10 +225,10 @@ def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Argu
 
     Args:
         example_inputs: the example inputs.
-        name: name of the argument in the message of the error.
+        name: what the message of the error calls them, such as "training_inputs".
 
     Raises:
-        TypeError: anything else.
+        TypeError: anything else, also a dict whose keys are not all strings.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}

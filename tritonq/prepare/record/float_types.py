@@ -17,7 +17,7 @@ _COMPUTING = ("forward", "_conv_forward", "_output_padding", "__call__")
 def float_type(module: nn.Module, known: Container[type[nn.Module]]) -> type[nn.Module] | None:
     """Return the type among ``known`` that a module computes as; None if it computes something else.
 
-    That is the first known class in the order of inheritance, provided that the module's class overrides no method that
+    That is the first known class in the module's ``__mro__``, provided that the module's class overrides no method that
     computes, and that its forward was not replaced on the instance.
     """
     for base in type(module).__mro__:
@@ -45,7 +45,7 @@ def torch_base(kind: type[nn.Module]) -> type[nn.Module] | None:
 def has_own_parameters(module: nn.Module) -> bool:
     """Whether weight and bias of a layer are its own parameters, not tensors that a parametrization or hook computes.
 
-    A layer without bias counts by its weight alone.
+    Without a bias only the weight counts. False for a module without a weight.
     """
     weight, bias = module._parameters.get("weight"), getattr(module, "bias", None)
     return weight is not None and (bias is None or bias is module._parameters.get("bias"))

@@ -20,8 +20,9 @@ _LARGE = 1e4
 def dwarfing_value(name: str, inputs: Sequence[Tensor], values: Sequence[ValueIndex]) -> ValueIndex | None:
     """Return the index of the value of the summand that dwarfs the other one; None if neither does.
 
-    A summand dwarfs the other if its largest magnitude is at least 10,000, and at least 256 times that of the other,
-    which is finite. None inside of ``torch.vmap`` and the like, where tensors hold no numbers to read.
+    A summand dwarfs the other if its largest magnitude, which may be infinite, is at least 10,000 and at least 256
+    times that of the other, which must be finite. None inside of ``torch.vmap`` and the like, where tensors hold no
+    numbers to read.
 
     Args:
         name: the operation; only "add" and "sub" count.

@@ -26,9 +26,8 @@ def is_leaf(module: nn.Module) -> bool:
 
     True for modules of torch.nn without children, torch's multi-head attention, RepVGG blocks (not subclasses) and
     modules that torch.jit made. A user's subclass of one of torch.nn is a leaf if it inherits the computation
-    unchanged. False for containers, for ``nn.GLU``, and for a
-    convolution or linear layer whose weight or bias a parametrization or hook computes: the calls in their forwards are
-    recorded.
+    unchanged. False for any other module with children, for empty containers, for ``nn.GLU``, and for a convolution or
+    linear layer whose weight or bias a parametrization or hook computes: the calls in their forwards are recorded.
     """
     closed = isinstance(module, nn.MultiheadAttention) and inherits_computation(type(module), nn.MultiheadAttention)
     if closed or isinstance(module, torch.jit.ScriptModule) or type(module) is RepVGGBlock:
