@@ -15,7 +15,7 @@ _NAMES = ("world", "auto")
 
 
 class GroupReference:
-    """Names a process group; stays itself when a model that holds it is copied.
+    """Names a process group; ``copy.deepcopy`` of a model that holds it keeps the same object.
 
     A pickle holds None in place of a group of torch.distributed, and the strings as they are.
 
@@ -40,7 +40,7 @@ class GroupReference:
         """Return the group of ranks that share statistics, or None for this rank alone.
 
         Raises:
-            RuntimeError: a group is wanted and torch.distributed is not initialised.
+            RuntimeError: ``"world"`` or a group was given, and torch.distributed is not initialised.
         """
         if self.process_group is None:
             return None
@@ -66,9 +66,10 @@ class GroupReference:
 
 
 def reduce_range(low: Tensor, high: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return the smallest ``low`` and the largest ``high`` over all ranks, elementwise, by one collective.
+    """Return the smallest ``low`` and the largest ``high`` over all ranks of ``group``, elementwise, by one collective.
 
-    Both have one shape and dtype, the same on every rank; they stay as they are.
+    Every rank of the group has to call it. Both have one shape, signed dtype and device, shape and dtype the same on
+    every rank; they stay as they are.
     """
     both = torch.stack((low, -high))
     dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
@@ -76,9 +77,10 @@ def reduce_range(low: Tensor, high: Tensor, group: ProcessGroup) -> tuple[Tensor
 
 
 def reduce_sums(tensors: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return the sum of each tensor over all ranks, by one collective; the tensors stay as they are.
+    """Return the sum of each tensor over all ranks of ``group``, by one collective; the tensors stay as they are.
 
-    All have one dtype and device; shapes are the same on every rank.
+    Every rank of the group has to call it, with at least one tensor. All have one dtype and device; order, shapes and
+    dtype are the same on every rank.
     """
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, dist.ReduceOp.SUM, group=group)

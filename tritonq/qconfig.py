@@ -48,7 +48,7 @@ class QConfig(NamedTuple):
             ``export_onnx`` writes. None stands for ONNX Runtime.
         round_summands: False: if only an addition reads a layer's result, it is not rounded before the addition, but
             behind it, with the sum. That costs less accuracy at few bits. ONNX Runtime then computes the layer in
-            float, TensorRT fuses it with the addition. It needs ``example_inputs``.
+            float, TensorRT fuses it with the addition. It needs ``example_inputs``. True: summands are rounded.
         folding: how layers with a BatchNorm fold it in training (``"scale"`` suits trained scales, see
             :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer`); None means ``"approximate"``.
         islands: where the tensors around softmax and norms, which compute in float, are rounded. None: where a
@@ -140,8 +140,8 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
     signed symmetric -128..127, per channel except for qnnpack.
 
     Args:
-        backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.
-        version: 0, observers' arithmetic; 1, that of torch's fused operator (rule ``"torch_v1"``).
+        backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``; also the qconfig's ``target``.
+        version: 0: scales as torch.ao's observers compute them; 1: as its fused operator (rule ``"torch_v1"``).
 
     Raises:
         ValueError: unknown backend or version.
@@ -182,7 +182,7 @@ def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
 
 
 def observe_only(quantizer: Callable[..., FakeQuantize], **arguments: Any) -> FakeQuantize:
-    """Return ``quantizer(**arguments)``, which does not round before ``enable_fake_quant`` or ``calibrate``."""
+    """Return ``quantizer(**arguments)``, which only observes until ``enable_fake_quant`` or ``tritonq.calibrate``."""
     made = quantizer(**arguments)
     made.disable_fake_quant()
     return made
@@ -212,10 +212,12 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int, init: Initializ
     """Return the qconfig of LSQ for weights and activations of so many bits.
 
     Scales are trained: one per output channel of a weight (signed, symmetric), one per activation (unsigned, with a
-    zero point). They begin by LSQ's formula, or as ``init`` of `LearnedStepFakeQuantize` says. Weights are rounded
-    before they are multiplied by their BatchNorm's factor; summands are not rounded, but their sum is.
+    zero point). ``init`` says how they begin: ``"lsq"``, by LSQ's formula; ``"mse"``, with the least squared error;
+    ``"observer"``, from the observed range. Weights are rounded before they are multiplied by their BatchNorm's factor;
+    summands are not rounded, but their sum is. The target is ONNX Runtime.
 
     Raises:
+        TypeError: bits that are no whole number.
         ValueError: bits outside 1..32.
     """
     step = LearnedStepFakeQuantize.with_args(init=init)
@@ -365,7 +367,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
       divide the channels.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, for which the message lists the known ones, or torch.ao's (``"x86"``), for which it
+            names :func:`get_default_qat_qconfig`.
 
     Examples:
         >>> get_qconfig("tensorrt").target, get_qconfig("tensorrt").activation().qtype.symmetric

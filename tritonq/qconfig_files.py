@@ -65,15 +65,16 @@ _QSCHEMES = {
 
 
 def save_qconfig_mapping(mapping: QConfigMapping, path: str | os.PathLike[str]) -> None:
-    """Write a mapping as JSON.
+    """Write a mapping as JSON; a file that is there already is replaced.
 
     A qconfig that equals a preset is written by its name. Any other is written as its two factories with their
     arguments, and its options (target, folding, ...) that are not the default.
 
     Raises:
         TypeError: ``mapping`` is no QConfigMapping.
-        ValueError: a qconfig that JSON can't hold: a factory that is no class of tritonq's made by ``with_args``, or an
-            argument that is not plain; the message says which.
+        ValueError: a qconfig that JSON can't hold: a factory that is neither ``nn.Identity`` nor a class of tritonq's
+            (with or without ``with_args``), or an argument that is no plain value, dtype, qscheme, QuantizedType or
+            such a class; the message says which.
         OSError: the file can't be written.
 
     Examples:
@@ -91,12 +92,13 @@ def save_qconfig_mapping(mapping: QConfigMapping, path: str | os.PathLike[str]) 
 
 
 def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
-    """Read a file of :func:`save_qconfig_mapping`, or one written by hand in its form, and return the mapping.
+    """Read a file of :func:`save_qconfig_mapping`, or one written by hand with such fields; return the mapping.
 
     In the example, ``last`` holds the rule for the last layer: its qconfig None leaves that layer in float.
 
     Raises:
-        ValueError: not such a file, a newer version, an unknown preset, class or field; the message says where.
+        ValueError: not such a file, another version, an unknown preset, class or field, or a value that one does not
+            take; the message says where.
         OSError: the file can't be read.
 
     Examples:
@@ -122,10 +124,11 @@ def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
 
     The dict has ``"format"`` and ``"version"``; a qconfig each under ``"global"``, ``"first"``, ``"last"`` and
     ``"inputs"``, as far as there is such a rule; and lists of ``[key, qconfig]`` under ``"types"``, ``"patterns"`` and
-    ``"names"``. Keys are strings; that of a type is the name of its class. A qconfig is None, ``{"preset": name}``
-    (with ``"version"`` for one of torch.ao's backends), or a dict with ``"activation"``, ``"weight"`` and the options
-    that are not the default. These two are factories: ``{"class": name}``, with ``"arguments"`` for one of
-    ``with_args``.
+    ``"names"``; such a list is empty without rules. Keys are strings; that of a type is its class's full name
+    (``"torch.nn.modules.conv.Conv2d"``), or the bare one that was given (``"Conv2d"``). A qconfig is None, ``{"preset":
+    name}`` (with ``"version"`` for one of torch.ao's backends), or a dict with ``"activation"``, ``"weight"`` and the
+    options that are not the default. The first two are factories: ``{"class": name}``, with ``"arguments"``, a dict of
+    values by name, for one of ``with_args``.
 
     Raises:
         ValueError: a qconfig with a factory or an argument that JSON can't hold; the message says which.
@@ -145,7 +148,8 @@ def mapping_from_data(data: Any) -> QConfigMapping:
     """Return the mapping that :func:`mapping_to_data` turned into ``data``.
 
     Raises:
-        ValueError: not such data, another version, an unknown preset, class or field; the message says where.
+        ValueError: not such data, another version, an unknown preset, class or field, or a value that one does not
+            take; the message says where.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a qconfig mapping: it has no format {FORMAT!r}")

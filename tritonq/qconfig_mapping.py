@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     """A qconfig for some modules.
 
     Attributes:
-        key: name of a type, pattern, or name of a module; the mapping's list tells which.
+        key: a class name in ``types`` of the mapping, a regular expression in ``patterns``, a module path in ``names``.
         qconfig: for the modules that the key fits; None leaves them in float.
     """
 
@@ -31,7 +31,8 @@ class Rule(NamedTuple):
 class Place(NamedTuple):
     """The global rule of a mapping, or the one for the first layer, the last layer, or the model's inputs.
 
-    The mapping's attribute that holds it tells which. That attribute is None where there is no such rule.
+    The mapping's attribute that holds it (``global_rule``, ``first``, ``last``, ``inputs``) tells which; it is None
+    where there is no such rule.
 
     Attributes:
         qconfig: for what the rule is about; None leaves it in float.
@@ -52,13 +53,14 @@ class QConfigMapping:
     A ``qconfig`` attribute on a module of the model wins over the mapping, as it does over ``prepare_qat(qconfig=…)``.
 
     Attributes:
-        global_rule: of every module that no other rule fits; None where there is none, which leaves them in float.
-        types: by class name, the full one (``"torch.nn.modules.conv.Conv2d"``) or the bare one (``"Conv2d"``).
-        patterns: by regular expression, which has to match at the beginning of a module's name.
-        names: by module name.
-        first: of the first quantizable layer that the model runs.
-        last: of the last one.
-        inputs: its activation quantizer is that of the model's inputs; None where each input has that of its reader.
+        global_rule: rule of every module that no other rule fits; None: no such rule, they stay in float.
+        types: rules by class name, the full one (``"torch.nn.modules.conv.Conv2d"``) or the bare one (``"Conv2d"``).
+        patterns: rules by regular expression, which has to match at the beginning of a module's path.
+        names: rules by module path, such as ``"layer1.0"``.
+        first: rule of the first quantizable layer that the model runs; None: no such rule.
+        last: rule of the last quantizable layer that the model runs; None: no such rule.
+        inputs: rule whose activation quantizer rounds the model's inputs; None: each input has the activation quantizer
+            of the layer that reads it first.
 
     Source: torch.ao.quantization.QConfigMapping; first and last layer and inputs are tritonq's.
 
@@ -88,7 +90,8 @@ class QConfigMapping:
         None leaves them in float.
 
         Raises:
-            TypeError: ``global_qconfig`` is neither None nor a QConfig with factories of quantizers.
+            TypeError: ``global_qconfig`` is neither None nor a QConfig with factories of quantizers, or its
+                ``round_summands`` is no bool.
             ValueError: it has an unknown target, folding or choice for islands.
         """
         return replace(self, global_rule=Place(_checked(global_qconfig)))
@@ -103,7 +106,7 @@ class QConfigMapping:
 
         Raises:
             TypeError: ``object_type`` is neither a module class nor a string, or ``qconfig`` neither None nor a QConfig
-                with factories of quantizers.
+                with factories of quantizers and a bool as ``round_summands``.
             ValueError: ``qconfig`` has an unknown target, folding or choice for islands.
         """
         name = type_name(object_type)
@@ -113,12 +116,14 @@ class QConfigMapping:
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for modules whose path the pattern matches (``re.match``).
 
-        None leaves them in float. Of several patterns that match, the one that was set first wins. A pattern that is
-        set again keeps its place and gets the new qconfig.
+        None leaves them in float. A match at the beginning of the path is enough: ``"layer1"`` matches ``"layer10"``.
+        Of several patterns that match, the one that was set first wins. A pattern that is set again keeps its place and
+        gets the new qconfig.
 
         Raises:
-            ValueError: not a regular expression.
-            TypeError: the pattern is no string, or ``qconfig`` is neither None nor a QConfig.
+            ValueError: not a regular expression, or ``qconfig`` has an unknown target, folding or choice for islands.
+            TypeError: the pattern is no string, or ``qconfig`` is neither None nor a QConfig with factories of
+                quantizers and a bool as ``round_summands``.
         """
         try:
             re.compile(module_name_regex)
@@ -127,13 +132,15 @@ class QConfigMapping:
         return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the module at path ``"layer1.0"`` and all in it.
+        """Return a copy of the mapping with a qconfig for the module at a path such as ``"layer1.0"`` and all in it.
 
-        None leaves them in float.
+        None leaves them in float. A path that is set again gets the new qconfig.
 
         Raises:
-            ValueError: ``module_name`` is empty or no string.
-            TypeError: ``qconfig`` is neither None nor a QConfig.
+            ValueError: ``module_name`` is empty or no string, or ``qconfig`` has an unknown target, folding or choice
+                for islands.
+            TypeError: ``qconfig`` is neither None nor a QConfig with factories of quantizers and a bool as
+                ``round_summands``.
         """
         if not isinstance(module_name, str) or not module_name:
             raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
@@ -145,7 +152,9 @@ class QConfigMapping:
         None leaves it in float.
 
         Raises:
-            TypeError: ``qconfig`` is neither None nor a QConfig.
+            TypeError: ``qconfig`` is neither None nor a QConfig with factories of quantizers and a bool as
+                ``round_summands``.
+            ValueError: ``qconfig`` has an unknown target, folding or choice for islands.
         """
         return replace(self, first=Place(_checked(qconfig)))
 
@@ -153,19 +162,25 @@ class QConfigMapping:
         """Return a copy of the mapping with a qconfig for the last quantizable layer that the model runs.
 
         None leaves it in float. This rule wins if the last layer is the first one, too.
+
+        Raises:
+            TypeError: ``qconfig`` is neither None nor a QConfig with factories of quantizers and a bool as
+                ``round_summands``.
+            ValueError: ``qconfig`` has an unknown target, folding or choice for islands.
         """
         return replace(self, last=Place(_checked(qconfig)))
 
     def set_input(self, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the model's inputs and whatever moves them.
+        """Return a copy of the mapping with a qconfig for the model's inputs and what only moves their values.
 
         None leaves them in float, and with them the layers that read them. Without this rule an input gets the
         activation quantizer of the qconfig of the layer that reads it first, or, if that qconfig makes none, that of
         the model's qconfig.
 
         Raises:
-            TypeError: ``qconfig`` is neither None nor a QConfig with two factories of quantizers.
-            ValueError: it has an unknown option.
+            TypeError: ``qconfig`` is neither None nor a QConfig with factories of quantizers and a bool as
+                ``round_summands``.
+            ValueError: ``qconfig`` has an unknown target, folding or choice for islands.
 
         Examples:
             >>> import tritonq
@@ -191,16 +206,17 @@ class QConfigMapping:
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
         """Return the qconfig of every module of ``model`` by the strongest rule that fits; None leaves it in float.
 
-        Each value is the rule's own ``QConfig``, or None. A ``qconfig`` attribute on a module does not count here:
-        `prepare_qat` puts it in place of the rule's afterwards.
+        Keys are ``model`` and all modules in it; one with several paths goes by the first. Each value is the rule's own
+        ``QConfig``, not a copy, or None. A ``qconfig`` attribute on a module does not count here: `prepare_qat`
+        puts it in place of the rule's afterwards.
 
         Args:
             model: the float model.
             order: paths of the first and the last quantizable layer that it runs; None: unknown.
 
         Raises:
-            ValueError: a rule that fits no module (the message names near misses), a mapping without rules, or one that
-                speaks of the first or last layer where ``order`` is None.
+            ValueError: a rule by name, pattern or type that fits no module (the message names near misses), a mapping
+                without rules, or one with a rule for the first or last layer where ``order`` is None.
         """
         if not list(self.qconfigs()):
             raise ValueError("the qconfig mapping has no rule: its set_ methods return a new mapping, keep that")
@@ -288,7 +304,7 @@ def _upwards(name: str) -> Iterator[str]:
 
 
 def check_qconfig(found: object, where: str, expected: str = "a QConfig or None") -> None:
-    """Check that what a user gave is a QConfig with factories of quantizers and known options; None is not one.
+    """Check that what a user gave is a QConfig with factories of quantizers and known options.
 
     Args:
         found: what was given.
@@ -296,7 +312,8 @@ def check_qconfig(found: object, where: str, expected: str = "a QConfig or None"
         expected: what the error's text says was expected.
 
     Raises:
-        TypeError: it is something else, a factory is no function or class, or ``round_summands`` is no bool.
+        TypeError: it is something else, None too; a factory is a module or cannot be called; or ``round_summands`` is
+            no bool.
         ValueError: an unknown target, folding or choice for islands.
     """
     if not isinstance(found, QConfig):
@@ -321,7 +338,8 @@ def check_qconfig(found: object, where: str, expected: str = "a QConfig or None"
 def describe_wrong_qconfig(found: object) -> str:
     """Return what was given instead of a QConfig, in words for an error's text.
 
-    Another library's QConfig and a string come with advice; else it is ``"None"`` or the name of the class.
+    Another library's QConfig and a string come with advice; else it is ``"None"`` or the name of the class of
+    ``found``, such as ``"dict"``.
     """
     kind = type(found)
     if kind.__name__ == "QConfig":

@@ -29,7 +29,8 @@ MEGENGINE_EPS = 1e-5
 def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:
     """Return the zero point of a symmetric type, which does not depend on the range; None for an affine type.
 
-    It is 0 for signed codes, and the middle of unsigned ones (128 of 0..255); 0 for both by the rule ``"megengine"``.
+    It is 0 for signed codes (float codes are), and the middle of unsigned ones, rounded up (128 of 0..255); 0 for both
+    by the rule ``"megengine"``.
     """
     fixed = qtype.fixed_zero_point
     return 0 if rule == "megengine" and fixed is not None else fixed
@@ -67,8 +68,8 @@ def range_to_qparams(
 
     - ``"torch"`` (torch.ao observers): symmetric ``s = max(max(-m, M) / (q/2), eps)`` with the type's fixed zero
       point; affine ``s = max((M - m)/q, eps)``, ``z = clamp(quant_min - round_half_even(m/s), quant_min, quant_max)``.
-    - ``"megengine"``: the same scales with eps 1e-5; symmetric ``z = 0``, for unsigned codes too; affine
-      ``z = quant_min - round_half_away(m/s)``, not clamped.
+    - ``"megengine"``: the same scales, by default with eps 1e-5; symmetric ``z = 0``, for unsigned codes
+      too; affine ``z = quant_min - round_half_away(m/s)``, not clamped.
     - ``"torch_v1"`` (torch's fused observe and fake-quantize operator), of 8 bits: symmetric
       ``s = max(|m|/128, M/127)``; a range with values of one sign is taken as affine. It ignores eps, and exists so
       that such checkpoints can be reproduced. It has no float codes. `tritonq.torch_v1_qparams` has it whole.
@@ -79,15 +80,15 @@ def range_to_qparams(
     (:func:`fixed_zero_point`) or else ``z = 0`` clamped into the code range.
 
     Args:
-        min_val: float tensor, 0-d or (channels,).
-        max_val: as ``min_val``.
-        qtype: the grid.
+        min_val: float tensor of the smallest values: 0-d or (1,), or one element per channel or group.
+        max_val: the largest values, of the same shape.
+        qtype: the type of the codes; its axis and group are not used.
         rule: which system's formula.
         eps: floor under the scale; None: 1e-5 for ``"megengine"``, 2^-23 for ``"torch"``. ``"torch_v1"`` ignores it.
-        ordered: whether the caller knows that every range was observed and is finite.
+        ordered: whether the caller knows that every range was observed and is finite, which is then not checked.
 
     Returns:
-        Scale as float32 and zero point as int32, shaped like ``min_val``.
+        Scale as float32 and zero point as int32, new tensors of ``min_val``'s shape and device.
 
     Raises:
         ValueError: unknown rule, one without float codes for them, or ranges of different shapes.
@@ -127,15 +128,15 @@ def number_to_qparams(
 ) -> tuple[float, int]:
     """Return ``(scale, zero_point)`` of one range in Python numbers, bit for bit as :func:`range_to_qparams`.
 
-    The range must be finite and have ``min_val <= max_val``. On a CPU this is faster than operators on tensors of one
-    element.
+    The range must be finite and have ``min_val <= max_val``; neither is checked. On a CPU this is faster than
+    operators on tensors of one element.
 
     Args:
         min_val: smallest value seen.
         max_val: largest value seen.
         qtype: the type of the codes.
         rule: ``"torch"`` or ``"megengine"``: the formula.
-        eps: the smallest scale.
+        eps: floor under the scale, such as 1e-5.
     """
     with np.errstate(over="ignore"):
         scale, zero_point = _linear_qparams(np.float32(min_val), np.float32(max_val), qtype, rule, eps)
@@ -150,8 +151,8 @@ def is_readable(values: Tensor) -> bool:
 def known_ordered(low: Tensor, high: Tensor) -> bool:
     """Whether every range is known to have ``low <= high``, both finite.
 
-    False if finding out would need a synchronisation with a device or a break in a traced graph. True if there is no
-    range, in empty tensors.
+    False if finding out would need a synchronisation with a device or a break in a traced graph, and at NaN. True
+    for empty tensors on a CPU.
 
     Args:
         low: any shape.

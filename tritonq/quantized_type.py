@@ -45,7 +45,7 @@ def check_rounding(rounding: str) -> None:
 
 @dataclass(frozen=True)
 class QuantizedType:
-    """A grid without its scale: which codes exist, whether zero is pinned, and how values are rounded to it.
+    """A grid without its scale: which codes exist, whether the zero point is fixed, and how values are rounded to it.
 
     ``code = clip(round(x / scale) + zero_point, quant_min, quant_max)``, ``value = (code - zero_point) * scale``. Codes
     of floats (:meth:`of_floats`) have no zero point: ``value = float(code) * scale``.
@@ -54,7 +54,7 @@ class QuantizedType:
         quant_min: smallest code.
         quant_max: largest code.
         symmetric: the zero point is fixed (0 for signed codes, the middle of the range for unsigned ones).
-        axis: axis that carries one scale per index, or None for one scale per tensor.
+        axis: axis of the quantized tensor with one scale per index, -1 for the last; None: one scale per tensor.
         rounding: ``"half_even"`` multiplies by the reciprocal scale and rounds ties to even (torch, F8Net);
             ``"half_away"`` divides by the scale and rounds ties away from zero (MegEngine).
         codes: ``"integer"``, or a key of :data:`tritonq.formats.FLOAT_FORMATS`, whose codes are counted from the
@@ -148,7 +148,9 @@ class QuantizedType:
 
     @classmethod
     def of_floats(cls, codes: FloatCodes, axis: int | None = None) -> QuantizedType:
-        """Build the type whose values are the finite numbers of a float format times the scale.
+        """Build the type whose values are the finite numbers of the format ``codes`` times the scale.
+
+        ``axis`` is the axis with one scale per index; None: one scale per tensor.
 
         Raises:
             ValueError: an unknown format.
@@ -169,7 +171,7 @@ class QuantizedType:
 
     @property
     def reach(self) -> float:
-        """Largest value of a symmetric range in scales, ``(quant_max - quant_min) / 2``; 127.5 for int8.
+        """Largest value of a symmetric range in steps, ``(quant_max - quant_min) / 2``; 127.5 for -128..127.
 
         Of float codes it is the format's largest number.
         """
@@ -208,11 +210,11 @@ class QuantizedType:
 
     @property
     def row_type(self) -> QuantizedType:
-        """The type with one scale per row, for a matrix with a group in each row; without groups the type itself."""
+        """The type for a tensor split into one row per group, with axis 0; without groups the type itself."""
         return self if self.group is None else replace(self, axis=0, group=None)
 
     def to_data(self) -> dict[str, Any]:
-        """Return a dict of the fields by name, as files hold them; ``group`` is left out without groups."""
+        """Return a dict of the fields, ``{"quant_min": -128, …}``, as files hold it; no ``group`` if it is None."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.group is None:
             del named["group"]
@@ -229,7 +231,7 @@ class QuantizedType:
 
     @property
     def qscheme(self) -> torch.qscheme:
-        """Symmetric or affine, per tensor or per channel, as torch names it."""
+        """Symmetric or affine, per tensor or per channel (as which groups count), as ``torch.per_channel_affine``."""
         if self.axis is None:
             return torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
         return torch.per_channel_symmetric if self.symmetric else torch.per_channel_affine
@@ -253,7 +255,7 @@ class QuantizedType:
         return replace(self, axis=axis, group=None)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
-        """Return a copy of the type with other smallest and largest codes."""
+        """Return a copy of the type with other smallest and largest codes; float codes take only their own."""
         return replace(self, quant_min=quant_min, quant_max=quant_max)
 
 
@@ -285,7 +287,7 @@ class WithQuantizedType:
 
     @property
     def ch_axis(self) -> int:
-        """The axis of the channels; -1 if there is one range or scale for the tensor."""
+        """The axis of the channels or groups; -1 also if there is one range or scale for the tensor."""
         return -1 if self.qtype.axis is None else self.qtype.axis
 
 
@@ -332,12 +334,13 @@ def type_from_arguments(
             by ``quant_min`` and ``quant_max``; other torch dtypes ignore it. It contradicts a QuantizedType or a name.
         quant_min: smallest code; None, with ``quant_max``: all codes of the dtype, or those of the QuantizedType.
         quant_max: largest code.
-        ch_axis: for schemes per channel, else ignored; None: 0, or that of the QuantizedType.
+        ch_axis: axis of schemes per channel, and of a QuantizedType with one; else ignored. None: 0, or the type's own.
         rounding: None: "half_even", or that of the QuantizedType.
 
     Raises:
-        ValueError: an unsupported qscheme, dtype or rounding, a code range that is empty, half-given or wider than a
-            torch dtype, or arguments that contradict the QuantizedType or the name.
+        TypeError: ``quant_min``, ``quant_max`` or ``ch_axis`` is no whole number.
+        ValueError: an unsupported qscheme, dtype, name or rounding, a code range that is empty, half-given, wider than
+            a torch dtype or not that of float codes, or arguments that contradict the QuantizedType or the name.
     """
     if (quant_min is None) != (quant_max is None):
         raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")

@@ -30,8 +30,8 @@ class FollowingGrid:
         scale: the quantizer's scale, updated in place.
         zero_point: its zero point, updated in place.
         qtype: type of the codes.
-        rule: how a range becomes scale and zero point.
-        eps: the smallest scale.
+        rule: ``rule`` of :func:`tritonq.qparams.range_to_qparams`, such as ``"torch"``.
+        eps: floor under the scale.
     """
 
     scale: Tensor
@@ -50,7 +50,7 @@ class RankState:
         highest: tensors of which all ranks take the largest values, elementwise.
         first: tensors of which all ranks take the first rank's values.
         grid: scale and zero point that follow from the merged range; ``lowest`` and ``highest`` then have one tensor
-            each.
+            each, with as many elements as the scale. None: none follows.
     """
 
     lowest: Sequence[Tensor] = ()
@@ -65,7 +65,7 @@ class SharesRange(nn.Module):
     A subclass calls :func:`join_ranks`, without arguments, when it observes, and its :meth:`rank_state` returns a
     :class:`RankState` with its running minimum in ``lowest`` and its running maximum in ``highest``. After each forward
     in training these are overwritten, in place, by the smallest and the largest of all ranks. A quantizer without such
-    a range, or whose scale is trained, gives what the first rank has for all, in ``first``.
+    a range, or whose scale is trained, puts into ``first`` the tensors that all ranks are to take from the first rank.
     """
 
     def rank_state(self) -> RankState:
@@ -76,9 +76,9 @@ class SharesRange(nn.Module):
         return RankState()
 
     def follow_ranks(self) -> None:
-        """Update what depends on the tensors of :meth:`rank_state`, after they were made equal on all ranks.
+        """Update what depends on the tensors of :meth:`rank_state`; called by :func:`merge_ranges` after merging.
 
-        Scale and zero point in ``RankState.grid`` are updated already. This base class has nothing else.
+        Scale and zero point in ``RankState.grid`` are updated already. In this base class it does nothing.
         """
 
 
@@ -87,9 +87,9 @@ _QUANTIZERS: WeakKeyDictionary[nn.Module, list[SharesRange]] = WeakKeyDictionary
 
 
 def join_ranks() -> None:
-    """Let the DistributedDataParallel whose forward is running merge its quantizers' ranges after each forward.
+    """Let the DistributedDataParallel whose forward is running merge its quantizers' ranges, after this and later ones.
 
-    Quantizers call it when they observe. Nothing happens if none is running, or if it does so already.
+    Quantizers call this when they observe. Nothing happens outside such a forward, or if the merging was set up before.
     """
     if torch.compiler.is_compiling():
         _join_while_tracing()
@@ -130,9 +130,10 @@ def _join() -> None:
 def share_ranges(parallel: DistributedDataParallel, inputs: Any, output: Any) -> None:
     """Merge the ranges of a model in training mode over its ranks; a forward hook of DistributedDataParallel.
 
-    All ranks take the smallest minimum and the largest maximum of all; where scales are trained, the first rank's.
+    All ranks take the smallest minimum and the largest maximum of all; of trained scales, the first rank's.
 
-    Nothing is merged under ``parallel.join()``: ranks whose data have ended run no forward.
+    Nothing is merged in eval mode, with one rank, and under ``parallel.join()``: ranks whose data have ended run no
+    forward.
 
     Args:
         parallel: the wrapped model.
@@ -154,14 +155,15 @@ def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None
     """Merge what each quantizer's :meth:`SharesRange.rank_state` names over all ranks, in place, in one collective.
 
     All ranks take the smallest of ``lowest``, the largest of ``highest`` and the first rank's of ``first``. Where a
-    range moved, scale and zero point in ``grid`` follow from it. Then each ``follow_ranks`` is called.
+    merge changed a range, scale and zero point in ``grid`` follow from it. Then each ``follow_ranks`` is called. If no
+    quantizer names a tensor, nothing is done.
 
     From equal ranges, the moving averages of the ranks' batches become that of the joint batch: ``min(m + c (a - m),
     m + c (b - m)) = m + c (min(a, b) - m)``. Merging again changes nothing. Nothing is read back from the device.
 
     Args:
         quantizers: the same on every rank, on one device.
-        group: a group of torch.distributed.
+        group: a group of torch.distributed; all of its ranks must make this call.
     """
     states = [quantizer.rank_state() for quantizer in quantizers]
     lowest = [tensor for state in states for tensor in state.lowest]

@@ -17,9 +17,10 @@ class TrainingRecipe:
     """A schedule for fine-tuning a trained float model with rounding.
 
     Attributes:
-        learning_rate: of SGD with momentum 0.9 at the start, from where half a cosine takes it to 0.
+        learning_rate: of SGD with momentum 0.9 at the first step; half a cosine takes it to 0 at the end.
         weight_decay: of weights and biases; :func:`tritonq.parameter_groups` leaves scales and normalizations out.
-        frozen_share: the fraction of the steps, at the end, in which ranges and BatchNorm statistics stay as they are.
+        frozen_share: the fraction (0 to 1) of the training steps, at the end, in which ranges and BatchNorm statistics
+            stay as they are; 0: none.
 
     Examples:
         >>> TrainingRecipe(learning_rate=0.01, weight_decay=0.0, frozen_share=0.5).frozen_share
@@ -42,10 +43,10 @@ _FEW = 5
 def recipe_for(qconfig: QConfig | QConfigMapping) -> TrainingRecipe:
     """Return the recipe for a qconfig, or for a mapping by the fewest bits of its rules.
 
-    :data:`FEW_BITS` where some weight or activation has fewer than five bits, else :data:`EIGHT_BITS`: what
-    ``python -m tritonq train`` does unless its options say otherwise. They are starting points: the rates were chosen
-    on 5,000 held-out images of Fashion-MNIST for a residual net, with two epochs and batches of 100. Where evaluation
-    falls behind training all the same, :func:`tritonq.reestimate_batch_norm` helps.
+    :data:`FEW_BITS` where some weight or activation has fewer than five bits, else :data:`EIGHT_BITS` (also where all
+    is left in float): what ``python -m tritonq train`` does unless its options say otherwise. They are starting points:
+    the rates were chosen on 5,000 held-out images of Fashion-MNIST for a residual net, with two epochs and batches of
+    100. Where evaluation falls behind training all the same, :func:`tritonq.reestimate_batch_norm` helps.
 
     Raises:
         TypeError: neither a QConfig nor a QConfigMapping.

@@ -14,7 +14,7 @@ from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def enable_observer(module: nn.Module) -> None:
-    """Let fake quantizers in ``module`` update their ranges in training.
+    """Let fake quantizers in ``module`` update their ranges, tritonq's in training mode only.
 
     Examples:
         >>> import torch, tritonq
@@ -27,7 +27,7 @@ def enable_observer(module: nn.Module) -> None:
 
 
 def disable_observer(module: nn.Module) -> None:
-    """Stop fake quantizers in ``module`` from updating their ranges.
+    """Stop fake quantizers in ``module`` from updating their ranges; they keep the last ones.
 
     Examples:
         >>> import torch, tritonq
@@ -40,7 +40,7 @@ def disable_observer(module: nn.Module) -> None:
 
 
 def enable_fake_quant(module: nn.Module) -> None:
-    """Let fake quantizers in ``module`` round.
+    """Let fake quantizers in ``module`` round; those of tritonq that have no range yet still let values pass.
 
     Examples:
         >>> import torch, tritonq
@@ -53,7 +53,7 @@ def enable_fake_quant(module: nn.Module) -> None:
 
 
 def disable_fake_quant(module: nn.Module) -> None:
-    """Let values pass the fake quantizers in ``module`` unrounded.
+    """Let values pass the fake quantizers in ``module`` unrounded; observers go on.
 
     Examples:
         >>> import torch, tritonq
@@ -68,7 +68,8 @@ def disable_fake_quant(module: nn.Module) -> None:
 def freeze_bn_stats(module: nn.Module) -> None:
     """Let fused BatchNorms in ``module`` use their running statistics, in training too, and not update these.
 
-    Fixed-point layers still train with the statistics of each batch, as F8Net does.
+    BatchNorms that are modules of their own stay as they are. Fixed-point layers still train with the statistics of
+    each batch, as F8Net does.
 
     Examples:
         >>> import torch, tritonq

@@ -41,7 +41,7 @@ def rectify_(y: Tensor, ceiling: float | None) -> Tensor:
 def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
     """Return the gradient of :func:`rectify` from its result ``y``: ``dy`` where ``0 < y < ceiling``, else 0.
 
-    ``dy`` passes at NaN too, and at infinity if that is the ceiling.
+    ``dy`` passes where ``y`` is NaN too, and where ``y`` is infinity if that is the ceiling.
     """
     if ceiling == math.inf:
         return torch.ops.aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
@@ -69,8 +69,8 @@ def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 
     Args:
         y: float32 or float64, before the ReLU.
-        grid: per tensor; its scale and zero point are updated.
-        statistics: the running range. If it is None, frozen or switched off, nothing is updated.
+        grid: per tensor; its scale and zero point are updated in place.
+        statistics: the running range, updated in place. If it is None, frozen or switched off, nothing is updated.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one; None: no ReLU.
 
     Returns:
@@ -153,13 +153,13 @@ def straight_through_(
     finite: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return ``dy`` where neither ReLU nor the clip blocks it, else 0; 0 at NaN.
+    """Return ``dy`` where neither ReLU nor the clip blocks it, else 0; both block where ``y`` is NaN.
 
-    The ReLU passes ``0 < y < ceiling``, the clip values whose rounded, unclipped code is a code. Without either, ``dy``
-    itself is returned.
+    The ReLU passes ``0 < y < ceiling`` (a plain one infinity, too), the clip values whose rounded, unclipped code lies
+    in ``quant_min..quant_max``. Without either, nothing is blocked, and the result may be ``dy`` itself.
 
     Args:
-        dy: float32 or float64; broadcast to ``y``.
+        dy: in the dtype of ``y``, float32 or float64; shaped as ``y`` or 0-d.
         y: the values before ReLU and rounding; may be overwritten.
         grid: of the quantizer, per tensor; None, or switched off: there is no clip.
         ceiling: upper bound of the ReLU before it, infinity for a plain one; None: no ReLU.
@@ -187,8 +187,8 @@ def straight_through_(
 def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
     """Return a new bool tensor: where neither the ReLU nor the quantizer's clip blocks the gradient.
 
-    A ReLU passes ``0 < y < ceiling`` (a plain one infinity, too), the clip values whose unclipped code is a code;
-    neither passes NaN.
+    A ReLU passes ``0 < y < ceiling`` (a plain one infinity, too), the clip values whose rounded, unclipped code lies in
+    ``quant_min..quant_max``; neither passes NaN.
 
     Args:
         y: values before ReLU and rounding; not changed.

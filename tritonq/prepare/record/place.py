@@ -1,8 +1,8 @@
 """Find where in the source a torch function is called: which function calls it, and at which lines and columns.
 
-A *place* is a text ``"module:function:position"``, such as ``"models.net:Net.forward:3.8-3.20"``: lines count from the
-first line of the function or of its decorators, which is 0. A *frame* is here a frame of the Python interpreter
-(``types.FrameType``).
+A *place* is a text ``"module:function:position"``, such as ``"models.net:Net.forward:3.8-3.20"``, from line 3, column 8
+to line 3, column 20. Lines count from the first line of the function or of its decorators, which is 0. A *frame* is
+here a frame of the Python interpreter (``types.FrameType``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WRAPPER_FILES = frozenset(str(_TORCH / name) for name in _WRAPPERS)
 
 
 def calling_place(frame: FrameType | None) -> str:
-    """Return the place at which a frame is calling something now; "" for None.
+    """Return the place of the call that a frame is making now; "" for None, or if all frames are skipped.
 
     Python functions of torch that only hand their call on are skipped: the place is that of their caller.
     """
@@ -39,7 +39,7 @@ def calling_frame(frame: FrameType | None) -> FrameType | None:
     """Return the first frame, from this one outwards, that is no Python function of torch which hands its call on.
 
     Such functions are those of ``_tensor.py``, ``functional.py``, ``overrides.py``, ``_jit_internal.py``,
-    ``nn/functional.py`` and ``utils/_device.py`` in torch's folder. None if there is no other frame.
+    ``nn/functional.py`` and ``utils/_device.py`` in torch's folder. None for None, or if there is no other frame.
     """
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
@@ -47,7 +47,7 @@ def calling_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool], beyond: CodeType | None = None) -> str:
-    """Return the place at which a frame calls, or "" if the frame does not belong to the forward in question.
+    """Return the place at which a frame calls, or "" if the frame is not in the forward that ``ends`` finds.
 
     A frame inside of another module's call does not belong to it. Hooks belong to the forward that calls the module on
     which they are registered.
@@ -71,12 +71,12 @@ def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool],
 
 
 def is_call_of(module: nn.Module | None, frame: FrameType) -> bool:
-    """Whether a frame runs the function of torch that calls ``module`` with its hooks; False for None."""
+    """Whether a frame runs the function of torch that calls ``module`` with its hooks; False if ``module`` is None."""
     return frame.f_code is _CALL_WITH_HOOKS and frame.f_locals.get("self") is module
 
 
 def plain_function(function: Any) -> Any:
-    """Return the function inside of a callable: ``functools.partial`` objects and bound methods are unwrapped."""
+    """Return the function inside of a ``functools.partial`` object or bound method; anything else as it is."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__func__", function)
@@ -97,8 +97,8 @@ def use_of_result(frame: FrameType | None) -> Use:
     """Return how a frame uses the result of the call that it is making now.
 
     - ``"dropped"``: not at all, as with ``x.relu_()`` on a line of its own.
-    - ``"rebound"``: it assigns it to the name of the operand, as with ``x += y``.
-    - ``"temporary"``: it uses it, and the operand has no name, as with ``f(x).mul_(y)``.
+    - ``"rebound"``: it assigns it to the left operand, as with ``x += y``.
+    - ``"temporary"``: it uses it, and calls a method of what a call or operator returned: ``f(x).mul_(y)``.
     - ``"used"``: in any other way, or not known.
 
     Python functions of torch that only hand their call on are skipped. None gives ``"used"``.
@@ -144,11 +144,11 @@ _CALL_WITH_HOOKS = next(code for code in _MODULE_CALL.co_consts if getattr(code,
 def place_name(module: dict[str, Any], code: CodeType, instruction: int) -> str:
     """Return the place of an instruction: module, function, lines and columns.
 
-    Lines and columns are the same in every version of Python. If Python keeps no positions (``-X no_debug_ranges``),
-    the offset of the instruction stands for them, as ``"@24"``.
+    Lines and columns are the same in every version of Python. If Python keeps none for the instruction, as with
+    ``-X no_debug_ranges``, its offset stands for them, as ``"@24"``.
 
     Args:
-        module: globals of the module that holds the function.
+        module: globals of the module that holds the function; ``"__name__"`` gives the module's name.
         code: code object of the function.
         instruction: offset of the instruction in bytes.
     """
@@ -180,7 +180,7 @@ def function_name(frame: FrameType) -> str:
 
 
 def function_of_place(place: str) -> str:
-    """Return the part ``"module:function"`` of a place."""
+    """Return the part ``"module:function"`` of a place; "" for ""."""
     return place.rpartition(":")[0]
 
 
@@ -217,10 +217,10 @@ def _positions(code: CodeType) -> list[_Position]:
 
 
 def traced_places() -> list[tuple[CodeType, str]]:
-    """Return ``(code object, place)`` of each function that ``torch.compile`` is tracing now, the innermost first.
+    """Return ``(code object, place of the instruction)`` of each function that Dynamo is tracing now, innermost first.
 
-    Python functions of torch that only hand their call on are left out. To be called while Dynamo traces: it finds
-    Dynamo's translators on the stack of Python.
+    Python functions of torch that only hand their call on are left out. To be called by what Dynamo
+    (``torch.compile``) runs while it traces, in the same thread; elsewhere the list is empty.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 

@@ -94,15 +94,15 @@ class _OpenValue:
 
 
 class Recorder:
-    """Record one run of one model, without gradients. :meth:`run` returns the record and leaves the model as it was.
+    """Record one run of one model, without gradients. :meth:`run`, called once, leaves the model as it was.
 
     Args:
         model: the model.
-        modes: whether each module runs in training mode, by module, the model itself too; None: all run in eval mode.
-        passing: names of modules that returned their input in another run; their calls count as one operation here.
+        modes: for every module, the model itself too, whether it runs in training mode; None: all run in eval mode.
+        passing: names (``"layer1.0"``) of modules that returned their input in another run: a call is one operation.
 
     Attributes:
-        result: what the model returned; None before :meth:`run`.
+        result: what the model returned; None before :meth:`run`, and if it failed.
 
     Raises:
         ValueError: the model has lazy parameters, whose shapes a first run would decide.
@@ -130,11 +130,11 @@ class Recorder:
         self._passing = passing
 
     def running(self) -> list[nn.Module]:
-        """Return the modules whose forwards were not over when the run failed, innermost first; else an empty list."""
+        """Return the modules whose forwards were not over when :meth:`run` failed, innermost first; else ``[]``."""
         return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
-        """Run the model with copies of these arguments and return the record of the run."""
+        """Run the model with clones of tensors and fixed seeds; return the record. What the model raises is raised."""
         snapshot = ModelSnapshot(self.model)
         handles = []
         try:
@@ -175,7 +175,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Return ``function(*args, **kwargs)``; record the call, if not left out, and its place in ``caller``."""
+        """Record a call, if not left out, and its place in ``caller``; return its result, inputs in it as views."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]

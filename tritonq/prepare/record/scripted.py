@@ -13,10 +13,10 @@ from torch.nn.modules import module as module_hooks
 
 @contextmanager
 def listening_to_scripted(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """Call ``hook`` after each call of any module in the block, if ``modules`` holds one that torch.jit made.
+    """Call ``hook`` after each module call while the block runs, if ``modules`` holds one that torch.jit made.
 
-    Such modules take no hooks of their own, so that the hook is registered for all modules, and must leave the others
-    alone. What it returns replaces the result, unless it is None.
+    Such modules take no hooks of their own, so that the hook is registered for all modules of the process. It must
+    return None for those that are not torch.jit's or not in ``modules``. What else it returns replaces the result.
 
     Args:
         modules: all modules of the model.

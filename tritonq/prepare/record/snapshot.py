@@ -54,7 +54,8 @@ class ModelSnapshot:
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """If the block raises, undo its edits of the model, and raise the error again.
 
-    Put back are classes, modes, attributes, children, hooks and buffers of all modules, not values of parameters.
+    Put back are classes, modes, attributes, children, hooks and buffers of all modules that the model had when the
+    block began, not values of parameters.
     """
     snapshot = ModelSnapshot(model)
     try:
@@ -67,7 +68,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, also if its modules hold results of computations, which torch refuses to copy.
 
-    Such tensors are detached in the copy. Pruning and the old ``weight_norm`` leave the computed weight on the module;
+    The copy has detached clones of these. Pruning and the old ``weight_norm`` leave the computed weight on the module;
     forwards may leave activations there, also in lists and dicts. Functions that hold modules of the model, such as
     hooks, hold those of the copy in it.
 
@@ -172,12 +173,18 @@ class _BufferState:
 
 
 def tensor_version(tensor: Tensor) -> int:
-    """Return how often the tensor's storage was written in place; 0 for inference tensors, which do not count."""
+    """Return torch's count of writes in place, which views share; 0 for inference tensors, which have none.
+
+    Some operators are not counted, such as ``batch_norm``, which writes running statistics.
+    """
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def tensor_storage(tensor: Tensor) -> int:
-    """Return a number that identifies a tensor's storage among all living ones; two views of one tensor share it."""
+    """Return a number that identifies a tensor's storage among all living ones; two views of one tensor share it.
+
+    For a tensor without one storage, such as a sparse one, it is the ``id`` of the tensor object.
+    """
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and other tensors without one storage
@@ -188,8 +195,11 @@ def tensor_storage(tensor: Tensor) -> int:
 def preserved_random_state(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Restore the random state of Python, NumPy and torch (CPU, and the GPUs that hold the model) when the block ends.
 
-    With a ``seed`` all three generators begin the block with it, so that two blocks draw the same numbers. None: they
-    go on from where they are.
+    So it is after an error too. With a ``seed`` (0..2^32-1) all three, torch's on every GPU, begin the block with it,
+    so that two blocks draw the same numbers. None: they go on from where they are.
+
+    Raises:
+        ValueError: a seed outside 0..2^32-1.
     """
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})

@@ -32,7 +32,8 @@ class Opaque:
 def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
     """Return ``(key, entry)`` pairs of a container; None if ``item`` is no container.
 
-    Tuples and lists have integer keys, mappings their own keys, dataclasses the names of their fields.
+    Keys are indices for tuples and lists, a mapping's own keys, and field names for instances of dataclasses. Nothing
+    else is a container.
     """
     if isinstance(item, Mapping):
         return list(item.items())
@@ -44,9 +45,9 @@ def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
 
 
 def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield ``(path, tensor)`` for every tensor of a nested structure, in order.
+    """Yield ``(path, tensor)`` for every tensor of a nested structure, in order, one that occurs twice two times.
 
-    ``path`` is put in front of each yielded path.
+    ``path`` is put in front of each yielded path; a tensor as ``item`` has this path itself.
     """
     if isinstance(item, Tensor):
         yield path, item
@@ -56,7 +57,7 @@ def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def unique_tensors(item: Any) -> list[Tensor]:
-    """Return the tensors of a nested structure in order, each object once."""
+    """Return the tensors of a nested structure, each object once, in the order in which they first occur."""
     return list({id(tensor): tensor for _, tensor in tensors_in(item)}.values())
 
 
@@ -69,8 +70,9 @@ def shares_tensor(inputs: list[Tensor], result: Any) -> bool:
 def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
     """Return a nested structure as plain tuples and dicts, to be kept in a record.
 
-    Each tensor becomes ``leaf(tensor)``; constants (numbers, texts, dtypes and so on) stay; anything else becomes an
-    :class:`Opaque`.
+    Tuples and lists become tuples; mappings, and dataclasses by field name, become dicts. Each tensor becomes
+    ``leaf(tensor)``; constants (None, numbers, texts, dtypes, devices, slices and the like) stay; anything else becomes
+    an :class:`Opaque`.
     """
     if isinstance(item, Tensor):
         return leaf(item)
@@ -87,8 +89,8 @@ def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 def replace_leaves(item: Any, leaf: Callable[[Any], Any]) -> Any:
     """Return a nested structure in which each entry ``x`` that is no container is replaced by ``leaf(x)``.
 
-    Tuples, named tuples, lists, dicts and ordered dicts are rebuilt; other containers, such as dataclasses, count as
-    entries.
+    Tuples, named tuples, lists, dicts and ordered dicts are rebuilt; other containers, such as dataclasses and other
+    subclasses of dict or list, count as entries.
     """
     if type(item) in (tuple, list):
         return type(item)(replace_leaves(child, leaf) for child in item)
@@ -108,9 +110,10 @@ def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return copies of ``(args, kwargs)`` with every tensor cloned, so that a model may write to them.
+    """Return copies of ``(args, kwargs)`` with their tensors cloned, so that a model may write to them.
 
-    A tensor that is passed twice is cloned once, and passed twice again.
+    A tensor that is passed twice is cloned once, and passed twice again. Containers that :func:`replace_leaves` does
+    not rebuild, such as dataclasses, and the tensors in them are shared.
     """
     clones: dict[int, Tensor] = {}
 
