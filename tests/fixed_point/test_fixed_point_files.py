@@ -114,6 +114,15 @@ class TestOnnx:
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
 
+    def test_a_pool_with_an_empty_stride(self, tmp_path):
+        torch.manual_seed(5)
+        images = torch.randn(64, 2, 12, 12)
+        network = Residual()
+        network.max_pool = nn.MaxPool2d(2, ())
+        integers = convert(trained(network, images, torch.randint(0, 3, (64,))))
+        export_onnx(integers, tmp_path / "model.onnx", images[:2])
+        assert verify(integers, tmp_path / "model.onnx", images).total.differing == 0
+
     @pytest.mark.parametrize("form", ["trained", "integers"])
     def test_export_and_verification_take_fixed_point(self, residual, form, tmp_path):
         model, integers, images = residual

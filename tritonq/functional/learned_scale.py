@@ -149,8 +149,7 @@ def trained_threshold_quantize(
             ``axis`` is no int.
         ValueError: ``quant_min`` not below ``quant_max``, an axis out of range, an unknown backend, a threshold of
             another shape or device, or one that is not finite or whose ``2^t`` is 0 or infinite in float32. Values are
-            checked on a CPU only and not while
-            ``torch.compile`` traces.
+            checked on a CPU only and not while ``torch.compile`` traces.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.

@@ -86,7 +86,7 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
 
     Raises:
         ValueError: when the graph runs, for integer sums of ``"matmul"`` that may pass 31 bits, or 53 where codes have
-            more than 8; on a CPU only if all grids are on.
+            more than 8, if all grids are on, for which the host waits for the device.
     """
     wide = a.detach().to(torch.promote_types(a.dtype, b.dtype))
     result: Tensor = _join(kind, wide, b.detach(), grid_a, grid_b, output)
@@ -230,8 +230,8 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
     rounded to ``output``, not clipped; else in float.
 
     Raises:
-        ValueError: integer sums of ``"matmul"`` may pass 31 bits, or 53 where codes have more than 8; on a CPU only if
-            all grids are on.
+        ValueError: integer sums of ``"matmul"`` may pass 31 bits, or 53 where codes have more than 8, and all grids are
+            on, for which the host waits for the device.
     """
     return _chosen(
         (grid_a, grid_b, output),
