@@ -30,7 +30,8 @@ _LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")
 def remember(*values: Tensor) -> list[Tensor]:
     """Return a list with a copy of each value, made by one operator that compilers can't see into.
 
-    So no compiler computes a value again in the backward pass, after what it follows from has changed.
+    So no compiler computes a value again in the backward pass, after what it follows from has changed. Meant for values
+    that need no gradient: a backward pass through the operator warns.
     """
     copies: list[Tensor] = torch.ops.tritonq.remember(list(values))
     return copies

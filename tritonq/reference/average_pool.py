@@ -41,9 +41,9 @@ class Averaging(Protocol):
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return what each sum is divided by: one number, or a float32 tensor that broadcasts against the result.
 
-        The tensor has one element per window. It is returned by a :class:`WindowAverage` without ``divisor_override``
-        that has ``ceil_mode`` or a padding whose zeros do not count, and by an :class:`AdaptiveAverage` whose output
-        sizes do not divide those of the input. All others return one number.
+        The tensor, on the CPU, has one element per window. A :class:`WindowAverage` without ``divisor_override``
+        gives one if it has ``ceil_mode`` or a padding whose zeros do not count, an :class:`AdaptiveAverage` if its
+        output sizes do not divide those of the input. All others return one number.
 
         Args:
             shape: of the input.
@@ -58,7 +58,7 @@ class AxesAverage:
     """The mean over axes: ``x.mean(axes, keepdim)``.
 
     Attributes:
-        axes: the axes; None: all of them.
+        axes: indices of axes, negative ones from the end; not empty. None: all axes.
         keepdim: whether the axes stay, with size 1.
     """
 
@@ -83,12 +83,13 @@ class WindowAverage:
     """Average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``.
 
     Attributes:
-        kernel_size: of the window, one number per axis.
-        stride: distance of windows, one number per axis.
+        kernel_size: of the window, one number per pooled axis.
+        stride: elements from the start of one window to that of the next, one number per axis.
         padding: zeros at either end of an axis, one number per axis.
-        ceil_mode: whether a last window may reach beyond the padded input.
+        ceil_mode: whether a last window may reach beyond the padded input; what lies beyond is no element of a mean.
         count_include_pad: whether zeros of the padding count as elements of a mean.
-        divisor_override: what to divide every sum by; None: its number of elements.
+        divisor_override: what to divide every sum by, not 0; None: its number of elements. None for one pooled axis:
+            ``avg_pool1d`` has no such argument.
     """
 
     kernel_size: tuple[int, ...]
@@ -109,8 +110,8 @@ class WindowAverage:
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return the number of elements of each window, or ``divisor_override`` if that is given.
 
-        One number without ``ceil_mode`` where zeros of the padding count or there are none; else a float32 tensor, one
-        number per window, in the shape of the result's pooled axes. ``shape`` is that of the input.
+        One number without ``ceil_mode`` where zeros of the padding count or there are none; else a float32 tensor on
+        the CPU, one number per window, in the shape of the result's pooled axes. ``shape`` is that of the input.
         """
         if self.divisor_override is not None:
             return self.divisor_override
@@ -127,7 +128,7 @@ class WindowAverage:
         return max(math.prod(self.kernel_size), abs(self.divisor_override or 0))
 
     def windows(self, size: int, kernel: int, stride: int, padding: int) -> int:
-        """Return how many windows an axis of ``size`` elements has, with these kernel size, stride and padding."""
+        """Return how many windows an axis of ``size`` elements, without padding, has: ``ceil_mode`` may add one."""
         span = size + 2 * padding - kernel
         count = (-(-span // stride) if self.ceil_mode else span // stride) + 1
         # The last window has to begin inside of the input or of the padding before it.
@@ -165,8 +166,8 @@ class AdaptiveAverage:
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return the number of elements of each window, for an input of ``shape``.
 
-        One number if the output's sizes divide those of the input; else a float32 tensor, one number per window, in the
-        shape of the result's pooled axes.
+        One number if the output's sizes divide those of the input; else a float32 tensor on the CPU, one number per
+        window, in the shape of the result's pooled axes.
         """
         if self.divides(shape):
             return math.prod(size // out for size, out in self._axes(shape))
@@ -203,7 +204,8 @@ _KINDS: dict[str, Callable[..., Averaging]] = {
 def averaging_to_data(averaging: Averaging) -> dict[str, Any]:
     """Return an averaging as plain data, such as ``{"kind": "axes", "axes": [2, 3], "keepdim": False}``.
 
-    :func:`averaging_from_data` reads it.
+    The kind is "axes", "window" or "adaptive"; the other keys are the attributes of :class:`AxesAverage`,
+    :class:`WindowAverage` or :class:`AdaptiveAverage`, with lists for tuples. :func:`averaging_from_data` reads it.
     """
     kind = next(name for name, made in _KINDS.items() if type(averaging) is made)
     return {"kind": kind, **{name: _plain(value) for name, value in vars(averaging).items()}}
@@ -213,7 +215,8 @@ def averaging_from_data(data: Mapping[str, Any]) -> Averaging:
     """Return the averaging that :func:`averaging_to_data` described.
 
     Raises:
-        KeyError, TypeError: ``data`` describes none.
+        KeyError: ``data`` has no "kind", or an unknown one.
+        TypeError: ``data`` lacks a required attribute of that kind, or has a key that is none. Values are not checked.
     """
     fields = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in data.items()}
     kind: Any = fields.pop("kind")
@@ -224,12 +227,13 @@ def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
     """Return the sums of codes behind the means that ``averaging`` takes, as exact whole numbers.
 
     Args:
-        codes: codes minus zero point: float32, whole numbers.
+        codes: codes minus zero point: float32, whole numbers; not changed.
         averaging: which elements each mean takes.
         largest: no element of ``codes``, a code minus the zero point, is larger in magnitude.
 
     Returns:
-        float32 or float64 in the shape of the means; the same in every memory format.
+        In the shape of the means: float32 if ``largest`` times ``averaging.terms`` is below 2^22, else float64. The
+        values are the same in every memory format of ``codes``.
     """
     exact = codes if largest * averaging.terms(codes.shape) < _FLOAT32_SUM else codes.double()
     divisors = averaging.divisors(codes.shape)
@@ -245,7 +249,8 @@ def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: i
         sums: Σ, the exact sums of codes minus zero point, float32 or float64.
         scale: s_in, the scale of the input, float32, one element.
         output_scale: s_out, the scale of the output, float32, one element.
-        divisors: N, what each sum is divided by: one number, or a float32 tensor that broadcasts against ``sums``.
+        divisors: N, what each sum is divided by: one number, or a float32 tensor that broadcasts against ``sums``, on
+            their device.
 
     Returns:
         float32, shaped as ``sums``.
@@ -266,7 +271,8 @@ def requantize_sums(
         sums: Σ, the exact sums of codes minus zero point, float32 or float64.
         scale: s_in, the scale of the input, float32, one element.
         output_scale: s_out, the scale of the output, float32, one element.
-        divisors: N, what each sum is divided by: one number, or a float32 tensor that broadcasts against ``sums``.
+        divisors: N, what each sum is divided by: one number, or a float32 tensor that broadcasts against ``sums``, on
+            any device.
         rounding: how ties are rounded: ``"half_even"`` or ``"half_away"``.
     """
     if isinstance(divisors, Tensor):

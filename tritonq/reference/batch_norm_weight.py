@@ -31,13 +31,13 @@ class StepWeight(NamedTuple):
 
     Attributes:
         codes: ``code - zero_point`` in the dtype of the convolution, shaped as the rows (in float16 times a power of
-            two, by which ``unit`` is divided); the folded weight while quantization is off.
-        unit: (out,), the value of a code of 1; 1 while quantization is off.
+            two, by which ``unit`` is divided); the folded weight without a grid or while it is switched off.
+        unit: (out,), the value of 1 in ``codes``; 1 without a grid or while it is switched off.
         ratio: (out,), ``fold / unit``: dividing the convolution with ``codes`` by it gives that with the unfolded
             weight.
         fold: (out,), the BatchNorm's ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: (out,), ``1/σ``.
-        clips: whether some value lay outside the code range; True if that is not known.
+        clips: whether some value lay outside the code range; True if that is not known, False without a quantizer.
         grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
 
@@ -86,9 +86,9 @@ def quantize(
         code_dtype: dtype of the result's codes, that of the convolution. Codes in float16 are multiplied by a power of
             two (:func:`fit_codes`).
         dtype: of the arithmetic: float32 or float64.
-        grid: of the weight's quantizer, per tensor or per out channel, updated in place; None leaves the folded weight
-            in float.
-        statistics: the running range of the grid, updated in place with the folded weight; None observes nothing.
+        grid: of the weight's quantizer, per tensor or per out channel; None leaves the folded weight in float.
+        statistics: the running range of the grid: both are updated in place with the folded weight. If it is None,
+            frozen or switched off, or there is no grid, nothing is observed.
         known: fold and ``1/σ``, (out,) each, of a step that is run again (checkpointing); they replace ``running_var``,
             which has changed since. None: computed.
         out: memory for the codes before they are converted to ``code_dtype``: shaped as ``rows``, in ``dtype``; None:
@@ -117,21 +117,23 @@ def composed(
 ) -> StepWeight:
     """Fold, observe and quantize a weight by the functions of two given modules.
 
-    ``code = clip(round(rows · γ/σ / s) + z) - z`` with scale s and zero point z of the updated grid.
+    ``code = clip(round(rows · fold / s) + z) - z`` with scale s and zero point z of the updated grid.
 
     Args:
-        folds: has the functions of `tritonq.reference.fold`; the backend "compiled" gives its own.
-        weights: has the functions of `tritonq.reference.weight`.
+        folds: has ``nonzero_fold`` of `tritonq.reference.fold`; the backend "compiled" gives its own.
+        weights: has ``quantize_folded`` of `tritonq.reference.weight`.
         rows: the weight, (out, ...).
         running_var: (out,), not changed; not read if ``known`` is given.
         gamma: (out,), or None for 1.
         eps: of the BatchNorm.
         code_dtype: dtype of the codes.
-        dtype: of the arithmetic.
-        grid: of the weight's quantizer, updated in place; None leaves the folded weight in float.
-        statistics: the running range of the grid, updated in place; None observes nothing.
+        dtype: of the arithmetic: float32 or float64.
+        grid: of the weight's quantizer; None leaves the folded weight in float.
+        statistics: the running range of the grid: both are updated in place. If it is None, frozen or switched off, or
+            there is no grid, nothing is observed.
         known: fold and ``1/σ`` of a step that is run again; None: computed from ``running_var``.
-        out: memory for the codes, shaped as ``rows``, in ``dtype``; None: new memory.
+        out: memory for the codes before they are converted to ``code_dtype``: shaped as ``rows``, in ``dtype``; None:
+            new memory.
 
     Returns:
         A :class:`StepWeight`: codes and their unit, the ratio of fold and unit, fold and ``1/σ``, whether a value may
@@ -184,17 +186,17 @@ def gradients(
     sign(fold)``; where ``|γ/σ| < 1e-12`` it is n (the fold is ``1/σ`` there, so its sign is 1).
 
     Args:
-        dcodes: gradient with respect to the codes (float tensors), shaped as ``rows``; may be overwritten.
+        dcodes: gradient with respect to ``StepWeight.codes``, any float dtype, shaped as ``rows``; may be overwritten.
         rows: the weight, (out, ...).
         gamma: (out,), as all vectors here; None for 1.
         fold: ``γ/σ``, or ``1/σ`` where that is nearly 0, as :func:`quantize` returned it.
         inverse_std: ``1/σ``, with σ of the running variance.
-        unit: the value of a code of 1: codes times unit are the folded, rounded weight.
+        unit: as :func:`quantize` returned it: codes times unit are the folded, rounded weight.
         eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the convolution with the unfolded weight.
         sum_gn: ``Σ g (c - mean) / std`` over the batch: c is the convolution's output, g the gradient of what the
             BatchNorm returns.
         grid: the snapshot that :func:`quantize` returned; None without a quantizer.
-        clips: from the forward; False: nothing was clipped, so no gradient is blocked.
+        clips: as :func:`quantize` returned it; False: nothing was clipped, so no gradient is blocked.
 
     Returns:
         (out, ...) and (out,), in the dtype of ``fold``.
@@ -209,6 +211,8 @@ def gradients(
 
 def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return codes in ``dtype``, that of the convolution, and their unit: ``codes · unit`` stays the same.
+
+    Both are returned as they are where nothing is to be converted; neither is changed in place.
 
     If ``dtype`` is float16, in which a sum of 8-bit codes overflows, codes are multiplied by the power of two nearest
     to their unit (within 2^-24..2^7), which is exact, and the unit is divided by it. ``codes`` are (out, ...), ``unit``

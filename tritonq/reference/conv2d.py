@@ -28,14 +28,14 @@ def conv2d(
 
     Args:
         x: (n, c, h, w).
-        weight: (out, c/groups, kh, kw) of the same dtype, quantized already.
-        bias: (out,), or None.
+        weight: (out, c/groups, kh, kw) in the dtype of ``x``; fake-quantized by the caller.
+        bias: (out,) in the dtype of ``x``, or None.
         stride: (vertical, horizontal), as are padding and dilation.
         padding: zeros on each side.
         dilation: between taps.
         groups: groups of channels.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-        grid: of the output, per tensor; None leaves it as it is.
+        grid: of the output, per tensor; None, or switched off: the output is not rounded.
 
     Returns:
         (n, out, h', w') in ``x``'s dtype. float16 and bfloat16 are rounded once before the quantizer.
@@ -65,20 +65,20 @@ def integer_conv2d(
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
         weight: (out, c/groups, kh, kw), integers minus their zero points, in any float dtype. No partial sum may reach
-            2^24.
+            2^24, which is not checked.
         bias: int32 (out,), which is added to the sums; None: none.
         multiplier: float32 (out,), by which the sums are multiplied: values per unit of the sums, or steps of ``onto``.
-        onto: grid per tensor, to whose multiples v is rounded; None: v is not rounded here.
+        onto: grid per tensor, to multiples of whose scale v is rounded; None: v is not rounded here.
         dtype: of the result.
         stride: (vertical, horizontal), as are padding and dilation.
         padding: zeros on each side.
         dilation: between taps.
         groups: groups of channels.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-        grid: of the output, per tensor, to which FQ rounds; None: no fake quantization.
+        grid: of the output, per tensor, to which FQ rounds; None, or switched off: no fake quantization.
 
     Returns:
-        (n, out, h', w') of ``dtype``.
+        (n, out, h', w') of ``dtype``, to which v is rounded before the ReLU.
     """
     # Rounding takes back the fractions of Winograd and FFT algorithms.
     total = F.conv2d(codes.double(), weight.double(), None, stride, padding, dilation, groups).round_()
@@ -90,10 +90,11 @@ def requantize(total: Tensor, bias: Tensor | None, multiplier: Tensor, onto: Gri
     """Return ``v = float32(total + bias) · multiplier``, or with a grid ``round(v) · onto.scale``, not yet clipped.
 
     Args:
-        total: exact integers, float32 or float64; may be overwritten.
+        total: the exact integer sums, float32 or float64; may be overwritten.
         bias: int32 (out,), or None.
         multiplier: float32 (out,): values per unit of the sums; with ``onto`` steps of its scale.
-        onto: the grid that sums are rounded to, per tensor, ties as its type says; None: they are not rounded.
+        onto: the grid, per tensor, to multiples of whose scale v is rounded, ties as ``onto.qtype.rounding`` says;
+            None: v is not rounded.
         channel_axis: axis of ``total`` with the out channels.
 
     Returns:

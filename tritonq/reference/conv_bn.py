@@ -30,7 +30,7 @@ class BatchNormState(NamedTuple):
     Attributes:
         running_mean: (channels,).
         running_var: (channels,).
-        momentum: weight of the new batch; a 0-d tensor for a cumulative average.
+        momentum: weight of the new batch, 0..1; for a cumulative average a 0-d tensor, 1 / number of batches so far.
         eps: added to the variance.
     """
 
@@ -48,7 +48,7 @@ class Normalization(NamedTuple):
     Attributes:
         mean: of c.
         inverse_std: ``1 / sqrt(var + eps · ratio²)``, with the biased variance of c.
-        gain: |γ|.
+        gain: |γ|, 1 without γ; ``c`` has the sign of γ already.
         slope: ``gain · inverse_std``: the result before the ReLU is ``slope · c + shift``.
         shift: ``β - slope · mean``.
         eps_share: ``eps / (var / ratio² + eps)``, how much of the normalised variance is eps; 0..1.
@@ -66,7 +66,7 @@ class TailResult(NamedTuple):
     """The result of :func:`forward`, and what its backward needs.
 
     Attributes:
-        y: the result.
+        y: the layer's output, behind ReLU and quantizer.
         normalization: mean, slope, shift and other vectors (channels,) of this step, as a :class:`Normalization`.
         grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
@@ -80,7 +80,7 @@ class TailGradients(NamedTuple):
     """Gradients of :func:`backward`, with ``g`` the part of the gradient that ReLU and quantizer let pass.
 
     Attributes:
-        c: gradient of the convolution's output.
+        c: gradient of the convolution's output c, in the shape and dtype of c.
         sum_g: ``Σ g`` per channel: the gradient of β.
         sum_g_normalized: ``Σ g (c - mean) inverse_std`` per channel.
     """
@@ -116,7 +116,7 @@ def forward(
     """Return ``FQ(relu?(BN(c / ratio + bias)))``, normalised by this batch's statistics; updates those of ``norm``.
 
     Args:
-        c: (batch, channels, ...), the convolution's output, contiguous or channels last.
+        c: (batch, channels, ...), the convolution's output; with one element per channel ZeroDivisionError is raised.
         ratio: (channels,), what ``c`` is to be divided by: the fold over the unit of the weight codes. Not zero, and
             positive where γ is zero; elsewhere it has the sign of γ.
         gamma: (channels,) or None, for 1.
@@ -125,7 +125,7 @@ def forward(
             mean only.
         norm: the BatchNorm.
         grid: per tensor; the result is rounded to it. None leaves it in float.
-        statistics: running range of the grid; ``relu?(BN(...))`` updates both. None, or no grid: nothing is observed.
+        statistics: running range; ``relu?(BN(...))`` updates it and the grid. None, or no grid: nothing is observed.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
 
     Returns:
@@ -208,9 +208,9 @@ def finish(
     These take the mean ``mean / ratio + bias`` and the unbiased variance, ``var / ratio² · count / (count - 1)``.
 
     Args:
-        mean: (channels,), of c, the convolution's output.
+        mean: (channels,), of c, the convolution's output; the result holds this tensor, not a copy.
         var: (channels,), its biased variance.
-        count: elements per channel, at least 2.
+        count: elements per channel, at least 2; 1 raises ZeroDivisionError.
         ratio: (channels,), what c is divided by to give the convolution with the unfolded weight; not zero.
         gamma: (channels,), or None for 1.
         beta: (channels,), or None for 0.
@@ -240,9 +240,9 @@ def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, c
 
     Args:
         norm: the BatchNorm.
-        mean: of this batch.
-        var: biased variance of this batch.
-        count: elements per channel, at least 2.
+        mean: (channels,), of this batch, of the convolution with the unfolded weight and its bias.
+        var: (channels,), its biased variance.
+        count: elements per channel, at least 2; 1 raises ZeroDivisionError.
     """
     momentum = norm.momentum if isinstance(norm.momentum, Tensor) else operand(norm.momentum, norm.running_mean)
     unbiased = var * operand(count / (count - 1), var)
@@ -265,10 +265,10 @@ def backward(
     ``dc = slope (g - mean(g) - n · mean(g n))``.
 
     Args:
-        dy: gradient of the result, shaped as ``c``.
+        dy: gradient of ``TailResult.y``, shaped as ``c``; not changed.
         c: output of the convolution, as the forward got it.
-        result: mean, inverse_std and slope among others, from the forward.
-        grid: of the result, with scale, zero point and switch as the forward used them; None: it did not round.
+        result: ``TailResult.normalization`` of the forward.
+        grid: ``TailResult.grid``: scale, zero point and switch as the forward used them; None: it did not round.
         ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
         out: memory for the gradient of ``c``, laid out as ``c``, in the dtype of ``result``; None: new memory.
     """
@@ -318,7 +318,7 @@ def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Te
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance per channel (axis 1) of a dense ``c``, and memory like it to be overwritten."""
+    """Return mean and biased variance per channel (axis 1) of a dense ``c``, and a tensor like ``c`` to write into."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     if torch.compiler.is_compiling():
         dims = _all_but_channels(c)
@@ -340,7 +340,7 @@ def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``slope · c + shift`` per channel, rounded once if the processor has fused multiply-adds.
 
-    ``slope``, ``shift``: (channels,). The result lies in ``out``, shaped as ``c``, or, if None or compiling, is new.
+    ``slope``, ``shift``: (channels,). The result is ``out``, laid out as ``c``; new if that is None or torch compiles.
     """
     if torch.compiler.is_compiling():
         return torch.addcmul(_column(shift, c), c, _column(slope, c))

@@ -31,11 +31,11 @@ class CodeRange:
 
     Attributes:
         zero: the code of step 0.
-        low: smallest code of a result.
+        low: smallest code of a result, at least 0.
         high: largest code of a result, up to 255.
         half_even: whether ties go to the even step; else away from 0.
         largest_step: largest absolute value of a step, infinity if unknown. Some of torch's kernels need one below
-            :data:`LARGEST_STEP`.
+            :data:`LARGEST_STEP`, 2^30.
     """
 
     zero: int
@@ -47,7 +47,7 @@ class CodeRange:
 
 @dataclass(frozen=True)
 class Factors:
-    """One float32 factor for each channel of a layer's sums.
+    """One float32 factor for each channel of a layer's sums, or one for all.
 
     Attributes:
         by_channel: shaped to broadcast against the sums.
@@ -62,7 +62,7 @@ class Factors:
 def repeated(by_channel: Tensor) -> Factors:
     """Return factors with their row: all channels' factors, one after the other, 2^k times.
 
-    2^k is the largest power of 2 for which the row has at most 2048 numbers; 1 for more channels.
+    2^k is the largest power of 2 for which the row has at most 2048 numbers; 1 if there are more channels than that.
 
     Args:
         by_channel: float32, shaped to broadcast against the sums; one element or one per channel.
@@ -73,14 +73,14 @@ def repeated(by_channel: Tensor) -> Factors:
 
 
 def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
-    """Return ``clip(round(steps) + zero, low, high)`` of values that were divided by their scale; overwrites ``steps``.
+    """Return ``clip(round(steps) + zero, low, high)`` of values that were divided by their scale.
 
     Args:
-        steps: float32 ``value / scale``, finite.
+        steps: float32 ``value / scale`` on the CPU, no NaN; may be overwritten.
         to: zero, ends and ties.
 
     Returns:
-        uint8, in the order of ``steps``.
+        uint8, in the shape and memory order of ``steps``.
     """
     if to.half_even and has_one_pass_rounding(to.largest_step < LARGEST_STEP):
         # torch adds the zero point before it rounds, which moves ties.
@@ -99,13 +99,14 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
     float32 may have rounded such a sum.
 
     Args:
-        sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; overwritten.
+        sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; overwritten unless None
+            is returned. Not empty if ``reach`` is given, else torch raises RuntimeError.
         factors: for each channel, how many steps of the result's scale a sum of 1 is.
         to: zero, ends and ties.
         reach: bound that the magnitude of every sum must stay below; None: sums are known to be exact.
 
     Returns:
-        uint8, in the order of ``sums``.
+        uint8, in the shape and memory order of ``sums``.
     """
     if reach is not None and not is_within(sums, reach):
         return None
@@ -113,7 +114,10 @@ def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | 
 
 
 def is_within(sums: Tensor, reach: float) -> bool:
-    """Whether the magnitude of every sum is below ``reach``; ``sums`` is not empty, else torch raises RuntimeError."""
+    """Whether the magnitude of every sum is below ``reach``; False at NaN.
+
+    ``sums`` is not empty, else torch raises RuntimeError.
+    """
     # In the order in which they lie: torch would copy any other.
     least, most = torch.aminmax(in_memory_order(sums) if is_dense(sums) else sums)
     return -reach < float(least) and float(most) < reach
@@ -143,7 +147,7 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
     """Return the codes ``round(x / scale) + zero``; None at NaN, or with ``largest`` if one is outside 0..``largest``.
 
     Args:
-        x: float32, not empty.
+        x: float32, not empty, else torch raises RuntimeError; not changed.
         scale: of the codes. If ties go to even, values are multiplied by its reciprocal, as in `fake_quantize`; else
             they are divided by it, and so they are always with ``largest``.
         to: zero, ends and ties; with ``largest`` nothing is clipped, and ties go to even.
@@ -171,7 +175,7 @@ def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_f
         codes: uint8, in any order.
         scale: the float32 scale.
         zero: the code of the value 0.
-        form: memory format of the result.
+        form: memory format of the result, such as ``torch.channels_last``.
     """
     values = codes.to(torch.float32, memory_format=form)
     if zero:
@@ -189,9 +193,9 @@ def codes_of_sum(
     Args:
         a: uint8 codes.
         b: uint8 codes of the same shape.
-        starts: the code that is subtracted from each operand's codes.
-        ratios: each operand's scale over that of the result; negative to subtract.
-        fixed: the constant term, float32, 0-d.
+        starts: start_a and start_b, the codes that are subtracted from those of ``a`` and ``b``.
+        ratios: ratio_a and ratio_b, each operand's scale over that of the result; negative to subtract the operand.
+        fixed: the constant term in steps of the result, float32, 0-d.
         to: zero, ends and ties of the result.
 
     Returns:
@@ -215,9 +219,9 @@ def codes_of_product(
     Args:
         a: uint8 codes.
         b: uint8 codes; one of both may broadcast to the shape of the other, b to that of a if they are equally many.
-        zeros: the code of the value 0 of each operand.
-        ratio: the product of both scales over that of the result.
-        fixed: the constant term, float32, 0-d.
+        zeros: zero_a and zero_b, the code of the value 0 of each operand.
+        ratio: the product of both scales over the scale of the result.
+        fixed: the constant term in steps of the result, float32, 0-d.
         to: zero, ends and ties of the result.
 
     Returns:
@@ -235,11 +239,11 @@ def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
     """Return ``table[code]`` for each code.
 
     Args:
-        codes: uint8, dense.
-        table: uint8, one entry per code.
+        codes: uint8, dense (without gaps in memory, such as contiguous or channels_last).
+        table: uint8, one axis: the new code at the index of each old one, and so longer than the largest of ``codes``.
 
     Returns:
-        uint8, in the order of ``codes``.
+        uint8, in the shape and memory order of ``codes``.
     """
     # One axis in the order of memory: torch looks up along one axis five times as fast.
     return table.index_select(0, in_memory_order(codes).int()).as_strided(codes.shape, codes.stride())

@@ -30,14 +30,14 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @operator(returns=Like("x"), visible=True, made_again=True)
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``: float32, rounded once to ``x.dtype``.
+    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, rounded to ``x.dtype`` at the end only.
 
     ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate. Float
     codes: the nearest number of the format to ``x/s``, ties to even, times ``s``. While the grid is switched off, the
     result is a copy of ``x``.
 
     Args:
-        x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
+        x: any shape; float16, bfloat16 and float32 compute in float32, float64 in float64.
         grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
 
     Source: torch.fake_quantize_per_tensor_affine; MegEngine quantization.utils.
@@ -60,17 +60,17 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 @operator(returns=(Like("x"), Like("x", torch.bool)), visible=True, made_again=True)
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, and where its gradient passes.
+    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, and a mask of where the gradient passes.
 
-    The mask spares a backward to keep ``x``.
+    With the mask, a backward need not keep ``x``.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
         grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
 
     Returns:
-        ``(y, mask)``: ``x.dtype``, and bool: whether the rounded, unclipped code lies in the range; False at NaN. While
-        the grid is switched off the mask is True.
+        ``(y, mask)``, shaped as ``x``: y in ``x.dtype``, and bool: whether the rounded, unclipped code lies in
+        the range; False at NaN. While the grid is switched off, a copy of ``x``, and True everywhere.
 
     Source: torch's ``fake_quantize_per_tensor_affine_cachemask``.
     """
@@ -92,12 +92,12 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 @operator(returns=Like("x"), visible=True)
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Return ``dy`` where the rounded, unclipped code is a code, else 0; 0 at NaN.
+    """Return ``dy`` where the rounded, unclipped code lies in the range of the grid, else 0; 0 at NaN.
 
     The mask is recomputed from ``x``. While the grid is switched off the gradient is ``dy``.
 
     Args:
-        dy: gradient of the result, shaped as ``x``.
+        dy: gradient of the result, in the shape and dtype of ``x``; not changed.
         x: the input of :func:`fake_quantize`.
         grid: the grid that :func:`fake_quantize` rounded to, unchanged.
         blocks_ends: whether the first and the last code block the gradient, too.
@@ -136,7 +136,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats, whether the grid is on or off.
 
-    For a float format the result is its numbers, ``x / s`` rounded.
+    For a float format the result is its numbers, ``x / s`` rounded to the nearest and clipped to the largest.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
@@ -150,14 +150,15 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """Return ``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds it so for float64 tensors, too."""
+    """Return ``1 / scale`` rounded to float32, in the dtype of ``scale``: torch rounds it so for float64 ``x``, too."""
     return as_dtype(as_dtype(scale, torch.float32).reciprocal(), scale.dtype)
 
 
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
     """Return ``round(x / scale)``; overwrites ``x``, which is float32 or float64.
 
-    ``rounding`` ``"half_even"`` multiplies by the float32 reciprocal; ``"half_away"`` divides, ties away from zero.
+    ``scale`` broadcasts against ``x``, in its dtype. ``rounding`` ``"half_even"`` multiplies by the float32 reciprocal
+    and returns ``x`` itself; ``"half_away"`` divides, ties away from zero, and returns a new tensor.
     """
     return x.mul_(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
 

@@ -25,7 +25,7 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     """Return ``2^exponent`` exactly, by writing the exponent's bits.
 
     Args:
-        exponent: integers in -126..127, for float64 in -1022..1023.
+        exponent: integers of any dtype and shape, in -126..127, for float64 in -1022..1023. The result has its shape.
         dtype: float32 or float64.
     """
     if dtype == torch.float64:
@@ -50,7 +50,7 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
         candidates: how many fractional lengths are tried.
 
     Returns:
-        float64 (candidates,), or (candidates, channels).
+        float64 (candidates,), or (candidates, channels) if ``qtype`` has an axis; zeros where no value is counted.
     """
     axis = qtype.axis
     if x.numel() == 0:
@@ -96,7 +96,7 @@ def _sum_rows(block: Tensor) -> Tensor:
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """Return which of the fractional lengths 0 to ``candidates - 1`` has the least squared rounding error.
 
-    Of equal errors the smallest length counts. Values that are not finite are left out.
+    Values that are not finite are left out. Of equal errors the smallest length counts, so 0 if no value is finite.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64.

@@ -20,7 +20,8 @@ def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None =
     Args:
         values: float32 or float64, any shape.
         number: the format.
-        largest: larger magnitudes become this one; None: the format's largest finite value.
+        largest: a number of the format: larger magnitudes, infinity too, become this one. None: the format's largest
+            finite value.
     """
     integers, mantissa_bits, bias = _BITS[values.dtype]
     size = values.abs().clamp_(max=number.largest if largest is None else largest)
@@ -31,7 +32,9 @@ def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None =
 
 
 def codes_of_floats(values: Tensor, number: FloatFormat) -> Tensor:
-    """Return the codes of numbers of a float format, int8: n for its n-th positive number, -n for the opposite.
+    """Return the codes of numbers of a float format, int8: n for the n-th smallest positive one, -n for its opposite.
+
+    Both zeros have the code 0.
 
     Args:
         values: float32 or float64 numbers of the format, any shape.
@@ -54,7 +57,8 @@ def floats_of_codes(codes: Tensor, number: FloatFormat) -> Tensor:
     """Return the numbers of a float format that codes stand for, float32: the inverse of :func:`codes_of_floats`.
 
     Args:
-        codes: integers of any dtype: n for the n-th positive number of the format, -n for its opposite.
+        codes: integers of any dtype: n for the n-th smallest positive number of the format, -n for its
+            opposite. That the format has so many is not checked.
         number: the format.
 
     Examples:

@@ -17,7 +17,7 @@ TINY_FOLD = 1e-12
 
 
 def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
-    """Return ``t = γ / sqrt(running_var + eps)`` per channel; without γ (None) it counts as 1."""
+    """Return ``t = γ / sqrt(running_var + eps)``, (channels,) as the arguments; a γ of None counts as 1."""
     inverse = torch.rsqrt(running_var + operand(eps, running_var))
     return inverse if gamma is None else gamma * inverse
 
@@ -31,7 +31,7 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
 
     Args:
         running_var: (channels,).
-        gamma: (channels,); None for 1.
+        gamma: (channels,); no gradient reaches it. None for 1: both results are then the same tensor.
         eps: added to the variance.
         dtype: of the arithmetic and the results.
     """
@@ -55,7 +55,8 @@ def gamma_gradient(
         fold: ``s`` of :func:`nonzero_fold`: ``γ/σ``, or ``1/σ`` where that is nearly 0.
         inverse_std: ``1/σ`` of :func:`nonzero_fold`.
         eps_share: ``eps / (var + eps)``, 0..1, with the batch's variance of the unfolded convolution.
-        sum_gn: ``Σ g (c - mean) / std``: g is the gradient behind the BatchNorm, c the folded convolution's output.
+        sum_gn: ``Σ g (c - mean) / std`` over the batch, with mean and std of c in it: g is the gradient behind the
+            BatchNorm, c the folded convolution's output.
         dfold: gradient of ``s``.
     """
     direct = sum_gn * fold.sign()
@@ -88,7 +89,7 @@ def scale_out_channels(weight: Tensor, scale: Tensor, transposed: bool = False, 
     """Return ``weight`` times ``scale`` (out,) per out channel.
 
     A convolution's weight is (out, in/groups, ...); a transposed one's (in, out/groups, ...), whose first axis has the
-    in channels of all groups, one group after the other.
+    in channels of all groups, one group after the other. ``groups`` is read for a transposed one only.
     """
     spatial = [1] * (weight.dim() - 2)
     if not transposed:

@@ -89,8 +89,8 @@ class Definition:
     """How a function is computed in training and by engines.
 
     Attributes:
-        torch: called with the tensor and the numbers; what training computes, differentiable.
-        deployed: the same in float32, in the order of operations of engines.
+        torch: called with the tensor and the numbers, one argument each; what training computes, differentiable.
+        deployed: called likewise with a float32 tensor; computes in the order of operations of engines.
         backward: called with the gradient of the result, the input, the result, and the numbers; returns the input's
             gradient.
         arguments: how many numbers the function takes beside the tensor.
@@ -210,8 +210,8 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 
     Args:
         x: any shape and float dtype.
-        function: f, a single function, as torch computes it; not several of which each is applied to the last's result.
-        grid: per tensor; its scale and zero point are updated in place before values are rounded.
+        function: f, as torch computes it; not a chain.
+        grid: per tensor; if f(x) is observed, its scale and zero point are updated in place before values are rounded.
         statistics: the running range of the grid, which f(x) updates in place; None observes nothing.
     """
     y = function(as_dtype(x, torch.promote_types(x.dtype, torch.float32)))
@@ -225,14 +225,15 @@ def backward(
 ) -> Tensor:
     """Return the gradient of :func:`forward`'s input: ``f'(x) · dy`` where the clip does not block it, else 0.
 
-    f(x) is computed again.
+    The clip passes values whose rounded, unclipped code is a code; if the grid is switched off, all. f(x) is computed
+    again.
 
     Args:
-        dy: gradient of the result.
+        dy: gradient of the result, in the dtype of the input, which the returned gradient has.
         x: the input, or with ``scale`` its codes: the input is ``(x - shift) · scale``, rounded to the dtype of ``dy``.
         scale: one float32; None: ``x`` is the input.
-        shift: one number; None for zero.
-        function: f.
+        shift: a tensor of one number; None for zero.
+        function: f, not a chain.
         grid: the snapshot of the forward.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
@@ -257,7 +258,7 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
     """Return the function that :func:`function_to_data` described.
 
     Raises:
-        KeyError: ``data`` names no known function.
+        KeyError: ``data`` names an unknown function, or lacks ``name`` or ``arguments``.
     """
     unknown = [name for name in data["name"].split(_THEN) if name not in DEFINITIONS]
     if unknown:
@@ -268,7 +269,7 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
 def onto_output(y: Tensor, output: Grid) -> Tensor:
     """Return ``round(y / s) · s`` with the output's scale s, float32, as ONNX's QuantizeLinear divides; not clipped.
 
-    ``y`` is float32; the output's type says how ties are rounded.
+    ``y`` is float32 and not changed; ``output`` is per tensor, and its type says how ties are rounded.
     """
     return round_steps_(y / output.scale, output.qtype.rounding).mul_(output.scale)
 
@@ -281,7 +282,7 @@ def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
 
     Args:
         function: f and its numbers.
-        source: grid of the input, per tensor.
+        source: grid of the input, per tensor; without zero point, z is 0.
         output: grid of the quantizer behind the function, per tensor.
     """
     codes = torch.arange(source.qtype.quant_min, source.qtype.quant_max + 1, device=source.scale.device)
@@ -291,10 +292,10 @@ def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
 
 
 def look_up(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return ``round(f(x) / s_out) · s_out`` for values on a grid; by a table if it has at most 16 bits. NaN stays NaN.
+    """Return ``round(f(x) / s_out) · s_out`` for values on the grid ``source``. NaN stays NaN.
 
-    f is computed in float32, in the order of operations of engines. With a table, values beyond the grid's ends count
-    as its ends.
+    A grid of at most 16 bits takes a table. f is computed in float32, in the order of operations of engines. With a
+    table, values beyond the ends of ``source`` count as its ends.
 
     Args:
         x: float tensor of values ``(code - zero_point) * scale`` of ``source``.

@@ -82,7 +82,7 @@ def prefix_histogram(
 
     Returns:
         ``(counts, low, high, nonfinite)``: int64 (bins.count,) or (x.shape[axis], bins.count); float32 0-d or
-        (x.shape[axis],), +inf and -inf without a finite value; int64 0-d, the values that are not finite.
+        (x.shape[axis],), +inf and -inf without a finite value; int64 0-d, a number for all of ``x``.
     """
     low, high, _ = min_max(x, axis)
     values = _by_channel(x, axis)

@@ -16,7 +16,7 @@ class InputCodes(NamedTuple):
     """A tensor as one-byte codes: it is ``(codes - shift) · scale``.
 
     Attributes:
-        codes: int8, ``code - zero_point + shift``: the middle of the code range is 0.
+        codes: int8, shaped as the tensor: each code of the grid less :func:`middle_of`.
         scale: one element, a copy of the grid's.
         shift: one element, what was added to ``round(x / scale)`` so that codes fit int8 (:func:`shift_of`); int32, or
             float32 if a kernel wrote it. None: nothing was added.
@@ -35,8 +35,8 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     Args:
         x: float32, float16 or bfloat16, any shape.
         grid: per tensor, with at most 256 codes.
-        trusted: whether ``x`` is known to lie on the grid. If not, the rebuilt values are compared with ``x``, which
-            waits for a GPU. NaN and infinities don't lie on a grid.
+        trusted: whether ``x`` is known to lie on the grid: the result is then never None. If not, the rebuilt values
+            are compared with ``x``, which waits for a GPU. NaN and infinities don't lie on a grid.
     """
     scale = grid.scale.clone()
     codes = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()

@@ -49,12 +49,12 @@ def int8_conv2d(
         x: int8 or uint8 codes (n, c, h, w).
         weight: int8 codes (out, c/groups, kh, kw).
         bias: int32 (out,).
-        shift: int32 (out,), -8..16; None returns the accumulators.
+        shift: int32 (out,), -8..16; None returns the accumulators, int32.
         stride: (vertical, horizontal), as are padding and dilation.
-        padding: zeros on each side.
-        dilation: between taps.
+        padding: how many codes 0 are put on each side.
+        dilation: distance between taps, 1 for neighbours.
         groups: 1, or c (depthwise).
-        quant_min: smallest code of the result.
+        quant_min: smallest code of the result; like ``quant_max`` not read without ``shift``.
         quant_max: largest code of the result.
         out_dtype: int8, uint8, or int32 for accumulators.
         saturated: int64 (1,), to which the number of accumulators that were clamped to ±(2^31 - 1) is added. None: the

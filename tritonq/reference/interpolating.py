@@ -46,12 +46,13 @@ def grown(
     Args:
         histogram: float64, (bins,), counts over equal bins of ``limits``.
         limits: smallest and largest value so far, (2,) float64; +inf and -inf before the first batch.
-        batch: those of the batch, as ``limits``; +inf and -inf without a finite value.
+        batch: smallest and largest value of the batch, as ``limits``; +inf and -inf without a finite value.
         interpolation: ``"torch"`` or ``"megengine"``.
         slices: slices per old bin.
 
     Returns:
-        ``(range, counts)``: (2,) and (bins,), float64. If the range stays, counts are a copy.
+        ``(range, counts)``: (2,) and (bins,), float64, new tensors. If the range stays, or before the first batch,
+        counts are as they were.
     """
     new = torch.stack((torch.minimum(limits[0], batch[0]), torch.maximum(limits[1], batch[1])))
     stays = (limits[0] > limits[1]) | (new == limits).all()
@@ -168,11 +169,11 @@ def greedy_range(histogram: Tensor, limits: Tensor, cells: int) -> Tensor:
 
     Args:
         histogram: float64, (bins,).
-        limits: (2,) float64, the outer edges of the bins.
+        limits: (2,) float64, finite, the outer edges of the bins.
         cells: number of codes.
 
     Returns:
-        (2,) float64.
+        (2,) float64; equal to ``limits`` if these are one value or all counts are 0.
 
     Source: caffe2's norm minimization, as in torch.ao and MegEngine; docs/numbers.md, "Histograms".
     """

@@ -70,8 +70,8 @@ def learned_fake_quantize_backward(
       ``s ln 2``.
     - ``"pact"``: inside where ``0 <= x < parameter``; ``dparameter = Σ dy {1 where x >= parameter}``.
 
-    ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. While the grid is switched off, ``dx = dy`` and the
-    others are 0.
+    ``dx = dy`` inside, else 0. Where x is NaN, dx is 0 and the sums get nothing. While the grid is switched off,
+    ``dx = dy`` and the others are 0.
 
     Args:
         dy: gradient of the result, shaped as ``x``.

@@ -69,7 +69,7 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor
 
     Returns:
         ``(low, high, nonfinite)``: float32, 0-d or (x.shape[axis],), +inf and -inf without a finite value; int64, 0-d.
-        The count is None if the host knows without waiting that all values are finite and that there are some.
+        The count is None if the host knows without waiting that ``x`` is not empty and all its values are finite.
     """
     channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:
@@ -102,7 +102,8 @@ def update_range(
     Without ``averaging_constant`` the range holds the extremes of all batches. With it, each end m becomes
     ``m + c (end - m)``, and the first batch replaces the range. With ``copy_above`` so does a batch whose magnitude,
     ``max(-low, high)``, is more than ``copy_above`` times the running one's, or less than 1/100 of it and not 0 (after
-    an outlier). A batch without finite values (``low > high``) changes nothing.
+    an outlier). A batch without finite values (``low > high``) changes nothing. Each channel is merged for itself, and
+    no argument is changed.
 
     Args:
         low: smallest finite value of the batch, 0-d or (channels,); +inf if there is none.
@@ -136,10 +137,11 @@ def update_number(
 ) -> tuple[_Number, _Number]:
     """Return the running range ``min_val..max_val`` merged with a batch's ``low..high``, as :func:`update_range` does.
 
-    All are NumPy numbers; the bits are the same. ``low <= high``, and both are finite. Before the first batch
-    ``min_val`` is +inf and ``max_val`` is -inf. ``averaging_constant`` is the batch's weight in an average; None: the
-    range holds the extremes of all batches. In an average the first batch replaces the range, and with ``copy_above`` a
-    batch whose magnitude is more than ``copy_above`` times the running one's, or less than 1/100 of it and not 0.
+    The four ends are NumPy numbers of one dtype; the bits are the same. ``low <= high``, both finite. Before the first
+    batch ``min_val`` is +inf and ``max_val`` is -inf. ``averaging_constant`` is the batch's weight in an average; None:
+    the range holds the extremes of all batches. In an average the first batch replaces the range, and with
+    ``copy_above`` a batch whose magnitude is more than ``copy_above`` times the running one's, or less than 1/100 of it
+    and not 0.
     """
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)
@@ -186,7 +188,7 @@ def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: G
     """Merge a finite batch, ``low <= high``, into a running range of one element, and write what follows to ``grid``.
 
     ``statistics`` are updated in place; they say how batches are merged and how scale and zero point follow. The bits
-    are those of :func:`merge_range_`. A grid of None is not written.
+    are those of :func:`merge_range_`. A grid of None is not written. The switch and ``frozen`` are not read.
 
     Raises:
         ValueError: the rule is ``"torch_v1"``.

@@ -39,7 +39,7 @@ def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dty
 def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> tuple[float, float]:
     """Return the floats just below ``quant_min`` and just above ``quant_max``: codes in range lie strictly between.
 
-    ``dtype`` is float32 or float64, that of codes that are whole numbers.
+    ``dtype``, float32 or float64, is that of the codes, which are whole numbers, and of the floats.
     """
     kind = np.float64 if dtype == torch.float64 else np.float32
     return float(np.nextafter(kind(quant_min), kind(-np.inf))), float(np.nextafter(kind(quant_max), kind(np.inf)))

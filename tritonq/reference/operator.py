@@ -28,7 +28,7 @@ class Like:
         argument: name of a tensor parameter, or of a field of a parameter: ``"grid.scale"``.
         dtype: of the result; or the name of the parameter that gives it; or a function of the argument's dtype. None:
             the argument's dtype.
-        prepare: applied to the argument first; None: nothing is.
+        prepare: called with the argument; the result looks like the tensor that it returns. None: like the argument.
     """
 
     argument: str
@@ -136,7 +136,10 @@ def operator(
 
 
 def operators_by_family() -> dict[str, dict[str, Callable[..., Any]]]:
-    """Return all operators as ``{family: {name: function}}``; a family is a module of `tritonq.reference`."""
+    """Return all operators as ``{family: {name: function}}``, such as ``["min_max"]["observe"]``.
+
+    A family is the name of a module of `tritonq.reference` that has operators.
+    """
     package = importlib.import_module("tritonq.reference")
     families: dict[str, dict[str, Callable[..., Any]]] = {}
     for entry in pkgutil.iter_modules(package.__path__):

@@ -39,8 +39,8 @@ def observe_range(
         ordered: whether the host knows that ``low <= high``, both finite, and that all values are finite.
 
     Returns:
-        The given statistics. If an ``ordered`` batch was merged, and the host can read the switch without waiting or
-        there is none, the result has ``has_data=True``: it is a copy with the same tensors if that was False.
+        The given statistics. If an ``ordered`` batch was merged, and ``statistics.enabled`` is None or the host can
+        read it without waiting, the result has ``has_data=True``: a copy with the same tensors if that was False.
     """
     if statistics is None or statistics.frozen:
         return statistics
@@ -58,7 +58,7 @@ def observe_range(
 
 
 def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
-    """Return the grid with a switch that is on only if the given one is and something was observed.
+    """Return the grid with a switch that is on only if the grid's own is on and something was observed.
 
     Scale and zero point are the given tensors; copies while a graph is traced. The switch is a CPU tensor if its value
     can be known without waiting for a device.
@@ -81,7 +81,7 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 
 
 def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
-    """Return a copy of the grid, whose switch is on only if the given one is and something was observed.
+    """Return a copy of the grid, whose switch is on only if the grid's own is on and something was observed.
 
     A backward reads it, because later steps change the grid. ``statistics`` is its running range; None: the grid counts
     as observed.

@@ -29,8 +29,8 @@ class RoundedResult(NamedTuple):
     Attributes:
         y: shaped as the inputs; dense.
         mask: uint8, one bit per element of ``y``: set if neither ReLU nor the clip blocks the gradient. The elements in
-            memory order are cut into eight planes of one length; plane i is bit i of every byte. The length is n / 8,
-            rounded up to a multiple of 16.
+            memory order are cut into eight planes of one length; plane i is bit i of every byte. That length is
+            ``y.numel() / 8``, rounded up to a multiple of 16; zeros fill up the planes.
     """
 
     y: Tensor
@@ -94,7 +94,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         dy: in the memory order of the forward's result.
-        mask: that the forward returned.
+        mask: the one that the forward returned.
     """
     bits = borrow_or_new("local", dy)
     in_memory_order(bits).copy_(unpack(mask, dy.numel()))
@@ -131,7 +131,7 @@ def pack(passes: Tensor) -> Tensor:
 
 
 def unpack(mask: Tensor, count: int) -> Tensor:
-    """Return ``count`` bits of a mask, in the order in which :func:`pack` took them: uint8, not 0 if the bit is set."""
+    """Return the first ``count`` bits of a mask, in the order of :func:`pack`: uint8 (count,), not 0 for a set bit."""
     return torch.bitwise_and(mask, _powers(mask.device)).view(-1)[:count]
 
 

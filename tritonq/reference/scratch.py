@@ -34,9 +34,9 @@ _slots = _Slots()
 def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
     """Return uninitialised memory for a tensor of ``like``'s shape and strides, or None if new memory is as good.
 
-    Its contents last until the next call for the same slot in this thread. Each slot keeps the size of its largest
-    request, at most 256 MiB, until the thread ends. The result is None for a tensor below 512 KiB or above 256 MiB, one
-    that is not dense or no ordinary tensor on a CPU, and while a graph is traced.
+    Its contents last until the next call for the same slot and dtype in this thread. A slot keeps, per dtype,
+    the size of its largest request until the thread ends. The result is None for memory below 512 KiB or above 256 MiB,
+    if ``like`` is not dense or no plain tensor or parameter on a CPU, and while a graph is traced.
 
     Args:
         slot: name of the purpose, such as ``"local"``; what is in use at the same time needs different slots.

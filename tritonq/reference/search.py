@@ -52,7 +52,7 @@ def search_range(
     eps: float | None = None,
     percentile: float = 99.99,
 ) -> tuple[Tensor, Tensor]:
-    """Return the range ``lo..hi`` that is best for a histogram by the measure ``search``, within that of zero and data.
+    """Return the range ``lo..hi`` that is best for a histogram by ``search``; none reaches beyond the data and zero.
 
     - ``"mse"``: least expected squared error of fake quantization on the grid that follows from the range.
     - ``"l2"``: least squared distance to the centres of ``quant_max - quant_min + 1`` equal cells of the range, values
@@ -372,7 +372,7 @@ def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int =
         stride: distance of candidates, which reach from n down to ``levels``.
 
     Returns:
-        float64, (channels,), in (0, 1].
+        float64, (channels,), in (0, 1]; 1 for a channel without counts.
     """
     n = counts.shape[1]
     counts = torch.cat((counts[:, 1:2], counts[:, 1:]), dim=1)

@@ -29,9 +29,9 @@ class WeightCodes(NamedTuple):
     """A folded and quantized weight: ``codes · unit`` are its values.
 
     Attributes:
-        codes: ``code - zero_point``, integer-valued, float32 (float64 for a float64 weight), shaped as the rows; the
-            folded weight itself while quantization is off.
-        unit: (out,) in the dtype of ``codes``, the value of a code of 1; 1 while quantization is off.
+        codes: ``code - zero_point``, integer-valued, in the fold's dtype, shaped as the rows; the folded weight itself
+            while quantization is off: no grid, one switched off, or a range without data.
+        unit: (out,) in the dtype of ``codes``, their factor, 1 while quantization is off; may share ``grid``'s memory.
         clips: whether some value lay outside the code range, so that its gradient is zero; True if not known.
         grid: a snapshot: a copy of the grid as this step used it, for the backward; None without a quantizer.
     """
@@ -95,16 +95,15 @@ def folded_codes(
 ) -> WeightCodes:
     """Return ``clip(round(rows · fold / s) + z) - z`` on the scale s and zero point z of ``grid``; nothing is observed.
 
-    With it come the codes' unit (out,), whether a value may be clipped, and ``grid``. The second is a bool: False if
-    quantization is known to be off, True if ``extremes`` are None or the host would have to wait to read them.
+    With it come the codes' unit (out,), ``clips``, and ``grid`` itself. ``clips`` is False if quantization is known to
+    be off or ``extremes`` lie on the grid, True if they do not, are None, or the host would have to wait to read them.
 
     Args:
         rows: (out, ...), any float dtype.
         fold: (out,), in the dtype of the arithmetic.
         grid: the snapshot that the forward made; None, or switched off: codes are the folded weight, their unit 1.
         out: memory for the codes: shaped as ``rows``, in the dtype of ``fold``; None: new memory.
-        extremes: smallest and largest folded value per channel, (out,) each, from which it follows whether anything is
-            clipped; None: not known.
+        extremes: smallest and largest folded value per channel, (out,) each; None: not known.
     """
     rows = as_dtype(rows, fold.dtype)
     enabled = False if grid is None else _enabled(grid, rows)
@@ -142,10 +141,10 @@ def folded_backward(
         fold: (out,), the factor of each row.
         unit: (out,), by which the codes that were convolved have to be multiplied to be the folded, rounded weight.
         grid: the forward's snapshot; None without a quantizer.
-        clips: from the forward; False blocks no gradient.
+        clips: ``WeightCodes.clips`` of the forward; False blocks no gradient.
 
     Returns:
-        ``(drows, dfold)`` in the dtype of ``fold``.
+        ``drows``, shaped as ``rows``, and ``dfold``, (out,), in the dtype of ``fold``; ``drows`` may be ``dcodes``.
     """
     dcodes, rows = as_dtype(dcodes, fold.dtype), as_dtype(rows, fold.dtype)
     if clips and grid is not None:

@@ -28,7 +28,7 @@ def quantize_all(
     Returns:
         Per weight its codes (float32, shaped as its rows), their unit (the scale of each row), one bool, and a copy of
         its grid. The bool says whether any value was clipped; it is True if that is not known. While a grid is switched
-        off, codes are ``rows · fold``, and units are 1.
+        off or its range has no data, codes are ``rows · fold``, and units are 1.
     """
     folds = torch.split(fold, [len(weight) for weight in rows])
     return [quantize_folded(*of_one) for of_one in zip(rows, folds, grids, statistics, strict=True)]

@@ -28,7 +28,8 @@ class Advice:
     Attributes:
         layer: name of the layer with which the sentence begins; "" if it begins with ``text``.
         text: the rest of it.
-        code: a line of Python to write; "" if there is none.
+        code: a line of Python to write, such as ``QConfigMapping().set_global(qconfig).set_module_name("fc", None)``;
+            "" if there is none.
     """
 
     layer: str
@@ -41,13 +42,14 @@ def advise(measured: ModelMeasure) -> Advice:
 
     The first of these that holds is said:
 
-    - All is well: no layer was measured, or there is no error, or the error is at most 10 % of the output's norm, at
-      least 99 % of the predictions stay, and the accuracy falls by at most 0.5 percentage points.
+    - All is well: no layer was measured, or there is no error, or all of these hold: the error is at most 10 % of the
+      output's norm, at least 99 % of the predictions stay, the accuracy falls by at most 0.5 percentage points.
     - Rounding is not to blame: the error is at most 1 %, and predictions that change get better and worse alike. That
       is, at most ``2 sqrt(n)`` fewer images are classified correctly, with n the number of predictions that change.
     - No layer stands out: the worst one alone makes less than half of the error.
     - The worst layer needs more training, if it is one in fixed point; else wider ranges, if these leave less than 80 %
-      of its error; else it is to be left in float, or, if it has no weight, to have its range searched or trained.
+      of its error; else it is to be left in float, or, if no weight of it is rounded, to have its range searched or
+      trained.
     """
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")

@@ -17,8 +17,8 @@ _BARS = 64
 def histogram(tensor: TensorMeasure) -> str:
     """Return an SVG histogram of a tensor's values over the codes of its quantizer, and outside of them.
 
-    It has at most 64 bars, each for several neighbouring bins of the measure. Heights are logarithms, so that tails are
-    visible.
+    It has at most 64 bars, each for several neighbouring bins of ``tensor.counts``. Heights are logarithms, so that
+    tails are visible.
     """
     first, last = _window(tensor.counts)
     step = math.ceil((last - first) / _BARS)
@@ -56,8 +56,8 @@ def histogram(tensor: TensorMeasure) -> str:
 def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
     """Return an SVG with a mark for each tensor: its SQNR in dB, layer by layer in order of execution.
 
-    SQNR is the ratio of signal to quantization noise. Tensors that are exact or have no signal are left out; if none is
-    left, the result is a line of HTML that says so.
+    ``layers`` are all of a :class:`ModelMeasure`, in any order. SQNR is the ratio of signal to quantization noise.
+    Tensors that are exact or have no signal are left out; if none is left, the result is a line of HTML that says so.
     """
     width, height, left, bottom = 560, 236, 34, 22
     points = [
@@ -94,7 +94,7 @@ def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
 
 
 def share_bar(fraction: float) -> str:
-    """Return HTML of a bar that fills this fraction of its width, at most all. Screen readers skip it."""
+    """Return HTML of a bar that is filled to this fraction of its width; above 1 as for 1. Screen readers skip it."""
     return f'<span class="share" aria-hidden="true"><span style="width:{100 * min(fraction, 1.0):.1f}%"></span></span>'
 
 

@@ -36,14 +36,14 @@ class LayerMeasure:
 
     Attributes:
         name: qualified name of the layer.
-        kind: its class name.
+        kind: its class name in the prepared model, such as ``"ConvReLU2d"``; "tensor" for a quantizer of no layer.
         position: its place in order of execution, from 1.
         sensitivity: norm of the error of the model's output over the norm of that output, with this layer alone
             quantized.
-        tensors: a measure for each of its quantizers.
+        tensors: a measure for each of its quantizers that is run: input, weight, output, in this order.
         has_float_form: whether a qconfig of None leaves it in float; not so in a fixed-point network.
-        unclipped: its sensitivity with ranges that hold every value; None: not tried, as it is for all but the layer
-            with the largest sensitivity.
+        unclipped: its sensitivity with ranges that hold every value; None: not tried, as for all but the layer with
+            the largest sensitivity, and for that one if it has no clipped values or no range that can be widened.
     """
 
     name: str
@@ -114,17 +114,17 @@ def measure(
 
     Args:
         model: a prepared classifier whose quantizers have observed data.
-        images: (n, channels, height, width).
+        images: (n, channels, height, width), n at least 1.
         labels: (n,), for the accuracies.
-        sensitivity_images: each layer alone is tried with so many of the images, the first ones.
+        sensitivity_images: each layer alone is tried with so many of the images, the first ones; at least 1.
         tick: called after each layer with two numbers: how many layers are done, and how many there are.
 
     Returns:
         A :class:`ModelMeasure`: accuracies and errors of the model, and a measure for each layer, worst first.
 
     Raises:
-        ValueError: no fake quantizers, none that has observed anything, or one of fixed point that
-            :func:`tritonq.set_fixed_point_phase` has set to another phase than "fixed".
+        ValueError: no fake quantizers, none that is switched on and has observed data, or one of fixed point in
+            another phase than "fixed" (:func:`tritonq.set_fixed_point_phase`).
     """
     quantizers = dict(_outermost(model))
     _check(model, quantizers)

@@ -74,8 +74,9 @@ def render(measured: ModelMeasure, data_name: str, origin: str) -> str:
 
     Args:
         measured: what :func:`~tritonq.report.measure.measure` found.
-        data_name: where the images come from.
-        origin: what the model is and where its ranges come from, for the line below the title.
+        data_name: where the images come from, such as ``"scikit-learn's digits"``.
+        origin: what the model is and where its ranges come from, for the line below the title, such as
+            ``"torchvision.models:resnet18, as its factory gives it, calibrated"``.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     largest = max((layer.sensitivity for layer in measured.layers), default=0.0) or 1.0

@@ -56,8 +56,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     Raises:
         ValueError: ``--images`` below one, an ``--output`` that is a folder or whose folder does not exist, a MODEL
-            that is a folder without the demo's checkpoint, a checkpoint of another model or of other classes, or
-            a file or folder of images that can't be read.
+            that is a folder without the demo's checkpoint, or one with ``--checkpoint`` or ``--weights``, a checkpoint
+            of another model or of other classes, or a file or folder of images that can't be read.
         OSError: nothing can be written to the folder of ``--output``.
     """
     if arguments.images < 1:
@@ -85,9 +85,12 @@ def write(measured: ModelMeasure, data_name: str, origin: str, path: Path) -> No
 
     Args:
         measured: what :func:`~tritonq.report.measure.measure` found.
-        data_name: where the images come from.
+        data_name: where the images come from, such as ``"scikit-learn's digits"``.
         origin: what the model is and where its ranges come from, for the line below the title.
         path: the HTML file; one that exists is replaced.
+
+    Raises:
+        OSError: the file can't be written, or its folder is missing.
     """
     with atomic_file(path) as file:
         file.write(render(measured, data_name, origin).encode())

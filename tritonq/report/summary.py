@@ -53,6 +53,8 @@ class LayerSummary:
         grid: ranges of codes of its weight (w), output (y) and input (x), such as ``"w -127..127 per channel, y
             0..255"``; "" if it has no quantizer of its own. A layer that computes in float, because its input lies on
             no known grid, has ``x float``.
+            ``"(off)"`` follows the codes of a quantizer that is switched off, ``"(no data yet)"`` of one that
+            saw at most the example inputs.
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
             that codes stay codes (reshaping, pooling by maximum, …).
         reason: why it is in float, or why the engine that it was prepared for runs it in float; or "".
@@ -77,7 +79,7 @@ class ModelSummary:
         model: class name of the model.
         layers: every layer, in order of use; what was fused into another follows as a layer of its own.
         absorbed: names of the layers that are part of another one and have no row of their own in the table.
-        quantizers: further activation quantizers, by name, with their grids.
+        quantizers: name and grid, as in :class:`LayerSummary`, of each activation quantizer that is in no layer's row.
 
     Examples:
         >>> import torch, tritonq
@@ -184,7 +186,10 @@ def summary(model: nn.Module) -> ModelSummary:
 
 
 def describe_grid(qtype: QuantizedType) -> str:
-    """Return a quantized type in a few words: ``"-127..127 per channel"``, ``"e4m3"``, ``"-8..7 per group of 32"``."""
+    """Return a quantized type in a few words: ``"-127..127 per channel"``, ``"-8..7 per group of 32"``.
+
+    A type per tensor gives its codes only, such as ``"0..255"`` or ``"e4m3"``.
+    """
     codes = f"{qtype.quant_min}..{qtype.quant_max}" if qtype.float_format is None else qtype.codes
     per = " per channel" if qtype.group is None else f" per group of {qtype.group}"
     return codes + ("" if qtype.axis is None else per)

@@ -17,7 +17,7 @@ def text_table(rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
     Cells that are too long go on in the next line, broken at a space or after a dot if there is one.
 
     Args:
-        rows: the cells, as many in each row.
+        rows: the cells, as many in each row; at least one row.
         width: the most characters in a line. No column is cut below ``_NARROWEST``: lines of many columns are longer.
     """
     widths = _column_widths([max(map(len, column)) for column in zip(*rows, strict=True)], width)

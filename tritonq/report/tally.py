@@ -31,7 +31,8 @@ class TensorMeasure:
         role: what it quantizes: "input", "weight" or "output" of a layer.
         grid: its codes, in words such as "-127..127 per channel".
         scale: smallest and largest of its scales.
-        sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB; infinity without error.
+        sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB; infinity without error,
+            else -infinity without signal.
         clipped: fraction of values more than half a step outside of the grid.
         low: smallest value, not rounded; infinity without values.
         high: largest value, not rounded; -infinity without values.
@@ -77,8 +78,8 @@ class Tally:
     def add(self, x: Tensor) -> None:
         """Add a batch of values, a float tensor as the quantizer reads it; values that are not finite do not count.
 
-        The quantizer rounds them to find the error, and is switched off afterwards. It must be in eval mode, in which
-        it observes nothing.
+        The quantizer rounds them to find the error, and is switched off afterwards (one of fixed point keeps its
+        phase). It must be in eval mode, in which it observes nothing.
         """
         x, qtype = self._signal_in(x), self._quantizer.qtype
         rounded = self._rounded(x)
