@@ -125,6 +125,8 @@ class QConfigMapping:
             TypeError: the pattern is no string, or ``qconfig`` is neither None nor a QConfig with factories of
                 quantizers and a bool as ``round_summands``.
         """
+        if not isinstance(module_name_regex, str):
+            raise TypeError(f"a pattern is a string, got {module_name_regex!r}")
         try:
             re.compile(module_name_regex)
         except re.error as error:
@@ -206,7 +208,8 @@ class QConfigMapping:
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
         """Return the qconfig of every module of ``model`` by the strongest rule that fits; None leaves it in float.
 
-        Keys are ``model`` and all modules in it; one with several paths goes by the first. Each value is the rule's own
+        Keys are ``model`` and all modules in it; one with several paths goes by the first, but a rule by name may have
+        any of them. Each value is the rule's own
         ``QConfig``, not a copy, or None. A ``qconfig`` attribute on a module does not count here: `prepare_qat`
         puts it in place of the rule's afterwards.
 
@@ -226,15 +229,14 @@ class QConfigMapping:
         self._check_rules(modules)
         ends = () if order is None else zip(order, (self.first, self.last), strict=True)
         places = {name: place for name, place in ends if place is not None}
-        found: dict[nn.Module, Choice] = {}
+        paths: dict[nn.Module, list[str]] = {}
         for name, module in modules.items():
-            if module not in found:
-                found[module] = self._choose(name, modules, places.get(name))
-        return found
+            paths.setdefault(module, []).append(name)
+        return {module: self._choose(own, modules, places.get(own[0])) for module, own in paths.items()}
 
-    def _choose(self, name: str, modules: dict[str, nn.Module], place: Place | None) -> Choice:
-        names = {rule.key: rule.qconfig for rule in self.names}
-        for parent in _upwards(name):
+    def _choose(self, paths: list[str], modules: dict[str, nn.Module], place: Place | None) -> Choice:
+        name, names = paths[0], {rule.key: rule.qconfig for rule in self.names}
+        for parent in (*paths, *(parent for path in paths for parent in _upwards(path))):
             if parent in names:
                 return names[parent]
         if place is not None:

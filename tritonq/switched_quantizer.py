@@ -14,8 +14,8 @@ class SwitchedQuantizer(WithArgs, FixedDtypeBuffers, SharesRange):
     """A fake quantizer whose rounding and observation can be switched off, on the device.
 
     Attributes:
-        fake_quant_enabled: uint8 buffer (1,); 0 passes values through.
-        observer_enabled: uint8 buffer (1,); 0 freezes the range.
+        fake_quant_enabled: uint8 buffer (1,), 1 at first; while it is 0, values pass unrounded.
+        observer_enabled: uint8 buffer (1,), 1 at first; while it is 0, batches do not change the range.
     """
 
     fake_quant_enabled: Tensor
@@ -39,5 +39,5 @@ class SwitchedQuantizer(WithArgs, FixedDtypeBuffers, SharesRange):
         self.observer_enabled.fill_(int(enabled))
 
     def disable_observer(self) -> None:
-        """Switch observation off: range and scale stay as they are."""
+        """Switch observation off: batches no longer change the range."""
         self.enable_observer(False)

@@ -63,7 +63,7 @@ ONNX_FORMS: dict[str, OnnxForm] = {
 
 
 def find_target(name: str | None) -> Target:
-    """Return the target with this name; None: the default one.
+    """Return the target with this name; None: the default one, ``"onnxruntime"``.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -78,7 +78,7 @@ def find_target(name: str | None) -> Target:
 def onnx_form_named(name: str) -> OnnxForm:
     """Return the form of ONNX file for the name of a form or of a target.
 
-    A form ("onnxruntime", "tensorrt", "qdq") is returned itself, a target ("openvino") gives the form that it reads.
+    A form ("onnxruntime", "tensorrt", "qdq") is returned itself, the target "openvino" gives "onnxruntime".
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -95,7 +95,7 @@ def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:
     If no layer names a target, the form is that of the default target.
 
     Raises:
-        ValueError: layers that were prepared for targets with different files.
+        ValueError: layers that were prepared for targets that read different forms.
     """
     names = {name for name in map(_target_name, modules) if name is not None}
     forms: set[OnnxForm] = {find_target(name).onnx for name in names}
@@ -110,9 +110,9 @@ def convolves_codes(target: str | None, modules: Iterable[nn.Module]) -> bool:
     They may if :attr:`Target.convolves_codes` is True for each target that counts.
 
     Args:
-        target: name of a target, which alone counts then. With None, or with the name of a form of files that
-            ``export_onnx`` takes, the targets of the layers' presets count; if no layer has one, the default target.
-        modules: of the model.
+        target: name of the only target that counts. With None, or a form that is no target's name (``"qdq"``), the
+            targets that the layers were prepared for count; if no layer has one, the default target.
+        modules: all modules of the prepared or converted model.
     """
     names = {target} if target in TARGETS else {name for name in map(_target_name, modules) if name is not None}
     return all(find_target(name).convolves_codes for name in names or {DEFAULT_TARGET})

@@ -44,10 +44,10 @@ class QuantizerCheckError(AssertionError):
 
     Args:
         name: of the class or function that makes the quantizer.
-        failed: what went wrong, as text by name of the check.
+        failed: what went wrong, by name of the check, such as ``{"interface": "it has no qtype"}``.
 
     Attributes:
-        failed: what went wrong, by name of the check.
+        failed: the argument of this name.
 
     Examples:
         >>> import torch, tritonq
@@ -109,14 +109,14 @@ def check_quantizer(
     Args:
         make: a class, or a factory (``Class.with_args(…)``), that makes the quantizer without further arguments.
         weight: check it as the quantizer of weights, else of activations.
-        compiled: whether to compile a training step too, which takes some seconds.
-        exported: whether to write an ONNX file too, and to compare it.
+        compiled: whether to compile a training step too; takes some seconds and empties torch.compile's caches.
+        exported: whether to write an ONNX file too, and to compare it with the trained model.
 
     Returns:
         The names of the checks, in order. ``"onnx"`` is left out where onnx, onnxruntime or onnxscript is missing.
 
     Raises:
-        QuantizerCheckError: what fails, by name of the check.
+        QuantizerCheckError: a check fails. If ``"interface"`` does, the others are not run.
 
     Examples:
         >>> import tritonq

@@ -57,7 +57,7 @@ class use_in_torch:  # noqa: N801, as torch.no_grad: used like a function
         _Registration.enter()
 
     def remove(self) -> None:
-        """Give torch its own kernels back, unless another use is active. A second call does nothing."""
+        """End this use; torch gets its own kernels back if no other is active. A second call does nothing."""
         if self._is_active:
             self._is_active = False
             _Registration.leave()

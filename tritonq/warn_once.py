@@ -10,7 +10,7 @@ _FLAG = "_warned"
 def warn_once(
     owner: object, text: str, category: type[Warning] = UserWarning, stacklevel: int = 1, flag: str = _FLAG
 ) -> None:
-    """Give the warning ``text`` unless ``owner`` has been warned of before under the same ``flag``.
+    """Give the warning ``text`` unless ``owner`` has given one before under the same ``flag``.
 
     The memory is an attribute of ``owner`` and lives as long; copies and pickles of ``owner`` carry it along.
 
@@ -27,5 +27,5 @@ def warn_once(
 
 
 def silence(owner: object) -> None:
-    """Mark ``owner`` as having warned: :func:`warn_once` gives no warning for it, unless it is given a ``flag``."""
+    """Mark ``owner`` as having warned: :func:`warn_once` gives it no warning under the default ``flag``."""
     setattr(owner, _FLAG, True)

@@ -23,6 +23,7 @@ from tritonq.observers import (
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
 )
+from tritonq.rank_ranges import merge_ranges
 
 pytestmark = needs_distributed
 
@@ -159,6 +160,18 @@ def test_a_rank_that_dies_is_an_error_not_a_hang(tmp_path):
     survivor, _ = in_processes(2, tmp_path, one_rank_dies)["one_rank_dies"]
     assert "all_reduce" in survivor
     assert "Error" in survivor.strip().splitlines()[-1]
+
+
+def test_scales_of_groups_are_shared(tmp_path):
+    layer = tritonq.nn.Linear(64, 4, qconfig=tritonq.get_qconfig("w4_g32"))
+    layer(torch.rand(2, 64))
+    scale = layer.weight_fake_quant.scale.clone()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        merge_ranges([layer.weight_fake_quant], dist.group.WORLD)  # as training under DistributedDataParallel does
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(layer.weight_fake_quant.scale, scale)
 
 
 def test_without_torch_distributed():

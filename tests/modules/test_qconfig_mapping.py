@@ -63,6 +63,13 @@ def test_the_first_pattern_that_fits_wins_and_the_nearest_type():
     assert whole(mapping) == {"stem.0": MAIN, "depthwise": OTHER, "point": OTHER, "head": OTHER}
 
 
+def test_a_name_rule_may_have_any_path_of_a_shared_module():
+    model = nn.ModuleDict({"first": nn.Linear(2, 2)})
+    model["second"] = model["first"]
+    resolved = QConfigMapping().set_global(MAIN).set_module_name("second", None).resolve(model)
+    assert resolved[model["first"]] is None
+
+
 def test_first_and_last_follow_execution_not_registration():
     class Backwards(nn.Module):
         def __init__(self):
@@ -115,6 +122,8 @@ def test_wrong_arguments():
     for wrong in (lambda m: m.set_global("tensorrt"), lambda m: m.set_object_type(torch.add, MAIN)):
         with pytest.raises(TypeError, match="must be a"):
             wrong(QConfigMapping())
+    with pytest.raises(TypeError, match="a pattern is a string"):
+        QConfigMapping().set_module_name_regex(b"conv", MAIN)
     with pytest.raises(ValueError, match="not a regular expression"):
         QConfigMapping().set_module_name_regex("(", MAIN)
     with pytest.raises(ValueError, match="qualified name"):

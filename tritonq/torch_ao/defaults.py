@@ -81,7 +81,8 @@ def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:
     tritonq's quantizers hold these observers, so that one model can be calibrated, trained, and converted.
 
     Args:
-        backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.
+        backend: ``"fbgemm"`` or ``"x86"`` (activation codes 0 to 127), ``"qnnpack"`` or ``"onednn"`` (0 to 255).
+            Weights have a scale per channel, but for ``"qnnpack"`` one per tensor.
         version: 0, the one that torch.ao has.
 
     Raises:

@@ -118,7 +118,8 @@ def prepare_qat_fx(
 
     Raises:
         ValueError: an option that must be None and is not, or what :func:`tritonq.prepare_qat` raises.
-        TypeError: a mapping, a qconfig or example inputs of the wrong type.
+        TypeError: a model, mapping, qconfig or example inputs of the wrong type.
+        RuntimeError: with rounding off the prepared model would not compute what the float model does.
 
     Source: torch.ao.quantization.quantize_fx.prepare_qat_fx.
 
@@ -177,7 +178,7 @@ def quantize_qat(model: nn.Module, run_fn: Callable[..., Any], run_args: Sequenc
 
     Args:
         model: a float model with stubs and qconfigs.
-        run_fn: trains what it is given.
+        run_fn: trains the prepared model, its first argument, in place; what it returns is not used.
         run_args: its other arguments.
         inplace: change ``model`` itself instead of a copy.
 
@@ -185,7 +186,8 @@ def quantize_qat(model: nn.Module, run_fn: Callable[..., Any], run_args: Sequenc
         The converted model.
 
     Raises:
-        ValueError: what ``prepare_qat`` and ``convert`` raise.
+        ValueError: what ``prepare_qat`` and :func:`tritonq.convert` raise, such as for a ``run_fn`` that runs no data.
+        TypeError: a qconfig of the wrong type.
 
     Source: torch.ao.quantization.quantize_qat.
 
@@ -213,7 +215,7 @@ def quantize(
 
     Args:
         model: a float model with stubs and qconfigs.
-        run_fn: runs what it is given on data.
+        run_fn: runs the prepared model, its first argument, on data, in eval mode; what it returns is not used.
         run_args: its other arguments.
         mapping: float type to quantization-aware type; None: ``tritonq.nn.DEFAULT_QAT_MAPPING``.
         inplace: change ``model`` itself instead of a copy.
@@ -222,7 +224,8 @@ def quantize(
         The converted model.
 
     Raises:
-        ValueError: what ``prepare_qat``, :func:`tritonq.calibrate` and ``convert`` raise.
+        ValueError: what ``prepare_qat``, :func:`tritonq.calibrate` and :func:`tritonq.convert` raise.
+        TypeError: a qconfig of the wrong type.
 
     Source: torch.ao.quantization.quantize.
 
@@ -248,7 +251,7 @@ def fold_known_modules(
     """Fuse a row of modules in eval mode, and return as many modules.
 
     The first one is the folded or fused module, the others are ``nn.Identity``. The first module's forward pre-hooks
-    and all hooks of the last one are moved to the fused module.
+    and the last one's forward and backward hooks are moved to the fused module.
 
     Args:
         mod_list: such as ``[conv, bn, relu]``.
@@ -293,7 +296,7 @@ def fuse_modules(
 
     Args:
         model: the model that holds the modules, in eval mode.
-        modules_to_fuse: one row of names, or a list of rows.
+        modules_to_fuse: one row of paths, such as ``["stem.conv", "stem.bn"]``, or a list of rows.
         inplace: change ``model`` itself instead of a copy.
         fuser_func: called as ``fuser_func(modules, is_qat, mapping)`` with the modules of one row and the mapping of
             fuser methods; returns as many modules that replace them.
@@ -306,7 +309,8 @@ def fuse_modules(
         others are ``nn.Identity``.
 
     Raises:
-        ValueError: a row in training mode (use :func:`tritonq.fuse_modules_qat`), or an unknown one.
+        ValueError: a module in training mode (use :func:`tritonq.fuse_modules_qat`), a row that has no fused form, or a
+            path without a module.
 
     Source: torch.ao.quantization.fuse_modules.
 

@@ -21,8 +21,10 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
     """:class:`tritonq.QConfigMapping` whose ``set_`` methods change the mapping itself and return it, as torch.ao's do.
 
     Where several rules fit a module, the strongest wins: its name, or that of the nearest module around it; first and
-    last layer; the first pattern that fits its name; its type, or that of the nearest module around it; the global
-    qconfig. A qconfig of None leaves modules in float. Unlike in torch.ao, a rule that fits nothing is an error.
+    last layer; of the patterns that match its name, the one set first; its type, or that of the nearest module around
+    it; the global qconfig. Unlike in torch.ao, ``prepare_qat`` raises ValueError for a rule that fits no module. Each
+    ``set_`` method raises TypeError for a qconfig that is neither None nor a QConfig with two factories of quantizers,
+    and ValueError for one with an unknown option.
 
     Source: torch.ao.quantization.QConfigMapping.
 
@@ -45,11 +47,11 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         """Return the mapping that a dict of torch.ao's older form describes.
 
         Args:
-            qconfig_dict: ``""`` to the qconfig of all other modules, and ``"object_type"``, ``"module_name_regex"`` and
-                ``"module_name"`` to lists of pairs of a key and a qconfig.
+            qconfig_dict: ``""`` to the qconfig of all other modules; ``"object_type"``, ``"module_name_regex"`` and
+                ``"module_name"`` to lists of pairs: a class, pattern or path and its qconfig.
 
         Raises:
-            ValueError: a key that has no counterpart, a path that is empty or no string, a pattern that is no regular
+            ValueError: another key in ``qconfig_dict``, a path that is empty or no string, a pattern that is no regular
                 expression, or a qconfig with an unknown option.
             TypeError: a qconfig that is neither None nor a QConfig, a type that is neither a module class nor a string,
                 or a pattern that is no string.
@@ -92,6 +94,9 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
 
         Return the mapping itself. The class may be given by its name, such as ``"torch.nn.Conv2d"``. None leaves them
         in float.
+
+        Raises:
+            TypeError: ``object_type`` is neither a module class nor a string.
         """
         return self._become(super().set_object_type(object_type, qconfig))
 
@@ -99,6 +104,10 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
         """Set the qconfig of modules whose path the pattern matches (``re.match``), in place.
 
         Return the mapping itself. None leaves these modules in float.
+
+        Raises:
+            ValueError: the pattern is no regular expression.
+            TypeError: it is no string.
         """
         return self._become(super().set_module_name_regex(module_name_regex, qconfig))
 
@@ -130,7 +139,8 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
     def set_input(self, qconfig: Choice) -> Self:
         """Set the qconfig of the model's inputs, in place; return the mapping itself.
 
-        None leaves them in float, and with them the layers that read them.
+        None leaves them in float, and with them the layers that read them. Without this rule an input gets the
+        activation quantizer of the layer that reads it first.
         """
         return self._become(super().set_input(qconfig))
 

@@ -15,7 +15,7 @@ from tritonq.qconfig import QConfig
 class QuantWrapper(nn.Module):
     """A module between two stubs: its input is quantized before it, its result leaves as float.
 
-    The stubs get the ``qconfig`` of the module, or None if it has none, and its training mode.
+    The stubs get the training mode of the module and, if it has one, its ``qconfig``.
 
     Attributes:
         quant: the stub before.
@@ -43,7 +43,7 @@ class QuantWrapper(nn.Module):
 
 
 def add_quant_dequant(module: nn.Module) -> nn.Module:
-    """Wrap each part without children that has a qconfig of its own into :class:`QuantWrapper`, in place.
+    """Wrap each part without children that has a qconfig of its own in a :class:`QuantWrapper`, in place.
 
     Returns:
         ``module``, or its wrapper where it has no children itself.
@@ -75,7 +75,8 @@ def propagate_qconfig_(
 
     Args:
         module: the model; changed in place.
-        qconfig_dict: qconfigs by qualified name, which wins, or by module type; ``""`` is the model. None: no entries.
+        qconfig_dict: qconfigs by path such as ``"layer1.0"`` (``""`` is the model), which wins, or by exact module
+            class. None: no entries.
         prepare_custom_config_dict: must be None.
 
     Raises:
@@ -115,7 +116,10 @@ def swap_module(
     Args:
         mod: a float module.
         mapping: float type to quantization-aware type; None: :func:`get_default_qat_module_mappings`.
-        custom_module_class_mapping: more of these, which win over ``mapping``.
+        custom_module_class_mapping: more of these, which win over ``mapping``; None: no more.
+
+    Raises:
+        TypeError: ``mod.qconfig`` is neither None nor a QConfig.
 
     Source: torch.ao.quantization.swap_module.
 
