@@ -164,7 +164,8 @@ class DoReFaWeight(WeightScheme):
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Return ``(2 round(n (t/2 + 1/2)) - n) · scale``, with t and n of the class; its gradient is that of ``t``.
 
-        With one bit it is ``sign(weight) · scale``, and the gradient passes unchanged.
+        ``scale`` is ``1/n``, as :meth:`scale_of` returns it, and gets no gradient. With one bit the result is
+        ``sign(weight) · scale`` with the mean magnitude as scale, and the gradient passes unchanged.
         """
         if self.bits == 1:
             return with_gradient_of(torch.where(weight < 0, -scale, scale), weight)

@@ -20,7 +20,8 @@ class Rule(NamedTuple):
     """A qconfig for some modules.
 
     Attributes:
-        key: a class name in ``types`` of the mapping, a regular expression in ``patterns``, a module path in ``names``.
+        key: in ``types`` of the mapping a class's name, ``"torch.nn.Conv2d"`` or ``"Conv2d"``; in ``patterns`` a
+            regular expression, matched from the beginning of a path; in ``names`` a module's path.
         qconfig: for the modules that the key fits; None leaves them in float.
     """
 

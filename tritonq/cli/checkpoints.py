@@ -231,7 +231,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict into a model of the same architecture, in place; ``where`` names the file in errors.
 
     ``state`` may also have the key ``freeze_bn`` of each layer with a BatchNorm, such as ``"layer1.freeze_bn"``, which
-    the model's own state dict has only while the layer is frozen. The shape of a tensor that has no elements in the
+    the model's own state dict has only while the layer is frozen. It freezes the layer; without it the layer stays as
+    it is. The shape of a tensor that has no elements in the
     model, such as an observer's before the first batch, is not checked here.
 
     Raises:

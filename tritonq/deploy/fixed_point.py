@@ -45,10 +45,11 @@ def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
     mode, or with ``inplace`` the model itself, changed (another module if the model is a single layer).
 
     Raises:
-        ValueError: layers in another phase than "fixed", layers whose formats never observed anything, are switched off
-            or wider than 8 bits, float biases, a module put into the model after preparation, or an addition or average
-            pooling that ``prepare_qat`` did not make; the message names the module. Also a model that is converted
-            already. ``model`` is then as it was.
+        ValueError: layers that ``set_fixed_point_phase`` put into another phase than "fixed", layers whose formats
+            never observed anything, are switched off or wider than 8 bits, biases without a ``bias_word_len``, which
+            stay in float, a module put into the model after preparation, or an addition or average pooling that
+            ``prepare_qat`` did not make; the message names the module. Also a model that is converted already.
+            ``model`` is then as it was.
     """
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")

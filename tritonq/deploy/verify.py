@@ -158,8 +158,9 @@ class _Tally:
     def lacking(self, expected: Codes, found: Codes) -> list[str]:
         """Return the names of quantizers of the trained model that the deployed one lacks, or calls fewer times.
 
-        One that it lacks is not returned if another, which both models run once, makes the same codes (:func:`_twin`).
-        ``expected`` are the trained model's codes, ``found`` the deployed one's: by quantizer, one tensor per call.
+        One that the deployed model lacks is not returned if another quantizer, which both models have and run once,
+        makes the same codes in the trained one (:func:`_twin`). ``expected`` are the trained model's codes, ``found``
+        the deployed one's: by quantizer, one tensor per call.
         """
         names = {name: self._name_in(name, found) for name in expected}
         few = (name for name, calls in expected.items() if len(calls) > len(found.get(names[name], ())))

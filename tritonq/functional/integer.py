@@ -131,7 +131,7 @@ def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class Rows(Protocol):
-    """How a layer's weight is laid out: the methods ``to_rows`` and ``from_rows`` of a ``LinearMap``."""
+    """How a layer's weight is laid out: how its out channels get to axis 0, and back. A ``LinearMap`` knows it."""
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """Return ``weight`` with its out channels on axis 0."""

@@ -77,7 +77,7 @@ class ActivationFormat(FixedPointFakeQuantize):
     def power_between(self, following: ActivationFormat) -> Tensor:
         """Return ``η / η_following``, which is ``2^(fl - fl_following)``: float64 (1,), without gradient.
 
-        Both formats must have one step (:meth:`share_step`).
+        Both formats must be ``scaled`` and have one step (:meth:`share_step`); neither is checked.
         """
         return power_of_two(self.rounded_frac_len() - following.rounded_frac_len(), torch.float64)
 

@@ -84,7 +84,7 @@ class _PlanWork:
     The constructor takes the arguments of that function.
 
     Attributes:
-        join_names: qualified name of the module that each join became.
+        join_names: qualified name of the module that each join became, by the ``Join``; filled by :meth:`do`.
         unary_names: qualified name of the module that each operation of one tensor in a forward became, by the index of
             its result among the recorded values.
     """
