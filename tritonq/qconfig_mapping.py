@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     Attributes:
         key: in ``types`` of the mapping a class's name, ``"torch.nn.Conv2d"`` or ``"Conv2d"``; in ``patterns`` a
             regular expression, matched from the beginning of a path; in ``names`` a module's path.
-        qconfig: for the modules that the key fits; None leaves them in float.
+        qconfig: for the modules that the key fits and, by type or name, those inside them; None leaves them in float.
     """
 
     key: str

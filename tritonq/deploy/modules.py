@@ -372,7 +372,7 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
 
 
 class QuantizedTransposed(TakesOutputSize, QuantizedLayer):
-    """A :class:`QuantizedLayer` with a transposed convolution, weight (in, out/groups, ...)."""
+    """Base of layers with a transposed convolution: a :class:`QuantizedLayer` with weight (in, out/groups, ...)."""
 
     geometry_names = (*QuantizedLayer.geometry_names, "output_padding")
     in_channels: int

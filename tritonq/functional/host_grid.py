@@ -34,7 +34,7 @@ class HostGrid(NamedTuple):
 
 
 def host_grid(grid: Grid) -> HostGrid | None:
-    """Return a grid's numbers; None if its type has an axis or over 256 codes, or it is not on the CPU.
+    """Return a grid's numbers, codes counted from 0; None if it has an axis, over 256 codes, or is not on the CPU.
 
     Its codes must be integers: that is not checked. Its switch is not read.
     """

@@ -21,7 +21,7 @@ from tritonq.reference.functions import Function
 
 @dataclass(frozen=True)
 class Clipping:
-    """The bounds of a clip: ``min(max(x, low), high)``.
+    """The bounds of a clip, ReLUs included: ``min(max(x, low), high)``.
 
     Attributes:
         low: lower bound; -infinity: there is none.

@@ -55,8 +55,8 @@ class LayerSummary:
             no known grid, has ``x float``.
             ``"(off)"`` follows the codes of a quantizer that is switched off, ``"(no data yet)"`` of one that
             saw at most the example inputs.
-        status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
-            that codes stay codes (reshaping, pooling by maximum, …).
+        status: ``"quantized"``; ``"float"``; or ``"moves values"`` of a module that leaves values as they are, so
+            that codes stay codes (Flatten, max pooling, Dropout, …). Functions that do so are not listed.
         reason: why it is in float, or why the engine that it was prepared for runs it in float; or "".
         part: ``"layer"`` if it has weights and is no part of another layer; ``"join"`` of an operation on several
             activations; ``"other"`` of any other operation, and of what became part of a layer.
@@ -106,7 +106,7 @@ class ModelSummary:
 
     @property
     def moving(self) -> tuple[LayerSummary, ...]:
-        """The operations that leave values as they are, such as reshaping, so that codes stay codes."""
+        """The modules that leave values as they are, such as Flatten and max pooling, so that codes stay codes."""
         return tuple(layer for layer in self._rows() if layer.status == "moves values")
 
     def _rows(self) -> Iterator[LayerSummary]:

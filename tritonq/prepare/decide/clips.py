@@ -41,7 +41,7 @@ def ceiling_of_call(call: Call) -> float | None:
 
 
 def limits_range(call: Call) -> bool:
-    """Whether a call clips values to constant bounds and does nothing else: ReLU, ReLU6, Hardtanh, a clamp."""
+    """Whether a call clips values and does nothing else (ReLU, ReLU6, Hardtanh, a clamp), its bounds being numbers."""
     return bounds_of_call(call) is not None
 
 

@@ -3,8 +3,7 @@
 Tensors that the same values flow through (ReLU, max pooling, flattening, concatenation) form one *group*. A group that
 a layer or a pooling reads has a format of its own. A group that only one addition reads is computed in units of the
 sum's format. The inputs of an addition or an average share the parameter ``|α| / levels`` of its output's format, so
-that their units differ by a power of two. The factor η of a format is what the values that are read in it are divided
-by.
+that their units differ by a power of two. Values that are read in a format are divided by its factor η.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class Group:
 
     Attributes:
         values: indices of the tensors' values.
-        readers: ``(call, place among its operands)`` of layers, sums and averages that read one, in call order.
-        rectified: whether all these readers come after a ReLU, so that codes are unsigned; False without readers.
+        readers: ``(call, place among its operands)`` of layers, sums and averages (not max poolings) that read one.
+        rectified: whether all these readers, in call order, are behind a ReLU: codes are unsigned; False without any.
         scaled: whether their values are divided by a factor η; False for the network's input, whose values are real.
         has_format: whether they are rounded to a format of their own. False if nothing reads them, or if one addition
             alone reads what one layer, addition or pooling made, without a ReLU between the two.

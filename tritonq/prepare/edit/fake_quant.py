@@ -110,7 +110,7 @@ class _PlanWork:
         self._input_names: dict[Path, list[str]] = {}
 
     def do(self) -> None:
-        """Carry out the whole plan."""
+        """Carry out the whole plan; ValueError, naming the layer, if one can't be quantized."""
         self._erase_relus()
         for join in self._plan.joins:
             self._add_join(join)
