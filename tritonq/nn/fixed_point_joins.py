@@ -91,7 +91,8 @@ class FixedPointAdd(ReferringModule):
         A summand without a format of its own was divided by that η before, and is added as it is. One with a format
         was divided by that format's η'. It is rounded (in phase ``"floating"`` clipped), and multiplied by ``η' / η``
         if a format follows. In phase ``"floating_wo_clip"`` nothing is rounded or has a factor; an unsigned format
-        applies a ReLU to its summand. If one summand is float64, the sum is.
+        applies a ReLU to its summand. If one summand is float64, the sum is. In training formats observe their
+        summands.
         """
         left, right = self._read(0, a), self._read(1, b)
         return left + right

@@ -80,7 +80,7 @@ class AxesAverage:
 
 @dataclass(frozen=True)
 class WindowAverage:
-    """Average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``.
+    """Describes average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``.
 
     Attributes:
         kernel_size: of the window, one number per pooled axis.
@@ -145,7 +145,9 @@ class WindowAverage:
 
 @dataclass(frozen=True)
 class AdaptiveAverage:
-    """Average pooling to a given size: ``adaptive_avg_pool1d``, ``adaptive_avg_pool2d``, ``adaptive_avg_pool3d``.
+    """Describes average pooling to a given size: ``adaptive_avg_pool1d``, ``adaptive_avg_pool2d`` and the 3-d one.
+
+    Methods compute the float means, and the numbers that exact sums of codes are divided by.
 
     Attributes:
         output_size: one number per pooled axis; None in place of a number: the size of the input along that axis.

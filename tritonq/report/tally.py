@@ -78,8 +78,8 @@ class Tally:
     def add(self, x: Tensor) -> None:
         """Add a batch of values, a float tensor as the quantizer reads it; values that are not finite do not count.
 
-        The quantizer rounds them to find the error, and is switched off afterwards (one of fixed point keeps its
-        phase). It must be in eval mode, in which it observes nothing.
+        The quantizer rounds them to find the error, and is switched off afterwards; the ``phase`` of a fixed-point one
+        stays. It must be in eval mode, in which it observes nothing.
         """
         x, qtype = self._signal_in(x), self._quantizer.qtype
         rounded = self._rounded(x)

@@ -95,7 +95,7 @@ class GuardedGraph(ForwardGraph):
         self._edit_forward(node, lambda forward, place: forward.insert_after(place, child, in_place))
 
     def erase(self, node: str) -> None:
-        """Remove a node from the graph, and its calls from the forward itself; readers get its first operand.
+        """Remove a node from the graphs, and its calls from the forward itself; readers get its first operand.
 
         A node without a known place drops the forward itself; see the class.
         """
