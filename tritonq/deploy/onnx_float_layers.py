@@ -62,7 +62,7 @@ def float_convolutions(proto: Any) -> list[str]:
     Those are all ConvTranspose nodes, and the Conv nodes whose result is an output of the graph or is read by anything
     but QuantizeLinear: ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and
     nothing less. What `onnx_exact_sums` wrote by ConvInteger is no Conv any more. Weights that are floats or have a
-    scale per block are left out, and packed ones (``pack=True``) before QuantizeLinear: they run in float by choice.
+    scale per block are left out, and those packed by ``pack=True`` before QuantizeLinear: they run in float by choice.
 
     A convolution's name is that of its weight's codes in the file without ``.weight``, and without the underscores that
     `separate_weights` puts behind it for further calls; each name is returned once, in the order of the nodes.

@@ -46,7 +46,8 @@ class StepMemory:
 def step_memory_of(module: nn.Module) -> StepMemory:
     """Return the :class:`StepMemory` kept on a module that is no layer of tritonq; the first call makes it there.
 
-    While ``torch.compile`` traces, nothing is remembered: the memory is a new one.
+    Its caller keeps there what a rerun of the step by gradient checkpointing needs. While ``torch.compile`` traces,
+    nothing is remembered: the memory is a new one.
     """
     if torch.compiler.is_compiling():
         return StepMemory()

@@ -200,7 +200,7 @@ class QATBatchNormLayer(QATLayer):
         return (*super().eval_key(), self.bn.eps, self._mode)
 
     def path_state(self) -> LayerState:
-        """Return a `LayerState`: what decides which computation :meth:`forward` is.
+        """Return a `LayerState`, by which :meth:`forward` chooses its computation (`tritonq.nn.paths`).
 
         Besides training, tracing and known grids it tells the mode of folding, whether the BatchNorm is frozen, and
         whether one operator can do the training step.

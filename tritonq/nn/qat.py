@@ -236,7 +236,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return folded if is_nearest else self.quantized_folded_weight(folded)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the weight of :meth:`folded_parameters`, not rounded; in folding mode "scale" ±W, by the sign of γ."""
+        """Return the weight of :meth:`folded_parameters`, not rounded: W, with a BatchNorm W times its factors."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:

@@ -201,7 +201,8 @@ def _free_name(base: str, taken: Container[str]) -> str:
 def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
     """Return a record for each layer, then each addition and each average pooling, of a fixed-point network.
 
-    All are "quantized". Parts: "layer", "join" for additions, "other" for poolings.
+    ``links`` is what :func:`find_links` found of it. All are "quantized". Parts: "layer", "join" for additions, "other"
+    for poolings.
     """
     records = []
     for layer in links.layers.values():

@@ -88,8 +88,9 @@ class PlannedUnary:
 class QuantizerPlace(Protocol):
     """Where a quantizer stands: the attributes of `tritonq.prepare.decide.plan.PlannedQuantizer` that this file reads.
 
-    ``where`` is the kind of place ("output", "node" or "consumer"), ``owner`` the name of a module, and ``node`` that
-    of a node in the graph of this module's forward, or of a place in a forward without a graph.
+    ``where`` is the kind of place: "output" (behind a module), "node" (behind a call in a forward), "consumer" (in each
+    layer that reads the tensor). ``owner`` is the name of a module, and ``node`` that of a node in the graph of this
+    module's forward, or of a place in a forward without a graph.
     """
 
     @property

@@ -364,7 +364,7 @@ def refs_in(structure: Any) -> tuple[ValueIndex, ...]:
 
 
 def replace_refs(structure: Any, leaf: Callable[[Ref], Any]) -> Any:
-    """Return a copy of recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`.
+    """Return a copy of recorded arguments with ``leaf(ref)`` in place of each :class:`Ref`, which stands for a tensor.
 
     Tuples and dicts are searched at any depth. A record holds no other containers: lists are recorded as tuples,
     other mappings and dataclasses as dicts.
