@@ -138,7 +138,10 @@ def _(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
 
 @torch.library.custom_op("tritonq::global_average", mutates_args=())
 def global_average(x: Tensor) -> Tensor:
-    """Return the means of ``x`` (n, c, ...) over all axes behind the first two: (n, c, 1, ...)."""
+    """Return the means of ``x`` (n, c, ...) over all axes behind the first two: (n, c, 1, ...).
+
+    An operator of its own, which the file has as GlobalAveragePool.
+    """
     return x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 

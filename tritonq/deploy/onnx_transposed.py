@@ -51,9 +51,9 @@ def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, ...]) -> Non
 
     Each out channel becomes as many as there are phases: its scale, zero point, bias and multiplier are repeated, and
     the weight gets one plain kernel for each. A copy of the output quantizer becomes the layer's child
-    ``first_quantizer`` and rounds the results of the plain convolution. Behind the moves the output quantizer, whose
-    ``exact`` becomes False, rounds them again, which changes no code. ``phases``, one per axis, are those of
-    :func:`phases_of`.
+    ``first_quantizer`` and rounds the results of the plain convolution. Behind the moves the output quantizer rounds
+    them again, which changes no code, so that it need not divide exactly (``exact`` becomes False). ``phases``, one per
+    axis, say how the axis is split into plain convolutions (:func:`phases_of`).
 
     Raises:
         TypeError: the output quantizer is no TracedQuantizer.

@@ -287,7 +287,8 @@ class Analysis:
     def enters(self, value: ValueIndex | None, is_end: Callable[[Call], bool]) -> bool:
         """Whether only one call reads a value, as its first input, and ``is_end`` holds for that call.
 
-        The value may be moved, scaled and shifted by constants on the way. False for None, or if the model returns it.
+        The value may be moved, scaled and shifted by constants on the way, each time with one reader. False for None,
+        or if the model returns it.
         """
         call = None if value is None else self.flow.single_consumer(value)
         if call is None:
