@@ -1,8 +1,8 @@
 """Convolutions as implicit matrix products, with bias, ReLU and fake quantization in the same kernel.
 
 Functions here have the names, signatures and results of `tritonq.reference.conv2d`, their specification, but for the
-order of float sums, and for ``tile`` and ``largest_product``. Values take them where the table of this GPU says that
-they beat torch's convolution (:func:`tuned_tile`), codes also where it says nothing. Codes are float16 operands with
+order of float sums, and for ``tile`` and ``largest_product``. Layers call them for values where this GPU's table says
+that they beat torch's convolution (:func:`tuned_tile`), codes also without an entry. Codes are float16 operands with
 float32 accumulators: products of codes of up to 9 bits are exact, and so are sums below 2^24 (matrix units round no
 addition that needs at most 24 bits: Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Sums that may become
 larger go on in int32 before they do. `tritonq.kernels` explains the constants that have no comment.
@@ -95,7 +95,7 @@ def conv2d_kernel(
     ONTO_ROUNDING: tl.constexpr,  # of ties before the ReLU, with grid_scale_ptr
     PRECISION: tl.constexpr,  # of matrix units: "ieee" or "tf32"
     WIDE: tl.constexpr,  # whether offsets take 64 bits
-    FLUSH: tl.constexpr,  # steps after which sums of codes go on in int32; 0: float32 holds the whole sum
+    FLUSH: tl.constexpr,  # steps of the sum after which codes' sums go on in int32; 0: float32 holds the whole sum
     PIXELS: tl.constexpr,  # size of the tile
     OUTS: tl.constexpr,  # size of the tile
     CHANNELS: tl.constexpr,  # in channels per step of the sum
@@ -189,7 +189,7 @@ def conv2d(
     ``x`` is (n, c, h, w), ``weight`` (out, c/groups, kh, kw) of its dtype, ``bias`` (out,) or None. Stride, padding
     (zeros on each side) and dilation are (vertical, horizontal). ``ceiling`` is the upper bound of the ReLU, infinity
     for a plain one; None: no ReLU. It reads the sum rounded to the dtype of ``x``. FQ rounds to ``grid``, one scale per
-    tensor; None, or switched off: not at all. ``tile`` sets the launch size; None takes a default.
+    tensor; None, or switched off: not at all. ``tile`` sets the launch size; None: a default, not the table's entry.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
@@ -337,7 +337,7 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
-    """Return "tf32" for float32 values on NVIDIA if torch.backends.cudnn.conv.fp32_precision is "tf32"; else "ieee"."""
+    """Return "tf32" for float32, not codes, on NVIDIA if torch.backends.cudnn.conv.fp32_precision is; else "ieee"."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"

@@ -84,7 +84,7 @@ def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch
 
 
 def reach(x: Tensor) -> int:
-    """Return one past the largest offset, in elements, in ``x``, not empty: ``1 + Σ (size - 1) stride``."""
+    """Return one past the largest offset in a non-empty ``x``, for `is_wide`: ``1 + Σ (size - 1) stride`` elements."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 

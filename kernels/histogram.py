@@ -71,7 +71,7 @@ def prefix_histogram_kernel(
     SHIFT: tl.constexpr,  # low bits of a float32 that a prefix leaves out
     FIRST_PREFIX: tl.constexpr,  # prefix of the smallest magnitude with a bin of its own
     PER_SIDE: tl.constexpr,  # bins per sign
-    WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; must be 0 with CHANNEL
+    WINDOW: tl.constexpr,  # bins that a program counts in registers, half per sign; 0: none, as it must be with CHANNEL
     CHANNEL: tl.constexpr,  # dimension with the channels: 0, 1 or 2; None: one channel
     ROWS: tl.constexpr,  # of a tile, the elements that a program reads at a time
     COLS: tl.constexpr,
@@ -179,9 +179,9 @@ def linear_histogram_kernel(
 def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = None) -> Tensor:
     """Return how many elements lie in each of ``bins`` equal bins between the two ``limits``, both included.
 
-    int64 (bins,), or (x.shape[axis], bins) with ``axis``. ``limits`` is (2,): lower and upper end. An element's bin is
-    ``floor((x - low) · bins / (high - low))``, and the last one for the upper end or where that is NaN. Elements
-    outside, and NaN, are not counted.
+    int64 (bins,); with ``axis`` one histogram per index of it, (x.shape[axis], bins). ``x`` is float32, float16 or
+    bfloat16, ``limits`` is (2,): lower and upper end. An element's bin is ``floor((x - low) · bins / (high - low))``,
+    and the last one for the upper end or where that is NaN. Elements outside, and NaN, are not counted.
     """
     channels = 1 if axis is None else x.shape[axis]
     rows = x if axis is None else x.movedim(axis, 0)
@@ -240,7 +240,7 @@ def observe(
     """Add ``x`` to a histogram, and merge its smallest and largest finite value into the range; in place on the device.
 
     Args:
-        x: the batch.
+        x: the batch; float32, float16 or bfloat16.
         histogram: int64 counts, (bins.count,) or (channels, bins.count).
         min_val: running minimum, float32, 0-d or (channels,); +inf before the first batch.
         max_val: running maximum, as ``min_val``; -inf before the first batch.

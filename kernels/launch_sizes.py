@@ -98,13 +98,13 @@ _OVERRIDES: ContextVar[Mapping[str, Entry]] = ContextVar("overrides", default=Ma
 def override(kernel: str, entry: Entry) -> Iterator[None]:
     """Launch ``kernel`` with ``entry`` inside the ``with`` block, whatever the GPU's table has.
 
-    Blocks nest, and the innermost that counts for a kernel wins, be it for this kernel or for all. Each thread has its
-    own.
+    Blocks nest, and the innermost that counts for a kernel wins, be it for this kernel or for all. A block counts only
+    in the thread that runs it.
 
     Args:
         kernel: the kernel's name in tables, or :data:`EVERY_KERNEL` for all kernels whose entries are
             :class:`Parameters`, that is all but ``"conv2d"``.
-        entry: the launch size, as in a table; not checked.
+        entry: :class:`Parameters`; for ``"conv2d"`` a ``ConvTile``, or ``"torch"`` for torch's operator. Not checked.
     """
     outer = _OVERRIDES.get()
     if kernel == EVERY_KERNEL:
@@ -131,7 +131,7 @@ def overridden(kernel: str) -> Entry | None:
 def planned(kernel: str) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that caches a function's results by its arguments and the launch sizes set for ``kernel``.
 
-    Those are what an enclosing :func:`override` block sets; outside of such a block, arguments decide. The decorated
+    Those are what an enclosing :func:`override` block sets; without one, the key is the arguments alone. The decorated
     function takes hashable, positional arguments, and has ``cache_clear`` as those of :func:`functools.lru_cache`.
     """
 

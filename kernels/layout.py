@@ -209,7 +209,7 @@ def is_wide(extent: int) -> bool:
 
 
 def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View:
-    """Return the :func:`view` of tensors that all have the same dense strides, which always have one.
+    """Return the :func:`view` of tensors with equal strides that leave no gaps; there always is one.
 
     Args:
         shape: of the tensors.
@@ -315,7 +315,7 @@ def split(
         channel: index into ``sizes`` of the dimension that is not reduced; each program takes one tile of it. None: all
             are reduced.
         tile: tile size along each dimension (1 along outer).
-        target_programs: how many programs fill the device; more are made only for more tiles along ``channel``.
+        target_programs: how many programs fill the device. No more are made, unless ``channel`` alone has more tiles.
         min_elements: fewest elements that are worth another program and its partial result.
     """
     tiles = [-(-size // step) for size, step in zip(sizes, tile, strict=True)]

@@ -276,7 +276,8 @@ def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) ->
     the first batch replaces the empty range. With ``statistics.copy_above`` an average is replaced by a batch whose
     magnitude ``max(-min, max)`` is more than that times its own, or less than 1/100 of it but not 0. NaN and infinities
     are left out, and counted in ``statistics.nonfinite_count``. While ``statistics.frozen`` is True, or the range's
-    switch is 0, nothing is written; without ``grid`` only range and count are updated.
+    switch is 0, nothing is written; without ``grid`` only range and count are updated. Each index of the axis
+    ``statistics.granularity.axis`` has a range of its own; axis None: one range for all values.
     """
     if statistics.frozen:
         return

@@ -32,7 +32,7 @@ class FloatFormat(Protocol):
 
     @property
     def overflow(self) -> float:
-        """Number that would follow the largest, 480 for E4M3; magnitudes that round to it block the gradient."""
+        """Number that would follow the largest, 480 for E4M3; magnitudes that round to it or above block gradients."""
 
 
 class BlockFormat(Protocol):
@@ -60,11 +60,11 @@ class QuantizedType(Protocol):
 
     @property
     def quant_min(self) -> int:
-        """Smallest code."""
+        """Smallest code; where codes are floats ``-quant_max``."""
 
     @property
     def quant_max(self) -> int:
-        """Largest code."""
+        """Largest code; of floats the number of positive finite values, 126 for E4M3."""
 
     @property
     def axis(self) -> int | None:
@@ -171,7 +171,8 @@ class RangeStatistics(Protocol):
     def copy_above(self) -> float | None:
         """Factor by which a batch's magnitude ``max(-min, max)`` must exceed the running one's to replace an average.
 
-        So does a batch below 1/100 of the running magnitude, unless it is all 0. None: only the first batch does.
+        A batch below 1/100 of the running magnitude replaces the average, too, unless it is all 0. None: only the first
+        batch does.
         """
 
     @property
@@ -259,7 +260,7 @@ def has_data(statistics: RangeStatistics | None) -> bool:
 def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> dict[str, Any]:
     """Return the constants with which a kernel merges a range and computes scale and zero point from it.
 
-    By name: QUANT_MIN and QUANT_MAX (of float codes the format's largest number and its negative), SYMMETRIC,
+    By name: QUANT_MIN and QUANT_MAX (of float codes ``-largest`` and ``largest`` of the format), SYMMETRIC,
     FIXED_ZERO_POINT (0 for all symmetric types with rule ``"megengine"``), RULE and COPY_ABOVE. If ``grid`` or
     ``statistics`` is None, or the range is frozen, nothing is observed, and they are placeholders, in the shared dict
     NO_RANGE itself, which must not be changed.

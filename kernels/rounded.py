@@ -167,8 +167,8 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 
     Args:
         y: float32, dense; overwritten.
-        grid: of the quantizer, per tensor, updated in place from the range. While its switch is off or the range is
-            empty, ``relu?(y)`` is written.
+        grid: of the quantizer, per tensor, updated in place if there are ``statistics``. While its switch is off or the
+            range is empty, ``relu?(y)`` is written.
         statistics: the running range of the grid, updated first by ``relu?(y)``; None: nothing is observed.
         ceiling: upper bound of the ReLU, infinity for a plain one, 6 for ReLU6; None: no ReLU.
     """

@@ -187,14 +187,14 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Return ``(codes, unit, clips, grid)``, ``codes = clip(round(rows · fold / s) + z) - z``; nothing is observed.
+    """Return ``(codes, unit, clips, snapshot)`` as :func:`quantize_folded` does, but observe nothing.
 
     Args:
         rows: the weight, (out, ...).
         fold: (out,) float32, the factor of each row; ``unit`` has its shape and dtype.
         grid: the forward's snapshot. If it is None or switched off, codes are ``rows · fold`` and the unit is 1.
         out: not used; the codes are new memory, float32, shaped as ``rows``.
-        extremes: not used. With a grid, ``clips`` is True, and a copy with scales (out,) is returned; else False, None.
+        extremes: not used; the reference takes the smallest and largest folded value of each row, (out,) each.
     """
     return quantize_folded(rows, fold, grid, None)
 
@@ -202,7 +202,7 @@ def folded_codes(
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
     """Observe ``rows · fold`` if the weight has one scale, in a launch of its own; return whether that was launched.
 
-    Range and grid are updated in place. False: there is a scale per row, or ``statistics`` are None or frozen.
+    Range and grid are updated in place. False: each row has a scale, or ``statistics`` are None or frozen (only read).
     """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
@@ -243,7 +243,7 @@ def quantize(
         rows: (out, ...), any float dtype and layout.
         fold: (out,) float32, the factor of each row; written, not read, if ``norm`` is given.
         grid: of the rows, with s and z. While its switch is off or its range empty, codes are ``rows · fold``, units 1.
-        statistics: the running range behind the grid, or None.
+        statistics: the running range behind the grid; None: nothing is observed, and the range counts as not empty.
         dtype: of the codes ``clip(round(rows · fold / s) + z) - z``. In float16 they are multiplied by the power of
             two nearest to s, and the unit is s over that power.
         observes: whether range, s and z of each row are updated first, in place; False if all rows share one range.

@@ -133,12 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     None: the arguments of the process. 0 is success; 1 what a command itself reports as a failure (``doctor``:
     problems, ``predict``: unreadable images, ``demo``: models that disagree) or a ValueError, TypeError, OSError,
-    RuntimeError or MemoryError, which is told in one line on stderr; 2 that ``bench`` or ``tune`` has nothing to run or
-    no GPU; 130 Ctrl-C, or 128 plus the number of another signal after which a run stopped (143: SIGTERM); 141 that the
-    program that reads the output ended (nothing is told then). Warnings are printed in one line, too.
+    RuntimeError or MemoryError, told in one line on stderr, as is a package that the command misses only as it runs; 2
+    that ``bench`` or ``tune`` has nothing to run or no GPU; 130 Ctrl-C, or 128 plus the number of another signal after
+    which a run stopped (143: SIGTERM); 141 that the program that reads the output ended (nothing is told then).
+    Warnings are printed in one line, too.
 
     Raises:
-        SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing (1).
+        SystemExit: a usage error (status 2), ``--help`` or ``--version`` (0), or a package that is missing when the
+            command's module is imported (1).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words[:1] and words[0] in COMMANDS else ""

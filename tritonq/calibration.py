@@ -292,7 +292,7 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def rounding(*quantizers: nn.Module) -> Iterator[None]:
-    """Switch rounding on inside the block, for those ``quantizers`` that have a switch; afterwards off in any case."""
+    """Switch rounding on in the block for ``quantizers`` with a switch; then off, also by an error or if on before."""
     switched = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
     for quantizer in switched:
         quantizer.enable_fake_quant()

@@ -17,11 +17,11 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
     """Give every observer of ``model`` what all ranks' observers have seen, and refresh the scales that follow.
 
     Ranges become the smallest minimum and the largest maximum; histograms the sum of all ranks' counts, as if one rank
-    had seen everything (to rounding where bins move). Histories of a FloatFakeQuantize become the largest magnitudes of
-    all ranks'; scales that are trained or given, and fractional lengths, become those of the group's first rank. All is
-    changed in place. Only histogram counts since the last call are added, so that calling it again changes nothing. At
-    most four collectives, however many observers there are. Every rank of the group must call it with the same model,
-    also one whose observers have seen nothing.
+    had seen everything (to rounding where bins move). Each value of a FloatFakeQuantize's ``amax_history`` becomes the
+    largest of all ranks'; scales that are trained or given, and fractional lengths, become those of the group's first
+    rank. All is changed in place. Only histogram counts since the last call are added, so that calling it again changes
+    nothing. At most four collectives, however many observers there are. Every rank of the group must call it with the
+    same model, also one whose observers have seen nothing.
 
     Args:
         model: any module; it and all modules in it are searched for observers and quantizers.

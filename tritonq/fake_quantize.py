@@ -30,17 +30,17 @@ _AVERAGING_ERROR = 1e-3
 class FakeQuantize(FakeQuantizeBase):
     """Observe in training, then fake quantize: ``(clamp(round(x/s) + z, qmin, qmax) - z) * s``.
 
-    Constructor, switches and buffer names are torch.ao's. What differs: nothing is observed in eval mode; until
-    something was observed, values pass through, with one warning; buffers have their final shape from construction when
-    ``num_channels`` is given (the modules of ``tritonq.nn`` give it); with a min-max observer, training waits for the
-    device only until something was observed.
+    Constructor, switches (``observer_enabled``, ``fake_quant_enabled``) and buffer names are torch.ao's. What differs:
+    nothing is observed in eval mode; until something was observed, values pass through, with one warning; buffers have
+    their final shape from construction when ``num_channels`` is given (the modules of ``tritonq.nn`` give it); with a
+    min-max observer, training waits for the device only until something was observed.
 
     Args:
         observer: observer class or factory.
         quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
         quant_max: largest code; needs ``quant_min``.
         is_dynamic: only False is supported.
-        **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, rounding, rule, num_channels ...).
+        **observer_kwargs: arguments of the observer, such as dtype and rule, which :class:`ObserverBase` describes.
 
     Attributes:
         activation_post_process: the observer.

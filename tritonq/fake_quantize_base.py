@@ -64,8 +64,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def has_qparams(self) -> bool:
         """Whether scale and zero point *rest on data*, so that values can be rounded.
 
-        Each call reads the device until that is true; then it is remembered, until a state dict is loaded or the range
-        of example inputs is forgotten.
+        Each call reads the device until that is true; then it is remembered, until for example a state dict is loaded
+        or :meth:`FakeQuantize.begin_anew` empties the range.
         """
         if not self._qparams_known:
             self._qparams_known = bool(self.rests_on_data())
@@ -103,7 +103,8 @@ class FakeQuantizeBase(WithQuantizedType, SavesGrid, SwitchedQuantizer):
     def begins_with_next_batch(self) -> bool:
         """Whether the next training batch replaces the scale that the example inputs of ``prepare_qat`` gave.
 
-        False if no run on example inputs gave it, or once a batch replaced it. Until then the device is read.
+        False if no run on example inputs gave it, or once a batch or a loaded state replaced it. Until then the device
+        is read.
         """
         if self._beginning is not None and not bool(self.begins):
             # A compiled or captured step clears the buffer alone.

@@ -232,7 +232,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
         Nothing is observed. In phase ``"floating"`` values are clipped only; while switched off they stay as they are.
         Phase ``"floating_wo_clip"``, in which :meth:`forward` does not call this method, counts as ``"fixed"``. In eval
-        mode ``x`` is rounded even if nothing was observed yet, unless ``torch.compile`` traces.
+        mode ``x`` is rounded even if nothing was observed yet; compiled code returns the values of ``x`` then.
         """
         if self.training:
             return self.round_to(x, self.batch_frac_len)

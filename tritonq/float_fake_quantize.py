@@ -96,7 +96,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def qtype(self) -> QuantizedType | None:
-        """The type of single elements; None for blocks, whose scales depend on the tensor."""
+        """The type whose values are the format's numbers times the scale; None for formats of blocks."""
         return None if self.blocks is not None else QuantizedType.of_floats(ELEMENT_FORMATS[self.format], self.ch_axis)
 
     @property
@@ -195,10 +195,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def observe(self, x: Tensor) -> None:
         """Put the largest finite magnitudes of ``x`` in front of the history, and compute the scale from it.
 
-        The oldest batch drops out. Without a finite value the magnitude is 0; if all finite values are 0, it is
-        float32's smallest normal number. While the history holds nothing larger than that, the scale is 1. Nothing
-        changes while ``observer_enabled`` is 0. :meth:`forward` calls it in training, after :meth:`allocate`, and only
-        for formats with an observed scale (:attr:`has_observed_scale`).
+        The oldest batch drops out. Without a finite value the magnitude is 0, which counts as not observed; if all
+        finite values are 0, it is float32's smallest normal number. While the history holds nothing larger than that,
+        the scale is 1. Nothing changes while ``observer_enabled`` is 0. :meth:`forward` calls it in training, after
+        :meth:`allocate`, and only for formats with an observed scale (:attr:`has_observed_scale`).
         """
         join_ranks()
         history = torch.cat([self._largest(x), self.amax_history[:-1]])

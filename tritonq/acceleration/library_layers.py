@@ -50,7 +50,8 @@ class BatchNorm:
         beta: (channels,), or None for 0.
         running_mean: (channels,); training updates it in place.
         running_var: as ``running_mean``.
-        momentum: weight of the new batch; a 0-d tensor for a cumulative average. Not read if not ``training``.
+        momentum: weight of the new batch; for a cumulative average a 0-d tensor, 1 / number of batches so far. Not read
+            if not ``training``.
         eps: added to the variance.
         training: whether the batch's own statistics normalize, and update the running ones.
         corrected: whether training folds the updated running variance (torch.ao's slow path).

@@ -120,7 +120,8 @@ def unknown_reason(quantizer: nn.Module) -> str | None:
 
     Reasons are: a class of the user's own or an unknown one; dynamic quantization; zero points that are no integers, or
     an unknown qscheme; hooks on the quantizer or its observer; a fused quantizer over another observer than torch's
-    min-max ones; a symmetric range with a zero point that tritonq does not give it. Nothing is stored.
+    min-max ones; a symmetric range whose observer takes another zero point than tritonq does for these codes. Nothing
+    is stored.
     """
     formula = _formula(quantizer)
     return formula if isinstance(formula, str) else None
@@ -193,7 +194,7 @@ def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
 
 
 def state(quantizer: nn.Module, x: Tensor) -> State | None:
-    """Return grid and range of ``quantizer``, for an operator that rounds ``x`` itself; nothing is observed.
+    """Return grid and range of ``quantizer``, for an operator that observes and rounds ``x``; neither is done here.
 
     Before the first batch, buffers per channel get the length of ``x`` on their axis, in place, as in the library.
 

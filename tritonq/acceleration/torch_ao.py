@@ -62,7 +62,10 @@ class Mark:
 
 
 def mark(module: nn.Module) -> None:
-    """Let tritonq compute ``module``, whose class must be in ``CLASSES`` (not checked): set its attribute ``MARK``."""
+    """Let tritonq compute ``module``: set its attribute ``MARK``.
+
+    Its class must be one of ``CLASSES``, those whose methods look for the mark (not checked).
+    """
     module.__dict__[MARK] = Mark()
 
 

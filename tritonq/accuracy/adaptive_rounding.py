@@ -83,10 +83,11 @@ def adaptive_round(
         ``E |f(op(x, W) + b) - f(op(x_q, W(V)) + b)|² + λ Σ (1 - |2 h(V) - 1|^β)``
 
     with ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)`` and h a sigmoid stretched to [-0.1, 1.1] and clipped to [0, 1].
-    x is what the layer reads in the float model, x_q in the model with all earlier layers rounded, f the ReLU, and the
-    mean is over samples and positions. λ is 0 in the first fifth of the steps, then 0.01, and β falls from 20 to 2 by a
-    cosine: that drives h to 0 or 1. Adam's rate is ``10 / steps``. Then each weight becomes the value it is rounded to:
-    scales and ranges stay, and :func:`tritonq.convert` or training can follow.
+    W and b are weight and bias, with the layer's BatchNorm folded in. x is what the layer reads in the float model, x_q
+    in the model with all earlier layers rounded, f the layer's ReLU, if it has one, and the mean is over samples and
+    positions. λ is 0 in the first fifth of the steps, then 0.01, and β falls from 20 to 2 by a cosine: that drives h to
+    0 or 1. Adam's rate is ``10 / steps``. Then each weight becomes the value it is rounded to: scales and ranges stay,
+    and :func:`tritonq.convert` or training can follow.
 
     Args:
         model: a calibrated or trained model; its weights are changed in place, its modes are restored.

@@ -165,7 +165,7 @@ class _Weight(NamedTuple):
         """Return the values that the quantizer rounds to the nearest code.
 
         These are the present weight, with a BatchNorm folded in, as the quantizer gets it. If the quantizer takes codes
-        by a paper's formula, they are what it makes of the weight in eval mode.
+        by a paper's formula, return its result for that weight in eval mode, which is rounded already.
         """
         owner, quantizer = self.owner, cast(FakeQuantizeBase, self.quantizer)
         if isinstance(owner, QATLayer):
@@ -183,7 +183,7 @@ class _Weight(NamedTuple):
             quantizer.train(training)
 
     def grid(self, weight: Tensor) -> Grid:
-        """Return the grid to which the quantizer rounds ``weight``."""
+        """Return the grid to which the quantizer rounds ``weight``; only a fixed-point layer's depends on it."""
         if isinstance(self.owner, FixedPointLayer):
             quantizer = self.owner.weight_fake_quant
             return Grid(power_of_two(-quantizer.choose(weight)), None, quantizer.qtype)

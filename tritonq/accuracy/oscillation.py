@@ -21,7 +21,7 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
     s is the scale, n and p are the smallest and the largest code less the zero point. The loss draws each weight to the
     middle of its code, where an optimizer's steps no longer carry it to the next code. FQ(w) and the bounds ``s n`` and
     ``s p`` receive no gradient, nor do clipped weights. With a BatchNorm folded in, w is the folded weight, and γ gets
-    a gradient, too; not in the BatchNorm's mode ``"scale"``, in which w is not folded.
+    a gradient, too; not where the layer's ``mode`` of folding is ``"scale"``, in which w is not folded.
 
     Args:
         model: a prepared model. Weights that are computed in the forward, in float formats, or whose quantizer is off
@@ -122,8 +122,8 @@ class OscillationFreezing:
     def step(self) -> None:
         """Update f and a with the present codes, freeze weights whose f exceeds the threshold, set frozen ones back.
 
-        f is how often a weight turns, a its mean code, which stays once it is frozen. The first call only notes the
-        codes. Weights change in place; quantizers stay as they are.
+        f is how often a weight turns, a its mean code; a no longer changes once the weight is frozen. The first call
+        only notes the codes. Weights change in place; quantizers stay as they are.
         """
         for name, layer in _layers(self._model).items():
             rows, grid = _seen(layer)
@@ -153,8 +153,9 @@ class OscillationFreezing:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: by layer's qualified name, a dict of tensors.
 
-        Its keys are ``codes``, ``direction``, ``frequency`` (f), ``average`` (a) and ``frozen``. The tensors are
-        copies on the layer's device, which later steps do not change. Before the first step the state is empty.
+        Its keys are ``codes``, ``direction`` (sign of the last change), ``frequency`` (f), ``average`` (a) and
+        ``frozen`` (bool), each (out, ...). The tensors are copies on the layer's device, which later steps do not
+        change. Before the first step the state is empty.
         """
         return {name: _copied(vars(memory)) for name, memory in self._memories.items()}
 

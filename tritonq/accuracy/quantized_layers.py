@@ -115,10 +115,10 @@ def fold_factors(layer: QATLayer) -> Tensor:
 
 @torch.no_grad()
 def write_quantized_weight(layer: QATLayer, rows: Tensor, where: Tensor) -> None:
-    """Set elements of the layer's weight so that ``layer.weight_to_quantize()`` has given values there.
+    """Set elements of the layer's weight so that ``layer.weight_to_quantize()`` is equal to ``rows`` there.
 
-    That is the weight times a factor per channel: from the BatchNorm and its running statistics, or 1. So the elements
-    become ``rows / factor``. Channels whose factor or whose whole weight is 0 stay as they are.
+    That is the weight times a factor per channel: that of :func:`fold_factors`, or, in mode ``"scale"``, -1 where γ < 0
+    and else 1. The elements become ``rows / factor``. Channels whose factor or whole weight is 0 stay as they are.
 
     Args:
         layer: one that owns its weight, which changes in place.

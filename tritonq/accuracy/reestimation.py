@@ -47,7 +47,7 @@ class _Statistics:
     def put_back(self) -> None:
         """Restore the running mean and variance from before all batches, and set ``num_batches_tracked`` to 0.
 
-        Some modes fold weights with these statistics.
+        In some modes of folding a layer's forward reads these statistics; so every batch sees the same.
         """
         self._mean.copy_(self._before[0])
         self._var.copy_(self._before[1])
@@ -78,7 +78,7 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
     BatchNorm that runs several times in a batch are averages over its runs. A batch is normalised with its own
     statistics, as in training: let batches be as large as in training. BatchNorms of layers with ``freeze_bn`` are
     measured too; a FrozenBatchNorm is not. Ranges and scales do not change, and dropout is off meanwhile. Afterwards
-    modes, frozen layers and ``num_batches_tracked`` are as before; if it raises, so are the statistics.
+    modes, ``freeze_bn`` and ``num_batches_tracked`` are as before; if it raises, so are the statistics.
 
     Args:
         model: a trained model, prepared or not, whose running statistics change in place.

@@ -211,7 +211,7 @@ def load_digits(preprocessing: Preprocessing | None = None) -> Images:
 
 
 def in_memory(examples: Examples) -> Images:
-    """Return ``examples`` with all images read into memory, of which there must be one in each part.
+    """Return ``examples`` with all images in memory; there must be at least one to train with and one held out.
 
     Raises:
         UnreadableImageError: a file can't be read any more.

@@ -27,7 +27,7 @@ _BYTE = 8
 def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, workers: int, onnx: bool = True) -> int:
     """Convert the trained model, write its files, print the accuracy before and after; return the exit status.
 
-    It is that of the trained model, of the converted one, and of the ONNX file in ONNX Runtime.
+    The accuracy is that of the trained model, of the converted one, and of the ONNX file in ONNX Runtime.
 
     Args:
         model: the trained model, on the CPU; it is switched to eval mode and stays in it.
@@ -38,8 +38,8 @@ def deploy(model: nn.Module, made: ModelRecipe, data: Examples, output: Path, wo
         onnx: whether to write an ONNX file; if writing it fails, a printed line says why, and the status is the same.
 
     Returns:
-        0 if all codes of the converted model are those of the trained one (behind islands they may differ by one),
-        else 1.
+        0 if all codes of the converted model for the held-out images are those of the trained one (behind islands they
+        may differ by one), else 1.
 
     Raises:
         ValueError: what :func:`tritonq.convert` refuses, or an image that can't be read any more.
@@ -85,9 +85,10 @@ def _widest_codes(converted: nn.Module) -> str:
 
 
 def onnx_target(converted: nn.Module) -> Literal["onnxruntime", "qdq"]:
-    """Return the target with which ONNX Runtime runs the file of a converted model, whatever its preset's target is.
+    """Return the ``target`` of ``export_onnx`` for a file that ONNX Runtime runs, whatever the preset's target is.
 
-    It is ``"onnxruntime"``, and ``"qdq"`` for codes of 16 bits, which it runs between pairs.
+    It is ``"onnxruntime"``, and ``"qdq"`` for codes of 16 bits: float operators between pairs of a
+    QuantizeLinear and a DequantizeLinear.
     """
     return "qdq" if _widest_codes(converted) == "int16" else "onnxruntime"
 

@@ -46,7 +46,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         empty, and else raises an error.
 
         Args:
-            augmentation: the changes, in the order in which they are made.
+            augmentation: names the changes, such as "flip" and "crop", in the order in which they are made.
             seed: where random numbers start; the caller passes another one in each epoch.
 
         Raises:
@@ -63,7 +63,7 @@ class FileImages(LabelledImages):
     Attributes:
         paths: the files.
         labels: for each file the index of its class.
-        preprocessing: how they are scaled; with mean and deviation.
+        preprocessing: how they are scaled and cropped; its mean and deviation must not be empty.
         augmentation: random changes that are made as an image is read; None: none.
         seed: of the changes; the same seed changes the image at an index in the same way each time.
     """
@@ -266,7 +266,8 @@ def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]
     Args:
         labels: the label of each image, int64 (n,), on the CPU.
         seed: of the order; the same gives the same indices.
-        share: the fraction, from 0 to 1, of each class that is held out: rounded up or down to whole images.
+        share: the fraction, from 0 to 1, of each class that is held out: rounded up or down to whole images, so that
+            the number of all that are held out is ``share`` of n, rounded up.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]

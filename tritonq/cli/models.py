@@ -139,7 +139,7 @@ def check_trains(model: nn.Module, preset: str) -> None:
 
     Raises:
         ValueError: no parameter of the model requires a gradient; or a fake quantizer of it is switched off, as presets
-            for calibration have it, or has a PassiveObserver whose scale was not given.
+            for calibration have it, or has a PassiveObserver without a scale, which a program must give it.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")

@@ -41,7 +41,8 @@ class Preprocessing:
         resize: side that the image is scaled to before the central ``size`` × ``size`` is cut out.
         crop: ``"stretch"`` scales to ``resize`` × ``resize``; ``"center"`` scales the shorter side to ``resize`` and
             keeps the ratio.
-        interpolation: name of Pillow's filter, in small letters.
+        interpolation: name of Pillow's filter, in small letters: "nearest", "bilinear", "bicubic", "lanczos", "box" or
+            "hamming".
         mean: per channel, of pixels from 0 to 1. Empty: not known yet; :meth:`with_moments` fills in that of the
             training images.
         std: deviation per channel, as ``mean``.

@@ -53,7 +53,7 @@ def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | 
         content: entries of the checkpoint, from :func:`read_run`.
         epochs: how many are asked for in all, those of the checkpoint included.
         steps_per_epoch: steps in an epoch of the checkpoint's run. It is read only without a history, as in checkpoints
-            of version 0.1.0: the run was finished if it did so many steps for each epoch of its settings. None: a run
+            of tritonq 0.1.0: the run was finished if it did so many steps for each epoch of its settings. None: a run
             without a history counts as unfinished.
     """
     finished = int(saved_settings(content).get("epochs", 0))
@@ -108,9 +108,9 @@ def check_before_images(
     """Compare a checkpoint with the run that is to be resumed, before images are read: model, qconfig, settings.
 
     The names of classes are compared, too. What depends on images (their fingerprint, preprocessing), the setting
-    ``begin``, and everything in a checkpoint of version 1 of the format is left to :func:`check_same_run`. If the
-    checkpoint's run was finished and this one has more epochs (:func:`is_extended`), epochs, frozen epochs and learning
-    rate may differ.
+    ``begin``, and everything in a checkpoint of version 1 of the format (its entry ``"version"``) is left to
+    :func:`check_same_run`. If the checkpoint's run was finished and this one has more epochs (:func:`is_extended`),
+    epochs, frozen epochs and learning rate may differ.
 
     Args:
         path: of the checkpoint, for the error's text.
@@ -137,7 +137,8 @@ def check_same_run(
         made: how this run makes its model.
         settings: of this run.
         saved: how the checkpoint's run made its model.
-        content: the checkpoint. With version 1 of the format, images, preprocessing and classes are not compared.
+        content: the checkpoint. If its entry ``"version"``, that of the format, is 1, images, preprocessing and classes
+            are not compared.
         extends: whether more epochs are added to a finished run; the settings ``epochs``, ``frozen_epochs``,
             ``learning_rate`` and ``begin`` may differ then.
 

@@ -70,7 +70,7 @@ def is_own_log(path: Path) -> bool:
 def history_from_data(data: Any) -> list[Epoch]:
     """Return the epochs that a checkpoint holds, from ``data``, a list with a dict of :class:`Epoch`'s fields for each.
 
-    A field that an epoch lacks gets its default. The types of values are not checked.
+    A field with a default may be missing, and gets it; so far no field has one. The types of values are not checked.
 
     Raises:
         ValueError: ``data`` is no list of dicts, or a dict lacks a field without default or has an unknown one.

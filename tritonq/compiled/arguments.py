@@ -110,7 +110,11 @@ def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
 
 
 def follows_a_rule(statistics: RangeStatistics) -> bool:
-    """Whether compiled code knows how the grid follows from a running range: not by "torch_v1", and ``eps > 0``."""
+    """Whether compiled code knows how the grid follows from a running range.
+
+    It does if ``statistics.rule`` is not "torch_v1", the formula of torch's fused operator, and ``statistics.eps``, the
+    smallest scale, is above 0.
+    """
     return statistics.rule != "torch_v1" and statistics.eps > 0
 
 

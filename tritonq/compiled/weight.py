@@ -149,8 +149,9 @@ def takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> 
 def follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
     """Whether there is one scale per row, and C++ can update each from its row's range.
 
-    It can if scales and ranges are contiguous float32 on the CPU, one per row, and ``statistics`` has a rule other than
-    "torch_v1" that fixes the zero point at 0, and a smallest scale above 0.
+    It can if scales and ranges are contiguous float32 on the CPU, one per row; type and ``statistics.rule``, by which
+    the grid follows from the range, fix the zero point at 0; the rule is not "torch_v1"; and ``statistics.eps``, the
+    smallest scale, is above 0.
 
     Args:
         grid: of the quantizer.

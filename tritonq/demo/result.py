@@ -52,8 +52,8 @@ class Stage:
         accuracy: fraction of test images classified correctly.
         file: that of the model, whose size the table shows; None for the fine-tuned model, whose file it leaves out.
         seconds_per_epoch: of its training; None for forms that are not trained.
-        report: its codes and predictions against those of the fine-tuned model; None for forms that were not deployed
-            from that model.
+        report: of `verify`: its codes and predictions against those of the fine-tuned model; None for forms that were
+            not deployed from that model.
     """
 
     name: str

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m tritonq demo``.
 
     They are ``--data``, ``--image-size``, ``--output``, ``--qconfig``, ``--scheme``, ``--epochs``, ``--qat-epochs`` and
-    ``--seed``.
+    ``--seed``. With ``--scheme f8net`` the preset is "f8net", 8-bit fixed point, whatever ``--qconfig`` says.
     """
     parser.add_argument("--data", type=Path, metavar="DIR", help="images in DIR/<class>/* instead of the digits")
     parser.add_argument("--image-size", type=int, default=32, metavar="N", help="side that --data images are scaled to")
@@ -156,7 +156,8 @@ def check_qconfig(model: nn.Module, qconfig: QConfig, name: str, images: Tensor)
 def load_images(arguments: argparse.Namespace) -> Images:
     """Return the images of the folder that ``--data`` names, or scikit-learn's digits without it.
 
-    Half are held out, unless the folder has ``train`` and ``val``.
+    Half are held out, unless the folder has ``train`` and ``val``. The result holds in memory: images as the model
+    reads them (those of a folder scaled to ``--image-size``), labels, class names, and how images were scaled.
 
     Raises:
         ValueError: no such folder, too few classes, a class with too few readable images, or an image size below 1.

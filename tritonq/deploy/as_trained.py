@@ -29,7 +29,7 @@ def ready_to_trace(
     while it is traced is accepted where None was recorded; neither holds while Dynamo traces.
 
     Args:
-        traced: the rewritten model; its ``forward`` is replaced.
+        traced: the rewritten model: a copy of ``deployed`` in operators to export; its ``forward`` is replaced.
         deployed: the model that it was made of, which runs once.
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones.
         batch: whether axis 0 of the inputs is open: the exported file takes any size there.

@@ -18,11 +18,12 @@ def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) 
 
     A converted layer has fixed codes and ignores the weight that it is given. A forward that is a graph loses the nodes
     that computed the weight; any other forward goes on computing with *stand-ins*, tensors without memory, which costs
-    nothing. They replace parameters and buffers whose ``exclusive`` is True in ``computed``; all others stay.
+    nothing. They replace the parameters and buffers that nothing but such computations reads; all others stay.
 
     Args:
         model: a converted model; changed in place.
-        computed: for each layer whose weight is computed, what it is computed from.
+        computed: for each layer whose weight is computed, how; its ``state`` has what the computation reads, with
+            ``exclusive`` True for what nothing but such computations reads.
     """
     for module in model.modules():
         data = forward_data(module)

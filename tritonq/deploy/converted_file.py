@@ -218,7 +218,7 @@ def checksum(modules: list[Description], state: Mapping[str, Tensor], metadata: 
     Args:
         modules: descriptions of :func:`describe_modules`, in the file's order.
         state: the unpacked state dict, on the CPU; name, dtype, shape and bytes of each tensor count, not the order.
-        metadata: the user's; None if none was given, which is not as ``{}``.
+        metadata: the user's; None if none was given, which gives another checksum than ``{}``.
 
     Raises:
         ValueError: metadata that JSON can't hold.

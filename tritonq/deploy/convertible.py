@@ -36,7 +36,8 @@ def why_not_deployable(model: nn.Module, *, trained: bool = False) -> str | None
 
     Args:
         model: the prepared model.
-        trained: whether training is over: weights whose quantizer has observed nothing are then left in float.
+        trained: whether training is over: weights whose quantizer has observed nothing are then left in float, and
+            their blocks are no reason.
     """
     for name, module in model.named_modules():
         if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):

@@ -67,7 +67,7 @@ class QuantizedTable(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor by name, one for each of the names in ``geometry_names``."""
+        """Arguments of the float layer's constructor by name, such as ``padding_idx``; not weight, device and dtype."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property

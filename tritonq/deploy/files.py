@@ -68,7 +68,7 @@ def atomic_files(*paths: str | os.PathLike[str]) -> Iterator[list[IO[bytes]]]:
 
 
 def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` to the file ``path`` by ``torch.save``, whole or not at all; an older file is else as it was.
+    """Write ``content`` to the file ``path`` by ``torch.save``, whole or not at all; on an error an older one stays.
 
     Raises:
         OSError: the file can't be written; the error names it.

@@ -101,7 +101,10 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (IntegerModule, FixedPointMaxPool2d)) or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Give a network its one input alone: edited forwards take ``*args``, and other arguments have defaults."""
+        """Return ``root_fn`` and what it is traced with: the network, and a placeholder for its one input.
+
+        Edited forwards take ``*args``, which then hold this input alone; other parameters keep their defaults.
+        """
         _, name, *_ = inspect.signature(root_fn).parameters
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 

@@ -303,7 +303,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """Return what ``forward`` returns, by PyTorch's operators, for an ``x`` that :meth:`quantized_input` returned.
+        """Return what ``forward`` returns, by PyTorch's operators; ``x`` was rounded by ``input_fake_quant``, if any.
 
         In integers by ``layer``, the result of :meth:`integer_layer`; in float if that is None.
         """
@@ -372,7 +372,7 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
 
 
 class QuantizedTransposed(TakesOutputSize, QuantizedLayer):
-    """Base of layers with a transposed convolution: a :class:`QuantizedLayer` with weight (in, out/groups, ...)."""
+    """A transposed :class:`QuantizedLayer`: weight (in, out/groups, ...), calls take ``output_size`` as in torch."""
 
     geometry_names = (*QuantizedLayer.geometry_names, "output_padding")
     in_channels: int

@@ -46,7 +46,8 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
         layer: a pool or mean whose input and output have one known grid each (:func:`grids_of` is not None); its
             forward, buffers and children are changed in place.
         name: the layer's name in the model, for the warning.
-        quantizer: the traced form of its output quantizer, a :class:`TracedQuantizer` whose ``exact`` is False.
+        quantizer: the traced form of its output quantizer, a :class:`TracedQuantizer` whose ``exact`` is False: its
+            operator divides values by the scale, not steps.
     """
     source, output = cast(tuple[Quantizer, Quantizer], grids_of(layer))
     layer.register_buffer("input_scale", source.scale.reshape(()))

@@ -26,7 +26,7 @@ def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantize
     Args:
         model: a copy of the converted model; changed in place.
         names: by quantizer its name in the model, such as ``"2.activation_post_process"``; of all quantizers. The
-            quantizer that replaces it gets the same name.
+            quantizer that replaces it gets the same name; the dict is not changed.
 
     Returns:
         By the quantizer of each clip that was changed the one that replaces it. Its codes are uint8, whatever the type.

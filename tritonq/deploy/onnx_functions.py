@@ -60,8 +60,8 @@ def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer:
     the child of another module, the caller puts an Identity in its place.
 
     Args:
-        layer: a function's layer for which :func:`grids_of` is not None; its forward, buffers and children are changed
-            in place.
+        layer: a function's layer whose input and output are both quantized to integers, with one grid each; its
+            forward, buffers and children are changed in place.
         output: its output quantizer.
         quantizer: the :class:`TracedQuantizer` made of ``output``, whose ``exact`` is False.
     """

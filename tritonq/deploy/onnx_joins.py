@@ -25,8 +25,8 @@ def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
     its second operand are dequantized with the negative scale.
 
     Args:
-        join: a sum, difference, product (of matrices, too), minimum or maximum, whose output quantizer is the traced
-            one already; changed in place.
+        join: a sum, difference, product (of matrices, too), minimum or maximum, whose output quantizer is already one
+            that traces to the file's operators; changed in place.
         subtrahend: for a difference the :class:`TracedQuantizer` of its second operand; None: it stays a difference, in
             float. Ignored for other operations.
     """

@@ -86,12 +86,13 @@ def _read_inputs(graph: Any, names: frozenset[str]) -> None:
 
 
 def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
-    """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
+    """Return for each tensor of codes the operators before it whose last bits may differ, such as sums of floats.
 
     The search ends at the other tensors of codes, at inputs and at constants. Before codes of 16 bits or of floats all
     operators that compute (``_COMPUTING`` and ``_PRODUCTS``) count, too: their last bit may decide such a code. Before
-    any codes functions (``_FUNCTIONS``) behind operators on integers (``_INTEGER_OPERATORS``) count, and so do
-    operators in none of this module's lists.
+    any codes functions (``_FUNCTIONS``) behind operators on integers (``_INTEGER_OPERATORS``) count, since the exporter
+    compares functions of codes alone, and so do operators in none of this module's lists, such as Softmax; but not
+    Resize in mode "nearest", nor sums and means that are *defined*, as this module says at its beginning.
 
     Args:
         graph: an ``onnx.GraphProto``.

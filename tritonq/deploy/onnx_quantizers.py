@@ -26,7 +26,7 @@ class TracedQuantizer(nn.Module):
 
     Args:
         source: the converted model's quantizer, which gives scale, axis and rounding.
-        name: name of the quantizer.
+        name: name of the quantizer, under which the file lists its codes; empty: they are not listed.
         zero_point: one element, or one per channel; the codes have its dtype. float32: the file computes by
             floating-point operators, without QuantizeLinear.
         quant_min: smallest code.
@@ -115,8 +115,8 @@ def uint8_quantizer(
         name: its name in the model.
         bounds: smallest and largest value, of a ReLU or clip before it, which the codes are limited to, for a quantizer
             with one scale; None: no limit.
-        exact: whether the quotient is computed before QuantizeLinear, as in training; False, and per channel:
-            QuantizeLinear divides.
+        exact: whether the quotient is computed before QuantizeLinear, as in training; False: QuantizeLinear divides.
+            Per channel it changes nothing.
         from_zero: whether the file's code 0 is that of the lower bound, for types that fix the zero point; None: if
             that bound is 0. Without ``bounds`` it changes nothing.
 
@@ -177,7 +177,7 @@ def _plain_dtype(low: int, high: int) -> torch.dtype | None:
 def grids_of(layer: UnaryLayer) -> tuple[Quantizer, Quantizer] | None:
     """Return the quantizers of a layer's input and output.
 
-    None if one is missing, per channel or to a float format: the layer computes in float.
+    None if one is missing, has a scale per channel or rounds to a float format: the layer computes in float.
     """
     source, output = layer.input_quantizer, layer.output_quantizer
     if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):

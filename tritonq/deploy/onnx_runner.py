@@ -26,8 +26,9 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
     """Return what `verify` needs of an ONNX file: ``(runner, islands, ends, inputs)``.
 
     The runner takes the outputs from the file as it is, and the codes from a second session, on a copy in memory that
-    returns the codes. Given codes go to a third session, on a copy in which readers of codes read inputs. It raises
-    ValueError if its arguments have not as many tensors as the file has inputs.
+    returns the codes. Codes given to the runner go to a third session, on a copy in which readers of codes read inputs;
+    its list of outputs is then empty. It raises ValueError if its arguments have not as many tensors as the file has
+    inputs.
 
     Args:
         path: path of the file.

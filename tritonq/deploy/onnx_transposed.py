@@ -49,7 +49,8 @@ def phases_of(layer: QuantizedLayer) -> tuple[Phases, ...] | None:
 def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, ...]) -> None:
     """Make a transposed convolution trace to a plain one and to operations that move its results; changed in place.
 
-    Each out channel becomes as many as there are phases: its scale, zero point, bias and multiplier are repeated, and
+    Each out channel becomes as many as there are phases: its weight's scale and zero point, its bias and its multiplier
+    (scale of the input times scale of the weight) are repeated, and
     the weight gets one plain kernel for each. A copy of the output quantizer becomes the layer's child
     ``first_quantizer`` and rounds the results of the plain convolution. Behind the moves the output quantizer rounds
     them again, which changes no code, so that it need not divide exactly (``exact`` becomes False). ``phases``, one per

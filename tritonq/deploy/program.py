@@ -63,10 +63,10 @@ def export_program(
         The program.
 
     Raises:
-        ValueError: an unknown form; a model of fixed point, with recurrent layers or with results rounded to floats; in
-            the form of PT2E also codes of more than 16 bits, weights rounded to floats or with a scale per group; a
-            model that torch.export can't trace; arguments or results of a type that it can't save, such as named
-            tuples that are not registered; or what :func:`tritonq.convert` raises.
+        ValueError: an unknown form; a model of fixed point, with recurrent layers or with results rounded to a float
+            format; in the form of PT2E also codes of more than 16 bits, weights rounded to a float format or with
+            a scale per group; a model that torch.export can't trace; arguments or results of a type that it can't save,
+            such as named tuples that are not registered; or what :func:`tritonq.convert` raises.
         OSError: the file can't be written.
 
     Examples:

@@ -157,7 +157,8 @@ class Quantizer(DeployedModule):
         Ties are rounded as ``qtype`` says. Under autocast a bfloat16 or float16 ``x`` gives float32. Elsewhere a
         UserWarning says, once per module, if ``x``'s dtype can't tell the codes apart. A float32 ``x`` on the CPU that
         needs no gradient (:func:`can_use_codes`) gives a tensor that carries its codes, inside a call of a converted
-        model a CodedTensor; not for NaN, an empty ``x``, more than 256 codes or several scales.
+        model a CodedTensor (it computes its values when they are read); not for NaN, an empty ``x``, more than 256
+        codes or several scales.
         """
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)

@@ -82,7 +82,7 @@ class QuantizedRecurrent(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor by name, such as ``hidden_size``: those in ``geometry_names``."""
+        """Constructor arguments of the float layer by name (``hidden_size`` ...), listed in ``self.geometry_names``."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     def quantized_input(self, x: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class _Reader:
         """Return, after :meth:`read`, what will differ from torch.ao when training goes on, as sentences.
 
         There is one at most: quantizers that were trained with version 1 of torch.ao's presets, in a model with another
-        version, get their scales from ranges by another rule.
+        version, get their scales from ranges by another ``rule`` of the observer than ``"torch_v1"``.
         """
         if not self._other_rule:
             return []

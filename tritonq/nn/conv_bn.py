@@ -3,9 +3,8 @@
 ``op`` is the convolution or product with weight W and bias b, t is ``γ/σ``, and FQ is fake quantization. In eval mode
 each class computes ``FQ_a(relu?(op(x, FQ_w(W t)) + FQ_b(β + t (b - mean))))`` with the running statistics. In training
 ``mode`` says how the BatchNorm is folded: "approximate", "exact", "corrected" or "scale"; :class:`QATBatchNormLayer`
-has formulas. Without FQ all are ``relu?(BN(op(x, W) + b))``, BN normalising by the batch. Constructors take the float
-layer's arguments, then eps=1e-5, momentum=0.1, freeze_bn=False, qconfig (required) and, by name only, mode=None:
-the qconfig's ``folding``, or else "approximate".
+has formulas. Without FQ all are ``relu?(BN(op(x, W) + b))``. Constructors take the float layer's arguments, eps=1e-5,
+momentum=0.1, freeze_bn=False, qconfig (required) and, by name only, mode=None: the qconfig's, or else "approximate".
 """
 
 from __future__ import annotations
