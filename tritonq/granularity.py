@@ -77,8 +77,8 @@ class Granularity:
     def align(self, values: Tensor, dimensions: int) -> Tensor:
         """Return a view of ``values`` that broadcasts against a tensor of so many dimensions.
 
-        ``values`` has one element per scale, such as zero points: (n,), or any shape per tensor. For axis 1 of 4 the
-        view is (1, n, 1, 1).
+        ``values`` has one element per scale, such as zero points: (n,), or per tensor one element in any shape. For
+        axis 1 of 4 the view is (1, n, 1, 1), per tensor (1, 1, 1, 1).
 
         Raises:
             ValueError: there are groups, whose scales no view broadcasts.

@@ -89,7 +89,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
         Args:
             state: this module's parameters and buffers after that run, by name such as ``"scale"``; the values are
-                copied. Names with a dot, the observer's, are ignored. Per channel every parameter must be there.
+                copied. Names with a dot, the observer's, are ignored. Per channel every parameter must be there; with
+                one scale per tensor, one that is missing keeps its value.
         """
         own = {name: tensor for name, tensor in state.items() if "." not in name}
         if self.qtype.axis is not None:
@@ -154,7 +155,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return self.initialized
 
     def rank_state(self) -> RankState:
-        """Return as ``first`` the trained parameters and the buffer ``zero_point``, if any: the tensors, no copies."""
+        """Return as ``first`` the trained parameters and the buffer ``zero_point``, if any: the tensors, no copies.
+
+        All ranks take the first rank's values of them.
+        """
         own = self.parameters(recurse=False)
         zero_point = self._buffers.get("zero_point")
         return RankState(first=[*own, *([] if zero_point is None else [zero_point])])
@@ -173,7 +177,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     @torch.no_grad()
     def initialize(self, qparams: QParams | None = None) -> None:
-        """Set the parameters from ``qparams``, or from what the observer has seen.
+        """Set the parameters from ``qparams``, or from what the observer has seen; no later batch sets them again.
+
+        ``initialized`` becomes 1 and ``begins`` 0.
 
         Raises:
             ValueError: no qparams given, and the observer has seen no finite value; or per channel the observer's

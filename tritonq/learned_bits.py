@@ -125,8 +125,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     def allocate(self, num_channels: int) -> None:
         """Give scale, zero point and the observer's buffers one element per channel; ``bits`` stays one number.
 
-        Scales of another length become 1 in place; ``zero_point`` is then a new tensor of zeros. A quantizer with one
-        scale per tensor stays as it is.
+        Scales of another length become 1, and zero points 0; both stay the same objects. A quantizer with one scale per
+        tensor stays as it is.
 
         Args:
             num_channels: number of channels.

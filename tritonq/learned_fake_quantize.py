@@ -105,8 +105,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     def allocate(self, num_channels: int) -> None:
         """Give scale, zero point and the observer's buffers their final length.
 
-        Scales of another length become 1, and zero points 0. Parameters stay the same objects; a buffer ``zero_point``
-        is then a new tensor. A quantizer with one scale per tensor stays as it is.
+        Scales of another length become 1, and zero points 0; both stay the same objects. A quantizer with one scale per
+        tensor stays as it is.
 
         Args:
             num_channels: number of scales: channels, or all groups of all channels.
@@ -245,7 +245,8 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
             from 0 on; or one that rounds ties to even, or arguments that the observer refuses.
 
     Warns:
-        UserWarning: with codes from 0 on t is set from a zero point above 0, so that values below 0 become 0.
+        UserWarning: with codes from 0 on t is set from a zero point above 0, so that values below 0 become 0. The scale
+            is then the largest value of the observer's grid, at least one step of it, divided by ``quant_max``.
 
     Source: docs/numbers.md, "Learned scales"; Jain et al. (2020); MegEngine's TQT.
 

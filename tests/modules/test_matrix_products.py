@@ -61,6 +61,15 @@ def test_codes_that_tf32_does_not_hold_are_multiplied_in_float64(bits, dtype, mo
     assert seen == [dtype]
 
 
+def test_sums_are_exact_where_a_symmetric_type_has_another_zero_point():
+    """As one-sided ranges have it by the rule of torch's fused operator."""
+    one = Grid(torch.tensor([1.0]), torch.tensor([0], dtype=torch.int32), QuantizedType(0, 255, True))
+    wide = Grid(torch.tensor([1.0]), None, QuantizedType.of(32))
+    a = torch.randint(128, 256, (16, 1001), generator=torch.Generator().manual_seed(0)).float()
+    exact = a.double() @ a.double().T
+    assert torch.equal(integer_matmul(a, a.T, one, one, wide), exact.float())
+
+
 EQUATIONS = {
     "bhqd,bhkd->bhqk": ((2, 3, 4, 5), (2, 3, 6, 5)),
     "bqhd,bkhd->bhqk": ((2, 4, 3, 5), (2, 6, 3, 5)),

@@ -85,9 +85,9 @@ class ConvKernel:
         Args:
             x: float tensor of values on the layer's input grid.
             layer: the integers; codes of input and weight have up to 8 bits.
-            output: the grid that the sums are rounded to, without clipping, per tensor; None: no rounding.
+            output: grid that sums are rounded to before the ReLU, without clipping, per tensor; None: no rounding.
             ceiling: upper bound of the ReLU before the quantizer, infinity for a plain one, 6 for ReLU6; None: no ReLU.
-            grid: of the output's quantizer, per tensor; None: no fake quantization.
+            grid: of FQ, which rounds and clips, per tensor; None: no FQ, and values beyond ``output`` stay.
 
         Returns:
             The layer's result in ``x``'s dtype; without gradient.

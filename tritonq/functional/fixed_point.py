@@ -168,10 +168,10 @@ def statistic_frac_len(
 ) -> Tensor:
     """Return the fractional length that follows from one statistic of ``x``: cheaper than a search, and rougher.
 
-    ``fl = clamp(floor(log2(c / metric)), 0, word_len - signed)`` with, at 8 bits, c = 40, 30, 40 (signed) or 70, 30, 50
-    (unsigned) for standard deviation (n - 1), mean absolute value and root mean square. At other word lengths c scales
-    with ``2^(word_len - 8)``. A metric of zero gives the largest fractional length. Values that are not finite don't
-    count; of a single value the standard deviation is taken to be its magnitude.
+    ``fl = clamp(floor(log2(c / m)), 0, word_len - signed)`` with m the statistic and, at 8 bits, c = 40, 30, 40
+    (signed) or 70, 30, 50 (unsigned) for standard deviation (n - 1), mean absolute value and root mean square. At other
+    word lengths c scales with ``2^(word_len - 8)``. m = 0 gives the largest fractional length. Values that are not
+    finite don't count; of a single value the standard deviation is taken to be its magnitude.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.

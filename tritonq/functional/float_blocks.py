@@ -139,7 +139,8 @@ def fake_quantize_blocks(
 def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto") -> Tensor:
     """Return the scale of a whole tensor, ``m / (L · 448)``, with m the largest magnitude of ``x``.
 
-    L is the largest element of the format, and 448 the largest e4m3 number: m becomes L in a block of that scale.
+    L is the largest element of the format, and 448 the largest e4m3 number: the scale of the block with m is then
+    448 times the result, ``m / L``, so that m becomes the element L.
 
     Args:
         x: any shape and float dtype; values that are not finite don't count. The scale is 1 if it would be 0, or if no

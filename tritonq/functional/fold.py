@@ -60,7 +60,7 @@ def fold_conv_bn(
         ValueError: a vector has the wrong length, or the running variance is negative or not finite (checked on CPU
             tensors only).
 
-    Source: MegEngine's fold_weight_bias, which takes no mean and no variance too.
+    Source: MegEngine's fold_weight_bias, in which mean and variance may be None, too.
 
     Examples:
         >>> fold_conv_bn(torch.ones(1, 1, 1, 1), None, torch.ones(1), torch.full((1,), 3.0), None, None, 1.0)

@@ -162,14 +162,14 @@ def quantized_function(
 
     The quantizer observes f(x): range and grid are updated in place before values are rounded. Both f and FQ compute in
     float32 (float64 for float64), and the result is rounded once to ``x``'s dtype. The gradient is ``f'(x) · dy`` where
-    the code of f(x) is not clipped, else 0; the backward computes f(x) again instead of keeping it. If f is a chain
-    (``function.steps``), the last step is this operator, and the others are ordinary torch functions.
+    the code of f(x) is not clipped, else 0; the backward computes f(x) again instead of keeping it. If f is a chain of
+    several functions (``function.steps``), the last is this operator, and the others are ordinary torch functions.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
         function: f and its numbers.
         source: the grid that ``x`` was rounded to, so that its codes of one byte can be kept for the backward. With
-            None, or a grid of more than 8 bits, ``x`` itself is kept. Ignored if f is a chain.
+            None, or a grid of more than 8 bits, ``x`` itself is kept. Ignored if f has several steps.
         grid: of the result, per tensor.
         statistics: the running range of ``grid``, which f(x) updates; None observes nothing.
 

@@ -28,7 +28,7 @@ def histogram(
         bins: number of bins, 1..2^24.
         lo: lower edge of the first bin.
         hi: upper edge of the last bin.
-        axis: one histogram per index of this axis; may be negative.
+        axis: one histogram per index of this axis, which may be negative; None: one of all values.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: kernels for CUDA tensors, else PyTorch.
 
     Returns:

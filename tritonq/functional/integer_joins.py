@@ -207,12 +207,11 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 def largest_magnitude(grid: Grid) -> int:
     """Return the largest magnitude of ``code - zero_point`` that a grid's type allows.
 
-    It is the distance from the zero point to the farther end of the codes if there is none (0) or the type fixes it.
-    Else the zero point may be any code, and the result is ``quant_max - quant_min``.
+    It is the distance from 0 to the farther end of the codes if the grid has no zero point. Else any code may be the
+    zero point, of symmetric types too (`tritonq.qparams`), and it is ``quant_max - quant_min``.
     """
     lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
-    fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point
-    return highest - lowest if fixed is None else max(fixed - lowest, highest - fixed)
+    return max(-lowest, highest) if grid.zero_point is None else highest - lowest
 
 
 def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor:

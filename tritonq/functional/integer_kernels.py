@@ -56,12 +56,13 @@ class PackedLayer:
         exact_bias: int32 (out,), added to the results of ``parts``; or None.
         reach: if the magnitudes of all results of ``sums`` are below it, float32 rounded none of them; else ``parts``
             are run. None: float32 never rounds them.
-        factors: one per out channel; ``sums · factors`` are steps of the output's scale, or values if there is no
-            output grid.
+        factors: float32, one per out channel or one for all; ``sums · factors`` are steps of the output's scale, or
+            values if there is no output grid.
         output_grid: of the result; None: the result is float values.
         rectifies: whether a ReLU stands between the layer and ``output_grid``.
         code_range: the codes that steps become: zero, ends of the clip and ties. None if there is no output grid.
-        sums_per_image: cache: input's shape without its first axis -> number of sums per image.
+        sums_per_image: kept from earlier calls: input's shape without its first axis -> number of sums per image. With
+            it a large batch is run in parts whose sums fit into the CPU's cache.
     """
 
     source: HostGrid
@@ -129,9 +130,10 @@ def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
 
     Returns:
         Clipped values on the output's grid, as `codes.give_codes` returns them: a tensor with its codes attached (in
-        ``torch.inference_mode`` without), or, in a call of a converted model, a `CodedTensor`; `codes.carried_codes`
-        reads the codes of both. Without output grid plain values ``fl(Σ + bias) · input scale · weight scale``, without
-        ReLU. float32; channels_last if ``x`` is, else contiguous.
+        ``torch.inference_mode`` without), or, in a call of a converted model, a `CodedTensor`, which stores codes only
+        until its values are read; `codes.carried_codes` reads the codes of both. Without output grid plain values
+        ``fl(Σ + bias) · input scale · weight scale``, without ReLU. float32; channels_last if ``x`` is, else
+        contiguous.
     """
     codes = take_codes(x, layer.source) if x.numel() else None
     if codes is None:
@@ -309,7 +311,10 @@ def _unit_scales(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def has_integer_kernels() -> bool:
-    """Whether torch's 8-bit kernels run on this CPU with exact sums, and ``torch.backends.mkldnn.enabled`` is True."""
+    """Whether torch's 8-bit kernels run on this CPU with exact sums, and ``torch.backends.mkldnn.enabled`` is True.
+
+    Sums are not exact on CPUs that add pairs of products in 16 bits, which saturate.
+    """
     return bool(torch.backends.mkldnn.enabled) and _kernels_are_exact()
 
 

@@ -51,7 +51,7 @@ def fake_quantize_learnable(
 
     ``"megengine"``: ``s = |scale| + 1e-5``, ``v = x/s + z``, ``y = (round(clip(v)) - z) s``, ties away from zero;
     ``dx = dy`` where v is in range, else 0; ``ds = f Σ dy {quant_min below | quant_max above | round(v) - v inside}``,
-    which ``scale`` gets with its sign; ``dz = 0``.
+    and the gradient of ``scale`` is ``ds`` times the sign of ``scale``; ``dz = 0``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.

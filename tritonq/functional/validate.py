@@ -45,7 +45,7 @@ def check_axis(x: Tensor, axis: int) -> int:
 
 
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None, name: str = "scale") -> Tensor:
-    """Return ``scale`` as a float32 tensor on ``x``'s device: 0-d for a number, else of the tensor's shape.
+    """Return ``scale`` as a float32 tensor on ``x``'s device: 0-d for a number, else of ``scale``'s own shape.
 
     A float32 tensor is returned itself. Values of numbers are checked, those of tensors only on a CPU and not while
     ``torch.compile`` traces.

@@ -88,7 +88,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 class _Synchronized(torch.autograd.Function):
     """``γ (x - μ) / sqrt(var + eps) + β`` with the mean μ and biased variance of all ranks.
 
-    The forward updates the running statistics in place: ``r += momentum (v - r)``, with the unbiased variance.
+    The forward updates the running statistics in place: ``r += momentum (v - r)``, where r is the running mean or
+    variance and v is μ or the unbiased variance.
     """
 
     @staticmethod

@@ -36,7 +36,7 @@ class QATBatchNormLayer(QATLayer):
 
     ``mode`` says how training folds the BatchNorm into the quantized weight. ``op`` is the convolution or product, W
     and b are its weight and bias, γ and β those of the BatchNorm (1 and 0 without them), which is the child ``bn``.
-    A ReLU, if the layer has one, and fake quantization of the output follow y:
+    σ(v) is ``sqrt(v + eps)``. A ReLU, if the layer has one, and fake quantization of the output follow y:
 
     - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
       before this step's update. In a channel with γ = 0, ``s = 1/σ``, so that nothing is divided by zero and γ can
@@ -46,9 +46,10 @@ class QATBatchNormLayer(QATLayer):
     - ``"corrected"`` (torch.ao's slow path): ``y = op(x, FQ_w(W γ/σ(r))) σ(r)/σ(v) + β - t μ``, where r is the running
       variance after this step's update; v, t and μ as in ``"exact"``.
     - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = -1`` where γ < 0, else 1, and s_w the scale of the
-      weight's quantizer. Deployment folds the BatchNorm into that scale: ``s_w |t|``. In the other modes each step's
-      statistics move ``W s`` relative to a trained scale, so that codes flip; and running statistics are averages over
-      other weights than the deployed ones. At 2 bits that costs points of accuracy. For symmetric signed types.
+      weight's quantizer. Deployment folds the BatchNorm into that scale: ``s_w |t|``, t as in eval mode. In the other
+      modes each step's statistics move ``W s`` relative to a trained scale, so that codes flip; and running statistics
+      are averages over other weights than the deployed ones. At 2 bits that costs points of accuracy. For symmetric
+      signed types.
 
     In eval mode, and in training with a frozen BatchNorm, all four compute ``y = op(x, FQ_w(W t)) + FQ_b(β + t (b -
     running_mean))`` with ``t = γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
@@ -130,8 +131,8 @@ class QATBatchNormLayer(QATLayer):
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
         """Return ``folded``, the weight with the BatchNorm folded in, rounded to its grid.
 
-        In mode "scale" the codes are those of :meth:`weight_to_quantize`; only their scale is multiplied by ``|t|``.
-        Without a weight quantizer the result is ``folded``.
+        In mode "scale" the codes are those of :meth:`weight_to_quantize`; only their scale is multiplied by ``|t|``,
+        t of :meth:`fold_factors`. Without a weight quantizer the result is ``folded``.
         """
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):
@@ -153,8 +154,8 @@ class QATBatchNormLayer(QATLayer):
     def weight_grid(self) -> Grid:
         """Return the grid of the folded weight, for a layer with a weight quantizer.
 
-        In mode "scale" its scales are those of the unfolded weight times ``|t|``, one for each channel or group, and at
-        least 2^-23.
+        In mode "scale" its scales are those of the unfolded weight times ``|t|``, t of :meth:`fold_factors`, one for
+        each channel or group, and at least 2^-23.
         """
         grid = super().weight_grid()
         if self._mode != "scale":

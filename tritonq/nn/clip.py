@@ -1,6 +1,6 @@
 """Clips that are not the ReLU of a layer or join: Hardtanh, clamps, or a ReLU6 that became part of nothing.
 
-FQ in formulas is fake quantization: rounding to a grid, as a float tensor. A *join* is an operation of two tensors.
+FQ in formulas is fake quantization: rounding to a grid, as a float tensor. A *join* has two or more input tensors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Clip(ElementwiseLayer):
 
     ``low`` and ``high`` are the bounds of the one clip that does what ``earlier`` and then ``own`` do; the attribute
     ``clipping`` has them. Behind a layer without an output quantizer, the clip's quantizer serves the layer, too: in
-    eval mode the layer's sums are rounded to the clip's grid at once, and the clip changes codes.
+    eval mode the layer's sums are rounded to the clip's grid at once, and the bounds are applied to their codes.
 
     Args:
         own: the bounds of the clip that the module replaces.
@@ -117,9 +117,9 @@ class Clip(ElementwiseLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the clip as integer runtimes do: ``clip(round(x / s_out) · s_out)``, float32, without gradient.
 
-        ``x`` has values of the grid ``source``, to which it is rounded first in float32; ``output`` is the grid of the
-        quantizer behind the clip, s_out its scale. Both grids are per tensor. ``low`` and ``high`` need not be values
-        of the grid ``output``, and values may lie beyond it: the quantizer then rounds and clips the result.
+        ``x`` has values of the grid ``source``; those that float16 or bfloat16 changed become exact first. ``output``
+        is the grid of the quantizer behind the clip, s_out its scale. Both grids are per tensor. ``low`` and ``high``
+        need not be values of ``output``, and results may lie beyond it: the quantizer then rounds and clips them.
         """
         with torch.no_grad():
             return self.function(requantized(x, source, output))

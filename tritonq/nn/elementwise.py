@@ -81,7 +81,7 @@ class Joint(WithOutputQuantizer):
         self._producers, self._pickled_after_relu = (Reference.to(a), Reference.to(b)), None
 
     def set_operand_producers(self, *producers: Referred) -> None:
-        """Set the producers of the forward's tensors, one for each, in their order; None: unknown."""
+        """Set the producers of the forward's tensors, in order: two, or more in some subclasses; None: unknown."""
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
@@ -89,7 +89,7 @@ class Joint(WithOutputQuantizer):
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Replace producers in place: ``replacements`` maps old modules to new; others stay. No route is kept."""
+        """Replace producers as ``replacements`` maps old to new; others stay; all lose their `Reference.route`."""
         self._producers = tuple(
             Reference(None if held.module is None else replacements.get(held.module, held.module))
             for held in self._producers
@@ -132,7 +132,7 @@ class Joint(WithOutputQuantizer):
         super().__setstate__(state)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return ``FQ(relu?(f(a, b)))`` of float tensors that broadcast, in torch's dtype; FQ observes in training."""
+        """Return ``FQ(relu?(f(a, b)))`` of floats that broadcast, in torch's dtype for f; FQ observes in training."""
         return self.joined(a, b)
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ class QuantStub(nn.Module):
             self.qconfig = qconfig
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
+        """Return ``x``; a quantizer that torch.ao's flow has added rounds it afterwards, in a forward hook."""
         return x
 
 

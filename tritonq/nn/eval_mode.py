@@ -54,8 +54,9 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(W)) + b))`` of eval mode, with sums in integers and the bias as int32 codes.
 
-    ``x`` must lie on the grid of the layer's input quantizer. `QATLayer.integer_quantizers` must not be None, and both
-    quantizers must have their grids and be switched on. The gradient is that of the same formula computed in float.
+    ``x`` must lie on the grid of the layer's input quantizer. `QATLayer.integer_quantizers` must return quantizers of
+    input and weight, not None, and both must have their grids and be switched on. The gradient is that of the same
+    formula computed in float.
     """
     if can_use_codes(x):
         packed = _run_packed(layer, x, weight, bias)

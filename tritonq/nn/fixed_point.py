@@ -180,9 +180,9 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     def fixed_forward(self, x: Tensor) -> Tensor:
         """Return ``conv(x, FQ(γ/σ · W η/η_next)) + (β + γ(b - mean)/σ) / η_next``; differentiable.
 
-        ``x`` is the input after rounding, xq, in units of η; η counts with ``input_factor``. In training mean and
-        variance are those of this batch's ``conv(η x, W) + b``, and the running statistics are updated; in eval mode,
-        or with ``bn`` in eval mode, they are the running ones. It is computed in float.
+        ``x`` is the input after rounding, xq, in units of η. Here η is the input format's η times ``input_factor``. In
+        training mean and variance are those of this batch's ``conv(η x, W) + b``, and the running statistics are
+        updated; in eval mode, or with ``bn`` in eval mode, they are the running ones. It is computed in float.
 
         Raises:
             ValueError: layer and ``bn`` are in training mode, and there are fewer than two values per channel.

@@ -91,8 +91,8 @@ class FixedPointAdd(ReferringModule):
         A summand without a format of its own was divided by that η before, and is added as it is. One with a format
         was divided by that format's η'. It is rounded (in phase ``"floating"`` clipped), and multiplied by ``η' / η``
         if a format follows. In phase ``"floating_wo_clip"`` nothing is rounded or has a factor; an unsigned format
-        applies a ReLU to its summand. If one summand is float64, the sum is. In training formats observe their
-        summands.
+        applies a ReLU to its summand. If one summand is float64, the sum is. In training a format observes its summand
+        if ``observes`` is True for it; in phase ``"floating_wo_clip"`` none does.
         """
         left, right = self._read(0, a), self._read(1, b)
         return left + right
@@ -229,7 +229,7 @@ class FixedPointAvgPool2d(ReferringModule):
 class FixedPointMaxPool2d(nn.MaxPool2d):
     """Max pooling of float values or of integer codes: the largest code is the code of the largest value.
 
-    The constructor is that of ``nn.MaxPool2d``; ``return_indices`` must stay False.
+    The constructor is that of ``nn.MaxPool2d``; ``return_indices`` must stay False, which is not checked.
 
     Examples:
         >>> import torch

@@ -148,7 +148,7 @@ class FixedPointLayer(ReferringModule):
     def attach_formats(self, qconfig: QConfig | None, signed_input: bool, bias_word_len: int | None) -> None:
         """Create the formats of input and weight by ``qconfig``, and set the other attributes, with no layer following.
 
-        Constructors call it when the weight is there.
+        Constructors call it when the weight is there. ``observes`` becomes True, and ``input_factor`` 1.
 
         Args:
             qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
@@ -272,8 +272,8 @@ class FixedPointLayer(ReferringModule):
         """Whether eval mode computes in integers: input and weight are rounded, and so is the bias.
 
         That is in the phase "fixed" with a ``bias_word_len``, while rounding is switched on and a fractional length of
-        the input is known; the layer's own mode does not count. Reads switches from the device. While ``torch.compile``
-        traces, only phase and ``bias_word_len`` count: the graph reads the rest when it runs.
+        the input is known; whether the layer is in eval mode does not count. Reads switches from the device. While
+        ``torch.compile`` traces, only phase and ``bias_word_len`` count: the graph reads the rest when it runs.
         """
         if self.weight_fake_quant.phase != "fixed" or self.bias_word_len is None:
             return False

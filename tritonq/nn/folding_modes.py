@@ -138,7 +138,8 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
 
     FQ_b rounds the bias to multiples of input scale × weight scale, as :func:`bias_on_grid` has it; ReLU and the
     output's quantizer follow. ``t = γ/σ(running_var)``; in mode "scale" the weight is ``|t| FQ_w(u W)`` with ``u = -1``
-    where γ < 0, else 1. One kernel computes it with its ReLU, if the kernel is faster.
+    where γ < 0, else 1. One kernel computes it with its ReLU, if the kernel is faster. Layers of any mode train so
+    while their BatchNorm is frozen.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
     kernel = find_kernel(x, folded, layer.linear_map)
@@ -189,7 +190,7 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     """Return ``bias``, (out channels,), rounded to multiples of input scale × weight scale, in its dtype.
 
-    It is rounded only if input and weight have known symmetric 8-bit grids that are switched on and rest on data. The
+    Its values stay unless input and weight have known symmetric 8-bit grids that are switched on and rest on data. The
     gradient passes straight through. Where the weight scale is so small that the bias would exceed 32-bit codes, as in
     dead channels, the smallest scale that fits takes its place.
     """

@@ -51,7 +51,8 @@ def affine(
         x: values on the grid of ``source``; any shape that ``op`` takes.
         weight: float, with any BatchNorm folded in.
         bias: (out,), or None.
-        op: a Convolution or MatrixProduct; for a PaddedConvolution give what its ``padded`` returns.
+        op: a Convolution or MatrixProduct; for a PaddedConvolution give ``x`` and ``op`` as its ``padded(x)`` returns
+            them.
         channel_axis: axis of the result with the out channels.
         source: grid of the input, per tensor.
         weights: grid of the weight, per tensor or per out channel (axis 0 of ``op.to_rows(weight)``); no groups.
@@ -196,8 +197,8 @@ def run_affine(
 
     ``conv`` is the convolution, None for a matrix product. ``bias`` is (out,) or None; ``channel_axis`` the axis of the
     result with the out channels. ``source``, ``weights`` and ``output`` are the grids of input, weight and output; if
-    the first two are on, sums are exact integers, which are rounded to ``output`` if that is on, and not clipped. The
-    result has ``x``'s dtype.
+    the first two are on, sums are exact integers, which are rounded to ``output`` if that is on, and not clipped; else
+    all is float, the weight rounded if its grid is on. The result has ``x``'s dtype.
     """
     op = _op(conv)
 
@@ -287,8 +288,9 @@ def run_average(
 ) -> Tensor:
     """Compute the means of ``x`` (:func:`average`) when the compiled graph runs, in ``x``'s dtype.
 
-    Exactly one of ``axes``, ``window`` and ``sizes`` (adaptive pooling to these sizes) is not None. If both grids are
-    on, sums are exact integers and means are rounded to ``output``, not clipped; else torch computes them.
+    Exactly one of ``axes`` (a mean over axes), ``window`` (pooling over windows) and ``sizes`` (adaptive pooling to
+    these sizes) is not None. If both grids are on, sums are exact integers and means are rounded to ``output``, not
+    clipped; else torch computes them.
     """
     averaging = _averaging(axes, window, sizes)
     return _chosen(

@@ -38,7 +38,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class NumberOrTensor:
-    """An argument that is a float or a tensor: two plain arguments, one of which is None; both, if it is None.
+    """An argument that is a float or a tensor: two plain arguments, one of them None; both are None if it is None.
 
     They are called ``<name>_number`` and ``<name>_tensor``, where ``name`` is the argument's.
     """
