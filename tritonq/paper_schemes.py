@@ -69,7 +69,8 @@ class WeightScheme(FakeQuantizeBase):
     def allocate(self, num_channels: int) -> None:
         """Resize ``scale`` (to ones) and ``zero_point`` (to zeros) to ``num_channels`` elements, in place.
 
-        Nothing is done if there is one scale per tensor, or if they have that length. Otherwise no scale is set then.
+        Nothing is done if there is one scale per tensor, or if they have that length. Otherwise ``initialized`` becomes
+        0: values pass through until a forward in training mode sets the scale.
         """
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)

@@ -66,7 +66,7 @@ class Step:
 
 @dataclass
 class ComputedParameters:
-    """The program that computes weight and bias of a layer from parameters and buffers, as in eval mode.
+    """The program that computes weight and bias of a layer from parameters and buffers, by calls recorded in eval mode.
 
     Calling the object runs it and returns ``(weight, bias)``, differentiable.
 

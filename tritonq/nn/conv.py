@@ -165,8 +165,8 @@ class ConvReLU3d(Conv3d):
 class TakesOutputSize(nn.Module):
     """Let a call of a transposed convolution give the result's size, as in torch: ``layer(x, output_size=[7, 7])``.
 
-    The size decides the output padding of this call alone. It is taken in ``__call__``, so that forwards, and what
-    replaces them, do not get it.
+    The size, of the image's axes or of all, decides the output padding of this call alone. It is taken in ``__call__``,
+    so that forwards, and what replaces them, do not get it. A size that no output padding gives is a ValueError.
     """
 
     output_padding: tuple[int, ...]
@@ -333,7 +333,8 @@ def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
 def share_parameters(qat: QATLayer, source: nn.Module) -> None:
     """Give ``qat``, built on the meta device, the weight and bias of ``source``: the same parameters, not copies.
 
-    A bias that is None is left out. The quantizers of weight and output move to the device of ``source.weight``.
+    Where that bias is None, ``qat.bias`` stays as it is. The quantizers of weight and output move to the device of
+    ``source.weight``.
     """
     for name in ("weight", "bias"):
         parameter = getattr(source, name)

@@ -228,7 +228,7 @@ class ConvTransposeBnReLU2d(ConvTransposeBn2d):
 
 
 class ConvTransposeBn1d(_ConvBn, ConvTranspose1d):  # type: ignore[misc]
-    """Quantization-aware ConvTranspose1d and BatchNorm1d: one layer, formulas in :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose1d and BatchNorm1d: arguments and formulas as in :class:`ConvTransposeBn2d`.
 
     Examples:
         >>> import torch, tritonq
@@ -242,7 +242,7 @@ class ConvTransposeBn1d(_ConvBn, ConvTranspose1d):  # type: ignore[misc]
 
 
 class ConvTransposeBnReLU1d(ConvTransposeBn1d):
-    """Quantization-aware ConvTranspose1d, BatchNorm1d and ReLU: one layer, formulas in :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose1d, BatchNorm1d and ReLU: arguments, formulas as in `ConvTransposeBnReLU2d`.
 
     Examples:
         >>> import torch, tritonq
@@ -256,7 +256,7 @@ class ConvTransposeBnReLU1d(ConvTransposeBn1d):
 
 
 class ConvTransposeBn3d(_ConvBn, ConvTranspose3d):  # type: ignore[misc]
-    """Quantization-aware ConvTranspose3d and BatchNorm3d: one layer, formulas in :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose3d and BatchNorm3d: arguments and formulas as in :class:`ConvTransposeBn2d`.
 
     Examples:
         >>> import torch, tritonq
@@ -270,7 +270,7 @@ class ConvTransposeBn3d(_ConvBn, ConvTranspose3d):  # type: ignore[misc]
 
 
 class ConvTransposeBnReLU3d(ConvTransposeBn3d):
-    """Quantization-aware ConvTranspose3d, BatchNorm3d and ReLU: one layer, formulas in :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose3d, BatchNorm3d and ReLU: arguments, formulas as in `ConvTransposeBnReLU2d`.
 
     Examples:
         >>> import torch, tritonq

@@ -75,7 +75,7 @@ def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
 
     They may be: an equation and operands; an equation and a list of operands; operands each followed by a list of
     indices, with a list for the result at the end or without. In the last case the lists become an equation: 0 to 25
-    are "A" to "Z", 26 to 51 "a" to "z", so that ``(a, [0, 1], b, [1, 26], [0, 26])`` gives
+    are "A" to "Z", 26 to 51 "a" to "z", an Ellipsis is "...", so that ``(a, [0, 1], b, [1, 26], [0, 26])`` gives
     ``("AB,Ba->Aa", (a, b))``. Without a list for the result the equation has no ``->``.
     """
     first, *rest = args
@@ -89,7 +89,7 @@ def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def einsum_operands(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-    """Return the operands in ``args`` of a call of :func:`torch.einsum`; ``kwargs`` is not used, as it takes none."""
+    """Return the operands in ``args`` of a call of :func:`torch.einsum`, which has no ``kwargs``: they are ignored."""
     return einsum_call(args)[1]
 
 
@@ -105,8 +105,8 @@ def _letters(indices: Any) -> str:
 class Contraction:
     """An einsum equation of two operands, seen as a product of batches of matrices.
 
-    ``Contraction.of("bqd,bkd->bqk")`` is ``Contraction("bqd", "bkd", "bqk")``: b numbers the products of the batch, d
-    is summed.
+    ``Contraction.of("bqd,bkd->bqk")`` is ``Contraction("bqd", "bkd", "bqk")``: the index "b" numbers the products of
+    the batch, "d" is summed.
 
     Attributes:
         a: the indices of the first operand, one letter per axis, in order; ``.`` stands for an ellipsis.
@@ -226,7 +226,7 @@ class Contraction:
     def result(self, y: Tensor, sizes: Mapping[str, int]) -> Tensor:
         """Return ``y``, the product of the matrices, with the axes of the equation's result.
 
-        ``y`` is (batch..., m, n), the product of what :meth:`matrices` returned; ``sizes`` is what it was given.
+        ``y`` is (batch..., m, n), the product of what :meth:`matrices` returned; ``sizes`` is what that was given.
         """
         order = self.batch + self._free(self.a) + self._free(self.b)
         return y.reshape([sizes[index] for index in order]).permute([order.index(index) for index in self.out])

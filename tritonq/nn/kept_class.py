@@ -44,18 +44,18 @@ def keep_class(kind: type[nn.Module], made: nn.Module) -> None:
 
 
 def users_class(module: nn.Module) -> type[nn.Module]:
-    """Return the replaced module's class, which :func:`keep_class` gave to a module; without it the module's own.
+    """Return the replaced module's class, if :func:`keep_class` gave it to ``module``; else the module's own class.
 
-    Of another module whose forward was edited it is the class that its author wrote (:func:`original_class`).
+    If the module's forward was edited, its own class is the one that its author wrote (:func:`original_class`).
     """
     kind: type[nn.Module] = original_class(module)
     return kind._tritonq_joined[1] if issubclass(kind, KeepsClass) else kind
 
 
 def made_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module had before :func:`keep_class`; without it the module's own.
+    """Return the class that ``module`` had before :func:`keep_class`, if that changed it; else the module's own class.
 
-    Of another module whose forward was edited it is the class that its author wrote (:func:`original_class`).
+    If the module's forward was edited, its own class is the one that its author wrote (:func:`original_class`).
     """
     kind: type[nn.Module] = original_class(module)
     return kind._tritonq_joined[0] if issubclass(kind, KeepsClass) else kind
@@ -71,8 +71,8 @@ def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Mod
     Calls with the same two classes return the same class as long as something uses it.
 
     Args:
-        first: the new module's class, whose methods come first; the result has its name, or that of ``second`` if it
-            has an attribute ``stands_for``.
+        first: the new module's class, whose methods come first. The result has the name of ``first``, or that of
+            ``second`` if ``first`` has an attribute ``stands_for``: the class in whose place it is used.
         second: the class of the module that was replaced.
 
     Raises:

@@ -17,10 +17,11 @@ from tritonq.nn.qat import QATLayer
 
 @torch.no_grad()
 def one_sided_layers(model: nn.Module) -> list[str]:
-    """Return the qualified names of quantization-aware layers that give their one-sided filters a zero point.
+    """Return the qualified names of quantization-aware layers with one-sided filters that get their own zero points.
 
     Such a layer's weight quantizer is symmetric, per channel, and its observer has ``rule="torch_v1"``: torch.ao's
-    fused operator. Weights are read on the host, before a BatchNorm is folded in; meta ones are left out.
+    fused operator, which gives even symmetric types another zero point where a channel's values have one sign. Weights
+    are read on the host, before a BatchNorm is folded in; those on the device "meta", without values, are left out.
     """
     return [name for name, layer in model.named_modules() if isinstance(layer, QATLayer) and _is_one_sided(layer)]
 

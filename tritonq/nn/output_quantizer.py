@@ -103,13 +103,13 @@ def deployed_grid(grid: Grid, relu: bool) -> Grid:
 def meet_hooks(references: Iterable[Reference[Any]], operands: Iterable[Tensor], training: bool) -> None:
     """Watch hooks that users put, since preparation, on modules between each operand's quantizer and its reader.
 
-    To watch a hook is to note whether it changes what it is given. Once one on the way has, the ``module`` of the
-    Reference is None until that hook is removed, so that the reader computes in float.
+    To watch a hook is to note whether it changes what it is given. Once a hook between the two has, the ``module`` of
+    the Reference is None until that hook is removed, so that the reader computes in float.
 
-    A new hook has run for the operand before it is watched:
-    outside of training, if the operand is off its quantizer's grid, all new hooks on its way count as hooks that change
-    it. Otherwise a new hook counts as changing nothing until it changes a tensor in a later call. Under
-    ``torch.compile`` nothing is watched, and every hook that is not watched yet counts as one that changes the operand.
+    What a new hook did to these operands was not watched yet. Outside of training, if an operand is off its quantizer's
+    grid, all new hooks between the two count as hooks that change it. Otherwise a new hook counts as changing nothing
+    until it changes a tensor in a later call. Under ``torch.compile`` nothing is watched, and every hook
+    that is not watched yet counts as one that changes the operand.
 
     Args:
         references: for each operand the Reference to its producer, which may be empty.

@@ -65,7 +65,7 @@ class QuantizedBehindClip(nn.Module):
         return self._behind_clip.module
 
     def set_quantizer_behind_clip(self, quantizer: Referred) -> None:
-        """Set the quantizer of the clip that follows, or a Reference to it; None: no clip follows. It is no child."""
+        """Set the quantizer of the clip that follows, or a Reference to it, not as a child; None: no clip follows."""
         self._behind_clip = Reference.to(quantizer)
 
     def last_quantizer(self, own: nn.Module) -> nn.Module | None:

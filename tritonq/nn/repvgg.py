@@ -287,8 +287,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer of the block's output if the convolution's sums can be rounded to its grid at once.
 
-        It is the block's own; if that is an Identity, that of a clip module behind the block. None if it is per
-        channel, missing or no FakeQuantizeBase, or if the activation is neither missing nor an
+        It is the block's own; if that is an Identity, :attr:`quantizer_behind_clip`, which a clip behind the block
+        owns. None if it is per channel, missing or no FakeQuantizeBase, or if the activation is neither missing nor an
         Identity, ReLU, ReLU6 or ``Hardtanh(0, b)``.
         """
         on_grid = self.ends_in_ceiling or isinstance(self.activation, nn.Identity)

@@ -28,7 +28,7 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
     Only the forward changes; gradients still arrive layer by layer. All weights' codes exist at once, four bytes for
     each weight.
 
-    Layers that the operator cannot take work as before: with another mode of folding than "approximate", a weight
+    Layers that the launch cannot take work as before: with another mode of folding than "approximate", a weight
     quantizer that is no plain `FakeQuantize` to integers with a min-max observer per channel (without groups or a
     process group), hooks, a frozen or synchronized BatchNorm, weights that aren't float32 or that something computes
     (weight_norm), or on a device without kernels. Under ``torch.compile`` nothing changes. It must not be used with

@@ -206,11 +206,11 @@ class RangeObserver(ObserverBase):
     def allocate(self, num_channels: int) -> None:
         """Give ``min_val`` and ``max_val`` the length ``num_channels``, with +inf and -inf.
 
-        An observer with one range per tensor stays as it is, and so does one that has this length; 0 says that the
-        number is unknown still.
+        An observer with one range per tensor stays as it is, and so does one that has this length, or none yet if
+        ``num_channels`` is 0.
 
         Raises:
-            ValueError: they already have another length.
+            ValueError: they already have another length, other than 0.
         """
         if self.qtype.axis is None or (self.num_channels or 0) == num_channels:
             return
@@ -242,7 +242,8 @@ class RangeObserver(ObserverBase):
 
         Args:
             x: float tensor of any shape, on the buffers' device.
-            qparams: scale and zero point to update in place; None: there are none.
+            qparams: scale and zero point to update in place, as :meth:`calculate_qparams` returns them, unless a
+                subclass says otherwise; None: there are none.
             enabled: a switch, one element on that device; 0 leaves everything as it is. None: as 1.
         """
 

@@ -165,7 +165,8 @@ class InterpolatingHistogramObserver(RangeObserver):
     def over(self, limits: Range) -> Tensor:
         """Return the histogram's counts over another range: float64 (bins,), on the CPU.
 
-        ``limits`` is that range, ``(low, high)``, which contains the running one. Zeros if nothing was observed.
+        ``limits`` is that range, two floats ``(low, high)``, which contains the running one. Zeros if nothing was
+        observed.
         """
         return self._rebinned(self.histogram, self._limits(), limits)
 

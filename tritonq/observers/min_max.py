@@ -111,7 +111,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
             range's is copied too: growth is followed at once, as in a residual branch whose last γ starts at 0.
             Averaged, the range would lag behind for hundreds of steps and clip what the branch learns. A batch whose
             largest magnitude is less than a hundredth of the running range's is copied as well, unless it is all zeros:
-            an outlier before it is forgotten at once. None (torch.ao): only the first batch is copied.
+            an outlier before it is forgotten at once. Each channel is judged for itself. None (torch.ao): only the
+            first batch is copied.
         *args: arguments of :class:`~tritonq.observers.base.ObserverBase`.
         **kwargs: named arguments of :class:`~tritonq.observers.base.RangeObserver`.
 

@@ -18,7 +18,8 @@ class PassiveObserver(ObserverBase):
     """Holds a scale and a zero point that come from elsewhere; assigning to ``scale`` replaces the scale later.
 
     Attributes:
-        scale: float32, one element or (channels,), empty while their number is unknown; the buffer ``current_scale``.
+        scale: float32, one element or (channels,); the buffer ``current_scale``. Per channel it is empty until a scale
+            is given or loaded, unless ``num_channels`` was given.
         zero_point: int32 buffer of the same shape.
         original_scale: buffer with a copy of the scale that ``set_qparams`` was given last; 1 before the first.
 
@@ -116,9 +117,9 @@ class PassiveObserver(ObserverBase):
         return f"this observer keeps {channels} channels along axis {self.qtype.axis}, got {number} scales"
 
     def allocate(self, num_channels: int) -> None:
-        """Take notice of the number of scales; one scale that was given before becomes that of all channels.
+        """Set the number of channels; one scale that was given before becomes that of all channels.
 
-        An observer with one scale for the tensor stays as it is.
+        Without a scale the buffers stay empty. An observer with one scale for the tensor stays as it is.
 
         Raises:
             ValueError: another number of scales was given, or is known.
@@ -145,12 +146,15 @@ class PassiveObserver(ObserverBase):
         """Return the scale in use and the zero point that :meth:`set_qparams` set last.
 
         Before :meth:`set_qparams` is called or a state dict loaded, the zero point is 0, the scale 1 or what was
-        assigned. Both are the observer's buffers, not copies.
+        assigned; per channel both may be empty. Both are the observer's buffers, not copies.
         """
         return QParams(self.current_scale, self.zero_point)
 
     def has_observed(self) -> Tensor:
-        """Return a 0-d bool tensor: whether :meth:`set_qparams` was called, here or before the state dict was saved."""
+        """Return a 0-d bool tensor, a buffer: whether :meth:`set_qparams` was called, or a state dict loaded says so.
+
+        Assigning to ``scale`` does not count.
+        """
         return self.is_set
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

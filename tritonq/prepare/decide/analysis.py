@@ -78,8 +78,8 @@ class Analysis:
         model: the model.
         flow: the record, in which calls and values have indices.
         held: names of modules whose own forward ran in eval mode in the training run.
-        cautious: whether to leave ``x += y`` alone in a forward that keeps its branches, since ``x`` may have another
-            name there.
+        cautious: whether to leave alone, among forwards that keep their branches, ``x += y`` (``x`` may have another
+            name there) and a ``forward`` that a module itself holds, not its class.
 
     Attributes:
         constants: its ``values`` are the indices of the values that follow only from parameters and buffers.

@@ -36,7 +36,8 @@ def may_change(averaging: Averaging) -> bool:
     """Whether a mean's arguments, if they are not known to be constants, may have been computed from a tensor's size.
 
     True for windows, and for adaptive pools with an output of more than one element or of the input's size. False for
-    means over axes, and for adaptive pools with an output of one element.
+    means over axes, and for adaptive pools with an output of one element. Where it is True, a module takes the place of
+    the mean only in a forward that can compare the arguments with the recorded ones when it runs.
     """
     if isinstance(averaging, AdaptiveAverage):
         return any(size != 1 for size in averaging.output_size)

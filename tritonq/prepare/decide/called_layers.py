@@ -53,7 +53,7 @@ class CalledLayer:
         geometry: arguments of that layer's constructor, by name, ``bias`` (a bool) among them.
         given: those arguments of the call that are not input, weight or bias, by name.
         calls: its recorded calls, in all recorded modes.
-        program: how its weight and its bias (if it has one) are computed from parameters and buffers.
+        program: the recorded calls that compute its weight and its bias (if it has one) from parameters and buffers.
     """
 
     owner: str
@@ -86,7 +86,7 @@ def find_called_layer(call: Call, child: str, analysis: Analysis) -> CalledLayer
 
     A reason is a text for users: "its weight depends on the model's input". To become a layer, all calls at its
     place must be alike (function, stride, padding and so on), run outside of ``torch.vmap`` and the like, read a tensor
-    as input, and take the same weight and bias, which a program can compute from parameters and buffers. There must be
+    as input, and take the same weight and bias, which follow from parameters and buffers alone. There must be
     calls in each recorded mode, the input of one at least must be no constant, and the forward must be editable.
 
     Args:
@@ -149,7 +149,7 @@ def _weights(arguments: Mapping[str, Any]) -> list[int]:
 def exclusive_state(layers: Iterable[CalledLayer], analysis: Analysis) -> frozenset[str]:
     """Return qualified names of the parameters and buffers that only the weights and biases of ``layers`` need.
 
-    Empty if there are no layers.
+    Conversion drops them, since the converted layers hold their weights. Empty if there are no layers.
     """
     calls = [call for layer in layers for call in layer.calls]
     ends = [(value, call.index) for call in calls for value in _weights(arguments_of(call))]

@@ -119,7 +119,7 @@ class Links:
 
 
 def find_links(analysis: Analysis, all_runs: Analysis) -> Links:
-    """Return layers, additions, poolings and groups of the eval run; ``all_runs`` says which BatchNorm is a layer's.
+    """Return the links of ``analysis``, the eval run; ``all_runs``, with every run, says which BatchNorm is a layer's.
 
     Raises:
         ValueError: no layer; a layer, or an operation between layers, that has no fixed-point form or runs more than

@@ -43,7 +43,7 @@ class AffineStep:
 
     @property
     def key(self) -> object:
-        """Description of what the operation computes, equal (``==``) for runs that compute the same."""
+        """Description of what the operation computes, equal (``==``) for frames that compute the same."""
         if self.operands is None:
             return (self.operation, self.number)
         names: dict[int, object] = dict(self.operands.state)
@@ -67,9 +67,9 @@ class FrozenNorm:
     Attributes:
         channels: number of channels.
         dimensions: number of dimensions of its input, 4 for images.
-        steps: the operations of the first recorded run, in order; without calls that keep values, such as ``to``.
-        starts: for each recorded run of the module the first call of a function on its input, ``to`` included.
-        ends: for each recorded run the last call of a function on what follows from its input, ``to`` included.
+        steps: the operations of the module's first frame, in order; without calls that keep values, such as ``to``.
+        starts: for each frame of the module the first call of a function on its input, ``to`` included.
+        ends: for each frame the last call of a function on what follows from its input, ``to`` included.
         remainder: qualified names of the modules that it calls behind these, in order, such as an activation.
     """
 
@@ -84,8 +84,8 @@ class FrozenNorm:
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
     """Return the frozen norm that a module computes.
 
-    None if it never ran, computes something else, computes by other operations, operands or numbers in another run (as
-    in another mode), or multiplies or shifts by parameters that train (``requires_grad``).
+    None if it never ran, computes something else, computes by other operations, operands or numbers in another frame
+    (as in another mode), or multiplies or shifts by parameters that train (``requires_grad``).
     Children may follow, such as an activation, whose parameters may train.
 
     Args:

@@ -74,8 +74,8 @@ def layer_records(
         analysis: the model and its record.
         plan: the plan that was carried out.
         join_names: qualified name of the module that each join became.
-        unary_names: qualified name of the module that each operation of one tensor in a forward became, by its key in
-            ``plan.unary``.
+        unary_names: qualified name of the module that each operation of one tensor in a forward became, by the index
+            of the value that its quantizer rounds, the key into ``plan.unary``.
     """
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}

@@ -37,7 +37,7 @@ class Layer:
         ends: for each call the index of the last call that becomes part of it, or of the call itself.
         relus: indices of the ReLU calls that become part of it.
         ceiling: upper bound of these ReLUs, infinity for plain ones; None if there are none.
-        function: the function, if the layer is one; None for a module.
+        function: the place of the function in a forward, and its calls, if the layer is one; None for a module.
         frozen: the operations of its BatchNorm, if that is no BatchNorm of torch but a frozen norm; else None.
     """
 
@@ -143,7 +143,8 @@ def find_layer_in_eval(
 ) -> tuple[Layer, str | None]:
     """Return what :func:`find_layer` returns of a module for all runs, but with the layer's calls in eval mode alone.
 
-    The record begins with the ``eval_calls`` calls of the run in eval mode.
+    The record of ``all_runs`` begins with the ``eval_calls`` calls of the run in eval mode. ``name``, ``kind`` and
+    ``swapped`` are those of :func:`find_layer`.
     """
     layer, obstacle = find_layer(name, kind, all_runs, swapped)
     calls, ends, relus = (tuple(i for i in part if i < eval_calls) for part in (layer.calls, layer.ends, layer.relus))

@@ -71,7 +71,7 @@ def grid_behind(
 def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[ValueIndex]:
     """Return the indices of the values that calls return, in order, without calls that return no single tensor.
 
-    Of a recurrent layer's result the first tensor counts.
+    A frame stands for the call of its module. Of a recurrent layer's result the first tensor counts.
     """
     values = (analysis.value_of(call) for call in calls)
     return [value for value in values if value is not None]

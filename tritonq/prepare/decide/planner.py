@@ -39,7 +39,7 @@ def make_plan(
         analysis: the model and its record.
         swapped: the float types that have a quantized form.
         qconfigs: the qconfig of each module, None to leave it in float.
-        inputs: a ``Place`` with the qconfig of the model's inputs, or with None to leave them in float; None: no rule.
+        inputs: the rule of a `QConfigMapping` for the model's inputs; None in it: they stay in float; None: no rule.
     """
     activations = ActivationChoice(analysis, qconfigs, inputs)
     kept: frozenset[CallIndex] = frozenset()

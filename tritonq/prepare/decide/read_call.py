@@ -14,9 +14,10 @@ Operation = TypeVar("Operation")
 def read_call(call: Call, readers: Mapping[str, Callable[..., Operation]], name: str | None = None) -> Operation | None:
     """Return the operation that a call of a function of one tensor computes; None if no reader takes the call.
 
-    A reader is a function with the parameters of a torch function, which returns the operation. It gets the recorded
-    arguments, in which a ``Ref`` stands for the tensor. It raises TypeError or
-    ValueError for arguments that it can't take. A call that reads more than one tensor has no operation.
+    A reader is a function with the parameters of a torch function, which returns the operation in the form that the
+    caller wants, such as a `Clipping`. It gets the recorded arguments, in which a ``Ref`` stands for the tensor. It
+    raises TypeError or ValueError for arguments that it can't take. A call that reads more than one tensor has no
+    operation.
 
     Args:
         call: any recorded call.

@@ -65,7 +65,7 @@ class SharedReading:
     """Readers that share one quantizer, because they read the same tensors.
 
     Attributes:
-        value: index of the first of these tensors' values.
+        value: index of the value that the first reading, in order of execution, reads.
         qconfig: that of the first reading.
         readers: the readers, in order of execution.
     """

@@ -43,7 +43,7 @@ class InputPlace:
 
     @property
     def read(self) -> Read:
-        """The place for an edited forward: the same argument, and the quantizer ``input_fake_quants.<key>`` for it."""
+        """The argument that an edited forward rounds first, with its quantizer ``input_fake_quants.<key>``."""
         return Read(f"{INPUTS}.{self.key}", self.position, self.name, self.path)
 
 
