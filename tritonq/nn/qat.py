@@ -147,7 +147,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def input_quantizer(self) -> FakeQuantizeBase | None:
-        """The quantizer on whose grid this layer's input lies; None: unknown, or what lies between was changed."""
+        """The quantizer on whose grid the input lies; None: unknown, or cut off by a new module or a hook."""
         return self._input_quantizer.module
 
     @property
@@ -195,7 +195,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return weight, ranging.grid_or_warning()
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_grid: Grid | None = None) -> Tensor:
-        """Return the layer's convolution or product, plus bias; little is saved for the backward.
+        """Return the layer's convolution or product, plus bias; for the backward ``x`` is saved as codes if it can be.
 
         Args:
             x: the input.
@@ -208,7 +208,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return rounded_map(x, weight, bias, self.linear_map, self.saved_input_grid(), weight_grid)
 
     def saved_input_grid(self) -> Grid | None:
-        """Return the input's grid, any bits; None: not ``save_input_codes``, unknown, off, per channel, compiling."""
+        """Return the `input_grid`, of any bits, to save input codes by; None also without ``save_input_codes``."""
         return input_grid(self.input_quantizer) if self.save_input_codes else None
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -230,13 +230,13 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def weight_near_codes(self, folded: Tensor) -> Tensor:
         """Return a weight whose nearest codes are those that the weight's quantizer chooses for ``folded``.
 
-        That is ``folded`` itself, unless the quantizer does not round to nearest; then it is the rounded weight.
+        Eval mode and conversion make codes of it: ``folded``, or if its quantizer isn't to nearest, the rounded weight.
         """
         is_nearest = getattr(self.weight_fake_quant, "rounds_to_nearest", True)
         return folded if is_nearest else self.quantized_folded_weight(folded)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the weight of :meth:`folded_parameters`, not rounded: W, with a BatchNorm W times its factors."""
+        """Return the weight that the weight's quantizer gets in eval mode: W, with a BatchNorm folded in, if any."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
@@ -329,7 +329,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer that rounds the whole output to one grid.
 
-        It is that of :meth:`last_quantizer`; None if there is none, or it is per channel or no FakeQuantizeBase.
+        It is the layer's own or a following clip's; None if there is none, or it is per channel or no FakeQuantizeBase.
         """
         quantizer = self.last_quantizer(self.activation_post_process)
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None

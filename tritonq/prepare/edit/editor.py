@@ -106,7 +106,7 @@ class ModelEditor:
     def quantize_argument(self, module: nn.Module, read: Read) -> None:
         """Let a module quantize one argument before its forward begins; takes effect with :meth:`apply`.
 
-        ``read`` says which argument, and which child of the module is its quantizer.
+        ``read`` says which argument, by position or name, and which child of the module is its quantizer.
         """
         self._reads.setdefault(module, []).append(read)
 
@@ -120,7 +120,8 @@ class ModelEditor:
     def rewrite(self, owner: str) -> EditableForward:
         """Return the forward of the module named ``owner``, to be edited; the same object in every call.
 
-        The caller must know that this forward can be edited.
+        It is a ``ForwardGraph``, or an ``AnsweredForward`` for a forward that keeps its branches; both have the same
+        methods for edits. The caller must know that this forward can be edited.
         """
         if owner not in self._graphs:
             self._graphs[owner] = self._forward(owner)

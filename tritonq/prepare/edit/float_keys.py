@@ -15,7 +15,8 @@ _NAMES = "tritonq_batch_norm_names"
 def note_batch_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Let a prepared model load the state of its BatchNorms from a state dict of the float model.
 
-    ``layers`` are all layers of the plan; BatchNorms are part of some of them now.
+    The model gets a hook that renames such entries before they are loaded, and an attribute with the names. ``layers``
+    are all layers of the plan; BatchNorms are part of some of them now.
     """
     names = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
     if names:

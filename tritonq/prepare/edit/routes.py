@@ -21,7 +21,7 @@ class Routes:
     """Finds the places of an edited model that stand between a quantizer and its readers.
 
     A module that is put into one of them later, such as an adapter around a layer, may return another tensor than the
-    quantizer's.
+    quantizer's. A reader asks the ``Route`` for such a change, and computes in float after one.
 
     Args:
         analysis: the float model and its record.

@@ -104,7 +104,8 @@ class AnsweredForward:
         Args:
             node: place of the call.
             child: name of the child module.
-            operands: the function by which a graph finds the arguments that the child gets, such as ``node_operands``.
+            operands: the function of ``graph.py`` that returns the child's arguments, given a node: ``node_operands``
+                for example. Here it only says which arguments of the call the child gets.
             in_place: not used here; a graph needs it.
             joined: whether the child computes other calls, too, which were erased. It matters where the child gets only
                 tensors, and :meth:`expect` noted numbers or flags of the call. If a later run makes the call with
@@ -214,8 +215,10 @@ class Answering(ForwardMode):
         answers: how each call is answered, by place: a list of "run", "replace" or "erase", the name of the child that
             replaces the call, what operands that child gets, and the name of the child that the result goes through.
             The comment of ``Answer`` in this file has the details.
-        places: the places of these calls without ``#0``, the count of earlier calls at the same place in the run.
-        functions: the parts of the places that name functions, such as ``"models.net:Net.forward"``.
+        places: the places of these calls without ``#0``, the count of earlier calls at the same place in the run. A
+            call elsewhere runs as written.
+        functions: the parts of the places that name functions, such as ``"models.net:Net.forward"``. They tell
+            quickly that a call in another function runs as written.
     """
 
     def __init__(self, owner: nn.Module, answers: Answers, places: frozenset[str], functions: frozenset[str]) -> None:

@@ -48,8 +48,8 @@ def frozen_branch(module: nn.Module) -> str | None:
 def fixed_number(module: nn.Module) -> str | None:
     """Return the first attribute that is a Python float and that a module's forward reads.
 
-    It is text such as ``"`self.temperature`"``. A list or tuple that holds a float counts, too; a tensor does not. None
-    if there is none.
+    A trace would freeze its value. It is text such as ``"`self.temperature`"``. A list or tuple that holds a float
+    counts, too; a tensor does not. None if there is none.
     """
     for source, _, value in _attributes(module):
         if _holds_floats(value):
@@ -60,8 +60,9 @@ def fixed_number(module: nn.Module) -> str | None:
 def fixed_values(module: nn.Module) -> dict[str, Any]:
     """Return the flags, whole numbers and texts that a module's forward reads from its attributes, by path.
 
-    None, and lists and tuples of such values, are among them. The path of ``self.config.depth`` is ``"config.depth"``:
-    attributes of modules inside and of configuration objects count, too.
+    A trace is right only while they are the same. None, and lists and tuples of such values, are among them. The path
+    of ``self.config.depth`` is ``"config.depth"``: attributes of modules inside and of configuration objects count,
+    too.
     """
     return {path: value for _, path, value in _attributes(module) if _is_plain(value)}
 
