@@ -68,7 +68,8 @@ def integer_conv2d(
             2^24, which is not checked.
         bias: int32 (out,), which is added to the sums; None: none.
         multiplier: float32 (out,), by which the sums are multiplied: values per unit of the sums, or steps of ``onto``.
-        onto: grid per tensor, to multiples of whose scale v is rounded; None: v is not rounded here.
+        onto: grid per tensor, to multiples of whose scale v is rounded; None: v is not rounded here. It is the grid of
+            the quantizer behind the layer, which engines round the sums to directly.
         dtype: of the result.
         stride: (vertical, horizontal), as are padding and dilation.
         padding: zeros on each side.

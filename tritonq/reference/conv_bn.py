@@ -318,7 +318,7 @@ def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Te
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance per channel (axis 1) of a dense ``c``, and a tensor like ``c`` to write into."""
+    """Return mean and biased variance per channel (axis 1) of a dense ``c``, and a tensor like it as scratch memory."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     if torch.compiler.is_compiling():
         dims = _all_but_channels(c)

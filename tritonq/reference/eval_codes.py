@@ -96,7 +96,7 @@ def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
 def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | None) -> Tensor | None:
     """Return ``clip(round(sums * factors) + zero, low, high)``; None if a sum reaches ``reach``.
 
-    float32 may have rounded such a sum.
+    float32 may have rounded such a sum, so the caller has to compute the sums in another way.
 
     Args:
         sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; overwritten unless None
@@ -150,7 +150,7 @@ def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None)
         x: float32, not empty, else torch raises RuntimeError; not changed.
         scale: of the codes. If ties go to even, values are multiplied by its reciprocal, as in `fake_quantize`; else
             they are divided by it, and so they are always with ``largest``.
-        to: zero, ends and ties; with ``largest`` nothing is clipped, and ties go to even.
+        to: zero, ends and ties; with ``largest`` only its zero is read: nothing is clipped, and ties go to even.
         largest: the largest code; None: codes beyond the ends of ``to`` are clipped.
 
     Returns:
@@ -195,7 +195,8 @@ def codes_of_sum(
         b: uint8 codes of the same shape.
         starts: start_a and start_b, the codes that are subtracted from those of ``a`` and ``b``.
         ratios: ratio_a and ratio_b, each operand's scale over that of the result; negative to subtract the operand.
-        fixed: the constant term in steps of the result, float32, 0-d.
+        fixed: what is added in steps of the result, float32, 0-d: makes up for codes that are not counted from the
+            code of the value 0, in the operands (``starts``) or in the result (``to.zero``).
         to: zero, ends and ties of the result.
 
     Returns:
@@ -221,7 +222,7 @@ def codes_of_product(
         b: uint8 codes; one of both may broadcast to the shape of the other, b to that of a if they are equally many.
         zeros: zero_a and zero_b, the code of the value 0 of each operand.
         ratio: the product of both scales over the scale of the result.
-        fixed: the constant term in steps of the result, float32, 0-d.
+        fixed: what is added in steps of the result, float32, 0-d: its zero point minus ``to.zero``.
         to: zero, ends and ties of the result.
 
     Returns:

@@ -100,7 +100,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
         dy: gradient of the result, in the shape and dtype of ``x``; not changed.
         x: the input of :func:`fake_quantize`.
         grid: the grid that :func:`fake_quantize` rounded to, unchanged.
-        blocks_ends: whether the first and the last code block the gradient, too.
+        blocks_ends: whether the first and the last code block the gradient, too, as in fixed point.
 
     Returns:
         Tensor of ``x``'s shape and dtype; ``dy`` itself while the grid is known to be off.

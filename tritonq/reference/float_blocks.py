@@ -23,7 +23,8 @@ def fake_quantize_blocks(
 ) -> Tensor:
     """Return ``round(x / s) * s`` with one scale ``s`` for each block of consecutive elements along ``axis``.
 
-    With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest element, ``1 <= f < 2``:
+    With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest number of the elements' format,
+    ``1 <= f < 2``:
 
     - e8m0 scales, powers of two: ``s = 2^clamp(e, -127, 127 - E)``, ``e = floor(log2 m) - E``; with
       ``blocks.scale_rounding`` of ``"ceil"``, not ``"floor"``, one more where ``m > L * 2^e``.
@@ -35,7 +36,7 @@ def fake_quantize_blocks(
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64). The result has its dtype.
-        blocks: the format of elements and scales, and the block size.
+        blocks: the elements' format, the block size, and how e8m0 scales are rounded; ``blocks.scale`` is not read.
         axis: that blocks run along; not negative.
         tensor_scale: t, float32, one element, which makes scales e4m3; None makes them e8m0.
         enabled: the switch, one element: 0 returns a copy of ``x``. None: always on.
@@ -61,14 +62,14 @@ def fake_quantize_blocks(
 def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
     """Return the scale that :func:`fake_quantize_blocks` gives each block of a finite tensor.
 
-    With m the block's largest magnitude and ``L = 2^E · f`` (1 <= f < 2) the largest element: ``2^(floor(log2 m) - E)``
-    for e8m0 scales, with ``scale_rounding`` of ``"ceil"`` twice that where m would saturate;
+    With m the block's largest magnitude and ``L = 2^E · f`` (1 <= f < 2) the largest number of the elements' format:
+    ``2^(floor(log2 m) - E)`` for e8m0 scales, with ``scale_rounding`` of ``"ceil"`` twice that where m would saturate;
     ``e4m3(m · (1 / (L · t))) · t`` for e4m3 scales. The exponent of e8m0 scales is clamped to ``-127 .. 127 - E``.
     A block of zeros has the scale ``2^(-1-E)``, or 0 with e4m3 scales, of which those below 2^-126 become 0, too.
 
     Args:
         x: float32; its size along ``axis`` is a multiple of ``blocks.size``.
-        blocks: the format of elements and scales, and the block size.
+        blocks: the elements' format, the block size, and how e8m0 scales are rounded; ``blocks.scale`` is not read.
         axis: that blocks run along; not negative.
         tensor_scale: t, float32, one element, which makes scales e4m3; None makes them e8m0.
 

@@ -35,7 +35,8 @@ def linear_histogram(x: Tensor, bins: int, limits: Tensor, axis: int | None = No
     """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))``; ``hi`` is in the last bin.
 
     Values outside ``[lo, hi]`` and NaN are not counted. The counts equal those of torch.histc: the arithmetic is the
-    same, float64 if ``x`` is, else float32. If lo = hi, or if a quotient is infinity by infinity, the last bin counts.
+    same, float64 if ``x`` is, else float32. If lo = hi, values equal to it are counted in the last bin; so are values
+    whose quotient is infinity by infinity.
 
     Args:
         x: any shape, any float dtype.

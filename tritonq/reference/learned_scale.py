@@ -35,8 +35,8 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
         grid: its scale is the learned parameter; with ``"pact"`` the clipping level. It has no zero point with
-            ``"tqt"`` and ``"pact"``. But for ``"megengine"`` with a zero point, ties are rounded as its type says: the
-            caller gives a type that rounds as the formula does.
+            ``"tqt"`` and ``"pact"``. Its type says how ties are rounded, except for ``"megengine"`` with a zero point:
+            the caller gives a type that rounds as the formula does.
         method: which of the formulas above.
 
     Source: torch._fake_quantize_learnable_per_tensor_affine; MegEngine's LSQ; Jain et al. (2020); Choi et al. (2018).

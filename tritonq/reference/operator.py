@@ -114,7 +114,8 @@ def operator(
 
     Args:
         returns: nested as the result, with :class:`Like`, :class:`New`, :class:`CopyOf` or :class:`Given` in place of
-            each tensor or grid. Other values in it, such as True, are results of the traced form as they are.
+            each tensor or grid. Other values in it, such as True, are results of the traced form as they are. None:
+            the operator returns nothing.
         mutates: tensors that are updated in place, by name: ``"statistics.min_val"``.
         scratch: parameters that only say where results may be written. Traced graphs leave them out.
         has_kernel: whether `tritonq.kernels` has it too; if not, the reference runs on every device.

@@ -193,7 +193,7 @@ class ForwardGraph:
             _redirect(found, call, in_place)
 
     def erase(self, node: str) -> None:
-        """Remove a node from the graphs; its readers get its first operand, which must be a node, instead."""
+        """Remove a node from the graphs; its readers get its :func:`first_operand`; ValueError without one."""
         for graph, found in self._find(node):
             found.replace_all_uses_with(first_operand(found))
             graph.erase_node(found)
@@ -286,7 +286,8 @@ def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
 def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
     """Return the function ``forward(self, …)`` that a graph describes.
 
-    ``name`` is the module's class name, for tracebacks: they show the file ``"<tritonq forward 0 of Net>"``.
+    ``name`` is the module's class name, for tracebacks: they show the file ``"<tritonq forward 0 of Net>"``. The number
+    counts the compiled graphs of this process.
     """
     code = graph.python_code("self")
     filename = f"<tritonq forward {next(_sources)} of {name}>"

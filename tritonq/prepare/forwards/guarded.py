@@ -116,7 +116,8 @@ class GuardedGraph(ForwardGraph):
     def to_data(self) -> ForwardData:
         """Return forward data of the graph; after :meth:`guard` with "values" and "otherwise", too.
 
-        "otherwise" has the edits of the forward itself, ``{"answers": …, "expected": …}``, or None if it was dropped.
+        "otherwise" has the edits of the forward itself, as ``AnsweredForward.to_data`` returns them:
+        ``{"answers": …, "expected": …}``; None if it was dropped.
         """
         data = super().to_data()
         if self._is_guarded:

@@ -17,7 +17,7 @@ class HidesChildren(nn.Module):
     """Leave the children named in ``_tritonq_hidden`` out of ``children()`` and ``named_children()``.
 
     So ``children()`` gives what the module had before, such as a Sequential that got quantizers as children. Hidden
-    children switch mode, move to devices and are visited by ``apply`` as all others are.
+    children switch mode, move to devices and are visited by ``apply`` as all others are. A subclass sets the names.
     """
 
     _tritonq_hidden: frozenset[str] = frozenset()

@@ -59,7 +59,8 @@ def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[Ca
     """Find the node that makes each call of one recorded frame; return its :class:`Site` by the index of the call.
 
     The graph is followed with recorded values in place of tensors; nothing is computed. Each call must agree with the
-    recorded one in its operation and its operands. Calls that the forwards of children made are left out.
+    recorded one in its operation and its operands. A child that was recorded as one call, such as a layer, has a site;
+    calls that were made within the recorded forward of a child have none.
 
     Args:
         graph: the traced forward, in the mode of the frame.
@@ -91,10 +92,10 @@ class _Follower:
         self._sites: dict[CallIndex, Site] = {}
 
     def sites(self) -> Mapping[CallIndex, Site]:
-        """Match the nodes of the graph with the events of the frame, in order; call it once.
+        """Match the nodes of the graph with the frame's events (its calls and its children's frames); call it once.
 
         Returns:
-            For each call of the frame itself, by its index in the record, the :class:`Site` with its node.
+            For each call of the frame, by its index in the record, the :class:`Site` with its node.
 
         Raises:
             TraceError: as :func:`match_frame` does.
