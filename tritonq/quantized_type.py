@@ -150,7 +150,7 @@ class QuantizedType:
     def of_floats(cls, codes: FloatCodes, axis: int | None = None) -> QuantizedType:
         """Build the type whose values are the finite numbers of the format ``codes`` times the scale.
 
-        ``axis`` is the axis with one scale per index; None: one scale per tensor.
+        ``codes`` is a key of :data:`tritonq.formats.FLOAT_FORMATS`; ``axis`` as :meth:`of` takes it.
 
         Raises:
             ValueError: an unknown format.
@@ -173,7 +173,7 @@ class QuantizedType:
     def reach(self) -> float:
         """Largest value of a symmetric range in steps, ``(quant_max - quant_min) / 2``; 127.5 for -128..127.
 
-        Of float codes it is the format's largest number.
+        Of float codes it is the format's largest number. The rule ``"torch"`` scales values up to ±v by ``v / reach``.
         """
         number = self.float_format
         return (self.quant_max - self.quant_min) / 2 if number is None else number.largest
@@ -255,7 +255,7 @@ class QuantizedType:
         return replace(self, axis=axis, group=None)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
-        """Return a copy of the type with other smallest and largest codes; float codes take only their own."""
+        """Return a copy of the type with these smallest and largest codes; ValueError if float codes have others."""
         return replace(self, quant_min=quant_min, quant_max=quant_max)
 
 

@@ -159,7 +159,8 @@ def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None
     quantizer names a tensor, nothing is done.
 
     From equal ranges, the moving averages of the ranks' batches become that of the joint batch: ``min(m + c (a - m),
-    m + c (b - m)) = m + c (min(a, b) - m)``. Merging again changes nothing. Nothing is read back from the device.
+    m + c (b - m)) = m + c (min(a, b) - m)``, with the running minimum m before the step, the averaging constant c, and
+    the minima a and b of two ranks' batches. Merging again changes nothing. Nothing is read back from the device.
 
     Args:
         quantizers: the same on every rank, on one device.

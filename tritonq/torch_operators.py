@@ -57,7 +57,10 @@ class use_in_torch:  # noqa: N801, as torch.no_grad: used like a function
         _Registration.enter()
 
     def remove(self) -> None:
-        """End this use; torch gets its own kernels back if no other is active. A second call does nothing."""
+        """End this use, as the end of a ``with`` block does; a second call does nothing.
+
+        torch gets its own kernels back if no other use is active.
+        """
         if self._is_active:
             self._is_active = False
             _Registration.leave()

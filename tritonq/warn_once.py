@@ -27,5 +27,8 @@ def warn_once(
 
 
 def silence(owner: object) -> None:
-    """Mark ``owner`` as having warned: :func:`warn_once` gives it no warning under the default ``flag``."""
+    """Mark ``owner`` as having warned: :func:`warn_once` gives it no warning under the default ``flag``.
+
+    Calibration does this to quantizers that it runs in eval mode, where they would warn that they saw no data.
+    """
     setattr(owner, _FLAG, True)

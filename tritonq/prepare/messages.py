@@ -29,6 +29,8 @@ def report_float_layers(
     """Log how many layers and joins are quantized, and warn (UserWarning) of those left in float unasked.
 
     The logger is "tritonq", the level INFO. A join is an addition, concatenation or other operation of several tensors.
+    Unasked is what has a qconfig and reads more than parameters, except for products, differences and stacks that no
+    quantized layer makes or reads.
 
     Args:
         model: the prepared model.

@@ -164,7 +164,8 @@ def straight_through_(
         grid: of the quantizer, per tensor; None, or switched off: there is no clip.
         ceiling: upper bound of the ReLU before it, infinity for a plain one; None: no ReLU.
         finite: whether all of ``y`` is known to be finite.
-        out: memory that the result may be written to, in place of ``y``; with ``finite`` ``y`` is not changed then.
+        out: memory that the result may be written to, in place of ``y``, which then stays as it is if ``finite`` is
+            True. None: ``y``.
     """
     enabled = False if grid is None else grid.enabled_flag()
     if isinstance(enabled, Tensor) and grid is not None:
@@ -192,9 +193,9 @@ def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor 
 
     Args:
         y: values before ReLU and rounding; not changed.
-        grid: of the quantizer, per tensor; None without one.
+        grid: of the quantizer, per tensor; its own switch is not read. None without one.
         ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
-        enabled: the grid's switch, a bool tensor; False: the clip blocks nothing, the ReLU as before. None: on.
+        enabled: the switch to use, a bool tensor; False: the clip blocks nothing, the ReLU as before. None: on.
     """
     inside = torch.ones_like(y, dtype=torch.bool)
     if grid is not None:

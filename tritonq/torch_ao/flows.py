@@ -178,7 +178,7 @@ def quantize_qat(model: nn.Module, run_fn: Callable[..., Any], run_args: Sequenc
 
     Args:
         model: a float model with stubs and qconfigs.
-        run_fn: trains the prepared model, its first argument, in place; what it returns is not used.
+        run_fn: trains the prepared model, its first argument, which is in training mode; what it returns is not used.
         run_args: its other arguments.
         inplace: change ``model`` itself instead of a copy.
 
@@ -298,8 +298,8 @@ def fuse_modules(
         model: the model that holds the modules, in eval mode.
         modules_to_fuse: one row of paths, such as ``["stem.conv", "stem.bn"]``, or a list of rows.
         inplace: change ``model`` itself instead of a copy.
-        fuser_func: called as ``fuser_func(modules, is_qat, mapping)`` with the modules of one row and the mapping of
-            fuser methods; returns as many modules that replace them.
+        fuser_func: called as ``fuser_func(modules, False, mapping)`` with the modules of one row and the mapping of
+            fuser methods, ``{}`` if there are none; returns as many modules that replace them.
         fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``, with the tuple of types
             of a row and the function that fuses it: ``method(False, *modules)`` returns the one fused module. None: no
             further rows.

@@ -48,7 +48,8 @@ class QConfigMapping(qconfig_mapping.QConfigMapping):
 
         Args:
             qconfig_dict: ``""`` to the qconfig of all other modules; ``"object_type"``, ``"module_name_regex"`` and
-                ``"module_name"`` to lists of pairs: a class, pattern or path and its qconfig.
+                ``"module_name"`` to lists of pairs: a class, pattern or path and its qconfig. None as a qconfig leaves
+                its modules in float, and a missing ``""`` all other modules.
 
         Raises:
             ValueError: another key in ``qconfig_dict``, a path that is empty or no string, a pattern that is no regular

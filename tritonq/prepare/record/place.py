@@ -56,7 +56,7 @@ def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool],
         frame: the frame that calls a torch function; None gives "".
         ends: called with one frame after the other, from ``frame`` outwards; True for a frame that runs the forward, or
             that called it. The search stops there, and the place is returned; so it is if no frame stops the search.
-        beyond: code of a function whose callees do not belong to the forward either; None: there is no such function.
+        beyond: code object of a function whose callees do not belong to the forward either; None: no such function.
     """
     caller, below = frame, None
     while frame is not None and not ends(frame):

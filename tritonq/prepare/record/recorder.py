@@ -99,7 +99,7 @@ class Recorder:
     Args:
         model: the model.
         modes: for every module, the model itself too, whether it runs in training mode; None: all run in eval mode.
-        passing: names (``"layer1.0"``) of modules that returned their input in another run: a call is one operation.
+        passing: names (``"layer1.0"``) of modules that returned their input in another run: recorded as leaves.
 
     Attributes:
         result: what the model returned; None before :meth:`run`, and if it failed.
@@ -175,7 +175,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Record a call, if not left out, and its place in ``caller``; return its result, inputs in it as views."""
+        """Call a function; note it and its place in ``caller``, if not left out; return its result, inputs as views."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]
