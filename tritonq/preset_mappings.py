@@ -60,13 +60,13 @@ _DECODER = "dfl"
 
 
 def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QConfigMapping:
-    """Return a preset by name for a YOLO detector, which leaves in float what makes and decodes boxes and scores.
+    """Return a mapping for a YOLO detector: a preset, but in float what makes and decodes boxes and scores.
 
     A head is a module that keeps ``stride``, ``strides`` or ``anchors`` and has branches: a ``ModuleList`` with, for
     each feature map, a convolution or a ``Sequential`` that ends in one. So have Ultralytics' (YOLOv8 and later, with
-    masks, poses and rotated boxes too), YOLOv5's and YOLOX's. Their last convolutions, ``dfl`` and the arithmetic on
-    boxes stay in float: few operations are among them, and rounding coordinates costs much accuracy. Everything else is
-    as in :func:`get_qconfig_mapping`.
+    masks, poses and rotated boxes too), YOLOv5's and YOLOX's. Their last convolutions, their child ``dfl`` (it turns
+    distributions over distances into boxes) and the arithmetic on boxes stay in float: few operations are among them,
+    and rounding coordinates costs much accuracy. Everything else is as in :func:`get_qconfig_mapping`.
 
     Args:
         model: the float model.

@@ -15,9 +15,10 @@ _NAMES = ("world", "auto")
 
 
 class GroupReference:
-    """Names a process group; ``copy.deepcopy`` of a model that holds it keeps the same object.
+    """Names a process group; ``copy.deepcopy`` of a model that holds it shares it with the copy.
 
-    A pickle holds None in place of a group of torch.distributed, and the strings as they are.
+    A pickle holds None in place of a group of torch.distributed, so that what is loaded elsewhere observes alone; it
+    holds the strings as they are.
 
     Args:
         process_group: None, this rank alone; ``"world"``, the default group, looked up when it is used; ``"auto"``, the

@@ -91,6 +91,8 @@ _PER_TENSOR: dict[type[nn.Module], type[nn.Module]] = {
 def with_one_weight_scale(qconfig: QConfig) -> QConfig:
     """Return a copy of ``qconfig`` whose weights have one scale instead of one per channel.
 
+    Transposed convolutions need it for engines that take no scale per channel there.
+
     ``qconfig`` itself is returned if its factory of weights is not made by ``with_args``, as a user's own function, or
     has no observer of minimum and maximum per channel.
     """
@@ -182,7 +184,10 @@ def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
 
 
 def observe_only(quantizer: Callable[..., FakeQuantize], **arguments: Any) -> FakeQuantize:
-    """Return ``quantizer(**arguments)``, which only observes until ``enable_fake_quant`` or ``tritonq.calibrate``."""
+    """Return ``quantizer(**arguments)``, which only observes until ``enable_fake_quant`` or ``tritonq.calibrate``.
+
+    The preset ``"megengine_calibration"`` makes its quantizers by it; ``quantizer`` is their class or factory.
+    """
     made = quantizer(**arguments)
     made.disable_fake_quant()
     return made
@@ -331,7 +336,7 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     """Return a preset by name.
 
     - ``"onnxruntime"`` (default): activations unsigned 8-bit with a zero point (0 behind a ReLU) and a moving average
-      that follows growth at once (``copy_above``), weights symmetric narrow int8 per channel.
+      that follows growth at once (``copy_above``), weights symmetric narrow int8 (-127..127) per channel.
     - ``"tensorrt"``: the same with symmetric int8 activations; the function behind a layer (SiLU and the like) is
       computed before rounding, and tensors before softmax and norms stay in float (``islands="float"``).
     - ``"openvino"``, ``"qnn"``: the numbers of ``"onnxruntime"`` for these engines' files.

@@ -210,9 +210,8 @@ class QConfigMapping:
         """Return the qconfig of every module of ``model`` by the strongest rule that fits; None leaves it in float.
 
         Keys are ``model`` and all modules in it; one with several paths goes by the first, but a rule by name may have
-        any of them. Each value is the rule's own
-        ``QConfig``, not a copy, or None. A ``qconfig`` attribute on a module does not count here: `prepare_qat`
-        puts it in place of the rule's afterwards.
+        any of them. Each value is the rule's own ``QConfig``, not a copy, or None. A ``qconfig`` attribute on a module
+        does not count here: `prepare_qat` puts it in place of the rule's afterwards.
 
         Args:
             model: the float model.
@@ -312,7 +311,7 @@ def check_qconfig(found: object, where: str, expected: str = "a QConfig or None"
     Args:
         found: what was given.
         where: what the error's text calls it, such as the name of an argument.
-        expected: what the error's text says was expected.
+        expected: what the error's text says was expected. It may name None, which callers handle first.
 
     Raises:
         TypeError: it is something else, None too; a factory is a module or cannot be called; or ``round_summands`` is

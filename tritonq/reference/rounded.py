@@ -41,7 +41,7 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 def forward_with_mask(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(y))`` and a mask of one bool per element, which compilers can fuse.
+    """Return ``FQ(relu?(y))`` and a mask of one bool per element, which compilers can fuse; for ``torch.compile``.
 
     First ``relu?(y)`` updates ``statistics`` and the grid, in place; then it is rounded to the new grid. While that is
     switched off or without data, the result is ``relu?(y)`` and only the ReLU blocks gradients.

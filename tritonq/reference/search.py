@@ -366,8 +366,8 @@ def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int =
     as the second: zeros cost nothing. Of equal candidates the largest wins.
 
     Args:
-        counts: float64, (channels, n), not negative.
-        levels: int64, (channels,), at most n.
+        counts: float64, (channels, n), not negative: of magnitudes, in n bins of equal width from 0 on.
+        levels: how many codes quantize the bins that are kept; int64, (channels,), at most n.
         most_levels: the largest of ``levels``, or more; known without reading them.
         stride: distance of candidates, which reach from n down to ``levels``.
 

@@ -62,7 +62,7 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """Multiply a weight by its fold, observe it, and quantize it to the grid that follows.
+    """Return the codes of a weight times its fold, which is observed first and quantized to the grid that follows.
 
     Args:
         rows: (out, ...), any float dtype.

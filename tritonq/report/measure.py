@@ -110,7 +110,7 @@ def measure(
     error that this layer alone causes with ranges that clip nothing, and the model's error with this layer in float.
 
     Signals are those of the float model: with all rounding off. A fixed-point network then still clips to its formats,
-    and what a layer reads counts in units of the layer's scaling factor. The model's switches and modes are restored.
+    and what a fixed-point layer reads is measured divided by its η. The model's switches and modes are restored.
 
     Args:
         model: a prepared classifier whose quantizers have observed data.

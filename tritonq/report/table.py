@@ -18,7 +18,7 @@ def text_table(rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
 
     Args:
         rows: the cells, as many in each row; at least one row.
-        width: the most characters in a line. No column is cut below ``_NARROWEST``: lines of many columns are longer.
+        width: the most characters in a line. No column is cut below 9 characters: lines of many columns are longer.
     """
     widths = _column_widths([max(map(len, column)) for column in zip(*rows, strict=True)], width)
     lines = [line for row in rows for line in _row_lines(row, widths)]

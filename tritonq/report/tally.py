@@ -78,8 +78,8 @@ class Tally:
     def add(self, x: Tensor) -> None:
         """Add a batch of values, a float tensor as the quantizer reads it; values that are not finite do not count.
 
-        The quantizer rounds them to find the error, and is switched off afterwards; the ``phase`` of a fixed-point one
-        stays. It must be in eval mode, in which it observes nothing.
+        The quantizer rounds them to find the error, and is switched off afterwards. One of fixed point keeps its switch
+        (while it is 0, no error is found) and its ``phase``. It must be in eval mode, in which it observes nothing.
         """
         x, qtype = self._signal_in(x), self._quantizer.qtype
         rounded = self._rounded(x)
@@ -162,7 +162,7 @@ class FixedPointTally(Tally):
 
     Args:
         quantizer: the quantizer.
-        frac_len: the fractional length that it rounds with; None: that of eval mode.
+        frac_len: the fractional length that it rounds with; None: the quantizer's own, rounded as in eval mode.
     """
 
     def __init__(self, quantizer: FixedPointFakeQuantize, frac_len: Tensor | None = None) -> None:
