@@ -107,9 +107,9 @@ class Joint(WithOutputQuantizer):
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The :attr:`input_quantizers`, which other modules own and whose names in the model a converted file holds.
+        """The operands' quantizers, None for one that is unknown; other modules own them.
 
-        A name is text such as "conv1.activation_post_process".
+        A converted file holds their names in the model, such as "conv1.activation_post_process".
         """
         return self.input_quantizers
 

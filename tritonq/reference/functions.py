@@ -269,7 +269,8 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
 def onto_output(y: Tensor, output: Grid) -> Tensor:
     """Return ``round(y / s) · s`` with the output's scale s, float32, as ONNX's QuantizeLinear divides; not clipped.
 
-    ``y`` is float32 and not changed; ``output`` is per tensor, and its type says how ties are rounded.
+    The output's quantizer clips the result. ``y`` is float32 and not changed; ``output`` is per tensor, and its type
+    says how ties are rounded.
     """
     return round_steps_(y / output.scale, output.qtype.rounding).mul_(output.scale)
 

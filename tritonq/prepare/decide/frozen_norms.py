@@ -82,7 +82,7 @@ class FrozenNorm:
 
 
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
-    """Return the frozen norm that a module computes.
+    """Return the frozen norm that a module computes: its channels, and the recorded operations that are its parts.
 
     None if it never ran, computes something else, computes by other operations, operands or numbers in another frame
     (as in another mode), or multiplies or shifts by parameters that train (``requires_grad``).
