@@ -291,3 +291,15 @@ def test_an_average_in_eval_mode_follows_what_is_written_through_data(preset):
             mine.data.copy_(its.data)
         assert torch.equal(average(IMAGES), copy.deepcopy(average)(IMAGES))
         assert torch.equal(average(IMAGES), tritonq.convert(average)(IMAGES))
+
+
+@torch.no_grad()
+def test_eval_mode_leaves_tensors_that_can_be_resized():
+    """A NumPy array of a tensor's memory would keep torch from it, and a quantizer from more scales."""
+    model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), example_inputs=IMAGES).train()
+    model(IMAGES)
+    converted = tritonq.convert(model.eval())
+    for each in (model, converted):
+        each(IMAGES)
+        for buffer in each.buffers():
+            buffer.resize_(buffer.numel() + 1)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import string_at
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# Address, values and their bytes of a tensor.
-_Content = tuple[int, "np.ndarray[Any, Any]", bytes]
+# Address, size in bytes and bytes of a tensor.
+_Content = tuple[int, int, bytes]
 _CPU = torch.device("cpu")
-# By size in bytes: the type as which NumPy reads floats that it has no type for.
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16}
 
 
 class Memo(Generic[T]):
@@ -94,22 +92,24 @@ def _unchanged(
         if tensor is not before or (tensor is not None and tensor._version != version):
             return False
         if content is not None and tensor is not None:
-            address, values, recorded = content
-            if tensor.data_ptr() != address or values.tobytes() != recorded:
+            address, size, recorded = content
+            if tensor.data_ptr() != address or string_at(address, size) != recorded:
                 return False
     return True
 
 
 def _content_of(tensor: Tensor | None) -> _Content | None:
-    """Return ``(address, values, bytes)`` of a vector or number on the CPU; None for any other tensor.
+    """Return ``(address, size, bytes)`` of a dense vector or number on the CPU; None for any other tensor.
 
-    ``values`` is a NumPy array that shares the tensor's memory, and ``bytes`` are what it holds now.
+    The bytes are what it holds now. No NumPy array is made of it: torch could not resize the tensor then.
     """
     if tensor is None or tensor.dim() > 1 or type(tensor) not in (Tensor, nn.Parameter) or tensor.device != _CPU:
         return None
-    small = _SAME_SIZE.get(tensor.dtype.itemsize) if tensor.is_floating_point() else None
-    values = (tensor.detach() if small is None else tensor.detach().view(small)).numpy()
-    return tensor.data_ptr(), values, values.tobytes()
+    size = tensor.numel() * tensor.dtype.itemsize
+    if size == 0 or not tensor.is_contiguous() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    address = tensor.data_ptr()
+    return address, size, string_at(address, size)
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
