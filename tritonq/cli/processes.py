@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# What the first process may take to deploy a model while the others wait.
+_LONGEST_END = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Processes:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that torchrun started, and leave them when the block of ``with`` ends.
+    """Join the processes that torchrun started, and leave them together when the block of ``with`` ends.
 
     It gives this process among them, and its device: if ``device`` is "cuda" without an index, a GPU of its own, such
     as "cuda:1", which becomes torch's current one; else ``device``. Without torchrun nothing happens, and it gives
@@ -69,13 +73,20 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
         yield Processes(), device
         return
     made = not dist.is_initialized()
+    last: dist.ProcessGroup | None = None
     if made:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        last = dist.new_group(backend="gloo", timeout=_LONGEST_END)
     try:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", dist.get_node_local_rank())
             torch.cuda.set_device(device)
         yield Processes(dist.get_rank(), dist.get_world_size()), device
+        if last is not None:
+            # A process that ends while others go on may be aborted in the destructors of its connections to them. One
+            # that the others left by an error, which they tell, need not wait.
+            with suppress(RuntimeError):
+                dist.barrier(group=last)
     finally:
         if made:
             dist.destroy_process_group()
