@@ -199,19 +199,16 @@ def _move_grids(states: Sequence[RankState], moved: dict[int, Tensor]) -> None:
         states: of all quantizers; those without a grid are left out.
         moved: for each range tensor, by its ``id``, a bool tensor: which of its elements the merge changed.
     """
-    kinds: dict[object, list[tuple[RankState, FollowingGrid]]] = defaultdict(list)
+    kinds: dict[tuple[QuantizedType, RangeRule, float], list[tuple[RankState, FollowingGrid]]] = defaultdict(list)
     for state in states:
         if state.grid is not None:
             codes = replace(state.grid.qtype, axis=None, group=None)
             kinds[codes, state.grid.rule, state.grid.eps].append((state, state.grid))
-    for alike in kinds.values():
+    for (codes, rule, eps), alike in kinds.items():
         lows = [state.lowest[0] for state, _ in alike]
         highs = [state.highest[0] for state, _ in alike]
         scales, zero_points = [grid.scale for _, grid in alike], [grid.zero_point for _, grid in alike]
-        kind = alike[0][1]
-        scale, zero_point = range_to_qparams(
-            _joined(lows), _joined(highs), replace(kind.qtype, axis=None, group=None), rule=kind.rule, eps=kind.eps
-        )
+        scale, zero_point = range_to_qparams(_joined(lows), _joined(highs), codes, rule=rule, eps=eps)
         has_moved = torch.cat(
             [moved[id(low)].view(-1) | moved[id(high)].view(-1) for low, high in zip(lows, highs, strict=True)]
         )

@@ -38,6 +38,20 @@ def states(qtypes: list[QuantizedType], **changes: object) -> list[QuantizerStat
     return [state.with_range(min_val=low[i], max_val=high[i]).with_grid(scale=scale[i]) for i, state in enumerate(made)]
 
 
+def assert_as_each_by_itself(mine: list[QuantizerState], others: list[QuantizerState], use: str, device: str) -> None:
+    """Quantize the weights of ``problem`` together with ``mine``: equal to each with its own of ``others``."""
+    rows, fold = problem(device)
+    found = operators("weights_together", use).quantize_all(
+        [weight.to(device) for weight in rows], fold.to(device), *zip(*mine, strict=True)
+    )
+    folds = fold.split([len(weight) for weight in rows])
+    for weight, of_one, own, other, (codes, unit, _, _) in zip(rows, folds, mine, others, found, strict=True):
+        expected = reference.quantize_folded(weight, of_one, *other)
+        assert torch.equal(codes.cpu(), expected.codes)
+        assert torch.equal(unit.cpu(), expected.unit)
+        assert_same_state(own, other)
+
+
 class TestWeightsTogether(OpTester):
     @pytest.mark.parametrize(
         "qtypes",
@@ -68,32 +82,14 @@ class TestWeightsTogether(OpTester):
     def test_switches(self, switch: str, use: str, device: str) -> None:
         off, qtypes = {switch: False}, [QINT8_NARROW, QINT4, QINT4, QINT8_NARROW, QINT4]
         mine, others = states(qtypes, device=device, **off), states(qtypes, **off)
-        rows, fold = problem(device)
-        found = operators("weights_together", use).quantize_all(
-            [weight.to(device) for weight in rows], fold.to(device), *zip(*mine, strict=True)
-        )
-        folds = fold.split([len(weight) for weight in rows])
-        for weight, of_one, own, other, (codes, unit, _, _) in zip(rows, folds, mine, others, found, strict=True):
-            expected = reference.quantize_folded(weight, of_one, *other)
-            assert torch.equal(codes.cpu(), expected.codes)
-            assert torch.equal(unit.cpu(), expected.unit)
-            assert_same_state(own, other)
+        assert_as_each_by_itself(mine, others, use, device)
 
     def test_without_switches_everything_is_on(self, use: str, device: str) -> None:
         mine, others = states([QINT8_NARROW] * 5, device=device), states([QINT8_NARROW] * 5)
         mine, others = (
             [of.with_range(enabled=None).with_grid(enabled=None) for of in every] for every in (mine, others)
         )
-        rows, fold = problem(device)
-        found = operators("weights_together", use).quantize_all(
-            [weight.to(device) for weight in rows], fold.to(device), *zip(*mine, strict=True)
-        )
-        folds = fold.split([len(weight) for weight in rows])
-        for weight, of_one, own, other, (codes, unit, _, _) in zip(rows, folds, mine, others, found, strict=True):
-            expected = reference.quantize_folded(weight, of_one, *other)
-            assert torch.equal(codes.cpu(), expected.codes)
-            assert torch.equal(unit.cpu(), expected.unit)
-            assert_same_state(own, other)
+        assert_as_each_by_itself(mine, others, use, device)
 
     def test_grids_that_do_not_observe(self, use: str, device: str) -> None:
         fixed = [
